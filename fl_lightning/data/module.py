@@ -1,0 +1,198 @@
+"""The data of all simulated clients as a LightningDataModule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .partition import Partition, dirichlet_partition, iid_partition
+from .sources import Arrays, load
+
+_PARTITIONS = ("iid", "dirichlet")
+_HOLDOUT_STREAM = 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    arrays: Arrays
+    x: Tensor
+    y: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    partition: Partition
+
+
+class FederatedDataModule(pl.LightningDataModule):
+    """Records split over clients; a training batch is one round, not records.
+
+    The validation records are held out of the training data before the partition; the test records
+    are reached by `test_dataloader` only. Everything is a pure function of the arguments.
+
+    Args:
+        source: digits, fashion_mnist or mnist, or the import path of a function that returns
+            Arrays; from Python also an Arrays (see from_arrays).
+        num_clients: number of clients, at least 1.
+        partition: iid (equal sizes) or dirichlet (label skew).
+        alpha: Dirichlet concentration, above 0; smaller is more skewed. Only for dirichlet.
+        val_fraction: share of the training records held out for validation, in [0, 1).
+        min_client_size: records that every client must have, at least 1.
+        seed: seed of the hold-out and the partition, at least 0. Public.
+        data_dir: folder of the IDX files; None looks where Debian's package puts them.
+        eval_batch_size: records per validation or test batch, at least 1.
+
+    Raises:
+        ValueError: an argument out of range (at once), or data that does not fit (at setup).
+        FileNotFoundError: at setup, when files are missing; says how to get them.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Arrays] | str | Arrays = "digits",
+        num_clients: int = 10,
+        partition: Literal["iid", "dirichlet"] = "iid",
+        alpha: float = 0.5,
+        val_fraction: float = 0.1,
+        min_client_size: int = 2,
+        seed: int = 0,
+        data_dir: str | None = None,
+        eval_batch_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        if num_clients < 1:
+            raise ValueError(f"num_clients={num_clients} must be >= 1")
+        if partition not in _PARTITIONS:
+            raise ValueError(f"partition={partition!r} must be one of {', '.join(_PARTITIONS)}")
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"alpha={alpha} must be finite and > 0")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} must lie in [0, 1)")
+        if min_client_size < 1:
+            raise ValueError(f"min_client_size={min_client_size} must be >= 1")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be >= 0")
+        if eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size={eval_batch_size} must be >= 1")
+        self.source = source
+        self.num_clients = num_clients
+        self.partition_name = partition
+        self.alpha = alpha
+        self.val_fraction = val_fraction
+        self.min_client_size = min_client_size
+        self.seed = seed
+        self.data_dir = data_dir
+        self.eval_batch_size = eval_batch_size
+
+    @cached_property
+    def _prepared(self) -> _Prepared:
+        arrays = load(self.source, self.data_dir)
+        num_records = len(arrays.x_train)
+        # A stream of its own: the partition draws from default_rng(seed).
+        order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)
+        held = max(1, round(self.val_fraction * num_records)) if self.val_fraction else 0
+        val, train = (torch.from_numpy(np.sort(part)) for part in (order[:held], order[held:]))
+        x, y = arrays.x_train[train], arrays.y_train[train]
+        if self.partition_name == "iid":
+            partition = iid_partition(
+                len(y), self.num_clients, self.seed, min_size=self.min_client_size
+            )
+        else:
+            partition = dirichlet_partition(
+                y.numpy(),
+                self.num_clients,
+                self.seed,
+                alpha=self.alpha,
+                min_size=self.min_client_size,
+            )
+        return _Prepared(arrays, x, y, arrays.x_train[val], arrays.y_train[val], partition)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split, once; the attributes below do so themselves when asked earlier."""
+        _ = self._prepared
+
+    @property
+    def x(self) -> Tensor:
+        """float32 [N, ...], the records of all clients on the CPU. Private."""
+        return self._prepared.x
+
+    @property
+    def y(self) -> Tensor:
+        """int64 [N], their labels. Private."""
+        return self._prepared.y
+
+    @property
+    def partition(self) -> Partition:
+        """Which rows of `x` and `y` each client holds."""
+        return self._prepared.partition
+
+    @cached_property
+    def client_sizes(self) -> Tensor:
+        """int64 [K], records per client. Public."""
+        return torch.from_numpy(self.partition.sizes)
+
+    @property
+    def num_classes(self) -> int:
+        """Public number of classes."""
+        return self._prepared.arrays.num_classes
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one record."""
+        return tuple(self.x.shape[1:])
+
+    @property
+    def name(self) -> str:
+        """What to call the data in reports."""
+        return self._prepared.arrays.name
+
+    def digest(self) -> str:
+        """Hex BLAKE2b-256 of the clients' records, labels and partition, bit by bit; cached.
+
+        Private: a plain hash of records lets anyone test guesses of them. Feed it to a keyed
+        derivation; do not publish or log it.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        state = hashlib.blake2b(digest_size=32)
+        partition = self.partition
+        for array in (self.x.numpy(), self.y.numpy(), partition.indices, partition.offsets):
+            contiguous = np.ascontiguousarray(array)
+            state.update(f"{contiguous.dtype.str}{contiguous.shape}".encode())
+            state.update(contiguous.data)
+        return state.hexdigest()
+
+    def train_dataloader(self) -> DataLoader:
+        """One item an epoch: the round is `trainer.current_epoch`, the item itself is only 0."""
+        return DataLoader(range(1), batch_size=None)  # pyright: ignore[reportArgumentType]
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Batches (x, y) of the held-out records; an empty list where val_fraction is 0."""
+        return (
+            self._batches(self._prepared.x_val, self._prepared.y_val) if self.val_fraction else []
+        )
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches (x, y) of the test records.
+
+        Raises:
+            ValueError: the source has none.
+        """
+        arrays = self._prepared.arrays
+        if len(arrays.x_test) == 0:
+            raise ValueError(f"source {arrays.name!r} has no test records: give x_test and y_test")
+        return self._batches(arrays.x_test, arrays.y_test)
+
+    def _batches(self, x: Tensor, y: Tensor) -> DataLoader:
+        size = self.eval_batch_size
+        batches = list(zip(x.split(size), y.split(size), strict=True))
+        return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]

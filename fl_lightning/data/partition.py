@@ -1,0 +1,140 @@
+"""Who holds which record: pure functions of (labels or their number, clients, seed)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Client k holds records `indices[offsets[k]:offsets[k + 1]]`.
+
+    Args:
+        indices: int64 [N], every record once; the order within a client is random.
+        offsets: int64 [K + 1], from 0 to N.
+    """
+
+    indices: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """int64 [K], records a client."""
+        return np.diff(self.offsets)
+
+    def client(self, k: int) -> NDArray[np.int64]:
+        """int64 [n_k], the records of client k (a view)."""
+        if not 0 <= k < self.num_clients:
+            raise ValueError(f"k={k} must lie in [0, num_clients={self.num_clients})")
+        return self.indices[self.offsets[k] : self.offsets[k + 1]]
+
+
+def iid_partition(
+    num_records: int, num_clients: int, seed: int = 0, *, min_size: int = 1
+) -> Partition:
+    """A random permutation cut into parts whose sizes differ by at most one.
+
+    Args:
+        num_records: N >= 1.
+        num_clients: K >= 1.
+        seed: >= 0; the same arguments give the same partition.
+        min_size: records every client must get, >= 1.
+
+    Raises:
+        ValueError: an argument out of range, or num_clients * min_size > num_records.
+    """
+    _check(num_records, num_clients, seed, min_size)
+    indices = np.random.default_rng(seed).permutation(num_records)
+    sizes = np.full(num_clients, num_records // num_clients)
+    sizes[: num_records % num_clients] += 1
+    return Partition(indices, _offsets(sizes))
+
+
+def dirichlet_partition(
+    labels: ArrayLike, num_clients: int, seed: int = 0, *, alpha: float = 0.5, min_size: int = 1
+) -> Partition:
+    """Label skew: each class is dealt over the clients with proportions from Dirichlet(alpha).
+
+    Class sizes a client are multinomial in these proportions. Clients left with fewer than
+    `min_size` records then get random records, one at a time, from whichever client is the largest.
+
+    Args:
+        labels: integers [N], one a record.
+        num_clients: K >= 1.
+        seed: >= 0; the same arguments give the same partition.
+        alpha: concentration > 0; towards 0 a class sits at one client, large is close to IID.
+        min_size: records every client must get, >= 1.
+
+    Raises:
+        ValueError: an argument out of range, or num_clients * min_size > N.
+
+    Reference:
+        Hsu, Qi, Brown, 2019, arXiv:1909.06335 (there proportions over classes for each client;
+        here over clients for each class, as Yurochkin et al., 2019, arXiv:1905.12022).
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers [N], got {labels.dtype} {labels.shape}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha} must be finite and > 0")
+    _check(len(labels), num_clients, seed, min_size)
+    rng = np.random.default_rng(seed)
+    owner = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        owner[members] = np.repeat(np.arange(num_clients), rng.multinomial(len(members), shares))
+    shuffled = rng.permutation(len(labels))
+    dealt = _by_owner(shuffled, owner, num_clients)
+    if dealt.sizes.min() < min_size:
+        _rebalance(owner, dealt, min_size)
+        dealt = _by_owner(shuffled, owner, num_clients)
+    return dealt
+
+
+def _by_owner(order: NDArray[np.int64], owner: NDArray[np.int64], num_clients: int) -> Partition:
+    indices = order[np.argsort(owner[order], kind="stable")]
+    return Partition(indices, _offsets(np.bincount(owner, minlength=num_clients)))
+
+
+def _rebalance(owner: NDArray[np.int64], dealt: Partition, min_size: int) -> None:
+    """Give records of the largest clients to those below min_size, in place.
+
+    While a client is short and K * min_size <= N, the largest holds more than min_size: it
+    never becomes short itself.
+    """
+    sizes = dealt.sizes
+    receivers = np.repeat(np.arange(len(sizes)), np.maximum(min_size - sizes, 0))
+    for receiver in receivers:
+        donor = int(sizes.argmax())
+        sizes[donor] -= 1
+        sizes[receiver] += 1
+        owner[dealt.indices[dealt.offsets[donor] + sizes[donor]]] = receiver
+
+
+def _offsets(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+
+
+def _check(num_records: int, num_clients: int, seed: int, min_size: int) -> None:
+    if num_records < 1:
+        raise ValueError(f"num_records={num_records} must be >= 1")
+    if num_clients < 1:
+        raise ValueError(f"num_clients={num_clients} must be >= 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be >= 0")
+    if min_size < 1:
+        raise ValueError(f"min_size={min_size} must be >= 1: no client may be empty")
+    if num_clients * min_size > num_records:
+        raise ValueError(
+            f"num_clients={num_clients} with at least {min_size} records each need "
+            f"{num_clients * min_size} records, but there are {num_records}"
+        )
