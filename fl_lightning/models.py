@@ -1,7 +1,7 @@
 """Small models for per-layer clipping: only Linear and Conv2d carry parameters.
 
 Tanh bounds activations, which suits clipped training (Papernot et al., 2021, arXiv:2007.14191).
-Pooling is by average: its CUDA backward is deterministic, that of max pooling is not.
+Pooling is by average: it is linear, so nothing depends on which of two nearly equal inputs wins.
 """
 
 from __future__ import annotations

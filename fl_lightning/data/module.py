@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -38,8 +37,8 @@ class FederatedDataModule(pl.LightningDataModule):
     are reached by `test_dataloader` only. Everything is a pure function of the arguments.
 
     Args:
-        source: digits, fashion_mnist or mnist, or the import path of a function that returns
-            Arrays; from Python also an Arrays (see from_arrays).
+        source: digits, fashion_mnist or mnist, or the import path (package.module.function) of a
+            function without arguments that returns Arrays; from Python also such Arrays.
         num_clients: number of clients, at least 1.
         partition: iid (equal sizes) or dirichlet (label skew).
         alpha: Dirichlet concentration, above 0; smaller is more skewed. Only for dirichlet.
@@ -56,7 +55,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: Callable[[], Arrays] | str | Arrays = "digits",
+        source: str | Arrays = "digits",
         num_clients: int = 10,
         partition: Literal["iid", "dirichlet"] = "iid",
         alpha: float = 0.5,
@@ -149,7 +148,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return tuple(self.x.shape[1:])
 
     @property
-    def name(self) -> str:
+    def dataset_name(self) -> str:
         """What to call the data in reports."""
         return self._prepared.arrays.name
 

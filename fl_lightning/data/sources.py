@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import pkgutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,23 +221,43 @@ IDX_SOURCES: dict[str, Callable[..., Arrays]] = {"fashion_mnist": fashion_mnist,
 SOURCES: dict[str, Callable[..., Arrays]] = {"digits": digits, **IDX_SOURCES}
 
 
-def load(source: str | Arrays | Callable[[], Arrays], data_dir: str | None = None) -> Arrays:
-    """The arrays of a named source, of a function that returns them, or given as they are.
+def load(source: str | Arrays, data_dir: str | Path | None = None) -> Arrays:
+    """The arrays of a named source, or what the function at an import path returns.
+
+    Args:
+        source: a name in SOURCES, an import path such as `package.module.function` of a function
+            without arguments, or the arrays themselves.
+        data_dir: folder of the IDX files, for the sources that read them.
 
     Raises:
-        ValueError: an unknown name, a function that returns something else, or a data_dir that
-            the source does not read.
+        ValueError: an unknown name, a path that cannot be imported, a function that returns
+            something else, or a data_dir that the source does not read.
     """
-    if isinstance(source, str) and source not in SOURCES:
-        raise ValueError(
-            f"source={source!r} is unknown: use one of {', '.join(sorted(SOURCES))}, or the import "
-            "path of a function that returns Arrays"
-        )
     if data_dir is not None and not (isinstance(source, str) and source in IDX_SOURCES):
-        raise ValueError(f"data_dir={data_dir!r} is read only by {', '.join(sorted(IDX_SOURCES))}")
-    if isinstance(source, str):
-        return SOURCES[source](data_dir) if source in IDX_SOURCES else SOURCES[source]()
-    arrays = source() if callable(source) else source
+        raise ValueError(f"data_dir={str(data_dir)!r} is read only by {', '.join(IDX_SOURCES)}")
+    if not isinstance(source, str):
+        arrays = source
+    elif source in IDX_SOURCES:
+        arrays = IDX_SOURCES[source](data_dir)
+    elif source in SOURCES:
+        arrays = SOURCES[source]()
+    elif "." in source:
+        arrays = _import(source)()
+    else:
+        raise ValueError(
+            f"source={source!r} is unknown: use one of {', '.join(SOURCES)}, or the import path "
+            "of a function that returns Arrays"
+        )
     if not isinstance(arrays, Arrays):
         raise ValueError(f"source must give Arrays (see from_arrays), got {type(arrays).__name__}")
     return arrays
+
+
+def _import(path: str) -> Callable[[], object]:
+    try:
+        function = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"source={path!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"source={path!r} is not a function")
+    return function
