@@ -1,0 +1,447 @@
+"""The ledger: what was released, written down before it leaves, and what it cost.
+
+`ledger.jsonl` holds one JSON object a line. Line 1 is the header (facts of the run), every further
+line is one release. Each line carries the hash of the line before it and its own, so a change or a
+removal inside the file breaks the chain; `ledger.head` holds the number of lines and the last hash,
+so a removal at the end is found as well. The chain finds accidents and careless edits. It is no
+signature: whoever can write both files can write another history.
+
+Command: `python -m fl_lightning.ledger show PATH` and `... verify PATH`; PATH is the file or the
+run's directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fl_lightning import _chain
+from fl_lightning._chain import LedgerError
+from fl_lightning.privacy.accounting import NoiseEvent
+
+if TYPE_CHECKING:
+    from fl_lightning._ledger_report import ClientReport
+
+FILE_NAME = "ledger.jsonl"
+SETTINGS = ("record+local", "client+local", "abstract", "none")
+REQUIRED_FACTS = (
+    "setting",
+    "privacy_unit",
+    "trust",
+    "adjacency",
+    "mechanism",
+    "delta",
+    "epsilon",
+    "simulated",
+)
+
+
+class LedgerWarning(UserWarning):
+    """A torn last line, left by a crash during a write, was set aside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """One release of one client: public facts of the mechanism, never data.
+
+    Args:
+        client, round, attempt: whose, when, and the how-manyth try (0 is the first).
+        first_step: index of the first noised step in the client's stream.
+        steps: noised events inside this release (local steps, or 1 a participation), >= 1.
+        mechanism, noise_multiplier, sampling_rate, adjacency: as in `NoiseEvent`; the multiplier is
+            the total z or lambda, votes included. 0 means that nothing was noised.
+        vote_noise_scale: noise scale of the votes, None without votes.
+        num_layers: layers released together.
+        clip_norm, shares: last step's C_l and pi_l.
+        binding: hex digest of everything that the noise stream is bound to.
+        digest: hex digest of the released bytes.
+        quantum: grid of the released values, None where not quantised.
+        epsilon_inflation: what the release costs beyond its events, added to epsilon.
+        tail_delta: delta paid for cut tails and the like, added to delta.
+        guarantee: False where epsilon is nominal (`abstract`).
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    client: int
+    round: int
+    attempt: int = 0
+    first_step: int = 0
+    steps: int
+    mechanism: str
+    noise_multiplier: float
+    sampling_rate: float
+    adjacency: str
+    vote_noise_scale: float | None = None
+    num_layers: int
+    clip_norm: tuple[float, ...]
+    shares: tuple[float, ...]
+    binding: str
+    digest: str
+    quantum: float | None = None
+    epsilon_inflation: float = 0.0
+    tail_delta: float = 0.0
+    guarantee: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("client", "round", "attempt", "first_step", "steps", "num_layers"):
+            value, least = getattr(self, name), 1 if name in ("steps", "num_layers") else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+        for name in ("clip_norm", "shares"):
+            values = tuple(float(v) for v in getattr(self, name))
+            if len(values) != self.num_layers or any(math.isnan(v) or v < 0 for v in values):
+                raise ValueError(
+                    f"{name} must be {self.num_layers} numbers >= 0 (num_layers), got {values}"
+                )
+            object.__setattr__(self, name, values)
+        for name in ("epsilon_inflation", "tail_delta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("binding", "digest"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a hex string, got {getattr(self, name)!r}")
+        self.event  # noqa: B018 - the event's own checks
+
+    @property
+    def event(self) -> NoiseEvent:
+        """One step of this release as the accountant sees it."""
+        return NoiseEvent(self.mechanism, self.noise_multiplier, self.sampling_rate, self.adjacency)
+
+
+_RELEASE_FIELDS = tuple(f.name for f in fields(Release))
+
+
+def _release_entry(release: Release) -> dict[str, Any]:
+    values = {name: _chain.plain(getattr(release, name)) for name in _RELEASE_FIELDS}
+    return {"kind": "release", **values}
+
+
+def _parse_release(entry: Mapping[str, Any]) -> Release:
+    known = {name: entry[name] for name in _RELEASE_FIELDS}
+    for name in ("clip_norm", "shares"):
+        known[name] = tuple(float(v) for v in known[name])
+    for name in ("epsilon_inflation", "tail_delta", "noise_multiplier", "sampling_rate"):
+        known[name] = float(known[name])
+    for name in ("vote_noise_scale", "quantum"):
+        known[name] = None if known[name] is None else float(known[name])
+    return Release(**known)
+
+
+def _resolve(path: str | os.PathLike[str]) -> Path:
+    """The ledger's file from itself or from the run's directory."""
+    path = Path(path)
+    return path if path.suffix == ".jsonl" else path / FILE_NAME
+
+
+def _parse(index: int, entry: Mapping[str, Any]) -> dict[str, Any] | Release:
+    expected = "release" if index else "header"
+    if entry["kind"] != expected:
+        raise ValueError(f"is out of place: kind {entry['kind']!r} instead of {expected!r}")
+    return _parse_release(entry) if index else dict(entry["facts"])
+
+
+_OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # A forked worker that outlives the run would otherwise keep the lock. Closing does not unlock.
+    for ledger in list(_OPEN):
+        ledger.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class Ledger:
+    """The ledger of one run, open for appending; one at a time (advisory lock on the file).
+
+    Open one with `Ledger.create` or `Ledger.open`; it is also a context manager.
+
+    Guarantees:
+        When `append` has returned, its releases are on disk (fsync) and count after any crash.
+        When it has raised `LedgerError`, none of them counts and the file is as it was.
+        After a crash during `append`, those of its releases that reached the file completely count,
+        though they may never have left the client: epsilon can only be too high.
+    """
+
+    def __init__(self, path: Path, descriptor: int, scan: _chain.Scan) -> None:
+        self.path = path
+        self._descriptor: int | None = descriptor
+        self._header: dict[str, Any] = scan.entries[0]
+        self._size = scan.size
+        self._releases: list[Release] = []
+        self._by_round: dict[tuple[int, int], list[Release]] = {}
+        self._counts: dict[int, Counter[NoiseEvent]] = {}
+        self._hash = scan.hashes[-1]
+        self._broken = ""
+        self._remember(scan.entries[1:], self._hash)
+        _OPEN.add(self)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], header: Mapping[str, Any]) -> Ledger:
+        """Start a ledger in a run's directory (or at a file named `*.jsonl`).
+
+        Args:
+            path: directory or file; the directory is made where missing.
+            header: facts of the run, JSON-like; `REQUIRED_FACTS` at least. `delta` and `epsilon`
+                (the target) are one number, or one a client; infinities are allowed.
+
+        Raises:
+            ValueError: a required fact is missing or of no known kind.
+            LedgerError: there is a ledger with releases, or it is in use.
+        """
+        facts = _check_facts(header)
+        path = _resolve(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _chain.open_locked(path, os.O_CREAT)
+        try:
+            if path.read_bytes().count(b"\n") > 1 or _stated_lines(path) > 1:
+                raise LedgerError(
+                    f"{path.parent} already has a ledger with releases: resume that run, or choose "
+                    "another directory"
+                )
+            line, digest = _chain.seal({"kind": "header", "facts": facts}, None)
+            try:
+                os.ftruncate(descriptor, 0)
+                _chain.write_all(descriptor, line)
+                os.fsync(descriptor)
+                _chain.write_head(path, 1, digest)
+                _chain.sync_directory(path.parent)
+            except OSError as error:
+                raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
+            return cls(path, descriptor, _chain.Scan([facts], [digest], size=len(line)))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Open an existing ledger to go on with it; checks all of it first.
+
+        A torn last line (a crash during a write) is moved to `ledger.jsonl.torn` with a
+        `LedgerWarning`. Complete lines behind the head count.
+
+        Raises:
+            FileNotFoundError: no ledger there.
+            LedgerError: the chain is broken, lines are missing, or the ledger is in use.
+        """
+        path = _resolve(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no ledger at {path}")
+        descriptor = _chain.open_locked(path)
+        try:
+            scan = _chain.scan(path, _parse)
+            if scan.problems:
+                raise LedgerError(f"{path} cannot be trusted: " + "; ".join(scan.problems))
+            if not scan.entries:
+                raise LedgerError(f"{path} has no header: the run was stopped before it began")
+            try:
+                if scan.torn:
+                    _set_aside(path, descriptor, scan)
+                _chain.write_head(path, len(scan.hashes), scan.hashes[-1])
+            except OSError as error:
+                raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
+            return cls(path, descriptor, scan)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def append(self, releases: Sequence[Release]) -> None:
+        """Write releases down, durably, before they leave the client.
+
+        Args:
+            releases: of one round, any number; each (client, round, attempt) only once ever.
+
+        Raises:
+            ValueError: a release that is already in the ledger.
+            LedgerError: nothing was written (disk full and the like); none of them counts.
+        """
+        self._check_usable()
+        lines, digest, seen = [], self._hash, set()
+        for release in releases:
+            key = (release.client, release.round, release.attempt)
+            known = self._by_round.get(key[:2], ())
+            if key in seen or any(r.attempt == release.attempt for r in known):
+                raise ValueError(f"releases: (client, round, attempt) {key} is already recorded")
+            seen.add(key)
+            line, digest = _chain.seal(_release_entry(release), digest)
+            lines.append(line)
+        if not lines:
+            return
+        data = b"".join(lines)
+        assert self._descriptor is not None
+        try:
+            _chain.write_all(self._descriptor, data)
+            os.fsync(self._descriptor)
+            _chain.write_head(self.path, len(self) + 1 + len(lines), digest)
+        except OSError as error:
+            self._roll_back(error)
+            raise LedgerError(
+                f"cannot write the ledger in {self.path.parent}, nothing was released: {error}"
+            ) from error
+        except BaseException:
+            self._broken = "an append was interrupted"
+            raise
+        self._size += len(data)
+        self._remember(releases, digest)
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        """All releases, oldest first."""
+        return tuple(self._releases)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The facts of the run, as written (infinities are the string "inf")."""
+        return dict(self._header)
+
+    @property
+    def head_hash(self) -> str:
+        """Hash of the last line: it stands for the whole history."""
+        return self._hash
+
+    def find(self, client: int, round: int) -> list[Release]:
+        """Releases of a client in a round, by attempt."""
+        return list(self._by_round.get((client, round), ()))
+
+    def counts(self, client: int) -> dict[NoiseEvent, int]:
+        """How often each noise event happened to a client's units."""
+        return dict(self._counts.get(client, {}))
+
+    def __len__(self) -> int:
+        return len(self._releases)
+
+    def __iter__(self) -> Iterator[Release]:
+        return iter(self._releases)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock; the object can still be read."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Ledger is a file of its own and cannot be pickled or copied")
+
+    def _check_usable(self) -> None:
+        if self._descriptor is None:
+            raise LedgerError(f"the ledger in {self.path.parent} is closed")
+        if self._broken:
+            raise LedgerError(f"{self._broken} in {self.path.parent}: open the ledger again")
+
+    def _remember(self, releases: Sequence[Release], digest: str) -> None:
+        self._hash = digest
+        for release in releases:
+            self._releases.append(release)
+            self._by_round.setdefault((release.client, release.round), []).append(release)
+            self._counts.setdefault(release.client, Counter())[release.event] += release.steps
+
+    def _roll_back(self, cause: OSError) -> None:
+        assert self._descriptor is not None
+        try:
+            os.ftruncate(self._descriptor, self._size)
+            os.fsync(self._descriptor)
+        except OSError:
+            self._broken = f"a failed append ({cause}) could not be taken back"
+
+
+def _check_facts(header: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [name for name in REQUIRED_FACTS if name not in header]
+    if missing:
+        raise ValueError(f"header must have {', '.join(missing)}, got {sorted(header)}")
+    if header["setting"] not in SETTINGS:
+        raise ValueError(f"header['setting'] must be one of {SETTINGS}, got {header['setting']!r}")
+    if not isinstance(header["simulated"], bool):
+        raise ValueError(f"header['simulated'] must be a bool, got {header['simulated']!r}")
+    return _chain.plain(header)
+
+
+def _stated_lines(path: Path) -> int:
+    try:
+        return _chain.read_head(_chain.head_path(path))[0]
+    except FileNotFoundError:
+        return 0
+
+
+def _set_aside(path: Path, descriptor: int, scan: _chain.Scan) -> None:
+    torn = path.with_name(path.name + ".torn")
+    with torn.open("ab") as file:
+        file.write(scan.torn + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.ftruncate(descriptor, scan.size)
+    os.fsync(descriptor)
+    warnings.warn(
+        f"{path}: the last line was torn by a crash ({len(scan.torn)} bytes), moved to "
+        f"{torn.name}; its release had not left the client",
+        LedgerWarning,
+        stacklevel=3,
+    )
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
+    """Header and releases of a ledger, checked, without opening it for appending.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+        LedgerError: the chain is broken or lines are missing.
+    """
+    path = _resolve(path)
+    scan = _chain.scan(path, _parse)
+    if scan.problems or not scan.entries:
+        raise LedgerError(
+            f"{path} cannot be trusted: " + ("; ".join(scan.problems) or "it has no header")
+        )
+    return scan.entries[0], scan.entries[1:]
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """Problems of a ledger, each with its line number; [] if there are none.
+
+    A torn last line that never counted is no problem (a crash leaves it, `Ledger.open` removes it).
+
+    Raises:
+        FileNotFoundError: no ledger there.
+    """
+    scan = _chain.scan(_resolve(path), _parse)
+    if not scan.problems and not scan.entries:
+        return ["line 1 is missing: the file has no header"]
+    return scan.problems
+
+
+def report(path: str | os.PathLike[str]) -> dict[int, ClientReport]:
+    """Every client's epsilon by PLD, from the file alone.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+        LedgerError: the chain is broken or lines are missing.
+    """
+    from fl_lightning._ledger_report import report_clients
+
+    return report_clients(*read(path))
+
+
+if __name__ == "__main__":
+    from fl_lightning._ledger_report import main
+
+    sys.exit(main())
