@@ -1,0 +1,29 @@
+"""Per-layer clipping and secure noise for differentially private training."""
+
+from aadp_kernels.ghost import (
+    UnsupportedLayerError,
+    check_single_use,
+    clipped_conv2d,
+    clipped_linear,
+    with_clipping,
+)
+from aadp_kernels.layout import Layout
+from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask, sample_noise, tail_cutoff
+from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
+
+__all__ = [
+    "MECHANISMS",
+    "Layout",
+    "NoiseKey",
+    "UnsupportedLayerError",
+    "check_single_use",
+    "clipped_conv2d",
+    "clipped_linear",
+    "noise_scales",
+    "poisson_mask",
+    "sample_noise",
+    "sensitivity",
+    "tail_cutoff",
+    "vote_noise",
+    "with_clipping",
+]

@@ -1,0 +1,1 @@
+"""Plain-torch implementations: the specification that every faster implementation must meet."""

@@ -1,0 +1,219 @@
+"""Clip-in-backward: autograd functions whose weight gradient is a sum of clipped per-record gradients.
+
+The layer's own backward knows everything that per-layer clipping needs, so one backward pass is
+enough and no gradient of a whole model is held per record.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+Spec = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
+
+
+def _finite_records(x: Tensor, g: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which records are finite [B], and x and g with the others set to zero.
+
+    A record counts as finite if the product of the L1 norms of its input and its output gradient,
+    which bounds each entry of its weight gradient, leaves room for a norm in x's dtype.
+    """
+    bound = x.flatten(1).abs().sum(1) * g.flatten(1).abs().sum(1)
+    bound = bound + g.flatten(1).abs().sum(1) + x.flatten(1).abs().sum(1)
+    largest = torch.finfo(x.dtype).max
+    finite = bound <= (largest**0.5 / 16 if p == 2 else largest / 16)
+    shape = (-1, *[1] * (x.dim() - 1))
+    x = torch.where(finite.view(shape), x, 0.0)
+    g = torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, 0.0)
+    return finite, x, g
+
+
+def _factors(norm: Tensor, clip: Tensor, live: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+    """Clip factors [B] (0 for records that do not count) and which records were clipped.
+
+    The norm is inflated by its rounding bound first, so factor * norm <= clip for the true norm.
+    """
+    norm = norm * (1 + slack)
+    over = norm > clip
+    factor = torch.where(over, clip * (1 - 1e-12) / torch.where(over, norm, 1.0), 1.0)
+    return torch.where(live, factor, 0.0), over & live
+
+
+def _counts(norm1: Tensor | None, clipped, finite, mask, votes_at, probe) -> Tensor:
+    """(votes, clipped, non-finite) of the batch, [3]; padding and non-finite records do not vote."""
+    live = mask & finite
+    votes = torch.zeros_like(live, dtype=torch.float64)
+    if norm1 is not None and votes_at is not None:
+        ballot = torch.where(norm1 <= votes_at, 0.5, -0.5).to(torch.float64)
+        votes = torch.where(live & ~torch.isnan(votes_at), ballot, 0.0)
+    sums = (votes.sum(0), clipped.sum(0), (mask & ~finite).sum(0))
+    return torch.stack([s.to(torch.float64) for s in sums]).to(probe.dtype)
+
+
+def _live(mask: Tensor | None, x: Tensor) -> Tensor:
+    """The mask as bool [B]."""
+    if mask is None:
+        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    return (mask != 0).expand(x.shape[0])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Half precision is clipped in float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _row_norms(grads: Tensor, p: int, *, votes: bool) -> tuple[Tensor, Tensor | None]:
+    """Norms of per-record gradients [B, rows, columns]: the clipping norm, and L1 if asked for."""
+    norm1 = norm2 = None
+    if p == 1 or votes:
+        norm1 = grads.abs().sum(-1).to(torch.float64).sum(-1)
+    if p == 2:
+        norm2 = torch.linalg.vector_norm(grads, dim=-1).to(torch.float64).square().sum(-1).sqrt()
+    return (norm1, norm1) if p == 1 else (norm2, norm1)
+
+
+def _clip_rows(grads, bias_grads, x, g, finite, clip, mask, votes_at, probe, p, want_probe):
+    """Clip materialised per-record gradients [B, rows, columns] (+ bias [B, rows]) and sum them."""
+    votes = votes_at is not None and want_probe
+    norm, norm1 = _row_norms(grads, p, votes=votes)
+    slack = (grads.shape[-1] + 16) * torch.finfo(grads.dtype).eps
+    if bias_grads is not None:
+        wide = bias_grads.to(torch.float64)
+        bias1 = wide.abs().sum(-1)
+        norm1 = None if norm1 is None else norm1 + bias1
+        norm = norm1 if p == 1 else (norm.square() + wide.square().sum(-1)).sqrt()
+    live = finite & mask
+    factor, clipped = _factors(norm, clip.to(torch.float64), live, slack)
+    factor = factor.to(grads.dtype) * (1 - torch.finfo(grads.dtype).eps)
+    factor = torch.where(clipped, factor, live.to(grads.dtype))
+    weight_grad = torch.mv(grads.flatten(1).t(), factor)
+    bias_grad = None if bias_grads is None else torch.mv(bias_grads.t(), factor)
+    counts = _counts(norm1, clipped, finite, mask, votes_at, probe) if want_probe else None
+    return weight_grad, bias_grad, counts
+
+
+class ClippedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b; backward clips each record's (dW, db) jointly before the sum."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, clip, mask, votes_at, probe, p):
+        """Exactly torch.nn.functional.linear."""
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs; per-record gradients exist in backward only."""
+        x, weight, bias, clip, mask, votes_at, probe, p = inputs
+        ctx.save_for_backward(x, weight, clip, mask, votes_at, probe)
+        ctx.p = p
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
+        x, weight, clip, mask, votes_at, probe = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        need_probe = probe is not None and ctx.needs_input_grad[6]
+        grad_x = grad.matmul(weight) if need_x else None
+        if not (need_w or need_b or need_probe):
+            return grad_x, None, None, None, None, None, None, None
+        dtype = _compute_dtype(x)
+        finite, a, g = _finite_records(x.to(dtype), grad.to(dtype), ctx.p)
+        live = _live(mask, x)
+        args = (clip, live, votes_at, probe, ctx.p, need_probe)
+        if x.dim() == 2:
+            clipped = _linear_ghost(a, g, finite, ctx.has_bias, *args)
+        else:
+            a, g = a.flatten(1, -2), g.flatten(1, -2)
+            bias_grads = g.sum(1) if ctx.has_bias else None
+            grads = torch.bmm(g.transpose(1, 2), a)
+            clipped = _clip_rows(grads, bias_grads, a, g, finite, *args)
+        grad_w, grad_b, counts = clipped
+        grad_w = grad_w.view(weight.shape).to(weight.dtype)
+        grad_b = grad_b.to(weight.dtype) if need_b else None
+        return grad_x, grad_w if need_w else None, grad_b, None, None, None, counts, None
+
+
+def _linear_ghost(a, g, finite, has_bias, clip, mask, votes_at, probe, p, want_probe):
+    """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no per-record gradient is formed."""
+    a64, g64 = a.to(torch.float64), g.to(torch.float64)
+    one = 1.0 if has_bias else 0.0
+    norm1 = (a64.abs().sum(1) + one) * g64.abs().sum(1)
+    if p == 1:
+        norm = norm1
+    else:
+        norm = ((a64.square().sum(1) + one) * g64.square().sum(1)).sqrt()
+    live = finite & mask
+    factor, clipped = _factors(norm, clip.to(torch.float64), live, 1e-12)
+    eps = torch.finfo(a.dtype).eps
+    scaled = (
+        g * torch.where(clipped, (factor * (1 - 4 * eps)).to(a.dtype), live.to(a.dtype))[:, None]
+    )
+    counts = _counts(norm1, clipped, finite, mask, votes_at, probe) if want_probe else None
+    return scaled.t().mm(a), scaled.sum(0) if has_bias else None, counts
+
+
+class ClippedConv2d(torch.autograd.Function):
+    """y = conv2d(x, W) + b; backward clips each record's (dW, db) jointly before the sum."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, clip, mask, votes_at, probe, spec: Spec, p):
+        """Exactly torch.nn.functional.conv2d."""
+        return F.conv2d(x, weight, bias, *spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs, not the unfolded patches."""
+        x, weight, bias, clip, mask, votes_at, probe, spec, p = inputs
+        ctx.save_for_backward(x, weight, clip, mask, votes_at, probe)
+        ctx.spec, ctx.p = spec, p
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
+        x, weight, clip, mask, votes_at, probe = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.spec
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        need_probe = probe is not None and ctx.needs_input_grad[6]
+        grad_x = None
+        if need_x:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
+                (True, False, False),
+            )[0]  # fmt: skip
+        if not (need_w or need_b or need_probe):
+            return grad_x, None, None, None, None, None, None, None, None
+        dtype = _compute_dtype(x)
+        finite, a, g = _finite_records(x.to(dtype), grad.to(dtype), ctx.p)
+        g = g.flatten(2)
+        grads = _conv_per_record(a, g, weight, ctx.spec)
+        bias_grads = g.sum(2) if ctx.has_bias else None
+        args = (clip, _live(mask, x), votes_at, probe, ctx.p, need_probe)
+        grad_w, grad_b, counts = _clip_rows(grads, bias_grads, a, g, finite, *args)
+        grad_w = grad_w.view(weight.shape).to(weight.dtype)
+        grad_b = grad_b.to(weight.dtype) if need_b else None
+        return grad_x, grad_w if need_w else None, grad_b, None, None, None, counts, None, None
+
+
+def _conv_per_record(a: Tensor, g: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """Per-record weight gradients [B, out, in/groups * kh * kw] from unfolded patches."""
+    stride, padding, dilation, groups = spec
+    kernel = weight.shape[2:]
+    patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
+    if groups == 1:
+        return torch.bmm(g, patches.transpose(1, 2))
+    batch, length = a.shape[0], patches.shape[-1]
+    columns = math.prod(weight.shape[1:])
+    patches = patches.view(batch * groups, columns, length)
+    grouped = g.reshape(batch * groups, weight.shape[0] // groups, length)
+    return torch.bmm(grouped, patches.transpose(1, 2)).view(batch, weight.shape[0], columns)

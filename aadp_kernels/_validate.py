@@ -1,0 +1,68 @@
+"""ValueErrors that name the argument and its value. Only public quantities are checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: object, known: Sequence[object]) -> None:
+    """Raise unless `value` is one of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def integer_below(name: str, value: int, limit: int) -> int:
+    """The integer `value` in [0, limit), or an error."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if not 0 <= value.__index__() < limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {value!r}")
+    return value.__index__()
+
+
+def finite_nonnegative(name: str, value: float) -> float:
+    """The finite number `value` >= 0, or an error."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    return float(value)
+
+
+def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
+    """Raise unless all elements are >= 0 (and finite). Not checked on an accelerator: no sync."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    good = (value >= 0) & (torch.isfinite(value) if finite else torch.tensor(True))
+    if not bool(good.all()):
+        kind = "finite and not negative" if finite else "not negative and not NaN"
+        raise ValueError(f"{name} must be {kind}, got {value[~good].flatten()[0].item()!r}")
+
+
+def client_ids(client: int | Tensor, device: torch.device) -> Tensor:
+    """Client ids as int64 [K], each in [0, 2^32)."""
+    if not isinstance(client, Tensor):
+        return torch.tensor([integer_below("client", client, 1 << 32)], device=device)
+    if client.dtype not in (torch.int32, torch.int64) or client.dim() > 1:
+        raise ValueError(
+            f"client must be an integer or a 1-D integer tensor, got {client.dtype} "
+            f"{tuple(client.shape)}"
+        )
+    ids = client.reshape(-1)
+    if ids.device.type == "cpu" and ids.numel():
+        for extreme in (ids.min().item(), ids.max().item()):
+            integer_below("client", int(extreme), 1 << 32)
+    return ids.to(device=device, dtype=torch.int64)
+
+
+def floating(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless every tensor is real floating point and all are on one device."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}[{i}] must be floating point, got {tensor.dtype}")
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name} must be on one device, got {tensors[0].device} and {tensor.device}"
+            )

@@ -1,0 +1,291 @@
+"""Secret noise keys and the noise and coins that are drawn with them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import _validate
+from aadp_kernels._torch import noise as _noise
+from aadp_kernels._torch.rng import RNGS, key_words_needed, words_per_block
+
+MECHANISMS = ("gaussian", "laplace")
+
+_MAX_STEP = 1 << 32
+_MAX_LAYER = 1 << _noise.LAYER_BITS
+
+
+class NoiseKey:
+    """A 32-byte secret that all noise and coins are a function of.
+
+    Who knows the key can subtract the noise. A key is therefore never printed, pickled or copied; keep
+    its bytes in a private file. A privacy claim wants a ChaCha generator and `NoiseKey.random`; a key
+    from a public seed marks everything that is made with it as simulated.
+
+    Args:
+        secret: 32 bytes, secret.
+        rng: "chacha20" (default), "chacha12", "chacha8" (stream ciphers), "philox10" or "philox7"
+            (fast, not secure).
+        simulated: True if the secret is not secret (a public seed).
+
+    Raises:
+        ValueError: The secret is not 32 bytes, or the generator is unknown.
+
+    Guarantees:
+        Keys with different generators share no stream, nor do keys derived with different contexts.
+        A (key, step, client, layer) must be used for one release only: the same noise on two different
+        sums reveals their difference. The caller sees to that.
+    """
+
+    def __init__(self, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> None:
+        _validate.one_of("rng", rng, RNGS)
+        if not isinstance(secret, bytes | bytearray) or len(secret) != 32:
+            length = len(secret) if isinstance(secret, bytes | bytearray) else type(secret).__name__
+            raise ValueError(f"secret must be 32 bytes, got {length}")
+        self._secret = bytes(secret)
+        self._rng = rng
+        self._simulated = bool(simulated)
+
+    @classmethod
+    def random(cls, rng: str = "chacha20") -> NoiseKey:
+        """A new key from the operating system's generator."""
+        return cls(secrets.token_bytes(32), rng)
+
+    @classmethod
+    def from_seed(cls, seed: int, rng: str = "chacha20") -> NoiseKey:
+        """A reproducible key for experiments: marked as simulated, it protects nothing."""
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        digest = hashlib.blake2b(_encode(seed.__index__()), digest_size=32, person=b"aadp seed")
+        return cls(digest.digest(), rng, simulated=True)
+
+    @classmethod
+    def from_bytes(cls, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> NoiseKey:
+        """The key with the given 32 secret bytes."""
+        return cls(secret, rng, simulated)
+
+    def derive(self, *context: bytes | str | int) -> NoiseKey:
+        """The key for a context, such as `key.derive("round", 3, digest)`.
+
+        Args:
+            context: Public bytes, strings and integers; at least one.
+
+        Returns:
+            A key that tells nothing about this one, with the same generator and the same mark.
+
+        Raises:
+            ValueError: No context, or one of another type.
+
+        Guarantees:
+            Keyed BLAKE2b over an unambiguous encoding: ("ab", "c"), ("a", "bc"), (b"ab", "c") and 1,
+            "1" are all different contexts.
+        """
+        if not context:
+            raise ValueError("context must not be empty")
+        data = b"".join(_encode(item) for item in context)
+        digest = hashlib.blake2b(data, digest_size=32, key=self._secret, person=b"aadp derive")
+        return NoiseKey(digest.digest(), self._rng, self._simulated)
+
+    @property
+    def rng(self) -> str:
+        """Name of the generator."""
+        return self._rng
+
+    @property
+    def simulated(self) -> bool:
+        """True if the key comes from a public seed."""
+        return self._simulated
+
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """Secret. The generator's key as unsigned 32-bit words (8 for ChaCha, 2 for Philox)."""
+        size = 4 * key_words_needed(self._rng)
+        person = f"aadp {self._rng}".encode()
+        digest = hashlib.blake2b(key=self._secret, digest_size=size, person=person).digest()
+        return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, size, 4))
+
+    def __repr__(self) -> str:
+        return f"NoiseKey(<secret>, rng={self._rng!r}, simulated={self._simulated})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NoiseKey):
+            return NotImplemented
+        same_rng = self._rng == other._rng and self._simulated == other._simulated
+        return hmac.compare_digest(self._secret, other._secret) and same_rng
+
+    def __hash__(self) -> int:
+        return hash((self._rng, hashlib.blake2b(key=self._secret, digest_size=8).digest()))
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a NoiseKey is secret: it cannot be copied, pickled or checkpointed")
+
+
+def _encode(item: bytes | str | int) -> bytes:
+    """Type, length and bytes of one part of a context, so that no two contexts coincide."""
+    if isinstance(item, bool) or not isinstance(item, bytes | str | int):
+        raise ValueError(f"context must be bytes, str or int, got {item!r}")
+    if isinstance(item, bytes):
+        tag, data = b"b", item
+    elif isinstance(item, str):
+        tag, data = b"s", item.encode()
+    else:
+        tag, data = b"i", item.to_bytes(item.bit_length() // 8 + 1, "big", signed=True)
+    return tag + len(data).to_bytes(8, "big") + data
+
+
+def tail_cutoff(mechanism: str) -> float:
+    """Largest |noise| / scale that the sampler can give: 9.419 (gaussian), 43.67 (laplace).
+
+    An accountant charges a delta for the missing tails; a Gaussian beyond 9.419 has mass 4.6e-21.
+    """
+    _validate.one_of("mechanism", mechanism, MECHANISMS)
+    return _noise.GAUSSIAN_CUTOFF if mechanism == "gaussian" else _noise.LAPLACE_CUTOFF
+
+
+def max_elements(rng: str) -> int:
+    """Elements that one (step, client, layer) stream can serve: 2^35 (ChaCha) or 2^33 (Philox)."""
+    return (1 << 32) * (words_per_block(rng) // 2)
+
+
+def sample_noise(
+    shape: Sequence[int],
+    *,
+    mechanism: str,
+    scale: float | Tensor,
+    key: NoiseKey,
+    step: int,
+    client: int | Tensor = 0,
+    layer: int = 0,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Gaussian or Laplace noise that is a function of its address only.
+
+    Equals `scale * torch.randn(shape)` or `Laplace(0, scale).sample(shape)` in distribution.
+
+    Args:
+        shape: Shape of the result. With a tensor of clients, [K, ...].
+        mechanism: "gaussian" or "laplace".
+        scale: Standard deviation (gaussian) or b (laplace), public, >= 0 and finite; a tensor is
+            broadcast to `shape`.
+        key: Secret key.
+        step: Step or round, in [0, 2^32), public.
+        client: Client id in [0, 2^32), or int64 [K]: row k then uses client[k].
+        layer: Layer index, in [0, 2^24).
+        offset: Index of the first element of the result (of a row, with a tensor of clients).
+        dtype: Floating dtype of the result.
+        device: Device of the result; the noise has the same bits on all of them.
+
+    Returns:
+        Noise, `dtype` [shape].
+
+    Raises:
+        ValueError: A scale that is negative or not finite, an address out of range, a shape that does
+            not begin with K.
+
+    Guarantees:
+        Element i of the flattened result (of the row) depends on (key, step, client, layer,
+        offset + i) only: neither on the shape nor on the split of a call. Computed in float64 from 64
+        bits an element, and rounded once to `dtype`. |noise| <= tail_cutoff(mechanism) * scale.
+
+    Edge cases:
+        | case | result |
+        |---|---|
+        | scale 0 | exactly zero |
+        | empty shape, K = 0 | empty |
+
+    Reference:
+        Box and Muller 1958; Salmon et al. 2011 (counter-based generators); RFC 8439 (ChaCha20).
+    """
+    _validate.one_of("mechanism", mechanism, MECHANISMS)
+    shape = torch.Size(shape)
+    place = torch.device(device) if device is not None else _scale_device(scale)
+    cohort = isinstance(client, Tensor) and client.dim() == 1
+    if cohort and (not shape or shape[0] != len(client)):
+        raise ValueError(f"shape must begin with {len(client)} clients, got {tuple(shape)}")
+    clients = _validate.client_ids(client, place)
+    count = torch.Size(shape[1:] if cohort else shape).numel()
+    check_address(key, step=step, layer=layer)
+    offset = _validate.integer_below("offset", offset, max_elements(key.rng) - count + 1)
+    if isinstance(scale, Tensor):
+        _validate.nonnegative_tensor("scale", scale, finite=True)
+    elif _validate.finite_nonnegative("scale", scale) == 0:
+        return torch.zeros(shape, dtype=dtype, device=place)
+    if shape.numel() == 0:
+        return torch.zeros(shape, dtype=dtype, device=place)
+    noise = _noise.standard_noise(
+        key.rng, key.words, [(layer, offset, count)], clients, step=step, mechanism=mechanism
+    )[0].reshape(shape)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device=place, dtype=torch.float64)
+    return (noise * scale).to(dtype)
+
+
+def poisson_mask(
+    n: int,
+    rate: float | Sequence[float],
+    *,
+    key: NoiseKey,
+    step: int,
+    client: int | Tensor = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Independent coins for Poisson sampling, `torch.rand(n) < rate` in distribution.
+
+    Args:
+        n: Number of records, public.
+        rate: Probability of True, in [0, 1], public; with a tensor of clients also one for each.
+        key: Secret key: who knows the coins has no amplification to fear.
+        step: Step in [0, 2^32).
+        client: Client id in [0, 2^32), or int64 [K].
+        device: Device of the result.
+
+    Returns:
+        bool [n], or [K, n] for a tensor of clients. Private.
+
+    Raises:
+        ValueError: A rate outside [0, 1], an address out of range.
+
+    Guarantees:
+        Coin i depends on (key, step, client, i) only; P(True) differs from the rate by at most 2^-63;
+        the coins share no random bits with any noise under the same key.
+
+    Edge cases:
+        Rate 0 gives no True, rate 1 gives all True, n = 0 gives an empty mask.
+    """
+    place = torch.device(device) if device is not None else torch.device("cpu")
+    n = _validate.integer_below("n", n, max_elements(key.rng))
+    clients = _validate.client_ids(client, place)
+    check_address(key, step=step, layer=0)
+    rates = list(rate) if isinstance(rate, Sequence) else [float(rate)] * len(clients)
+    if len(rates) != len(clients):
+        raise ValueError(f"rate must be one for each of {len(clients)} clients, got {len(rates)}")
+    for value in rates:
+        if not 0 <= value <= 1:
+            raise ValueError(f"rate must be in [0, 1], got {value!r}")
+    cohort = isinstance(client, Tensor) and client.dim() == 1
+    if n == 0 or len(clients) == 0:
+        return torch.zeros((len(clients), n) if cohort else (n,), dtype=torch.bool, device=place)
+    mask = _noise.coins(key.rng, key.words, n, clients, step=step, rates=rates)
+    return mask if cohort else mask[0]
+
+
+def check_address(key: NoiseKey, *, step: int, layer: int) -> None:
+    """Raise unless the key is a key and step and layer fit their fields."""
+    if not isinstance(key, NoiseKey):
+        raise ValueError(f"key must be a NoiseKey, got {type(key).__name__}")
+    _validate.integer_below("step", step, _MAX_STEP)
+    _validate.integer_below("layer", layer, _MAX_LAYER)
+
+
+def _scale_device(scale: float | Tensor) -> torch.device:
+    """Noise lies where its scale lies, by default."""
+    return scale.device if isinstance(scale, Tensor) else torch.device("cpu")
