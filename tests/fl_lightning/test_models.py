@@ -1,0 +1,105 @@
+"""Models: shapes, layer sizes, which modules hold parameters, configuration, learning."""
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from fl_lightning.data import digits
+from fl_lightning.models import CNN, MLP, LogisticRegression, layer_dims
+
+MODELS = [LogisticRegression, MLP, CNN]
+
+
+@pytest.mark.parametrize(
+    ("model", "dims"),
+    [
+        (LogisticRegression(), {"fc1": 650}),
+        (MLP(), {"fc1": 4160, "fc2": 650}),
+        (MLP(hidden=[]), {"fc1": 650}),
+        (MLP(hidden=(3, 2)), {"fc1": 195, "fc2": 8, "fc3": 30}),
+        (CNN(), {"conv1": 160, "conv2": 4640, "fc1": 4128, "fc2": 330}),
+        (CNN(channels=[4], kernel_size=1), {"conv1": 8, "fc1": 2080, "fc2": 330}),
+    ],
+)
+def test_layer_dims_and_output(model, dims):
+    assert layer_dims(model) == dims
+    assert sum(dims.values()) == sum(p.numel() for p in model.parameters())
+    assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("size", [28, 32, 9])
+def test_cnn_on_other_image_sizes(size):
+    model = CNN(in_channels=3, num_classes=7, image_size=size)
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("make", MODELS)
+def test_only_linear_and_conv_hold_parameters(make, activation):
+    model = make() if make is LogisticRegression else make(activation=activation)
+    holders = {type(m) for m in model.modules() if list(m.parameters(recurse=False))}
+    assert holders <= {nn.Linear, nn.Conv2d}
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_records_do_not_mix(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(4, 1, 8, 8)
+    changed = x.clone()
+    changed[3] = torch.nan
+    torch.testing.assert_close(model(changed)[:3], model(x)[:3])
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_vmap_over_clients_equals_a_loop(make):
+    torch.manual_seed(0)
+    models, x = [make() for _ in range(3)], torch.randn(3, 5, 1, 8, 8)
+    params, _ = torch.func.stack_module_state(models)
+    got = torch.func.vmap(lambda p, xk: torch.func.functional_call(models[0], p, (xk,)))(params, x)
+    want = torch.stack([model(xk) for model, xk in zip(models, x, strict=True)])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("make", "floor"), [(LogisticRegression, 0.9), (MLP, 0.93), (CNN, 0.93)])
+def test_learns_digits(make, floor):
+    torch.manual_seed(0)
+    data, model = digits(), make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data.x_train), data.y_train).backward()
+        optimizer.step()
+    accuracy = (model(data.x_test).argmax(1) == data.y_test).float().mean()
+    assert accuracy > floor
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "message"),
+    [
+        (MLP, {"activation": "swish"}, "activation='swish' must be one of tanh, relu, gelu"),
+        (MLP, {"hidden": (8, 0)}, "hidden=0"),
+        (MLP, {"in_features": 0}, "in_features=0"),
+        (LogisticRegression, {"num_classes": 0}, "num_classes=0"),
+        (CNN, {"activation": "swish"}, "activation='swish'"),
+        (CNN, {"kernel_size": 2}, "kernel_size=2"),
+        (CNN, {"channels": (0,)}, "channels=0"),
+        (CNN, {"image_size": 3}, "image_size=3"),
+        (CNN, {"hidden": 0}, "hidden=0"),
+    ],
+)
+def test_refusals(make, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+def test_configured_by_jsonargparse():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "net")
+    argv = ["--net=fl_lightning.models.CNN", "--net.channels=[4, 8]", "--net.activation=relu"]
+    config = parser.parse_args(argv)
+    model = parser.instantiate(config).net
+    assert isinstance(model, CNN)
+    assert layer_dims(model)["conv2"] == 4 * 8 * 9 + 8
+    assert parser.parse_string(parser.dump(config)) == config
