@@ -1,5 +1,6 @@
 """Per-layer clipping and secure noise for differentially private training."""
 
+from aadp_kernels.clip_sum import clip_sum_noise
 from aadp_kernels.ghost import (
     UnsupportedLayerError,
     check_single_use,
@@ -9,18 +10,23 @@ from aadp_kernels.ghost import (
 )
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask, sample_noise, tail_cutoff
+from aadp_kernels.privatize import ClipStats, layer_norms, privatize_
 from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
 
 __all__ = [
     "MECHANISMS",
+    "ClipStats",
     "Layout",
     "NoiseKey",
     "UnsupportedLayerError",
     "check_single_use",
+    "clip_sum_noise",
     "clipped_conv2d",
     "clipped_linear",
+    "layer_norms",
     "noise_scales",
     "poisson_mask",
+    "privatize_",
     "sample_noise",
     "sensitivity",
     "tail_cutoff",

@@ -1,4 +1,4 @@
-"""Clip-in-backward layers: one ordinary backward pass gives sums of clipped per-record gradients."""
+"""Clip-in-backward layers: one ordinary backward pass gives clipped sums."""
 
 from __future__ import annotations
 
@@ -47,15 +47,16 @@ def clipped_linear(
         [B, ..., out].
 
     Raises:
-        ValueError: p not in {1, 2}, x without a batch dimension, a clip or votes_at that is not 0-d.
+        ValueError: p not in {1, 2}, x without a batch dimension, a clip or votes_at that is not
+            0-d.
         RuntimeError: Used inside a torch.func transform under torch.compile, which would silently
             drop this backward and give unclipped gradients. Compile through plain autograd.
 
     Guarantees:
-        Every record contributes at most C in norm p, in real arithmetic: norms are inflated by their
-        rounding bounds and factors rounded down, but the sum is a matrix product in x's dtype. The
-        loss must be a sum over records with weights that are public; the layer must be used once in
-        a forward. Works under torch.func.grad and torch.func.vmap.
+        Every record contributes at most C in norm p, in real arithmetic: norms are inflated by
+        their rounding bounds and factors rounded down, but the sum is a matrix product in x's
+        dtype. The loss must be a sum over records with weights that are public; the layer must be
+        used once in a forward. Works under torch.func.grad and torch.func.vmap.
 
     Edge cases:
         | record | contribution | vote | counted as non-finite |
@@ -66,8 +67,8 @@ def clipped_linear(
         | clip 0 | 0 | as its norm says | no |
 
     Reference:
-        Goodfellow 2015, arXiv:1510.01799 (norms of linear layers' gradients); Bu, Wang, Zha, Karypis
-        2023, arXiv:2210.00038 (clipped sums in one backward pass).
+        Goodfellow 2015, arXiv:1510.01799 (norms of linear layers' gradients); Bu, Wang, Zha,
+        Karypis 2023, arXiv:2210.00038 (clipped sums in one backward pass).
     """
     _check(x, 2, clip, votes_at, p, "x must be [B, ..., in]")
     return ClippedLinear.apply(x, weight, bias, clip, mask, votes_at, probe, p)
@@ -90,7 +91,8 @@ def clipped_conv2d(
 ) -> Tensor:
     """`F.conv2d` whose backward clips every record's gradient before the sum.
 
-    The per-record gradients [B, out, in/groups * kh * kw] of this layer are held during its backward.
+    The per-record gradients [B, out, in/groups * kh * kw] of this layer are held during its
+    backward.
 
     Args:
         x: Input [B, in, height, width], B records, private.
@@ -225,9 +227,9 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
     """A deep copy of the model whose nn.Linear and nn.Conv2d layers clip in backward.
 
     Each such layer keeps its parameter names and has four non-persistent buffers that a caller sets
-    through `torch.func.functional_call`: "<layer>.clip_norm" (0-d, inf at first), "<layer>.votes_at"
-    (0-d, NaN at first: no votes), "<layer>.mask" ([B], [1] of ones at first) and "<layer>.probe" ([3]
-    of zeros, see `clipped_linear`).
+    through `torch.func.functional_call`: "<layer>.clip_norm" (0-d, inf at first),
+    "<layer>.votes_at" (0-d, NaN at first: no votes), "<layer>.mask" ([B], [1] of ones at first) and
+    "<layer>.probe" ([3] of zeros, see `clipped_linear`).
 
     Args:
         model: Any module; it is not changed.
@@ -238,7 +240,8 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
 
     Raises:
         UnsupportedLayerError: A module of another type owns a parameter, parameters or modules are
-            shared, a module mixes records (batch normalisation), or a padding is not symmetric zeros.
+            shared, a module mixes records (batch normalisation), or a padding is not symmetric
+            zeros.
         ValueError: p not in {1, 2}.
 
     Guarantees:
@@ -270,7 +273,7 @@ def _check_modules(model: nn.Module) -> None:
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if type(module) not in _CLIPPED:
                 raise UnsupportedLayerError(
-                    f"{label} has the parameter {key!r}; only nn.Linear and nn.Conv2d can be clipped"
+                    f"{label} has the parameter {key!r}; only Linear and Conv2d can be clipped"
                 )
             if id(parameter) in owners:
                 raise UnsupportedLayerError(

@@ -25,9 +25,9 @@ _MAX_LAYER = 1 << _noise.LAYER_BITS
 class NoiseKey:
     """A 32-byte secret that all noise and coins are a function of.
 
-    Who knows the key can subtract the noise. A key is therefore never printed, pickled or copied; keep
-    its bytes in a private file. A privacy claim wants a ChaCha generator and `NoiseKey.random`; a key
-    from a public seed marks everything that is made with it as simulated.
+    Who knows the key can subtract the noise. A key is therefore never printed, pickled or copied;
+    keep its bytes in a private file. A privacy claim wants a ChaCha generator and
+    `NoiseKey.random`; a key from a public seed marks everything that is made with it as simulated.
 
     Args:
         secret: 32 bytes, secret.
@@ -40,8 +40,8 @@ class NoiseKey:
 
     Guarantees:
         Keys with different generators share no stream, nor do keys derived with different contexts.
-        A (key, step, client, layer) must be used for one release only: the same noise on two different
-        sums reveals their difference. The caller sees to that.
+        A (key, step, client, layer) must be used for one release only: the same noise on two
+        different sums reveals their difference. The caller sees to that.
     """
 
     def __init__(self, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> None:
@@ -84,8 +84,8 @@ class NoiseKey:
             ValueError: No context, or one of another type.
 
         Guarantees:
-            Keyed BLAKE2b over an unambiguous encoding: ("ab", "c"), ("a", "bc"), (b"ab", "c") and 1,
-            "1" are all different contexts.
+            Keyed BLAKE2b over an unambiguous encoding: ("ab", "c"), ("a", "bc"), (b"ab", "c") and
+            1, "1" are all different contexts.
         """
         if not context:
             raise ValueError("context must not be empty")
@@ -188,13 +188,13 @@ def sample_noise(
         Noise, `dtype` [shape].
 
     Raises:
-        ValueError: A scale that is negative or not finite, an address out of range, a shape that does
-            not begin with K.
+        ValueError: A scale that is negative or not finite, an address out of range, a shape that
+            does not begin with K.
 
     Guarantees:
         Element i of the flattened result (of the row) depends on (key, step, client, layer,
-        offset + i) only: neither on the shape nor on the split of a call. Computed in float64 from 64
-        bits an element, and rounded once to `dtype`. |noise| <= tail_cutoff(mechanism) * scale.
+        offset + i) only: neither on the shape nor on the split of a call. Computed in float64 from
+        64 bits an element, and rounded once to `dtype`. |noise| <= tail_cutoff(mechanism) * scale.
 
     Edge cases:
         | case | result |
@@ -255,8 +255,8 @@ def poisson_mask(
         ValueError: A rate outside [0, 1], an address out of range.
 
     Guarantees:
-        Coin i depends on (key, step, client, i) only; P(True) differs from the rate by at most 2^-63;
-        the coins share no random bits with any noise under the same key.
+        Coin i depends on (key, step, client, i) only; P(True) differs from the rate by at most
+        2^-63; the coins share no random bits with any noise under the same key.
 
     Edge cases:
         Rate 0 gives no True, rate 1 gives all True, n = 0 gives an empty mask.

@@ -50,23 +50,24 @@ def noise_scales(
         clip: Clip norms C [..., L], public.
         shares: Layer shares pi [..., L], public, > 0, summing to at most 1.
         mechanism: "gaussian" or "laplace".
-        noise_multiplier: z or lambda >= 0, a number, or one for each leading index ([K] for [K, L]).
+        noise_multiplier: z or lambda >= 0, a number, or one for each leading index ([K] for [K,
+            L]).
         adjacency: "zero_out" or "replace_one".
 
     Returns:
         float64 [..., L]. Rounding a scale down by a cast weakens the guarantee by as much.
 
     Raises:
-        ValueError: An unbounded clip norm with a positive multiplier; shares that are not positive or
-            sum to more than 1; a multiplier that is negative or not finite.
+        ValueError: An unbounded clip norm with a positive multiplier; shares that are not positive
+            or sum to more than 1; a multiplier that is negative or not finite.
 
     Guarantees:
         Shares that pass 1 by rounding (up to 1e-5) are divided by their sum, so the noise is never
         less than the formula with exact shares asks for.
 
     Edge cases:
-        Multiplier 0 gives zero scales, also for an infinite clip norm. Clip norm 0 gives scale 0: the
-        contribution is zero as well.
+        Multiplier 0 gives zero scales, also for an infinite clip norm. Clip norm 0 gives scale 0:
+        the contribution is zero as well.
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     spread = sensitivity(clip, adjacency=adjacency)

@@ -1,4 +1,4 @@
-"""Clip-in-backward: autograd functions whose weight gradient is a sum of clipped per-record gradients.
+"""Clip-in-backward: functions whose weight gradient is a sum of clipped per-record gradients.
 
 The layer's own backward knows everything that per-layer clipping needs, so one backward pass is
 enough and no gradient of a whole model is held per record.
@@ -45,7 +45,7 @@ def _factors(norm: Tensor, clip: Tensor, live: Tensor, slack: float) -> tuple[Te
 
 
 def _counts(norm1: Tensor | None, clipped, finite, mask, votes_at, probe) -> Tensor:
-    """(votes, clipped, non-finite) of the batch, [3]; padding and non-finite records do not vote."""
+    """(votes, clipped, non-finite) of the batch, [3]; only live records vote."""
     live = mask & finite
     votes = torch.zeros_like(live, dtype=torch.float64)
     if norm1 is not None and votes_at is not None:

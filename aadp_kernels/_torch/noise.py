@@ -129,7 +129,7 @@ def _elements(rng, key_words, segments, clients, step, domain, transform, dtype)
     for start in range(0, columns, chunk):
         words = random_words(rng, key_words, counters[:, start : start + chunk])
         flat[start : start + chunk] = transform(words).t()
-    flat = flat.view(len(clients), -1)
+    flat = flat.view(len(clients), columns // max(len(clients), 1) * per_block)
     results, column = [], 0
     for _, offset, count in segments:
         skip = offset % per_block

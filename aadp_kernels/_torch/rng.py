@@ -1,7 +1,8 @@
 """Counter-based generators in torch integer operations: ChaCha and Philox4x32.
 
-Both map a key and a 128-bit counter to a block of 32-bit words and keep no state, so any block can be
-computed anywhere. The words are the same on every device, because only integer operations are used.
+Both map a key and a 128-bit counter to a block of 32-bit words and keep no state, so any block can
+be computed anywhere. The words are the same on every device, because only integer operations are
+used.
 
 References:
     ChaCha: Bernstein 2008; block layout and known answers: RFC 8439, section 2.3.
@@ -55,7 +56,7 @@ def random_words(rng: str, key: Sequence[int], counters: Tensor) -> Tensor:
 
 
 def _rotate_add(x: Tensor, bits: int, scratch: Tensor) -> None:
-    """x <- rotate_left(x, bits), in three passes (the product wraps, and the parts share no bit)."""
+    """x <- rotate_left(x, bits) in three passes: the product wraps, the parts share no bit."""
     torch.bitwise_right_shift(x, 32 - bits, out=scratch)
     scratch.bitwise_and_((1 << bits) - 1)
     torch.add(scratch, x, alpha=1 << bits, out=x)
@@ -112,7 +113,7 @@ def chacha(key: Sequence[int], counters: Tensor, *, rounds: int) -> Tensor:
 
 
 def philox(key: Sequence[int], counters: Tensor, *, rounds: int) -> Tensor:
-    """Philox4x32 blocks; int64 arithmetic, so that the 32 x 32 bit products are exact modulo 2^64."""
+    """Philox4x32 blocks, in int64 so that the 32 x 32 bit products are exact."""
     device = counters.device
     wide = counters.to(torch.int64).bitwise_and_(_MASK32)
     even, odd = wide[0::2].clone(), wide[1::2].clone()

@@ -1,0 +1,89 @@
+"""Sums of per-record gradients clipped layer by layer, with float64 products and accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aadp_kernels._torch.privatize import (
+    ClipStats,
+    Noise,
+    add_noise,
+    ballots,
+    clip_factors,
+    norms,
+    update_parts,
+)
+from aadp_kernels.layout import Layout
+
+_ELEMENTS_AT_ONCE = 1 << 22
+
+
+def clip_sum(
+    per_sample: Sequence[Tensor],
+    layout: Layout,
+    *,
+    clip: Tensor,
+    p: int,
+    mask: Tensor,
+    votes_at: Tensor | None,
+    sums: Sequence[Tensor],
+) -> ClipStats:
+    """Add the clipped records to the float64 `sums` in place."""
+    batch = mask.shape[0]
+    columns = []
+    for layer, members in enumerate(layout.members):
+        rows = max(1, _ELEMENTS_AT_ONCE // max(1, layout.dims[layer]))
+        pieces = []
+        for start in range(0, max(batch, 1), rows):
+            piece = slice(start, min(batch, start + rows))
+            records = [t[piece] for t in per_sample]
+            parts = update_parts(records, None, layout, layer)
+            norm1 = norms(parts, 1) if p == 1 or votes_at is not None else None
+            norm = norm1 if p == 1 else norms(parts, p)
+            finite = torch.isfinite(norm)
+            live = finite & mask[piece]
+            factor, clipped = clip_factors(
+                norm, clip[layer], live, layout.dims[layer], torch.float64
+            )
+            for i, part in zip(members, parts, strict=True):
+                kept = torch.where(live[:, None], part, 0.0)
+                sums[i].view(-1).add_(torch.mv(kept.t(), factor))
+            vote = torch.zeros_like(norm)
+            if norm1 is not None:
+                vote = ballots(norm1, None if votes_at is None else votes_at[layer], live)
+            pieces.append((norm1, vote, clipped, mask[piece] & ~finite))
+        norm1s, votes, clipped, bad = zip(*pieces, strict=True)
+        columns.append(
+            (
+                None if norm1s[0] is None else torch.cat(norm1s),
+                torch.cat(votes).sum(),
+                torch.cat(clipped).sum(),
+                torch.cat(bad).sum(),
+            )
+        )
+    norm1s, *counts = zip(*columns, strict=True)
+    l1_norm = None if norm1s[0] is None else torch.stack(norm1s, -1)
+    return ClipStats(l1_norm, *(torch.stack(count) for count in counts))
+
+
+def finish(
+    sums: Sequence[Tensor],
+    layout: Layout,
+    *,
+    scale: Tensor,
+    noise: Noise | None,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """The sums with noise, in the dtypes of the records."""
+    drawn = [None] * layout.num_layers if noise is None else noise.draw(layout, scale)
+    results = []
+    for i, (value, dtype) in enumerate(zip(sums, dtypes, strict=True)):
+        layer, start = layout.layer_of[i], layout.offsets[i]
+        piece = drawn[layer]
+        if piece is not None:
+            piece = piece[0, start : start + layout.sizes[i]].view(value.shape)
+        results.append(add_noise(value, piece, scale[layer]).to(dtype))
+    return results

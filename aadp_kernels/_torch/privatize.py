@@ -1,0 +1,148 @@
+"""Per-layer norms, certified clip factors and noise of client updates, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadp_kernels._torch.noise import standard_noise
+from aadp_kernels.layout import Layout
+
+
+class ClipStats(NamedTuple):
+    """What clipping saw. PRIVATE: never release, log or branch on it outside a simulation.
+
+    Attributes:
+        l1_norm: float64 L1 norms before clipping, [L] or [K, L] (updates), [B, L] (records); None
+            where they were not needed. NaN or inf for a unit that is not finite.
+        votes: float64 [L] or [K, L], sum over units of 1[L1 norm <= votes_at] - 1/2.
+        clipped: int64 [L] or [K, L], units whose norm passed the clip norm.
+        nonfinite: int64 [L] or [K, L], units that were zeroed.
+    """
+
+    l1_norm: Tensor | None
+    votes: Tensor
+    clipped: Tensor
+    nonfinite: Tensor
+
+
+class Noise(NamedTuple):
+    """Where the noise of a release comes from."""
+
+    rng: str
+    key_words: Sequence[int]
+    mechanism: str
+    step: int
+    clients: Tensor
+
+    def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
+        """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.
+
+        All layers come from one call, since small layers cost only dispatch.
+        """
+        noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
+        layers = [i for i in range(layout.num_layers) if noisy[i] and layout.dims[i]]
+        drawn: list[Tensor | None] = [None] * layout.num_layers
+        if layers and len(self.clients):
+            segments = [(i, 0, layout.dims[i]) for i in layers]
+            values = standard_noise(
+                self.rng, self.key_words, segments, self.clients, step=self.step,
+                mechanism=self.mechanism,
+            )  # fmt: skip
+            for i, value in zip(layers, values, strict=True):
+                drawn[i] = value
+        return drawn
+
+
+def norms(parts: Sequence[Tensor], p: int) -> Tensor:
+    """Joint norm of the rows of several float64 [K, n_i]: [K]."""
+    if p == 1:
+        return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))
+    squares = [part.square().sum(1) for part in parts]
+    return sum(squares[1:], squares[0]).sqrt()
+
+
+def clip_factors(
+    norm: Tensor, clip: Tensor, finite: Tensor, count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Factors f with ‖f x‖ <= clip, certified, and which units were clipped.
+
+    `count` elements in float64 give the norm a relative error below count * 2^-52. One unit of the
+    output dtype's precision covers its rounding, its smallest number covers underflow. Below the
+    clip norm f is exactly one; a unit that is not finite has zero.
+    """
+    info = torch.finfo(dtype)
+    bound = norm * (1 + (count + 16) * 2.0**-52)
+    clipped = (bound > clip) & finite
+    room = (clip - count * info.smallest_normal * info.eps).clamp(min=0)
+    factor = torch.where(clipped, room / torch.where(clipped, bound * (1 + info.eps), 1.0), 1.0)
+    return torch.where(finite, factor, 0.0), clipped
+
+
+def ballots(norm1: Tensor, votes_at: Tensor | None, counts: Tensor) -> Tensor:
+    """1[norm1 <= votes_at] - 1/2 for units that count, zero for the others."""
+    if votes_at is None:
+        return torch.zeros_like(norm1)
+    vote = torch.where(norm1 <= votes_at, 0.5, -0.5).to(torch.float64)
+    return torch.where(counts & ~torch.isnan(votes_at), vote, 0.0)
+
+
+def add_noise(value: Tensor, noise: Tensor | None, scale: Tensor) -> Tensor:
+    """value + scale * noise in float64; where the scale is zero the value keeps every bit."""
+    if noise is None:
+        return value
+    return torch.where(scale > 0, value + noise * scale, value)
+
+
+def _rows(value: Tensor, shape: torch.Size) -> int:
+    """Length of the leading dimension, 1 without one."""
+    return value.shape[0] if value.dim() > len(shape) else 1
+
+
+def update_parts(
+    tensors: Sequence[Tensor], reference: Sequence[Tensor] | None, layout: Layout, layer: int
+) -> list[Tensor]:
+    """One layer's tensors minus their reference, float64 [K, n_i]."""
+    parts = []
+    for i in layout.members[layer]:
+        value = tensors[i].detach().to(torch.float64)
+        if reference is not None:
+            value = value - reference[i].detach().to(torch.float64)
+        parts.append(value.reshape(_rows(value, layout.shapes[i]), layout.sizes[i]))
+    return parts
+
+
+def privatize(
+    tensors: Sequence[Tensor],
+    out: Sequence[Tensor],
+    layout: Layout,
+    *,
+    clip: Tensor,
+    scale: Tensor,
+    p: int,
+    noise: Noise | None,
+    reference: Sequence[Tensor] | None,
+    votes_at: Tensor | None,
+) -> ClipStats:
+    """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
+    drawn = [None] * layout.num_layers if noise is None else noise.draw(layout, scale)
+    columns = []
+    for layer, members in enumerate(layout.members):
+        parts = update_parts(tensors, reference, layout, layer)
+        norm1 = norms(parts, 1)
+        norm = norm1 if p == 1 else norms(parts, p)
+        finite = torch.isfinite(norm) & torch.isfinite(norm1)
+        dtype = max((out[i].dtype for i in members), key=lambda d: torch.finfo(d).eps)
+        factor, clipped = clip_factors(norm, clip[:, layer], finite, layout.dims[layer], dtype)
+        for i, part in zip(members, parts, strict=True):
+            value = torch.where(finite[:, None], part * factor[:, None], 0.0)
+            start = layout.offsets[i]
+            piece = None if drawn[layer] is None else drawn[layer][:, start : start + part.shape[1]]
+            value = add_noise(value, piece, scale[:, layer, None])
+            out[i].detach().copy_(value.view(out[i].shape))
+        votes = ballots(norm1, None if votes_at is None else votes_at[:, layer], finite)
+        columns.append((norm1, votes, clipped.to(torch.int64), (~finite).to(torch.int64)))
+    return ClipStats(*(torch.stack(column, -1) for column in zip(*columns, strict=True)))

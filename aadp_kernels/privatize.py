@@ -1,0 +1,187 @@
+"""Clip and noise whole updates, layer by layer, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import _validate
+from aadp_kernels._torch import privatize as _torch
+from aadp_kernels._torch.privatize import ClipStats, Noise
+from aadp_kernels.layout import Layout
+from aadp_kernels.noise import MECHANISMS, NoiseKey, check_address
+
+__all__ = ["ClipStats", "layer_norms", "privatize_"]
+
+
+@torch.no_grad()
+def privatize_(
+    tensors: Sequence[Tensor],
+    *,
+    layout: Layout,
+    clip: Tensor,
+    scale: Tensor,
+    p: int = 1,
+    mechanism: str = "laplace",
+    key: NoiseKey | None,
+    step: int,
+    clients: Tensor | None = None,
+    reference: Sequence[Tensor] | None = None,
+    out: Sequence[Tensor] | None = None,
+    votes_at: Tensor | None = None,
+) -> ClipStats:
+    """Clip every layer of an update (or of K updates) to its clip norm and add noise, in place.
+
+    For each layer, with u = cat(tensors of the layer) - cat(reference):
+    `out = u * min(1, clip / norm(u, p)) + scale * standard_noise`.
+
+    Args:
+        tensors: Floating tensors of the layout's shapes, or [K, ...] of them with `clients`.
+            Private.
+        layout: Which tensor belongs to which layer.
+        clip: Clip norms C [L], or [K, L]; >= 0, inf means no clipping. Public.
+        scale: Standard deviations (gaussian) or b (laplace) [L] or [K, L]; >= 0, finite, 0 means no
+            noise. Public.
+        p: Norm of the clipping, 1 or 2.
+        mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
+        key: Secret key; None only if every scale is zero.
+        step: Step or round of the release, in [0, 2^32).
+        clients: int64 [K], ids of the rows, for a cohort; None: one update, client 0.
+        reference: What to subtract, of the layout's shapes (for a cohort the same for all), or
+            None.
+        out: Where to write, of the shapes of `tensors`; None: over `tensors`.
+        votes_at: L1 thresholds [L] or [K, L] for the votes, or None.
+
+    Returns:
+        Statistics, [L] or [K, L]. PRIVATE.
+
+    Raises:
+        ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
+            key.
+
+    Guarantees:
+        The float64 norm of a clipped layer is at most C, also after it is rounded to the dtype of
+        `out`; an update below C changes in no bit. Noise is `sample_noise` at (key, step, client,
+        layer, element), whatever the cohort. Norms, products and noise are float64, rounded once.
+
+    Edge cases:
+        | layer | contribution |
+        |---|---|
+        | holds NaN or Inf | zeros (plus noise), counted, vote 0 |
+        | clip inf | unchanged |
+        | clip 0 | zeros |
+        | scale 0 | no noise; a layer below its clip norm keeps its bits |
+
+    Reference:
+        Dwork, McSherry, Nissim, Smith 2006 (Laplace); Abadi et al. 2016, arXiv:1607.00133
+        (clipping).
+    """
+    _validate.one_of("mechanism", mechanism, MECHANISMS)
+    _validate.one_of("p", p, (1, 2))
+    cohort = clients is not None
+    out = tensors if out is None else out
+    lead = (len(clients),) if cohort else ()
+    check_tensors("tensors", tensors, layout, lead)
+    check_tensors("out", out, layout, lead)
+    device = tensors[0].device
+    if reference is not None:
+        check_tensors("reference", reference, layout, ())
+    clip = per_layer("clip", clip, layout, lead, device, finite=False)
+    scale = per_layer("scale", scale, layout, lead, device, finite=True)
+    if votes_at is not None:
+        votes_at = per_layer("votes_at", votes_at, layout, lead, device, finite=None)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    if clients is not None:
+        ids = _validate.client_ids(clients, device)
+    noise = noise_source(key, scale, mechanism, p, step, ids)
+    stats = _torch.privatize(
+        tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
+        votes_at=votes_at,
+    )  # fmt: skip
+    return stats if cohort else ClipStats(*(None if s is None else s[0] for s in stats))
+
+
+@torch.no_grad()
+def layer_norms(
+    tensors: Sequence[Tensor],
+    *,
+    layout: Layout,
+    p: int = 1,
+    reference: Sequence[Tensor] | None = None,
+    cohort: bool = False,
+) -> Tensor:
+    """Norm of each layer of an update, `torch.cat([...]).norm(p)` in float64. PRIVATE.
+
+    Args:
+        tensors: Tensors of the layout's shapes, or [K, ...] of them for a cohort. Private.
+        layout: Which tensor belongs to which layer.
+        p: 1 or 2.
+        reference: What to subtract first, of the layout's shapes, or None.
+        cohort: Whether the tensors have a leading cohort dimension.
+
+    Returns:
+        float64 [L], or [K, L] for a cohort; NaN or inf where a layer is not finite.
+
+    Raises:
+        ValueError: p not in {1, 2}, or shapes that do not fit the layout.
+    """
+    _validate.one_of("p", p, (1, 2))
+    lead = tuple(tensors[0].shape[:1]) if cohort and len(tensors) else ()
+    check_tensors("tensors", tensors, layout, lead)
+    if reference is not None:
+        check_tensors("reference", reference, layout, ())
+    columns = [
+        _torch.norms(_torch.update_parts(tensors, reference, layout, layer), p)
+        for layer in range(layout.num_layers)
+    ]
+    result = torch.stack(columns, -1)
+    return result if cohort else result[0]
+
+
+def check_tensors(
+    name: str, tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]
+) -> None:
+    """Raise unless the tensors are floating point, on one device and shaped (*lead, *layout)."""
+    if len(tensors) != len(layout.names):
+        raise ValueError(f"{name} must be {len(layout.names)} tensors, got {len(tensors)}")
+    _validate.floating(name, tensors)
+    for label, shape, tensor in zip(layout.names, layout.shapes, tensors, strict=True):
+        if tuple(tensor.shape) != (*lead, *shape):
+            raise ValueError(
+                f"{name}: {label} must have shape {(*lead, *shape)}, got {tuple(tensor.shape)}"
+            )
+
+
+def per_layer(
+    name: str,
+    value: Tensor,
+    layout: Layout,
+    lead: tuple[int, ...],
+    device: torch.device,
+    *,
+    finite: bool | None,
+) -> Tensor:
+    """A per-layer argument as float64 [K, L] ([1, L] without a cohort); finite=None: not checked."""
+    value = torch.as_tensor(value).detach()
+    if tuple(value.shape) not in {(layout.num_layers,), (*lead, layout.num_layers)}:
+        wanted = f"[{layout.num_layers}]" + (f" or {[*lead, layout.num_layers]}" if lead else "")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    if finite is not None:
+        _validate.nonnegative_tensor(name, value, finite=finite)
+    return value.to(device=device, dtype=torch.float64).expand(*(lead or (1,)), layout.num_layers)
+
+
+def noise_source(
+    key: NoiseKey | None, scale: Tensor, mechanism: str, p: int, step: int, clients: Tensor
+) -> Noise | None:
+    """The noise of a release, or None if every scale is zero."""
+    if not bool((scale > 0).any()):
+        return None
+    if mechanism == "laplace" and p == 2:
+        raise ValueError("p must be 1 with laplace noise, got 2: an L2 bound does not bound L1")
+    if key is None:
+        raise ValueError("key must be a NoiseKey where scale is positive, got None")
+    check_address(key, step=step, layer=0)
+    return Noise(key.rng, key.words, mechanism, step, clients)
