@@ -100,6 +100,11 @@ def show_number(value: float) -> str:
     return "infinite" if math.isinf(value) else f"{value:.4g}"
 
 
+def any_nominal(reports: Mapping[int, ClientReport]) -> bool:
+    """Whether some finite epsilon carries no guarantee."""
+    return any(not r.guarantee and math.isfinite(r.epsilon) for r in reports.values())
+
+
 def headline(reports: Mapping[int, ClientReport]) -> str:
     """One sentence: the largest epsilon and delta over the clients, and the spread."""
     if not reports:
@@ -111,7 +116,7 @@ def headline(reports: Mapping[int, ClientReport]) -> str:
         f"(largest over {len(reports)} clients; smallest {show_number(min(epsilons))}, "
         f"median {show_number(statistics.median(epsilons))})"
     )
-    if not all(r.guarantee for r in reports.values()):
+    if any_nominal(reports):
         text += ", nominal, no guarantee"
     return text
 
@@ -153,7 +158,7 @@ def _print_tables(
     for name, value in header.items():
         facts.add_row(name, _show_fact(value))
     console.print(facts)
-    nominal = not all(r.guarantee for r in reports.values())
+    nominal = any_nominal(reports)
     columns = ("client", "releases", "steps", "mechanism", "noise_multiplier", "q")
     table = Table(
         *columns, "epsilon (nominal)" if nominal else "epsilon", "delta", "target", title="clients"

@@ -1,0 +1,471 @@
+"""The ledger: durability, torn writes, tampering, locking, and the report from the file alone."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_lightning import ledger as ledger_module
+from fl_lightning.ledger import Ledger, LedgerError, LedgerWarning, Release, report, verify
+from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+
+HEADER = {
+    "setting": "record+local",
+    "privacy_unit": "one record of one client",
+    "trust": "client",
+    "adjacency": "zero_out",
+    "mechanism": "gaussian",
+    "delta": [1e-5, 1e-5],
+    "epsilon": [1.0, math.inf],
+    "simulated": True,
+}
+
+
+def release(client: int = 0, round: int = 0, **changes: Any) -> Release:
+    values = {
+        "client": client,
+        "round": round,
+        "steps": 5,
+        "mechanism": "gaussian",
+        "noise_multiplier": 3.0,
+        "sampling_rate": 0.1,
+        "adjacency": "zero_out",
+        "num_layers": 2,
+        "clip_norm": (1.0, math.inf),
+        "shares": (0.25, 0.75),
+        "binding": "ab",
+        "digest": f"{client}-{round}",
+    }
+    return Release(**{**values, **changes})
+
+
+def filled(path: Path, rounds: int = 3, **facts: Any) -> Path:
+    """A closed ledger of two clients; its file."""
+    with Ledger.create(path, {**HEADER, **facts}) as ledger:
+        for round in range(rounds):
+            ledger.append([release(0, round), release(1, round)])
+    return path / "ledger.jsonl"
+
+
+def reopen(path: Path) -> list[Release]:
+    with Ledger.open(path) as ledger:
+        return list(ledger)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    odd = release(
+        1, 7, attempt=2, first_step=35, vote_noise_scale=0.5, quantum=2.0**-20,
+        epsilon_inflation=1e-6, tail_delta=1e-9, guarantee=False,
+    )  # fmt: skip
+    with Ledger.create(tmp_path, HEADER) as ledger:
+        ledger.append([release(0, 7), odd])
+        ledger.append([])
+        before, digest, header = ledger.releases, ledger.head_hash, ledger.header
+    with Ledger.open(tmp_path) as ledger:
+        assert ledger.releases == before == (release(0, 7), odd)
+        assert ledger.head_hash == digest
+        assert ledger.header == header
+        assert header["epsilon"] == [1.0, "inf"]
+        assert len(ledger) == 2
+        assert ledger.find(1, 7) == [odd]
+        assert ledger.find(1, 8) == []
+        assert ledger.counts(1) == {NoiseEvent("gaussian", 3.0, 0.1): 5}
+        assert ledger.counts(5) == {}
+        ledger.append([release(1, 7, attempt=3)])
+        assert [r.attempt for r in ledger.find(1, 7)] == [2, 3]
+        assert ledger.counts(1) == {NoiseEvent("gaussian", 3.0, 0.1): 10}
+    assert verify(tmp_path) == []
+
+
+def test_create_refuses_a_ledger_with_releases(tmp_path: Path) -> None:
+    Ledger.create(tmp_path, HEADER).close()
+    file = filled(tmp_path, 1)
+    with pytest.raises(LedgerError, match="already has a ledger"):
+        Ledger.create(tmp_path, HEADER)
+    file.write_bytes(b"")
+    with pytest.raises(LedgerError, match="already has a ledger"):
+        Ledger.create(tmp_path, HEADER)
+
+
+def test_open_without_a_ledger(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no ledger"):
+        Ledger.open(tmp_path)
+    (tmp_path / "ledger.jsonl").write_bytes(b"")
+    with pytest.raises(LedgerError, match="no header"):
+        Ledger.open(tmp_path)
+    assert verify(tmp_path) == ["line 1 is missing: the file has no header"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"setting": "magic"}, "setting"),
+        ({"simulated": 1}, "simulated"),
+        ({"delta": math.nan}, "NaN"),
+    ],
+)
+def test_header_refusals(tmp_path: Path, changes: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Ledger.create(tmp_path, {**HEADER, **changes})
+    with pytest.raises(ValueError, match="must have delta"):
+        Ledger.create(tmp_path, {k: v for k, v in HEADER.items() if k != "delta"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("client", -1),
+        ("steps", 0),
+        ("round", 1.5),
+        ("clip_norm", (1.0,)),
+        ("shares", (0.5, -1.0)),
+        ("noise_multiplier", -1.0),
+        ("tail_delta", -1e-9),
+        ("digest", 3),
+        ("epsilon_inflation", math.nan),
+        ("adjacency", "replace_one"),
+    ],
+)
+def test_release_refusals(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        release(**{name: value})
+
+
+def test_one_attempt_is_recorded_once(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, HEADER) as ledger:
+        ledger.append([release(0, 0)])
+        for batch in ([release(0, 0, steps=1)], [release(1, 0), release(1, 0)]):
+            with pytest.raises(ValueError, match="already recorded"):
+                ledger.append(batch)
+        assert len(ledger) == 1
+    assert len(reopen(tmp_path)) == 1
+
+
+def test_torn_last_line_at_every_byte(tmp_path: Path) -> None:
+    """Whatever part of an append reached the disk: complete lines count, the rest is set aside."""
+    file = filled(tmp_path, 1)
+    whole, head = file.read_bytes(), file.with_suffix(".head").read_bytes()
+    with Ledger.open(tmp_path) as ledger:
+        ledger.append([release(0, 1), release(1, 1)])
+    longer = file.read_bytes()
+    first_line_end = longer.index(b"\n", len(whole)) + 1
+    for cut in range(len(whole), len(longer)):
+        file.write_bytes(longer[:cut])
+        file.with_suffix(".head").write_bytes(head)
+        torn = file.with_name("ledger.jsonl.torn")
+        torn.unlink(missing_ok=True)
+        assert verify(file) == []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            releases = reopen(tmp_path)
+        assert len(releases) == (2 if cut < first_line_end else 3)
+        complete = cut in (len(whole), first_line_end)
+        assert [w.category for w in caught] == ([] if complete else [LedgerWarning])
+        if not complete:
+            start = len(whole) if cut < first_line_end else first_line_end
+            assert torn.read_bytes() == longer[start:cut] + b"\n"
+        assert reopen(tmp_path) == releases
+
+
+def test_a_torn_line_that_was_acknowledged_is_an_error(tmp_path: Path) -> None:
+    file = filled(tmp_path)
+    for cut in (1, 2, 100):
+        file.write_bytes(file.read_bytes()[:-cut])
+        with pytest.raises(LedgerError, match="line 7 is missing"):
+            Ledger.open(tmp_path)
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    file = filled(tmp_path, 1)
+    whole = file.read_bytes()
+    starts = [0, *(i + 1 for i, b in enumerate(whole) if b == 10)]
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        file.write_bytes(changed)
+        line = sum(start <= position for start in starts)
+        problems = verify(file)
+        assert problems, position
+        assert problems[0].startswith(f"line {line} "), (position, problems)
+    with pytest.raises(LedgerError, match="line 3"):
+        Ledger.open(tmp_path)
+
+
+def test_a_changed_spelling_is_found(tmp_path: Path) -> None:
+    """The same JSON value written differently is a change as well."""
+    file = filled(tmp_path, 1)
+    file.write_bytes(file.read_bytes().replace(b'"round":0', b'"round": 0', 1))
+    assert verify(file) == ["line 2 was changed: its hash does not match its content"]
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_removed_line_is_found(tmp_path: Path, number: int) -> None:
+    file = filled(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    file.write_bytes(b"".join(lines[: number - 1] + lines[number:]))
+    assert verify(file)[0].startswith(f"line {number} ")
+    with pytest.raises(LedgerError, match=f"line {number} "):
+        Ledger.open(tmp_path)
+
+
+def test_swapped_and_repeated_lines_are_found(tmp_path: Path) -> None:
+    file = filled(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
+    assert "line 4 does not follow" in verify(file)[0]
+    file.write_bytes(b"".join([*lines, lines[-1]]))
+    assert "line 8 does not follow" in verify(file)[0]
+
+
+def test_head_must_be_there_and_of_this_chain(tmp_path: Path) -> None:
+    file, other = filled(tmp_path / "a"), filled(tmp_path / "b", 2, trust="nobody")
+    head = file.with_suffix(".head")
+    head.write_bytes(other.with_suffix(".head").read_bytes())
+    assert verify(file) == ["line 5 is not the one in ledger.head"]
+    head.write_bytes(b"{}")
+    assert "unreadable" in verify(file)[0]
+    head.unlink()
+    assert "missing" in verify(file)[0]
+    with pytest.raises(LedgerError, match="missing"):
+        Ledger.open(file)
+
+
+def test_two_openers(tmp_path: Path) -> None:
+    file = filled(tmp_path)
+    code = "import sys; from fl_lightning.ledger import Ledger; Ledger.open(sys.argv[1])"
+    with Ledger.open(tmp_path):
+        with pytest.raises(LedgerError, match=f"{tmp_path.name} is in use"):
+            Ledger.open(file)
+        with pytest.raises(LedgerError, match="in use"):
+            Ledger.create(tmp_path, HEADER)
+        second = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True)
+        assert second.returncode == 1
+        assert b"in use by another run" in second.stderr
+        assert verify(file) == []
+    Ledger.open(file).close()
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
+    file = filled(tmp_path)
+    ledger = Ledger.open(file)
+    ready, done = os.pipe(), os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            ledger.append([release(0, 99)])
+            os.write(ready[1], b"!")
+        except LedgerError:
+            os.write(ready[1], b".")
+        os.read(done[0], 1)
+        os._exit(0)
+    try:
+        assert os.read(ready[0], 1) == b"."
+        with pytest.raises(LedgerError, match="in use"):
+            Ledger.open(file)
+        ledger.append([release(0, 50)])
+        ledger.close()
+        assert len(reopen(file)) == 7
+    finally:
+        os.write(done[1], b".")
+        os.waitpid(child, 0)
+        for descriptor in (*ready, *done):
+            os.close(descriptor)
+
+
+def test_closed_and_copied(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path, HEADER)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.copy(ledger)
+    ledger.close()
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.append([release()])
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int) -> None:
+    """Whichever call of an append fails: nothing counts, and the file is as before."""
+    file = filled(tmp_path)
+    before = file.read_bytes(), file.with_suffix(".head").read_bytes()
+    original, seen = getattr(os, call), 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen != (1 if call == "replace" else nth):
+            return original(*arguments)
+        if call == "write":
+            original(arguments[0], arguments[1][:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Ledger.open(tmp_path) as ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            with pytest.raises(LedgerError, match="No space left"):
+                ledger.append([release(0, 9), release(1, 9)])
+        assert (file.read_bytes(), file.with_suffix(".head").read_bytes()) == before
+        assert len(ledger) == 6
+        assert ledger.find(0, 9) == []
+        ledger.append([release(0, 9)])
+        assert len(ledger) == 7
+    assert len(reopen(tmp_path)) == 7
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, data[:11]))
+    filled(tmp_path)
+    assert len(reopen(tmp_path)) == 6
+
+
+def test_interrupted_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the file and the head: the ledger is to be opened again, the lines count."""
+    filled(tmp_path)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with Ledger.open(tmp_path) as ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.append([release(0, 9)])
+        with pytest.raises(LedgerError, match="open the ledger again"):
+            ledger.append([release(0, 10)])
+    assert len(reopen(tmp_path)) == 7
+
+
+CHILD = """
+import os, sys
+from fl_lightning.ledger import Ledger, Release
+ledger = Ledger.open(sys.argv[1])
+for number in range(10**6):
+    ledger.append([Release(client=c, round=number, steps=1, mechanism="gaussian",
+        noise_multiplier=1.0, sampling_rate=1.0, adjacency="zero_out", num_layers=1,
+        clip_norm=(1.0,), shares=(1.0,), binding="", digest=str(number)) for c in range(3)])
+    os.write(1, b"%d\\n" % number)
+"""
+
+
+def test_killed_while_appending(tmp_path: Path) -> None:
+    """SIGKILL at several moments: every acknowledged release is there, and at most one more."""
+    for acknowledged_before_kill in (1, 7, 40):
+        run = tmp_path / str(acknowledged_before_kill)
+        Ledger.create(run, HEADER).close()
+        command = [sys.executable, "-c", CHILD, str(run)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            for _ in range(acknowledged_before_kill):
+                assert child.stdout.readline()
+            child.send_signal(signal.SIGKILL)
+            rest = child.stdout.read().split(b"\n")
+        acknowledged = acknowledged_before_kill + sum(1 for line in rest[:-1] if line)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LedgerWarning)
+            releases = reopen(run)
+        rounds = [r.round for r in releases]
+        assert {r for r in range(acknowledged)} <= set(rounds)
+        assert all(rounds.count(r) == 3 for r in range(acknowledged))
+        assert max(rounds) <= acknowledged
+
+
+def test_report(tmp_path: Path) -> None:
+    filled(tmp_path, 10, client_sizes=[10, 20, 30])
+    first, second, third = report(tmp_path).values()
+    expected = compose_epsilon({NoiseEvent("gaussian", 3.0, 0.1): 50}, 1e-5)
+    assert first.epsilon == second.epsilon == expected
+    assert (first.releases, first.steps, first.noise_multipliers) == (10, 50, (3.0,))
+    assert (first.target_epsilon, second.target_epsilon, third.target_epsilon) == (
+        1,
+        math.inf,
+        None,
+    )
+    assert (third.client, third.epsilon, third.releases) == (2, 0.0, 0)
+    assert first.guarantee
+
+
+def test_report_charges_tails_and_inflation(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {**HEADER, "delta": 1e-5}) as ledger:
+        ledger.append([release(0, 0, tail_delta=4e-6, epsilon_inflation=0.25)])
+        ledger.append([release(1, 0, tail_delta=2e-5), release(2, 0, noise_multiplier=0.0)])
+    first, second, third = report(tmp_path).values()
+    event = NoiseEvent("gaussian", 3.0, 0.1)
+    assert first.epsilon == pytest.approx(compose_epsilon({event: 5}, 6e-6) + 0.25, rel=1e-9)
+    assert second.epsilon == third.epsilon == math.inf
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fl_lightning.ledger", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command(tmp_path: Path) -> None:
+    file = filled(tmp_path, 10)
+    for path in (file, tmp_path):
+        shown = run_command("show", str(path))
+        assert shown.returncode == 0, shown.stderr
+        assert "0.9708" in shown.stdout
+        assert "SIMULATED" in shown.stdout
+    checked = run_command("verify", str(tmp_path))
+    assert (checked.returncode, checked.stdout) == (0, "20 releases, chain unbroken\n")
+    file.write_bytes(file.read_bytes().replace(b'"round":4', b'"round":5', 1))
+    for action in ("show", "verify"):
+        broken = run_command(action, str(file))
+        assert broken.returncode == 1
+        assert broken.stderr.startswith("line 10 was changed")
+        assert broken.stdout == ""
+
+
+@pytest.mark.parametrize("setting", ["abstract", "none"])
+def test_command_without_guarantee(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    from fl_lightning._ledger_report import main
+
+    with Ledger.create(tmp_path, {**HEADER, "setting": setting, "simulated": False}) as ledger:
+        multiplier = 3.0 if setting == "abstract" else 0.0
+        ledger.append([release(0, 0, noise_multiplier=multiplier, guarantee=False)])
+    assert main(["show", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert ("nominal, no guarantee" in text) == (setting == "abstract")
+    assert ("epsilon infinite" in text) == (setting == "none")
+    assert "SIMULATED" not in text
+    assert main(["show", str(tmp_path / "nothing")]) == 1
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, fl_lightning.ledger as l; "
+        "print([m for m in ('torch', 'pytorch_lightning', 'dp_accounting') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_file_is_plain_json_lines(tmp_path: Path) -> None:
+    """Readable without this package, with strict JSON."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    file = filled(tmp_path, 1)
+    entries = [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    assert [e["kind"] for e in entries] == ["header", "release", "release"]
+    assert [e["prev"] for e in entries[1:]] == [e["hash"] for e in entries[:-1]]
+    head = json.loads(file.with_suffix(".head").read_text())
+    assert head == {"entries": 3, "hash": entries[-1]["hash"]}
+    assert file.name == ledger_module.FILE_NAME
