@@ -166,7 +166,8 @@ def _compose(key: tuple[tuple[NoiseEvent, int], ...], delta: float, accountant: 
     pure = sum(event.pure_epsilon() * count for event, count in key)
     if delta == 0:
         return pure
-    rdp = min(_rdp_epsilon(sum(_rdp(e) * c for e, c in key), delta), pure)
+    total = np.sum([_rdp(event) * count for event, count in key], axis=0)
+    rdp = min(_rdp_epsilon(total, delta), pure)
     if accountant == "rdp":
         return rdp
     if all(e.mechanism == "gaussian" and e.sampling_rate == 1 for e, _ in key):
@@ -220,7 +221,7 @@ def _rdp(event: NoiseEvent) -> np.ndarray:
         else:
             from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-            accountant = rdp.RdpAccountant(_ORDERS[chosen])
+            accountant = rdp.RdpAccountant(_ORDERS[chosen].tolist())
             accountant.compose(event.dp_event())
             result[chosen] = accountant.rdp
     # A negative divergence is rounding of a vanishing one; NaN is overflow.

@@ -215,7 +215,7 @@ def _not_covered(
         "- One person with data at m clients: epsilons and deltas of these clients add up.",
         "- Facts that are true of the whole population may be learned; that is the purpose.",
     ]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(lines)
 
 
 def _group_example(reports: Mapping[int, ClientReport]) -> str:

@@ -125,3 +125,4 @@ def test_it_is_one_page(tmp_path: Path) -> None:
     assert text.endswith("\n")
     assert len(text.splitlines()) < 60
     assert "\n\n\n" not in text
+    assert all(not part.startswith("## ") or "\n" not in part for part in text.split("\n\n"))
