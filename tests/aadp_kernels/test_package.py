@@ -1,0 +1,22 @@
+"""What importing the package costs and brings in."""
+
+import subprocess
+import sys
+
+import aadp_kernels
+
+
+def test_import_is_light():
+    code = (
+        "import torch, sys, time; start = time.perf_counter(); import aadp_kernels; "
+        "assert time.perf_counter() - start < 2; "
+        "loaded = {'triton', 'numba', 'fl_lightning', 'scipy'} & set(sys.modules); "
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_exist():
+    assert sorted(aadp_kernels.__all__) == sorted(set(aadp_kernels.__all__))
+    for name in aadp_kernels.__all__:
+        assert getattr(aadp_kernels, name).__doc__
