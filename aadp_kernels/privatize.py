@@ -163,7 +163,7 @@ def per_layer(
     *,
     finite: bool | None,
 ) -> Tensor:
-    """A per-layer argument as float64 [K, L] ([1, L] without a cohort); finite=None: not checked."""
+    """A per-layer argument as float64 [K, L] ([1, L] alone); finite=None: not checked."""
     value = torch.as_tensor(value).detach()
     if tuple(value.shape) not in {(layout.num_layers,), (*lead, layout.num_layers)}:
         wanted = f"[{layout.num_layers}]" + (f" or {[*lead, layout.num_layers]}" if lead else "")
