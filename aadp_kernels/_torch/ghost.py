@@ -215,7 +215,7 @@ class ClippedConv2d(torch.autograd.Function):
             sums = _clip_rows(grads, bias_grads, finite, live[part], *args)
             total = [s if t is None else t + s for t, s in zip(total, sums, strict=True)]
         grad_w, grad_b, counts = total
-        grad_w = grad_w.view(weight.shape).to(weight.dtype)
+        grad_w = _weight_grad(grad_w, weight, ctx.spec)
         grad_b = grad_b.to(weight.dtype) if need_b else None
         return grad_x, grad_w if need_w else None, grad_b, None, None, None, counts, None, None
 
@@ -229,10 +229,10 @@ def _rows_at_once(weight: Tensor, grad: Tensor) -> int:
 
 
 def _conv_per_record(a: Tensor, g: Tensor, weight: Tensor, spec: Spec) -> Tensor:
-    """Per-record weight gradients [B, out, in/groups * kh * kw] from unfolded patches."""
+    """Per-record weight gradients [B, out, in/groups * kh * kw] from patches."""
     stride, padding, dilation, groups = spec
     kernel = weight.shape[2:]
-    if groups == 1 and dilation == (1, 1):
+    if _plain(spec):
         return torch.bmm(g, _windows(a, kernel, stride, padding))
     patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
     batch, length = a.shape[0], patches.shape[-1]
@@ -243,8 +243,23 @@ def _conv_per_record(a: Tensor, g: Tensor, weight: Tensor, spec: Spec) -> Tensor
 
 
 def _windows(a: Tensor, kernel: torch.Size, stride: Pair, padding: Pair) -> Tensor:
-    """Patches [B, positions, in * kh * kw], copied from a strided view: faster than F.unfold."""
+    """Patches [B, positions, kh * kw * in], copied from a strided view: faster than F.unfold."""
+    a = a.permute(0, 2, 3, 1)
     if padding != (0, 0):
-        a = F.pad(a, (padding[1], padding[1], padding[0], padding[0]))
-    view = a.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    return view.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        a = F.pad(a, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    # With the channels last a copy moves kw * in neighbours at a time.
+    view = a.contiguous().unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return view.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def _plain(spec: Spec) -> bool:
+    """Whether `_windows` serves: neither groups nor dilation."""
+    return spec[2] == (1, 1) and spec[3] == 1
+
+
+def _weight_grad(flat: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """The weight gradient from its elements in the order of `_conv_per_record`."""
+    if not _plain(spec):
+        return flat.view(weight.shape).to(weight.dtype)
+    out, channels, *kernel = weight.shape
+    return flat.view(out, *kernel, channels).permute(0, 3, 1, 2).to(weight.dtype)
