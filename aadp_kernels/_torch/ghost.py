@@ -224,8 +224,13 @@ def _rows_at_once(weight: Tensor, grad: Tensor) -> int:
     """Records whose patches and gradients together have about 2^20 elements (CPU)."""
     if grad.device.type != "cpu":
         return max(1, grad.shape[0])
+    functorch, raw = torch._C._functorch, grad
+    while functorch.is_functorch_wrapped_tensor(raw):
+        raw = functorch.get_unwrapped(raw)
+    clients = raw.numel() // max(1, grad.numel())
     columns = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    return max(1, _SLICE // (columns * (weight.shape[0] + grad.shape[2] * grad.shape[3])))
+    record = columns * (weight.shape[0] + grad.shape[2] * grad.shape[3])
+    return max(1, _SLICE // (record * max(1, clients)))
 
 
 def _conv_per_record(a: Tensor, g: Tensor, weight: Tensor, spec: Spec) -> Tensor:
