@@ -1,0 +1,330 @@
+"""What a run writes and shows besides its ledger; the only file that knows W&B.
+
+Everything under `sim_only` is private and can be seen because a simulation holds all data.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import netrc
+import os
+import secrets
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import WandbLogger
+
+from fl_lightning import plots
+from fl_lightning.privacy.statement import privacy_statement
+from fl_lightning.summary import final_table, privacy_kind, run_summary
+from fl_lightning.types import RoundResult
+
+_RECORDS = ("ledger.jsonl", "ledger.head", "privacy_statement.md", "summary.json", "config.yaml")
+_NO_PRIVACY = "# Privacy statement\n\n**No privacy.** Updates were released without noise.\n"
+
+
+class RoundRecorder(pl.Callback):
+    """Writes `rounds.csv` and `layers.csv` in the run folder, and scalars to all loggers.
+
+    Guarantees:
+        A round stands in the files before a checkpoint that includes it is saved. A run that is
+        resumed at round r keeps the rows of the rounds before r and removes the others; a run that
+        begins at round 0 starts new files.
+
+    Edge cases:
+        | case | row |
+        |---|---|
+        | no validation in the round | empty validation columns |
+        | setting `none` | empty epsilon columns; no rows in `layers.csv` |
+        | nobody took part | `clients` is 0 |
+    """
+
+    def __init__(self) -> None:
+        self._start = 0
+        self._validated = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for name, columns in (("rounds", plots.ROUND_COLUMNS), ("layers", plots.LAYER_COLUMNS)):
+            _keep_before(pl_module.run_path / f"{name}.csv", columns, trainer.current_epoch)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        # Any later hook may come after a checkpoint, depending on how that is configured.
+        path, self._validated = pl_module.run_path, False
+        self._start = (path / "rounds.csv").stat().st_size
+        _write_rows(path / "rounds.csv", self._start, [_round_row(pl_module, {})])
+        layers = path / "layers.csv"
+        _write_rows(layers, layers.stat().st_size, _layer_rows(pl_module))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated = True
+        row = _round_row(pl_module, _validation(trainer))
+        _write_rows(pl_module.run_path / "rounds.csv", self._start, [row])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        scalars = _scalars(pl_module) | (_validation(trainer) if self._validated else {})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=pl_module.result.round)
+
+
+class RoundProgress(pl.Callback):
+    """Progress by rounds in place of Lightning's bar by batches; a few lines where no terminal is.
+
+    It is silent under `enable_progress_bar=False` and where the user gave another progress bar.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._shown = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        bar = trainer.progress_bar_callback
+        self._shown = type(bar) in (RichProgressBar, TQDMProgressBar) and trainer.is_global_zero
+        if self._shown:
+            assert bar is not None
+            bar.disable()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        console = Console()
+        if not self._shown or not console.is_terminal:
+            return
+        self._bar = progress.Progress(
+            progress.TextColumn("round {task.completed}/{task.total}"),
+            progress.BarColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            console=console,
+        )
+        rounds, done = trainer.max_epochs, trainer.current_epoch
+        self._task = self._bar.add_task("", total=rounds, completed=done)
+        self._bar.start()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        rounds, done = trainer.max_epochs or 1, trainer.current_epoch + 1
+        text = _status(trainer, pl_module)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif self._shown and (done * 10 // rounds > (done - 1) * 10 // rounds):
+            print(f"round {done}/{rounds}  {text}", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
+    """Print the final table; write statement, summary and pictures; hand them to W&B and close it.
+
+    Args:
+        trainer: the Trainer, after `test` if there was a test.
+        pl_module: the FederatedModule; its ledger may be closed.
+        seconds: wall-clock time of the run.
+
+    Guarantees:
+        W&B gets named files only: never the secret key, nor anything else of the run folder.
+    """
+    from rich.console import Console
+
+    path, ledger = pl_module.run_path, pl_module.ledger
+    summary = run_summary(trainer, pl_module, seconds)
+    statement = _NO_PRIVACY if ledger is None else privacy_statement(ledger)
+    (path / "privacy_statement.md").write_text(statement)
+    plain = {k: v if _is_json(v) else str(v) for k, v in summary.items()}
+    (path / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
+    pictures = plots.draw_all(path)
+    Console().print(final_table(summary))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            _hand_over(logger, path, plain, pictures)
+
+
+def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | None:
+    """W&B logger: online where a key is configured, else offline; None under WANDB_MODE=disabled.
+
+    Args:
+        run_path: folder of the run; W&B's id is kept there, so that a resumed run goes on with it.
+        name: shown name of the run.
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode == "disabled":
+        return None
+    import wandb
+
+    run_path.mkdir(parents=True, exist_ok=True)
+    kept = run_path / "wandb_id"
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(4))
+    return WandbLogger(
+        name=name,
+        save_dir=run_path,
+        project=os.environ.get("WANDB_PROJECT", "aadp-fl"),
+        id=os.environ.get("WANDB_RUN_ID") or kept.read_text().strip(),
+        log_model=False,
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off"),
+        **({} if mode or _has_wandb_key() else {"mode": "offline"}),
+    )
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    home = Path.home()
+    for path in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
+        try:
+            if path and netrc.netrc(os.fspath(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _hand_over(
+    logger: WandbLogger, path: Path, summary: dict[str, Any], pictures: Sequence[Path]
+) -> None:
+    import wandb
+
+    run = logger.experiment
+    run.summary.update(summary)
+    for picture in pictures:
+        logger.log_image(f"plots/{picture.stem}", [str(picture)])
+    groups = {
+        "run": [path / name for name in _RECORDS] + list(pictures),
+        "model": [path / "checkpoints" / "last.ckpt"],
+    }
+    for kind, files in groups.items():
+        present = [file for file in files if file.is_file()]
+        if present:
+            artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+            for file in present:
+                artifact.add_file(str(file), name=file.relative_to(path).as_posix())
+            run.log_artifact(artifact)
+    # Without this, the next run in this process would go on writing into this one.
+    run.finish()
+
+
+def _keep_before(path: Path, columns: Sequence[str], first: int) -> None:
+    """Cut a CSV after its last complete row of a round below `first`; begin it where needed."""
+    header = (",".join(columns) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        end = len(header)
+        if file.readline() != header:
+            file.seek(0)
+            file.truncate()
+            file.write(header)
+        for line in file:
+            if not line.endswith(b"\n") or int(line.split(b",", 1)[0]) >= first:
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+def _write_rows(path: Path, start: int, rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("r+", newline="") as file:
+        file.seek(start)
+        file.truncate()
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _round_row(pl_module: Any, validation: dict[str, float]) -> list[Any]:
+    result = pl_module.result
+    spent = _epsilons(pl_module)
+    return [
+        result.round,
+        len(result.cohort),
+        *([f"{e:.6g}" for e in spent] if spent else [""] * 3),
+        validation.get("sim_only/val_accuracy", ""),
+        validation.get("sim_only/val_loss", ""),
+        result.nonfinite,
+        f"{result.seconds:.4f}",
+    ]
+
+
+def _layer_rows(pl_module: Any) -> Iterable[list[Any]]:
+    result: RoundResult = pl_module.result
+    names = pl_module.layout.layer_names
+    fields = [getattr(result, name) for name in plots.LAYER_FIELDS]
+    for row, client in enumerate(result.cohort.tolist()):
+        values = zip(*(field[row].tolist() for field in fields), strict=True)
+        for name, numbers in zip(names, values, strict=False):
+            yield [result.round, client, name, *(f"{v:.6g}" for v in numbers)]
+
+
+def _scalars(pl_module: Any) -> dict[str, float]:
+    """Figures of the round for loggers; the mean over the cohort for those of a layer."""
+    result, spent = pl_module.result, _epsilons(pl_module)
+    scalars = {"perf/round_seconds": result.seconds}
+    if spent:
+        scalars |= {"privacy/epsilon_max": spent[0], "privacy/epsilon_median": spent[1]}
+    for name, field in (
+        ("released/clip_norm", result.clip_norm),
+        ("released/share", result.shares),
+        ("released/noise_scale", result.noise_scale),
+        ("sim_only/clipped_fraction", result.clipped_fraction),
+    ):
+        for layer, column in zip(pl_module.layout.layer_names, np.asarray(field).T, strict=False):
+            known = column[~np.isnan(column)]
+            if len(known):
+                scalars[f"{name}/{layer}"] = float(known.mean())
+    return scalars
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _epsilons(pl_module: Any) -> tuple[float, float, float] | None:
+    """Largest, median and smallest ε spent; None without privacy."""
+    spent = np.asarray(pl_module.result.epsilon_spent, dtype=float)
+    if pl_module.ledger is None or not len(spent):
+        return None
+    # np.median of two infinities is NaN.
+    return float(spent.max()), statistics.median(spent.tolist()), float(spent.min())
+
+
+def _validation(trainer: pl.Trainer) -> dict[str, float]:
+    names = ("sim_only/val_accuracy", "sim_only/val_loss")
+    metrics = trainer.callback_metrics
+    return {name: float(metrics[name]) for name in names if name in metrics}
+
+
+def _status(trainer: pl.Trainer, pl_module: Any) -> str:
+    """Privacy and accuracy so far, in a few words."""
+    spent, kind = _epsilons(pl_module), privacy_kind(pl_module.privacy)
+    if spent is None:
+        words = ["no privacy"]
+    elif math.isinf(spent[0]):
+        words = ["ε = ∞"]
+    elif kind == "proven":
+        words = [f"ε ≤ {spent[0]:.2f} (max)"]
+    else:
+        words = [f"nominal ε {spent[0]:.2f}, no guarantee"]
+    if spent is not None and pl_module.privacy.seed is not None:
+        words.append("simulated")
+    accuracy = _validation(trainer).get("sim_only/val_accuracy")
+    if accuracy is not None:
+        words.append(f"sim_only accuracy {accuracy:.3f}")
+    return "  ".join(words)

@@ -1,0 +1,318 @@
+"""Local training of a group of clients together. Knows nothing of privacy beyond its gradient hook.
+
+Parameters of k clients are dictionaries of stacked tensors [k, ...]. Training is the same code
+whether the gradients of the clients are computed under one `torch.func.vmap` or one client after
+another; `faster_execution` measures which is better for a network and batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from aadp_kernels import NoiseKey, poisson_mask
+from fl_lightning.types import Params
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One local step's records of k clients, padded to one length.
+
+    Attributes:
+        x: inputs [k, B, ...]; zeros where padded.
+        y: labels [k, B].
+        mask: 1 for a record, 0 for padding, float [k, B].
+        divisor: what the sum of gradients is divided by, [k]: the public q·n_k under Poisson
+            sampling, the number of records otherwise.
+        active: whether the client takes this step, bool [k].
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor
+    divisor: Tensor
+    active: Tensor
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of at most `size` records a client."""
+        for start in range(0, self.x.shape[1], size):
+            part = slice(start, start + size)
+            yield replace(self, x=self.x[:, part], y=self.y[:, part], mask=self.mask[:, part])
+
+
+def poisson_rows(
+    sizes: list[int], rate: float, steps: int, *, key: NoiseKey, clients: list[int]
+) -> Iterator[list[np.ndarray]]:
+    """Positions of each client's Poisson batch, for each local step: fresh secret coins."""
+    for step in range(steps):
+        yield [
+            poisson_mask(n, rate, key=key, step=step, client=k).nonzero()[:, 0].cpu().numpy()
+            for n, k in zip(sizes, clients, strict=True)
+        ]
+
+
+def shuffled_rows(
+    sizes: list[int], batch_size: int, steps: int | None, epochs: int, *, seeds: list[list[int]]
+) -> Iterator[list[np.ndarray]]:
+    """Positions of each client's shuffled minibatches: `steps` of them, or those of `epochs`.
+
+    Clients with fewer batches than the longest get empty ones at the end.
+    """
+    plans = []
+    for n, seed in zip(sizes, seeds, strict=True):
+        generator = np.random.default_rng(seed)
+        passes = epochs if steps is None else -(-steps * batch_size // n)
+        plan = []
+        for _ in range(passes):
+            order = generator.permutation(n)
+            plan += [order[i : i + batch_size] for i in range(0, n, batch_size)]
+        plans.append(plan if steps is None else plan[:steps])
+    for step in range(max(len(plan) for plan in plans)):
+        yield [plan[step] if step < len(plan) else np.empty(0, np.int64) for plan in plans]
+
+
+def gather(
+    x: Tensor,
+    y: Tensor,
+    records: list[np.ndarray],
+    *,
+    divisor: Tensor | None,
+    device: torch.device,
+) -> Batch:
+    """Padded batch of the given records; `divisor` None divides by their number."""
+    counts = torch.tensor([len(r) for r in records])
+    width = max(1, int(counts.max()))
+    index = torch.zeros(len(records), width, dtype=torch.int64)
+    for row, r in zip(index, records, strict=True):
+        row[: len(r)] = torch.from_numpy(np.ascontiguousarray(r))
+    mask = torch.arange(width) < counts[:, None]
+    inputs = x[index]
+    # A record that stands in for padding must not bring its NaNs along.
+    inputs.masked_fill_(~mask.view(*mask.shape, *[1] * (inputs.ndim - 2)), 0)
+    active = torch.ones_like(counts, dtype=torch.bool) if divisor is not None else counts > 0
+    divisor = counts.clamp(min=1) if divisor is None else divisor
+    return Batch(
+        inputs.to(device),
+        y[index].to(device),
+        mask.to(device, torch.float32),
+        divisor.to(device, torch.float32),
+        active.to(device),
+    )
+
+
+class CohortGradient:
+    """Gradients of the summed loss for k clients: Σ over records, no division.
+
+    Args:
+        network: the model; only its forward is used.
+        loss: loss of each record, (outputs, labels) → [B].
+        vectorize: one vmap over the clients, or a loop over them.
+        max_examples: records × clients computed at once; more go into micro-batches.
+        mask_names: buffers of the network that are to hold the batch's mask.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Loss,
+        *,
+        vectorize: bool,
+        max_examples: int = 2**62,
+        mask_names: tuple[str, ...] = (),
+    ) -> None:
+        self.network = network
+        self.loss = loss
+        self.vectorize = vectorize
+        self.max_examples = max_examples
+        self.mask_names = mask_names
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        shared: bool,
+        probes: Params | None = None,
+        constants: Params | None = None,
+    ) -> tuple[Params, Params]:
+        """Gradients with respect to parameters and probes, each stacked [k, ...].
+
+        Args:
+            params: stacked [k, ...], or one model's parameters if `shared`.
+            batch: records of k clients.
+            shared: whether all clients still hold the same parameters.
+            probes: buffers whose gradients carry statistics out of the backward pass, [k, ...].
+            constants: buffers that are not differentiated, [k, ...].
+        """
+        total: tuple[Params, Params] | None = None
+        for part in batch.split(max(1, self.max_examples // len(batch.x))):
+            fixed = dict(constants or {}) | dict.fromkeys(self.mask_names, part.mask)
+            run = self._vmapped if self.vectorize else self._looped
+            grads = run(params, probes or {}, fixed, part, shared)
+            if total is None:
+                total = grads
+            else:
+                for acc, new in zip(total, grads, strict=True):
+                    for name in acc:
+                        acc[name] = acc[name] + new[name]
+        assert total is not None
+        return total
+
+    def _summed_loss(
+        self, params: Params, probes: Params, fixed: Params, x: Tensor, y: Tensor, mask: Tensor
+    ) -> Tensor:
+        losses = self.loss(functional_call(self.network, {**params, **probes, **fixed}, (x,)), y)
+        return torch.where(mask > 0, losses, 0.0).sum()
+
+    def _vmapped(
+        self, params: Params, probes: Params, fixed: Params, batch: Batch, shared: bool
+    ) -> tuple[Params, Params]:
+        mapped = vmap(
+            grad(self._summed_loss, argnums=(0, 1)),
+            in_dims=(None if shared else 0, 0, 0, 0, 0, 0),
+            randomness="different",
+        )
+        return mapped(params, probes, fixed, batch.x, batch.y, batch.mask)
+
+    def _looped(
+        self, params: Params, probes: Params, fixed: Params, batch: Batch, shared: bool
+    ) -> tuple[Params, Params]:
+        rows: list[tuple[Tensor, ...]] = []
+        for i in range(len(batch.x)):
+            own = {n: (v if shared else v[i]).detach().requires_grad_() for n, v in params.items()}
+            seen = {n: v[i].detach().requires_grad_() for n, v in probes.items()}
+            rest = {n: v[i] for n, v in fixed.items()}
+            with torch.enable_grad():
+                loss = self._summed_loss(own, seen, rest, batch.x[i], batch.y[i], batch.mask[i])
+            rows.append(
+                torch.autograd.grad(
+                    loss, [*own.values(), *seen.values()], allow_unused=True, materialize_grads=True
+                )
+            )
+        stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+        return (
+            dict(zip(params, stacked, strict=False)),
+            dict(zip(probes, stacked[len(params) :], strict=True)),
+        )
+
+
+GradientHook = Callable[[int, Params, bool, Batch], Params]
+
+
+def plain_gradient(cohort_gradient: CohortGradient) -> GradientHook:
+    """Hook for training without per-record privacy: the mean gradient of the batch."""
+
+    def hook(step: int, params: Params, shared: bool, batch: Batch) -> Params:
+        grads, _ = cohort_gradient(params, batch, shared=shared)
+        return {name: per_row(g, batch.divisor.reciprocal()) for name, g in grads.items()}
+
+    return hook
+
+
+def train_cohort(
+    global_params: Params,
+    batches: Iterator[Batch],
+    gradient: GradientHook,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+) -> Params:
+    """Local SGD of k clients from one global model.
+
+    Args:
+        global_params: parameters that every client starts from.
+        batches: one batch a local step.
+        gradient: hook (step, params, shared, batch) → descent direction, each [k, ...].
+        lr: client learning rate.
+        momentum: heavy-ball momentum, 0 for none.
+
+    Returns:
+        client updates: local minus global parameters, each [k, ...].
+    """
+    params, shared = global_params, True
+    velocity: Params | None = None
+    for step, batch in enumerate(batches):
+        direction = gradient(step, params, shared, batch)
+        if momentum:
+            if velocity is None:
+                velocity = direction
+            else:
+                velocity = {
+                    n: torch.where(columns(batch.active, v), momentum * v + direction[n], v)
+                    for n, v in velocity.items()
+                }
+            direction = velocity
+        params = {
+            n: torch.where(columns(batch.active, g), params[n] - lr * g, params[n])
+            for n, g in direction.items()
+        }
+        shared = False
+    return {n: params[n] - global_params[n] for n in global_params}
+
+
+def columns(row: Tensor, like: Tensor) -> Tensor:
+    """View [k] so that it broadcasts against [k, ...]."""
+    return row.view(-1, *[1] * (like.ndim - 1))
+
+
+def per_row(value: Tensor, factor: Tensor) -> Tensor:
+    """Each client's tensor times its own number: [k, ...] × [k]."""
+    return value * columns(factor, value)
+
+
+def bytes_per_example(network: nn.Module, example: Tensor) -> int:
+    """Rough memory of one record's forward and backward pass: activations and unfolded patches."""
+    total = [example.numel()]
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            total[0] += output.numel()
+        if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
+            patch = module.in_channels // module.groups * int(np.prod(module.kernel_size))
+            total[0] += patch * output[0, 0].numel() + module.weight.numel()
+
+    leaves = [m for m in network.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(count) for m in leaves]
+    try:
+        with torch.no_grad():
+            network(example[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 4 * 3 * total[0]
+
+
+def faster_execution(run: Callable[[bool], object], *, repeats: int = 3) -> tuple[bool, str]:
+    """Whether vmap beats the loop, by timing `run(vectorize)`, and a line that says why.
+
+    A network that cannot be vmapped is trained by the loop; the reason is in the line.
+    """
+
+    def best(vectorize: bool) -> float:
+        run(vectorize)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run(vectorize)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    try:
+        vmapped = best(True)
+    except Exception as error:  # whatever functorch cannot do shows only by trying
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        return False, f"clients train one after another: the network cannot be vmapped ({reason})"
+    looped = best(False)
+    winner = "together (vmap)" if vmapped <= looped else "one after another (loop)"
+    return vmapped <= looped, (
+        f"clients train {winner}: a step took {1e3 * vmapped:.1f} ms under vmap and "
+        f"{1e3 * looped:.1f} ms in a loop"
+    )

@@ -1,0 +1,434 @@
+"""The federated LightningModule: one training step is one round of AADP-FL."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torchmetrics
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from aadp_kernels import Layout, tail_cutoff
+from fl_lightning import secrets
+from fl_lightning.aggregate import WeightedMean, client_weights
+from fl_lightning.client import bytes_per_example, faster_execution
+from fl_lightning.cohort import cohort_schedule
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.population import ClientPopulation, LocalTraining
+from fl_lightning.preflight import check_network, check_run, check_training
+from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.types import Params, PrivateUpdate, RoundResult
+
+
+def server_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Plain FedAvg: add the mean update to the model."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each record: (logits [B, classes], labels [B]) → [B]."""
+    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+class FederatedModule(pl.LightningModule):
+    """Federated training of a network with personalised differential privacy.
+
+    A training batch is a round number; `max_epochs` of the Trainer is the number of rounds.
+
+    Args:
+        network: the model; records in, one row of outputs a record. No batch statistics.
+        privacy: what is promised to whom; see PrivacyConfig.
+        clients_per_round: clients in a round's cohort; null: all of them.
+        sampling_rate: Poisson rate q of a record in a local step, in (0, 1]; needed for
+            record+local. Null: shuffled minibatches of batch_size.
+        batch_size: records in a shuffled minibatch; null with sampling_rate.
+        local_steps: local steps a client takes a round; null: local_epochs passes.
+        local_epochs: passes over the client's records a round (1/q steps each under Poisson
+            sampling); only if local_steps is null.
+        client_lr: learning rate of local SGD.
+        client_momentum: momentum of local SGD, in [0, 1).
+        server_optimizer: torch.optim class applied to the mean update as if it were a gradient;
+            SGD with lr 1 is FedAvg, with momentum FedAvgM, Adam FedAdam.
+        server_scheduler: torch.optim.lr_scheduler class stepped once a round, or null.
+        weighting: weight of a client in the mean: records (n_k), uniform, or precision (inverse
+            noise variance, for clients with different ε).
+        planned_rounds: rounds that the noise is calibrated for; null: the Trainer's max_epochs.
+        execution: whether the clients of a cohort are trained together under vmap, one after
+            another in a loop, or in whichever way is measured to be faster (auto).
+        memory_budget: memory for the activations of clients trained together, in GiB.
+        seed: public seed of the cohort schedule and of shuffled minibatches.
+        loss: loss of each record, (outputs, labels) → [B]; null: cross entropy.
+        run_dir: folder of the run: ledger, secret, statement. Null: the Trainer's
+            default_root_dir.
+
+    Raises:
+        ValueError: for values out of range, here or, where they need the data, before round 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        privacy: PrivacyConfig | None = None,
+        clients_per_round: int | None = None,
+        sampling_rate: float | None = 0.1,
+        batch_size: int | None = None,
+        local_steps: int | None = 1,
+        local_epochs: int = 1,
+        client_lr: float = 0.1,
+        client_momentum: float = 0.0,
+        server_optimizer: OptimizerCallable = server_sgd,
+        server_scheduler: LRSchedulerCallable | None = None,
+        weighting: Literal["records", "uniform", "precision"] = "records",
+        planned_rounds: int | None = None,
+        execution: Literal["auto", "vmap", "loop"] = "auto",
+        memory_budget: float = 1.0,
+        seed: int = 0,
+        loss: nn.Module | None = None,
+        run_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.privacy = privacy or PrivacyConfig()
+        self.clients_per_round = clients_per_round
+        self.sampling_rate = sampling_rate
+        self.batch_size = batch_size
+        self.local_steps = local_steps
+        self.local_epochs = local_epochs
+        self.client_lr = client_lr
+        self.client_momentum = client_momentum
+        self.server_optimizer = server_optimizer
+        self.server_scheduler = server_scheduler
+        self.weighting = weighting
+        self.planned_rounds = planned_rounds
+        self.execution = execution
+        self.memory_budget = memory_budget
+        self.seed = seed
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss or cross_entropy
+        self.run_dir = run_dir
+        check_training(self)
+        check_network(network)
+        self.layout = Layout.build({n: p for n, p in network.named_parameters() if p.requires_grad})
+        self.ledger: Ledger | None = None
+        self.result: RoundResult | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._accuracy: torchmetrics.Metric | None = None
+
+    # The algorithm ------------------------------------------------------------------------------
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        """One round: every client of the cohort releases; the server adds the mean."""
+        started = time.perf_counter()
+        cohort = self.cohort(self.current_epoch)
+        context = self._context(cohort)
+        params = self._global_params()
+        mean, released = WeightedMean(self.layout), []
+        for clients in cohort.split(self.clients_at_once):
+            # Clip norms and shares from released history, local training, clipping, noise,
+            # ledger: after this line everything is public.
+            update = self.clients.release(clients, params, self.current_epoch, context)
+            mean.add(update.update, self._weights(update))
+            released.append(update)
+        if len(cohort):
+            mean.write_gradient(self.network)
+            self._server_step()
+        self.result = self._round_result(released, time.perf_counter() - started)
+        if self.privacy.private and self.budget.exhausted(self.clients.steps):
+            self.trainer.should_stop = True
+
+    def cohort(self, round: int) -> Tensor:
+        """Clients that take part in a round: those on the schedule that can still pay, [m]."""
+        scheduled = self.schedule[round].tolist()
+        ids = [client for client in scheduled if self.clients.may_release(client, round)]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _global_params(self) -> Params:
+        parameters = dict(self.network.named_parameters())
+        return {name: parameters[name].detach() for name in self.layout.names}
+
+    def _weights(self, update: PrivateUpdate) -> Tensor:
+        return client_weights(
+            self.weighting,
+            client_sizes=self._data.client_sizes[update.clients],
+            expected_batch=self.clients.expected_batch(update.clients),
+            policy=update.policy,
+            num_layers=self.layout.num_layers,
+        )
+
+    def _server_step(self) -> None:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        """The server optimizer, and its schedule if there is one."""
+        optimizer = self.server_optimizer([p for p in self.network.parameters() if p.requires_grad])
+        if self.server_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.server_scheduler(optimizer)}
+
+    # Before round 0 -----------------------------------------------------------------------------
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run_dir or self.trainer.default_root_dir)
+
+    @property
+    def _data(self) -> FederatedDataModule:
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(data, FederatedDataModule):
+            raise ValueError(
+                f"datamodule={data!r}: FederatedModule needs a FederatedDataModule, which knows "
+                "who holds which record"
+            )
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Check everything before anything is done."""
+        if stage == "fit":
+            check_run(self, self._data, self.trainer)
+        self._accuracy = torchmetrics.classification.MulticlassAccuracy(
+            num_classes=self._data.num_classes, average="micro"
+        ).to(self.device)
+
+    def on_fit_start(self) -> None:
+        """Calibrate or restore the noise, open the ledger, choose how to train together."""
+        data, resumed = self._data, self._resumed
+        planned = self.planned_rounds or self.trainer.max_epochs
+        assert planned is not None
+        self.schedule = cohort_schedule(
+            data.num_clients, self.clients_per_round or data.num_clients, planned, self.seed
+        )
+        training = LocalTraining(
+            lr=self.client_lr,
+            momentum=self.client_momentum,
+            sampling_rate=self.sampling_rate,
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            local_epochs=self.local_epochs,
+            seed=self.seed,
+        )
+        record = self.privacy.unit == "record"
+        participations = np.bincount(self.schedule.ravel(), minlength=data.num_clients)
+        self.history = ReleasedHistory(self.privacy, data.num_clients, self.layout.dims)
+        self.budget = Budget(
+            self.privacy,
+            participations * (training.noised_steps if record else 1),
+            self.sampling_rate if record and self.sampling_rate else 1.0,
+        )
+        if resumed is not None:
+            self.history.load_state_dict(resumed["history"])
+            self.budget.load_state_dict(resumed["budget"])
+        elif self.privacy.private:
+            self.budget.calibrate()
+        self.run_path.mkdir(parents=True, exist_ok=True)
+        self._key = secrets.run_key(
+            self.run_path,
+            seed=self.privacy.seed,
+            rng=self.privacy.rng,
+            resume=resumed is not None,
+        )
+        self._run_id = secrets.public_name(self._key.derive("run"))
+        self._open_ledger()
+        self._prepare_clients(training)
+
+    def _open_ledger(self) -> None:
+        if not self.privacy.private:
+            return
+        resumed = self._resumed
+        if resumed is None:
+            self.ledger = Ledger.create(self.run_path, self._ledger_header())
+            return
+        if resumed["run_id"] != self._run_id:
+            raise LedgerError(
+                f"{self.run_path}: the checkpoint is of another run than the secret there"
+            )
+        self.ledger = Ledger.open(self.run_path)
+        if len(self.ledger) < resumed["releases"]:
+            raise LedgerError(
+                f"{self.run_path}: the ledger has {len(self.ledger)} releases, the checkpoint "
+                f"knows of {resumed['releases']}: lines were lost, the run cannot go on"
+            )
+        for release in self.ledger:
+            self.budget.spent[release.client] += release.steps
+
+    def _ledger_header(self) -> dict[str, Any]:
+        privacy, data = self.privacy, self._data
+        return {
+            "run_id": self._run_id,
+            "setting": privacy.setting,
+            "privacy_unit": privacy.unit,
+            "trust": "local" if privacy.guarantee else "none",
+            "adjacency": privacy.resolved_adjacency,
+            "mechanism": privacy.mechanism,
+            "delta": self.budget.delta.tolist(),
+            "epsilon": self.budget.target.tolist(),
+            "simulated": privacy.seed is not None,
+            "rng": privacy.rng,
+            "tail_cutoff": tail_cutoff(privacy.mechanism),
+            "arithmetic": "float32 gradients, float64 noise; proofs in real arithmetic",
+            "thresholds": privacy.resolved_thresholds,
+            "allocation": privacy.resolved_allocation,
+            "dataset": data.dataset_name,
+            "client_sizes": data.client_sizes.tolist(),
+            "planned_steps": self.budget.planned_steps.tolist(),
+            "layers": list(self.layout.layer_names),
+            "dims": list(self.layout.dims),
+            "torch": torch.__version__,
+        }
+
+    def _prepare_clients(self, training: LocalTraining) -> None:
+        data = self._data
+        example = data.x[0].to(self.device)
+        self._max_examples = max(
+            1, int(self.memory_budget * 2**30 / bytes_per_example(self.network, example))
+        )
+
+        def population(vectorize: bool) -> ClientPopulation:
+            return ClientPopulation(
+                data,
+                self.network,
+                self.loss,
+                self.layout,
+                privacy=self.privacy,
+                training=training,
+                history=self.history,
+                budget=self.budget,
+                key=self._key,
+                ledger=self.ledger,
+                vectorize=vectorize,
+                max_examples=self._max_examples,
+            )
+
+        self.vectorize = self._choose_execution(population)
+        self.clients = population(self.vectorize)
+        rate = self.sampling_rate
+        width = self.batch_size or math.ceil((rate or 1.0) * int(data.client_sizes.max()))
+        self.clients_at_once = max(1, self._max_examples // width)
+
+    def _choose_execution(self, population: Callable[[bool], ClientPopulation]) -> bool:
+        if self._resumed is not None:
+            return bool(self._resumed["vectorize"])
+        if self.execution != "auto":
+            return self.execution == "vmap"
+        params = self._global_params()
+        vectorize, reason = faster_execution(lambda v: population(v).rehearse(params))
+        pl.utilities.rank_zero_info(reason)
+        return vectorize
+
+    # What a checkpoint keeps --------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything but the secret, which stays in the run's private file."""
+        if not hasattr(self, "history"):
+            return
+        checkpoint["aadp_fl"] = {
+            "history": self.history.state_dict(),
+            "budget": self.budget.state_dict(),
+            "vectorize": self.vectorize,
+            "run_id": self._run_id,
+            "releases": 0 if self.ledger is None else len(self.ledger),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state until `on_fit_start` can check it against the ledger."""
+        self._resumed = checkpoint.get("aadp_fl")
+
+    def teardown(self, stage: str) -> None:
+        """Release the lock on the ledger."""
+        if stage == "fit" and self.ledger is not None:
+            self.ledger.close()
+
+    # What is shown ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the global model."""
+        return self.network(x)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Held-out records of the clients: private, so only a simulation may look."""
+        self._evaluate("sim_only/val", batch)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Test records, read once at the end."""
+        self._evaluate("test/", batch)
+
+    def _evaluate(self, prefix: str, batch: list[Tensor]) -> None:
+        x, y = batch
+        outputs = self.network(x)
+        separator = "" if prefix.endswith("/") else "_"
+        self.log(f"{prefix}{separator}loss", self.loss(outputs, y).mean(), batch_size=len(x))
+        assert self._accuracy is not None
+        correct = self._accuracy(outputs, y)
+        self._accuracy.reset()
+        self.log(f"{prefix}{separator}accuracy", correct, batch_size=len(x))
+
+    def _round_result(self, released: list[PrivateUpdate], seconds: float) -> RoundResult:
+        def column(name: str) -> np.ndarray:
+            rows = [getattr(u.policy, name).numpy() for u in released if u.policy is not None]
+            return np.concatenate(rows) if rows else np.zeros((0, 0))
+
+        cohort = [update.clients for update in released]
+        fractions = [u.sim_only["clipped_fraction"] for u in released if u.policy is not None]
+        nonfinite = [u.sim_only["nonfinite"].sum() for u in released]
+        unprotected = np.full(self._data.num_clients, np.inf)
+        return RoundResult(
+            round=self.current_epoch,
+            cohort=(torch.cat(cohort) if cohort else torch.empty(0, dtype=torch.int64)).numpy(),
+            clip_norm=column("clip_norm"),
+            shares=column("shares"),
+            contribution=column("contribution"),
+            noise_scale=column("noise_scale"),
+            clipped_fraction=torch.cat(fractions).numpy() if fractions else np.zeros((0, 0)),
+            nonfinite=int(torch.stack(nonfinite).sum()) if nonfinite else 0,
+            epsilon_spent=self.budget.epsilon_spent() if self.privacy.private else unprotected,
+            seconds=seconds,
+        )
+
+    def _context(self, cohort: Tensor) -> str:
+        """Digest of all public and private inputs of a round that are not the model itself."""
+        network, trained = self.network, set(self.layout.names)
+        fixed = [value for name, value in network.state_dict().items() if name not in trained]
+        code = [] if self.privacy.seed is not None else [secrets.source_digest()]
+        return secrets.digest(
+            [
+                self._data.digest(),
+                repr(self.privacy),
+                repr(self.clients.training),
+                describe(network),
+                describe(self.loss),
+                *secrets.platform_facts(),
+                *code,
+                int(self.vectorize),
+                self._max_examples,
+                cohort,
+                *fixed,
+            ]
+        )
+
+
+def describe(thing: object) -> str:
+    """Structure and source of a network or loss, the same in every process."""
+    if isinstance(thing, nn.Module):
+        try:
+            source = inspect.getsource(type(thing))
+        except (OSError, TypeError):
+            source = ""
+        return f"{thing!r}\n{source}"
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -1,0 +1,263 @@
+"""Pictures of a run, drawn from `rounds.csv` and `layers.csv` alone.
+
+Command: `python -m fl_lightning.plots RUN_DIR` draws them again.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROUND_COLUMNS = (
+    "round",
+    "clients",
+    "epsilon_max",
+    "epsilon_median",
+    "epsilon_min",
+    "sim_only_val_accuracy",
+    "sim_only_val_loss",
+    "sim_only_nonfinite",
+    "seconds",
+)
+LAYER_FIELDS = ("clip_norm", "shares", "contribution", "noise_scale", "clipped_fraction")
+LAYER_COLUMNS = (
+    "round",
+    "client",
+    "layer",
+    "clip_norm",
+    "share",
+    "contribution",
+    "noise_scale",
+    "sim_only_clipped_fraction",
+)
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_PANELS = (
+    ("clip_norm", "clip norm"),
+    ("share", "share of the budget"),
+    ("noise_scale", "noise scale"),
+    ("sim_only_clipped_fraction", "clipped fraction (simulation only)"),
+)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV as written; [] where the file is missing."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def convergence(rounds: Sequence[dict[str, str]]) -> Figure | None:
+    """Validation accuracy (simulation only) above the ε spent, against rounds.
+
+    Args:
+        rounds: rows of `rounds.csv`.
+
+    Returns:
+        A figure with the panels that have data; None without any.
+    """
+    number = _column(rounds, "round") + 1
+    accuracy, epsilon = (_column(rounds, n) for n in ("sim_only_val_accuracy", "epsilon_max"))
+    present = [np.isfinite(values).any() for values in (accuracy, epsilon)]
+    if not any(present):
+        return None
+    figure = _figure(6.4, 2.4 + 1.8 * sum(present))
+    axes = iter(figure.subplots(sum(present), 1, sharex=True, squeeze=False)[:, 0])
+    if present[0]:
+        ax, known = next(axes), np.isfinite(accuracy)
+        marker = "o" if known.sum() <= 40 else None
+        ax.plot(number[known], accuracy[known], color=_COLOURS[0], marker=marker, markersize=3)
+        ax.set_ylabel("validation accuracy\n(simulation only)")
+        _dress(ax)
+    if present[1]:
+        ax = next(axes)
+        low, middle = (_column(rounds, n) for n in ("epsilon_min", "epsilon_median"))
+        if np.any(low < epsilon):
+            ax.fill_between(number, low, epsilon, color=_COLOURS[1], alpha=0.2, lw=0)
+            ax.plot(number, middle, color=_COLOURS[1], ls="--", label="median client")
+        ax.plot(number, epsilon, color=_COLOURS[1], label="largest of all clients")
+        ax.set_ylabel("ε spent (upper bound)")
+        ax.set_ylim(bottom=0)
+        ax.legend(loc="best", frameon=False)
+        _dress(ax)
+    ax.set_xlabel("round")
+    return figure
+
+
+def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
+    """Clip norm, budget share, noise scale and clipped fraction of every layer against rounds.
+
+    A line is the median over the round's clients, the band around it their range.
+
+    Args:
+        layers: rows of `layers.csv`.
+    """
+    if not layers:
+        return None
+    names = list(dict.fromkeys(row["layer"] for row in layers))
+    of_layer = np.array([row["layer"] for row in layers])
+    number, colours = _column(layers, "round") + 1, _colours(len(names))
+    figure = _figure(9.6, 6.4)
+    axes = figure.subplots(2, 2, sharex=True)
+    for ax, (column, title) in zip(axes.flat, _PANELS, strict=True):
+        values = _column(layers, column)
+        for colour, name in zip(colours, names, strict=True):
+            mine = of_layer == name
+            x, low, middle, high = _spread(number[mine], values[mine])
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            ax.plot(x, middle, color=colour, label=name)
+        _scale(ax, column, values[np.isfinite(values)])
+        ax.set_title(title, fontsize="medium")
+        _dress(ax)
+    for ax in axes[1]:
+        ax.set_xlabel("round")
+    _legend(figure, axes[0, 0], names)
+    return figure
+
+
+def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
+    """Budget shares and noise scales of every client and layer, as of the client's last round.
+
+    Args:
+        layers: rows of `layers.csv`.
+    """
+    if not layers:
+        return None
+    from matplotlib.colors import LogNorm
+
+    names = list(dict.fromkeys(row["layer"] for row in layers))
+    clients = sorted({int(r["client"]) for r in layers})
+    row, column = ({key: i for i, key in enumerate(keys)} for keys in (clients, names))
+    figure = _figure(max(7.0, 3.5 + 0.7 * len(names)), min(8.0, 3.2 + 0.12 * len(clients)))
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (field, title) in zip(axes, (_PANELS[1], _PANELS[2]), strict=True):
+        grid = np.full((len(clients), len(names)), np.nan)
+        for r in layers:
+            grid[row[int(r["client"])], column[r["layer"]]] = float(r[field])
+        positive = np.isfinite(grid).all() and grid.min() > 0
+        wide = positive and grid.max() > 10 * grid.min()
+        style: dict[str, Any] = {"norm": LogNorm()} if wide else {}
+        image = ax.imshow(
+            np.ma.masked_invalid(grid),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="cividis",
+            **style,
+        )
+        figure.colorbar(image, ax=ax)
+        ax.set_title(f"{title}, last round of each client", fontsize="medium")
+        shown = _every(len(names), 16)
+        ax.set_xticks(shown, [names[i] for i in shown], rotation=45, ha="right")
+        shown = _every(len(clients), 20)
+        ax.set_yticks(shown, [str(clients[i]) for i in shown])
+        ax.set_xlabel("layer")
+    axes[0].set_ylabel("client")
+    return figure
+
+
+def draw_all(run_path: Path) -> list[Path]:
+    """Draw what a run's files have data for.
+
+    Args:
+        run_path: folder with `rounds.csv` and `layers.csv`; pictures go to its `plots` folder.
+
+    Returns:
+        The PNG files written.
+    """
+    rounds, layers = read_rows(run_path / "rounds.csv"), read_rows(run_path / "layers.csv")
+    pictures = {
+        "convergence": convergence(rounds),
+        "layers": layer_history(layers),
+        "clients": client_map(layers),
+    }
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            path = run_path / "plots" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=150)
+            written.append(path)
+    return written
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not through pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _column(rows: Sequence[dict[str, str]], name: str) -> np.ndarray:
+    """Numbers of a column, NaN where empty."""
+    return np.array([float(row[name] or "nan") for row in rows], dtype=float)
+
+
+def _spread(number: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Round numbers, with lowest, median and highest finite value over the clients."""
+    known = np.isfinite(values)
+    rounds, starts = np.unique(number[known], return_index=True)
+    parts = np.split(values[known], starts[1:]) if len(rounds) else []
+    low, middle, high = (np.array([f(p) for p in parts]) for f in (np.min, np.median, np.max))
+    return rounds, low, middle, high
+
+
+def _scale(ax: Any, column: str, values: np.ndarray) -> None:
+    if column == "sim_only_clipped_fraction":
+        ax.set_ylim(-0.02, 1.02)
+    elif column == "share":
+        ax.set_ylim(0, min(1.0, 1.1 * max(values, default=1.0)))
+    elif len(values) and values.min() > 0 and values.max() > 5 * values.min():
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+
+
+def _colours(count: int) -> list[Any]:
+    """One colour a layer; a scale by depth where there are many."""
+    if count <= len(_COLOURS):
+        return list(_COLOURS[:count])
+    from matplotlib import colormaps
+
+    return list(colormaps["viridis"](np.linspace(0, 0.92, count)))
+
+
+def _legend(figure: Figure, ax: Any, names: Sequence[str]) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    shown = _every(len(names), 16)
+    figure.legend(
+        [handles[i] for i in shown],
+        [labels[i] for i in shown],
+        loc="outside lower center",
+        ncols=min(8, len(shown)),
+        frameon=False,
+        title="layer: median over the round's clients; band: their range",
+        title_fontsize="small",
+    )
+
+
+def _every(count: int, most: int) -> list[int]:
+    return list(range(0, count, -(-count // most)))
+
+
+def _dress(ax: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m fl_lightning.plots RUN_DIR")
+    for drawn in draw_all(Path(sys.argv[1])):
+        print(drawn)

@@ -1,0 +1,326 @@
+"""The simulated clients: their records, secrets, histories and budgets, and how they release.
+
+In a deployment each client runs this for itself. Everything a client computes before the ledger
+line is written is private to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aadp_kernels import Layout, NoiseKey
+from fl_lightning import secrets
+from fl_lightning.client import (
+    Batch,
+    CohortGradient,
+    GradientHook,
+    Loss,
+    columns,
+    gather,
+    plain_gradient,
+    poisson_rows,
+    shuffled_rows,
+    train_cohort,
+)
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.ledger import Ledger, Release
+from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums, release_updates
+from fl_lightning.types import Params, PrivateUpdate
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Public rules of local training; see `FederatedModule` for their meaning."""
+
+    lr: float
+    momentum: float
+    sampling_rate: float | None
+    batch_size: int | None
+    local_steps: int | None
+    local_epochs: int
+    seed: int
+
+    @property
+    def noised_steps(self) -> int:
+        """Local steps a round under Poisson sampling: an epoch is 1/q steps."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.sampling_rate is not None
+        return self.local_epochs * max(1, round(1 / self.sampling_rate))
+
+
+class ClientPopulation:
+    """All clients of a simulation.
+
+    Args:
+        data: records and who holds them.
+        network, loss, layout: what is trained.
+        privacy: the privacy configuration.
+        training: rules of local training.
+        history: released history of all clients.
+        budget: multipliers and steps spent.
+        key: the run's secret.
+        ledger: where releases are written before they leave; None without privacy.
+        vectorize: train clients under one vmap, or one after another.
+        max_examples: records computed at once.
+    """
+
+    def __init__(
+        self,
+        data: FederatedDataModule,
+        network: nn.Module,
+        loss: Loss,
+        layout: Layout,
+        *,
+        privacy: PrivacyConfig,
+        training: LocalTraining,
+        history: ReleasedHistory,
+        budget: Budget,
+        key: NoiseKey,
+        ledger: Ledger | None,
+        vectorize: bool,
+        max_examples: int,
+    ) -> None:
+        self.data = data
+        self.network = network
+        self.loss = loss
+        self.layout = layout
+        self.privacy = privacy
+        self.training = training
+        self.history = history
+        self.budget = budget
+        self.key = key
+        self.ledger = ledger
+        self.vectorize = vectorize
+        self.max_examples = max_examples
+        device = next(network.parameters()).device
+        example = data.x[:1].to(device)
+        self._plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
+        if privacy.unit == "record":
+            self._clipped = clipped_sums(
+                network,
+                loss,
+                layout,
+                p=privacy.p,
+                vectorize=vectorize,
+                max_examples=max_examples,
+                example=example,
+            )
+
+    @property
+    def steps(self) -> int:
+        """Noised events in one release."""
+        return self.training.noised_steps if self.privacy.unit == "record" else 1
+
+    def expected_batch(self, clients: Tensor) -> Tensor:
+        """Public expected batch B = q·n_k, or the number of records without sampling, [k]."""
+        rate = self.training.sampling_rate
+        return self.data.client_sizes[clients] * (1.0 if rate is None else rate)
+
+    def may_release(self, client: int, round: int) -> bool:
+        """Whether a client takes part: it can pay, or its release of this round is paid already."""
+        if not self.privacy.private:
+            return True
+        assert self.ledger is not None
+        return self.budget.can_release(client, self.steps) or bool(self.ledger.find(client, round))
+
+    def release(self, clients: Tensor, params: Params, round: int, context: str) -> PrivateUpdate:
+        """Train, clip, add noise, and write the ledger before anything is handed out.
+
+        The noise and the coins are a function of the secret and of all that the update depends
+        on. The same inputs give the same bytes again, which is the same release and costs
+        nothing; other inputs get other noise and are charged. Should equal inputs ever give
+        other bytes, the attempt is counted up, which draws new noise and charges it.
+
+        Args:
+            clients: ids [k].
+            params: global model.
+            round: round number.
+            context: digest of everything else that local training depends on.
+
+        Returns:
+            The update of those clients that could pay.
+        """
+        if not self.privacy.private:
+            return self._without_privacy(clients, params, round)
+        assert self.ledger is not None
+        before = self.history.rows(clients)
+        multiplier = self.budget.multiplier[clients]
+        bound = secrets.digest(
+            [context, round, clients, multiplier, *params.values(), *before.values()]
+        )
+        for redraw in itertools.count():
+            key = self.key.derive("round", bound, redraw)
+            update = self._private_update(clients, params, key)
+            entries = self._entries(update, round, key)
+            known = [self.ledger.find(entry.client, round) for entry in entries]
+            if not any(map(_same_noise_other_bytes, entries, known)):
+                break
+            self.history.restore(clients, before)
+        paid = [
+            any(old.digest == entry.digest for old in lines)
+            for entry, lines in zip(entries, known, strict=True)
+        ]
+        keep = [
+            i
+            for i, entry in enumerate(entries)
+            if paid[i] or self.budget.can_release(entry.client, entry.steps)
+        ]
+        left = [i for i in range(len(entries)) if i not in keep]
+        if left:
+            rows = torch.tensor(left)
+            self.history.restore(clients[rows], {n: v[rows] for n, v in before.items()})
+        fresh = [entries[i] for i in keep if not paid[i]]
+        self.ledger.append(fresh)
+        for entry in fresh:
+            self.budget.spent[entry.client] += entry.steps
+        return update.select(keep) if left else update
+
+    def rehearse(self, params: Params, examples: int = 1024) -> None:
+        """One local step on zeros of the usual shape, to time it."""
+        sizes = self.data.client_sizes
+        rate, batch_size = self.training.sampling_rate, self.training.batch_size
+        width = max(1, round(rate * float(sizes.double().mean()))) if rate else batch_size
+        assert width is not None
+        k = min(len(sizes), max(2, examples // width))
+        device = next(self.network.parameters()).device
+        batch = Batch(
+            torch.zeros(k, width, *self.data.x.shape[1:], dtype=self.data.x.dtype, device=device),
+            torch.zeros(k, width, *self.data.y.shape[1:], dtype=self.data.y.dtype, device=device),
+            torch.ones(k, width, device=device),
+            torch.full((k,), float(width), device=device),
+            torch.ones(k, dtype=torch.bool, device=device),
+        )
+        shared = self.training.local_steps == 1
+        if not shared:
+            params = {name: p.expand(k, *p.shape).clone() for name, p in params.items()}
+        with torch.random.fork_rng(), torch.no_grad():
+            if self.privacy.unit == "record":
+                clients = torch.arange(k)
+                policy = self.history.policy(clients, self.budget.multiplier[clients])
+                self._clipped(params, shared, batch, policy)
+            else:
+                self._plain(params, batch, shared=shared)
+
+    def _private_update(self, clients: Tensor, params: Params, key: NoiseKey) -> PrivateUpdate:
+        multiplier = self.budget.multiplier[clients]
+        coins = key.derive("coins")
+        noise = key.derive("noise")
+        if self.privacy.unit == "record":
+            hook = PrivateRecordGradient(
+                self._clipped,
+                self.history,
+                self.layout,
+                key=noise,
+                clients=clients,
+                multiplier=multiplier,
+            )
+            update = self._train(clients, params, hook, coins, 0)
+            assert self.training.sampling_rate is not None
+            return hook.private_update(update, self.training.sampling_rate)
+        policy = self.history.policy(clients, multiplier)
+        update = self._train(clients, params, plain_gradient(self._plain), coins, 0)
+        return release_updates(
+            update,
+            policy,
+            self.history,
+            self.layout,
+            key=noise,
+            clients=clients,
+            multiplier=multiplier,
+        )
+
+    def _without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
+        coins = self.key.derive("round", round, "coins")
+        update = self._train(clients, params, plain_gradient(self._plain), coins, round)
+        finite = torch.stack([v.flatten(1).isfinite().all(1) for v in update.values()]).all(0)
+        return PrivateUpdate(
+            clients=clients,
+            update={n: v.masked_fill(~columns(finite, v), 0.0) for n, v in update.items()},
+            events=[],
+            steps=0,
+            policy=None,
+            sim_only={"nonfinite": (~finite).cpu().float()},
+        )
+
+    def _train(
+        self, clients: Tensor, params: Params, hook: GradientHook, coins: NoiseKey, round: int
+    ) -> Params:
+        torch_seed = int(secrets.public_name(coins.derive("torch"))[:15], 16)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(torch_seed)  # dropout and the like
+            return train_cohort(
+                params,
+                self._batches(clients.tolist(), coins, round),
+                hook,
+                lr=self.training.lr,
+                momentum=self.training.momentum,
+            )
+
+    def _batches(self, clients: list[int], coins: NoiseKey, round: int) -> Iterator[Batch]:
+        rows = [self.data.partition.client(k) for k in clients]
+        sizes = [len(r) for r in rows]
+        rate, divisor = self.training.sampling_rate, None
+        if rate is not None:
+            steps = self.training.noised_steps
+            chosen = poisson_rows(sizes, rate, steps, key=coins, clients=clients)
+            divisor = torch.tensor([rate * n for n in sizes])
+        else:
+            assert self.training.batch_size is not None
+            seeds = [[self.training.seed, round, k] for k in clients]
+            chosen = shuffled_rows(
+                sizes,
+                self.training.batch_size,
+                self.training.local_steps,
+                self.training.local_epochs,
+                seeds=seeds,
+            )
+        device = next(self.network.parameters()).device
+        for step in chosen:
+            records = [r[s] for r, s in zip(rows, step, strict=True)]
+            yield gather(self.data.x, self.data.y, records, divisor=divisor, device=device)
+
+    def _entries(self, update: PrivateUpdate, round: int, key: NoiseKey) -> list[Release]:
+        """One ledger line a client, with all that its ε follows from."""
+        policy = update.policy
+        assert policy is not None
+        assert self.ledger is not None
+        binding = secrets.public_name(key)
+        entries = []
+        for i, client in enumerate(update.clients.tolist()):
+            event = update.events[i]
+            votes = policy.vote_noise_scale
+            sent = [value[i] for value in update.update.values()]
+            entries.append(
+                Release(
+                    client=client,
+                    round=round,
+                    attempt=len(self.ledger.find(client, round)),
+                    first_step=int(self.budget.spent[client]),
+                    steps=update.steps,
+                    mechanism=event.mechanism,
+                    noise_multiplier=event.noise_multiplier,
+                    sampling_rate=event.sampling_rate,
+                    adjacency=event.adjacency,
+                    vote_noise_scale=None if votes is None else float(votes[i]),
+                    num_layers=self.layout.num_layers,
+                    clip_norm=tuple(policy.clip_norm[i].tolist()),
+                    shares=tuple(policy.shares[i].tolist()),
+                    binding=binding,
+                    digest=secrets.digest([*sent, self.history.l1_norm[client]]),
+                    guarantee=self.privacy.guarantee,
+                )
+            )
+        return entries
+
+
+def _same_noise_other_bytes(entry: Release, known: list[Release]) -> bool:
+    return any(old.binding == entry.binding and old.digest != entry.digest for old in known)

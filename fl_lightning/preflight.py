@@ -1,0 +1,160 @@
+"""Checks of a whole run before any work is done and any privacy is spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.privacy.config import per_client
+
+if TYPE_CHECKING:
+    from fl_lightning.module import FederatedModule
+
+
+def check_training(module: FederatedModule) -> None:
+    """Values of the module that contradict each other or are out of range.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    rate, batch_size = module.sampling_rate, module.batch_size
+    if (rate is None) == (batch_size is None):
+        raise ValueError(
+            f"sampling_rate={rate} and batch_size={batch_size}: give one of the two and set the "
+            "other to null"
+        )
+    if module.privacy.unit == "record" and rate is None:
+        raise ValueError(
+            f"batch_size={batch_size} with setting='record+local': shuffled minibatches have no "
+            "accounting here; use sampling_rate"
+        )
+    if rate is not None and not 0 < rate <= 1:
+        raise ValueError(f"sampling_rate={rate} must be in (0, 1]")
+    if not 0 <= module.client_momentum < 1:
+        raise ValueError(f"client_momentum={module.client_momentum} must be in [0, 1)")
+    for name in ("batch_size", "local_steps", "clients_per_round", "planned_rounds"):
+        value = getattr(module, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if module.local_epochs < 1:
+        raise ValueError(f"local_epochs={module.local_epochs} must be at least 1")
+    for name in ("client_lr", "memory_budget"):
+        value = getattr(module, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite")
+    if module.seed < 0:
+        raise ValueError(f"seed={module.seed} must be at least 0")
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse networks that mix records or have nothing to train.
+
+    Raises:
+        ValueError: naming the layer, with what to use instead.
+    """
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"network: layer '{name}' is a {type(layer).__name__}, which mixes the records of "
+                "a batch (no per-record clipping) and keeps unprotected statistics; use GroupNorm, "
+                "LayerNorm or InstanceNorm without running statistics instead"
+            )
+        if isinstance(layer, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d) and (
+            layer.track_running_stats
+        ):
+            raise ValueError(
+                f"network: layer '{name}' keeps unprotected running statistics; set "
+                "track_running_stats=False or use GroupNorm"
+            )
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("network: it has no trainable parameters")
+
+
+def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> None:
+    """What needs the data or the Trainer.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        raise ValueError(
+            f"trainer.max_epochs={trainer.max_epochs}: give the number of rounds; privacy is "
+            "planned for it"
+        )
+    planned = module.planned_rounds or trainer.max_epochs
+    if trainer.max_epochs > planned:
+        raise ValueError(
+            f"trainer.max_epochs={trainer.max_epochs} is more than planned_rounds={planned}"
+        )
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"trainer.devices gives {trainer.world_size} processes: sharing a cohort between "
+            "processes is not available yet; use devices=1"
+        )
+    if str(trainer.precision) not in ("32-true", "64-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision}: clipping is only proven for 32-true, 64-true"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch "
+            "is a round"
+        )
+    sizes, k = data.client_sizes, data.num_clients
+    small = (sizes < 2).nonzero()[:, 0].tolist()
+    if small:
+        raise ValueError(
+            f"data: client {small[0]} has {int(sizes[small[0]])} record(s) (and {len(small) - 1} "
+            "more have fewer than 2): every client needs at least 2; lower num_clients or raise "
+            "alpha or min_client_size"
+        )
+    if module.clients_per_round is not None and module.clients_per_round > k:
+        raise ValueError(
+            f"clients_per_round={module.clients_per_round} is more than num_clients={k}"
+        )
+    _check_privacy(module, sizes)
+    _check_forward(module, data)
+
+
+def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:
+    privacy, k = module.privacy, len(sizes)
+    if not privacy.private:
+        return
+    for name in ("epsilon", "delta", "noise_multiplier"):
+        value = getattr(privacy, name)
+        if isinstance(value, list) and len(value) > k:
+            raise ValueError(f"{name}={value} has {len(value)} numbers for {k} clients")
+    for client, delta in enumerate(per_client(privacy.delta, k)):
+        units = int(sizes[client]) if privacy.unit == "record" else k
+        what = "records of that client" if privacy.unit == "record" else "clients"
+        if units * delta >= 1:
+            raise ValueError(
+                f"delta={delta} of client {client} is not below 1/{units} ({what}): such a δ "
+                "allows to publish one of them outright"
+            )
+
+
+def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
+    x, y = data.x[:2].nan_to_num(), data.y[:2]
+    network = module.network
+    device = next(network.parameters()).device
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            losses = module.loss(network.eval()(x.to(device)), y.to(device))
+    except Exception as error:
+        raise ValueError(
+            f"network: it cannot be applied to records of shape {tuple(x.shape[1:])} of "
+            f"{data.dataset_name}: {error}"
+        ) from error
+    finally:
+        network.train(was_training)
+    if losses.shape != (2,):
+        raise ValueError(
+            f"loss: it gave shape {tuple(losses.shape)} for 2 records; it must give one number a "
+            "record (reduction='none')"
+        )

@@ -1,0 +1,129 @@
+"""Noise multipliers and what each client may still release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fl_lightning.privacy.accounting import (
+    affordable_steps,
+    calibrate,
+    compose_epsilon,
+    epsilon_upper_curve,
+)
+from fl_lightning.privacy.config import PrivacyConfig, per_client
+from fl_lightning.privacy.mechanism import noise_event
+
+UNLIMITED = 2**62
+
+
+class Budget:
+    """Per-client multipliers, affordable steps and steps spent.
+
+    Args:
+        config: the privacy configuration.
+        planned_steps: noised steps that the schedule plans for each client, [K].
+        sampling_rate: Poisson rate q of a record in a step; 1 for whole updates.
+
+    Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
+    planned steps: the schedule is balanced, so this wastes at most one participation.
+    """
+
+    def __init__(
+        self, config: PrivacyConfig, planned_steps: Sequence[int], sampling_rate: float
+    ) -> None:
+        self.config = config
+        self.sampling_rate = sampling_rate
+        k = len(planned_steps)
+        self.planned_steps = np.asarray(planned_steps, dtype=np.int64)
+        self.delta = np.array(per_client(config.delta, k))
+        self.target = (
+            np.full(k, np.inf)
+            if config.epsilon is None
+            else np.array(per_client(config.epsilon, k))
+        )
+        self.multiplier = torch.zeros(k, dtype=torch.float64)
+        self.affordable = np.full(k, UNLIMITED)
+        self.spent = np.zeros(k, dtype=np.int64)
+        self._curves: dict[tuple[float, float], np.ndarray] = {}
+
+    def calibrate(self) -> None:
+        """Find every client's multiplier (seconds for each distinct ε and δ)."""
+        given = self.config.noise_multiplier
+        k = len(self.spent)
+        if given is not None:
+            self.multiplier = torch.tensor(per_client(given, k), dtype=torch.float64)
+        groups: dict[tuple[float, float, float], list[int]] = {}
+        for i in range(k):
+            group = (self.target[i], self.delta[i], float(self.multiplier[i]))
+            groups.setdefault(group, []).append(i)
+        for (target, delta, multiplier), members in groups.items():
+            if np.isinf(target) or (given is not None and multiplier == 0):
+                continue
+            steps = int(self.planned_steps[members].max())
+            if given is None:
+                event = noise_event(self.config, 1.0, self.sampling_rate)
+                self.multiplier[members] = calibrate(
+                    mechanism=event.mechanism,
+                    sampling_rate=event.sampling_rate,
+                    steps=max(steps, 1),
+                    epsilon=target,
+                    delta=delta,
+                    adjacency=event.adjacency,
+                )
+                self.affordable[members] = steps
+            else:
+                event = noise_event(self.config, multiplier, self.sampling_rate)
+                self.affordable[members] = affordable_steps(event, target, delta)
+
+    def can_release(self, client: int, steps: int) -> bool:
+        """Whether `steps` more noised steps keep the client within its ε."""
+        return bool(self.spent[client] + steps <= self.affordable[client])
+
+    def exhausted(self, steps: int) -> bool:
+        """Whether no client can take part in another round."""
+        return bool((self.spent + steps > self.affordable).all())
+
+    def epsilon_spent(self) -> np.ndarray:
+        """Upper bound of ε so far of every client [K]: RDP, never above the calibrated target."""
+        result = np.full(len(self.spent), np.inf)
+        multipliers = self.multiplier.numpy()
+        for z, delta in set(zip(multipliers.tolist(), self.delta.tolist(), strict=True)):
+            members = (multipliers == z) & (self.delta == delta)
+            spent = self.spent[members]
+            result[members] = 0.0 if z == 0 and not spent.any() else self._curve(z, delta, spent)
+        within = (self.spent <= self.affordable) & (multipliers > 0)
+        return np.where(within, np.minimum(result, self.target), result)
+
+    def epsilon_proven(self, client: int) -> float:
+        """ε of one client by PLD at its present number of steps."""
+        event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
+        return compose_epsilon({event: int(self.spent[client])}, float(self.delta[client]))
+
+    def _curve(self, multiplier: float, delta: float, spent: np.ndarray) -> np.ndarray:
+        if multiplier == 0:
+            return np.where(spent > 0, np.inf, 0.0)
+        known = self._curves.get((multiplier, delta))
+        if known is None or len(known) <= spent.max():
+            length = max(int(self.planned_steps.max()), 2 * int(spent.max()), 1)
+            event = noise_event(self.config, multiplier, self.sampling_rate)
+            known = self._curves[multiplier, delta] = epsilon_upper_curve(event, length, delta)
+        return known[spent]
+
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint must keep: the multiplier is calibrated once and never again."""
+        return {"multiplier": self.multiplier.clone(), "affordable": self.affordable.tolist()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore `state_dict`; steps spent come from the ledger, which wins."""
+        multiplier = state["multiplier"]
+        assert isinstance(multiplier, torch.Tensor)
+        if len(multiplier) != len(self.spent):
+            raise ValueError(
+                f"checkpoint: it is of a run with {len(multiplier)} clients, this one has "
+                f"{len(self.spent)}"
+            )
+        self.multiplier = multiplier.clone()
+        self.affordable = np.asarray(state["affordable"], dtype=np.int64)

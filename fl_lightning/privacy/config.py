@@ -1,0 +1,221 @@
+"""What a run promises and by which rules: the frozen, public privacy configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Setting = Literal[
+    "record+local", "client+local", "client+aggregator", "client+secure_sum", "abstract", "none"
+]
+Thresholds = Literal["default", "quantile", "released", "fixed", "raw"]
+Allocation = Literal["default", "uniform", "abstract", "mse", "contribution"]
+
+UNIT_OF = {"record+local": "record", "client+local": "client", "abstract": "none", "none": "none"}
+ADJACENCY_OF = {
+    "record+local": "zero_out",
+    "client+local": "replace_one",
+    "abstract": "replace_one",
+    "none": "zero_out",
+}
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Privacy setting of a run. Every value is public and must be chosen without the data.
+
+    Args:
+        setting: Who is protected from whom. ``record+local``: one record of one client, from
+            everyone but that client. ``client+local``: a whole client, from everyone else.
+            ``abstract``: the published rule on raw history, no guarantee. ``none``: no noise.
+        mechanism: Noise shape, ``gaussian`` (L2 clip) or ``laplace`` (L1 clip).
+        adjacency: ``default`` takes the one of the setting: zero_out for record+local,
+            replace_one for client+local.
+        epsilon: Target ε of the whole run; one number, or one a client (a shorter list is
+            repeated over the clients). The noise multiplier is calibrated to it. Null: no
+            target, give noise_multiplier.
+        delta: Target δ, one number or one a client; below 1/n of every client for records and
+            below 1/(number of clients) for clients. 0 is possible for Laplace.
+        noise_multiplier: Noise scale over sensitivity, votes included (z for Gaussian, λ for
+            Laplace); null: calibrated from epsilon. 0 means no noise, hence ε = ∞. With both
+            given, a client leaves when its next release would pass epsilon.
+        clip_order: Norm that is clipped, 1 or 2; null: 2 for Gaussian, 1 for Laplace.
+        clip_norm: Public total clip norm, split evenly over the layers; or a list with one
+            number a layer. The first rounds' value for quantile and released, every round's
+            for fixed. Infinite: no clipping, only without noise.
+        thresholds: Where clip norms come from. ``quantile``: private votes on each layer's L1
+            norm; ``released``: L1 norms of released updates; ``fixed``: clip_norm; ``raw``:
+            unprotected norms, ``abstract`` only. ``default``: by setting and mechanism.
+        quantile: Fraction of units that the quantile rule leaves unclipped, in (0, 1).
+        quantile_lr: Step size η of the quantile rule, in log norm a vote.
+        vote_share: Share ρ of the privacy budget that the votes cost, in (0, 1).
+        clip_factor: Factor κ between the tracked L1 norm and the L2 clip norm.
+        history: Number of released updates that ``released`` looks back on.
+        allocation: How the budget is divided over the layers: ``uniform``, ``abstract``,
+            ``mse`` or ``contribution``. ``default``: contribution, or abstract under abstract.
+        share_floor: Part α of the budget that is divided evenly, in (0, 1].
+        seed: Null: noise keys and coins come from the operating system. A number makes the run
+            reproducible and therefore *simulated*: it protects nobody.
+        rng: Stream cipher or generator of noise and coins; chacha20 is what a privacy claim
+            wants, philox10 is faster.
+
+    Raises:
+        ValueError: if a value is out of range or values contradict each other.
+    """
+
+    setting: Setting = "record+local"
+    mechanism: Literal["gaussian", "laplace"] = "gaussian"
+    adjacency: Literal["default", "zero_out", "replace_one"] = "default"
+    epsilon: float | list[float] | None = 8.0
+    delta: float | list[float] = 1e-5
+    noise_multiplier: float | list[float] | None = None
+    clip_order: Literal[1, 2] | None = None
+    clip_norm: float | list[float] = 1.0
+    thresholds: Thresholds = "default"
+    quantile: float = 0.5
+    quantile_lr: float = 0.2
+    vote_share: float = 0.05
+    clip_factor: float = 1.0
+    history: int = 10
+    allocation: Allocation = "default"
+    share_floor: float = 0.1
+    seed: int | None = None
+    rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
+
+    def __post_init__(self) -> None:
+        _check_setting(self)
+        _check_numbers(self)
+        _check_thresholds(self)
+
+    @property
+    def private(self) -> bool:
+        """Whether the run clips and adds noise at all."""
+        return self.setting != "none"
+
+    @property
+    def guarantee(self) -> bool:
+        """Whether ε is proven (never under ``abstract``)."""
+        return self.setting in ("record+local", "client+local")
+
+    @property
+    def unit(self) -> str:
+        return UNIT_OF[self.setting]
+
+    @property
+    def resolved_adjacency(self) -> str:
+        return ADJACENCY_OF[self.setting] if self.adjacency == "default" else self.adjacency
+
+    @property
+    def p(self) -> int:
+        """Order of the clipped norm."""
+        return self.clip_order or (1 if self.mechanism == "laplace" else 2)
+
+    @property
+    def resolved_thresholds(self) -> str:
+        if self.thresholds != "default":
+            return self.thresholds
+        if self.setting == "abstract":
+            return "raw"
+        if self.setting == "record+local" and self.mechanism == "gaussian":
+            return "quantile"
+        return "released"
+
+    @property
+    def resolved_allocation(self) -> str:
+        if self.allocation != "default":
+            return self.allocation
+        return "abstract" if self.setting == "abstract" else "contribution"
+
+
+def per_client(value: float | list[float], num_clients: int) -> list[float]:
+    """One number a client: a single number for all, or a list repeated over the clients."""
+    values = value if isinstance(value, list) else [value]
+    return [float(values[k % len(values)]) for k in range(num_clients)]
+
+
+def _as_list(value: float | list[float] | None) -> list[float]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _check_setting(config: PrivacyConfig) -> None:
+    if config.setting in ("client+aggregator", "client+secure_sum"):
+        raise ValueError(
+            f"setting='{config.setting}' is not available yet: use 'record+local' or "
+            "'client+local', which trust nobody but the client"
+        )
+    if config.setting not in UNIT_OF:
+        raise ValueError(f"setting={config.setting!r} is not one of {sorted(UNIT_OF)}")
+    if config.setting == "record+local" and config.adjacency == "replace_one":
+        raise ValueError(
+            "adjacency='replace_one' with setting='record+local' is not available yet: its "
+            "accounting under Poisson sampling comes with a later version; use 'zero_out'"
+        )
+    if config.setting == "client+local" and config.adjacency == "zero_out":
+        raise ValueError(
+            "adjacency='zero_out' with setting='client+local' would not be local differential "
+            "privacy (the upload shows who sent it): use 'replace_one'"
+        )
+    if config.mechanism == "laplace" and config.p == 2:
+        raise ValueError(
+            "clip_order=2 with mechanism='laplace': Laplace noise needs a bound on the L1 norm, "
+            "use clip_order=1"
+        )
+
+
+def _check_numbers(config: PrivacyConfig) -> None:
+    for name in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
+        value = getattr(config, name)
+        if isinstance(value, list) and not value:
+            raise ValueError(f"{name}=[] is empty: give a number or one number a client")
+    for epsilon in _as_list(config.epsilon):
+        if not (epsilon > 0 and math.isfinite(epsilon)):
+            raise ValueError(f"epsilon={epsilon} must be positive and finite")
+    for delta in _as_list(config.delta):
+        if not 0 <= delta < 1:
+            raise ValueError(f"delta={delta} must be in [0, 1)")
+        if delta == 0 and config.mechanism == "gaussian" and config.private:
+            raise ValueError("delta=0 is only possible with mechanism='laplace'")
+    for multiplier in _as_list(config.noise_multiplier):
+        if not (multiplier >= 0 and math.isfinite(multiplier)):
+            raise ValueError(f"noise_multiplier={multiplier} must be finite and at least 0")
+    if config.private and config.epsilon is None and config.noise_multiplier is None:
+        raise ValueError("epsilon=null and noise_multiplier=null: give one of the two")
+    for clip_norm in _as_list(config.clip_norm):
+        if not clip_norm > 0:
+            raise ValueError(f"clip_norm={clip_norm} must be positive")
+    for name in ("quantile", "vote_share"):
+        if not 0 < getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be between 0 and 1")
+    for name in ("quantile_lr", "clip_factor"):
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be positive and finite")
+    if not 0 < config.share_floor <= 1:
+        raise ValueError(f"share_floor={config.share_floor} must be in (0, 1]")
+    if config.history < 1:
+        raise ValueError(f"history={config.history} must be at least 1")
+
+
+def _check_thresholds(config: PrivacyConfig) -> None:
+    rule = config.resolved_thresholds
+    if rule == "raw" and config.setting != "abstract":
+        raise ValueError(
+            "thresholds='raw' reads unprotected norms and is only for setting='abstract', "
+            f"not for setting='{config.setting}'"
+        )
+    if config.setting == "client+local" and rule == "quantile":
+        raise ValueError(
+            "thresholds='quantile' with setting='client+local': each client has one vote a "
+            "release, whose noise would hide it; use 'released' or 'fixed'"
+        )
+    infinite = any(math.isinf(c) for c in _as_list(config.clip_norm))
+    if config.private and infinite:
+        if _as_list(config.noise_multiplier) == [] or any(_as_list(config.noise_multiplier)):
+            raise ValueError("clip_norm=inf needs noise_multiplier=0: the noise would be infinite")
+        if rule != "fixed":
+            raise ValueError(f"clip_norm=inf needs thresholds='fixed', not '{rule}'")
+        if config.resolved_allocation == "mse":
+            raise ValueError("clip_norm=inf cannot be used with allocation='mse'")

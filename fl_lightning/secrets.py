@@ -1,0 +1,100 @@
+"""The secret of a run and what its noise is bound to.
+
+The 32-byte key lies in one private file of the run folder and nowhere else: never in a
+checkpoint, a log or an artifact.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import NoiseKey
+
+KEY_FILE = "secret.key"
+
+
+def run_key(run_dir: Path, *, seed: int | None, rng: str, resume: bool) -> NoiseKey:
+    """Key of noise and coins: from the run's private file, or from a public seed.
+
+    Args:
+        run_dir: folder of the run.
+        seed: public seed of a simulated run, or None.
+        rng: generator, see `aadp_kernels.NoiseKey`.
+        resume: whether the file must exist already.
+
+    Raises:
+        ValueError: if the file is missing on resume, has the wrong size, or can be read by others.
+    """
+    if seed is not None:
+        return NoiseKey.from_seed(seed, rng=rng)
+    path = run_dir / KEY_FILE
+    if not path.exists():
+        if resume:
+            raise ValueError(
+                f"{path} is missing: the run cannot go on without its secret, since no other key "
+                "gives the noise that was already released"
+            )
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(handle, os.urandom(32))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ValueError(f"{path} has mode {mode:o}: others can read the secret; chmod 600 it")
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise ValueError(f"{path} holds {len(secret)} bytes instead of 32")
+    return NoiseKey.from_bytes(secret, rng=rng)
+
+
+def public_name(key: NoiseKey) -> str:
+    """Hex name of a derived key, which tells nothing of the key nor of what it was derived from.
+
+    What a key is bound to includes records; a plain digest of it would let anyone test guesses.
+    """
+    return "".join(f"{word:08x}" for word in key.derive("public name").words)
+
+
+def digest(parts: Iterable[bytes | str | int | float | Tensor]) -> str:
+    """BLAKE2b of a sequence of values, unambiguous: each is prefixed by its kind and length."""
+    state = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        if isinstance(part, Tensor):
+            kind = f"{part.dtype}{tuple(part.shape)}"
+            data = part.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()
+        else:
+            kind = type(part).__name__
+            data = part if isinstance(part, bytes) else repr(part).encode()
+        state.update(f"{kind}:{len(data)}:".encode())
+        state.update(data)
+    return state.hexdigest()
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the code of both packages: other code may compute other bits."""
+    import aadp_kernels
+
+    roots = [Path(__file__).parent, Path(aadp_kernels.__file__).parent]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    return digest(part for path in files for part in (path.name, path.read_bytes()))
+
+
+def platform_facts() -> list[str]:
+    """What else decides the low bits of a computation on this machine."""
+    return [
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    ]
