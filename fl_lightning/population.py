@@ -159,7 +159,7 @@ class ClientPopulation:
         )
         for redraw in itertools.count():
             key = self.key.derive("round", bound, redraw)
-            update = self._private_update(clients, params, key)
+            update = self._private_update(clients, params, key, round)
             entries = self._entries(update, round, key)
             known = [self.ledger.find(entry.client, round) for entry in entries]
             if not any(map(_same_noise_other_bytes, entries, known)):
@@ -210,7 +210,9 @@ class ClientPopulation:
             else:
                 self._plain(params, batch, shared=shared)
 
-    def _private_update(self, clients: Tensor, params: Params, key: NoiseKey) -> PrivateUpdate:
+    def _private_update(
+        self, clients: Tensor, params: Params, key: NoiseKey, round: int
+    ) -> PrivateUpdate:
         multiplier = self.budget.multiplier[clients]
         coins = key.derive("coins")
         noise = key.derive("noise")
@@ -223,11 +225,11 @@ class ClientPopulation:
                 clients=clients,
                 multiplier=multiplier,
             )
-            update = self._train(clients, params, hook, coins, 0)
+            update = self._train(clients, params, hook, coins, round)
             assert self.training.sampling_rate is not None
             return hook.private_update(update, self.training.sampling_rate)
         policy = self.history.policy(clients, multiplier)
-        update = self._train(clients, params, plain_gradient(self._plain), coins, 0)
+        update = self._train(clients, params, plain_gradient(self._plain), coins, round)
         return release_updates(
             update,
             policy,
