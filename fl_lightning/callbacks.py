@@ -50,27 +50,41 @@ class RoundRecorder(pl.Callback):
     def __init__(self) -> None:
         self._start = 0
         self._validated = False
+        self._rounds = 0
+        self._resumed: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounds": self._rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict["rounds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # A checkpoint saved while validating has the round in it, which current_epoch misses.
+        first = trainer.current_epoch if self._resumed is None else self._resumed
+        self._rounds, self._resumed = first, None
         for name, columns in (("rounds", plots.ROUND_COLUMNS), ("layers", plots.LAYER_COLUMNS)):
-            _keep_before(pl_module.run_path / f"{name}.csv", columns, trainer.current_epoch)
+            _keep_before(pl_module.run_path / f"{name}.csv", columns, first)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         # Any later hook may come after a checkpoint, depending on how that is configured.
         path, self._validated = pl_module.run_path, False
+        self._rounds = pl_module.result.round + 1
         self._start = (path / "rounds.csv").stat().st_size
         _write_rows(path / "rounds.csv", self._start, [_round_row(pl_module, {})])
         layers = path / "layers.csv"
         _write_rows(layers, layers.stat().st_size, _layer_rows(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or not _this_round(trainer, pl_module):
             return
         self._validated = True
         row = _round_row(pl_module, _validation(trainer))
         _write_rows(pl_module.run_path / "rounds.csv", self._start, [row])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not _this_round(trainer, pl_module):
+            return
         scalars = _scalars(pl_module) | (_validation(trainer) if self._validated else {})
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=pl_module.result.round)
@@ -114,6 +128,8 @@ class RoundProgress(pl.Callback):
         self._bar.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not _this_round(trainer, pl_module):
+            return
         rounds, done = trainer.max_epochs or 1, trainer.current_epoch + 1
         text = _status(trainer, pl_module)
         if self._bar is not None:
@@ -175,7 +191,7 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
     kept = run_path / "wandb_id"
     if not kept.exists():
         kept.write_text(secrets.token_hex(4))
-    return WandbLogger(
+    logger = WandbLogger(
         name=name,
         save_dir=run_path,
         project=os.environ.get("WANDB_PROJECT", "aadp-fl"),
@@ -185,6 +201,9 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
         settings=wandb.Settings(silent=True, console="off"),
         **({} if mode or _has_wandb_key() else {"mode": "offline"}),
     )
+    # Lightning always passes this option, and W&B warns about it.
+    logger._wandb_init.pop("anonymous", None)
+    return logger
 
 
 def _has_wandb_key() -> bool:
@@ -223,6 +242,14 @@ def _hand_over(
             run.log_artifact(artifact)
     # Without this, the next run in this process would go on writing into this one.
     run.finish()
+
+
+def _this_round(trainer: pl.Trainer, pl_module: Any) -> bool:
+    """Whether the result is of the round at hand; not so when a run is resumed at a round's end."""
+    result = pl_module.result
+    return (
+        trainer.state.fn == "fit" and result is not None and result.round == trainer.current_epoch
+    )
 
 
 def _keep_before(path: Path, columns: Sequence[str], first: int) -> None:
@@ -267,7 +294,8 @@ def _layer_rows(pl_module: Any) -> Iterable[list[Any]]:
     result: RoundResult = pl_module.result
     names = pl_module.layout.layer_names
     fields = [getattr(result, name) for name in plots.LAYER_FIELDS]
-    for row, client in enumerate(result.cohort.tolist()):
+    # Without privacy there are no columns, nor rows.
+    for row, client in enumerate(result.cohort.tolist() if fields[0].size else []):
         values = zip(*(field[row].tolist() for field in fields), strict=True)
         for name, numbers in zip(names, values, strict=False):
             yield [result.round, client, name, *(f"{v:.6g}" for v in numbers)]

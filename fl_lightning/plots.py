@@ -6,6 +6,7 @@ Command: `python -m fl_lightning.plots RUN_DIR` draws them again.
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,11 +57,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def convergence(rounds: Sequence[dict[str, str]]) -> Figure | None:
+def convergence(
+    rounds: Sequence[dict[str, str]], epsilon_label: str = "ε spent (upper bound)"
+) -> Figure | None:
     """Validation accuracy (simulation only) above the ε spent, against rounds.
 
     Args:
         rounds: rows of `rounds.csv`.
+        epsilon_label: what the ε is.
 
     Returns:
         A figure with the panels that have data; None without any.
@@ -85,18 +89,20 @@ def convergence(rounds: Sequence[dict[str, str]]) -> Figure | None:
             ax.fill_between(number, low, epsilon, color=_COLOURS[1], alpha=0.2, lw=0)
             ax.plot(number, middle, color=_COLOURS[1], ls="--", label="median client")
         ax.plot(number, epsilon, color=_COLOURS[1], label="largest of all clients")
-        ax.set_ylabel("ε spent (upper bound)")
+        ax.set_ylabel(epsilon_label)
         ax.set_ylim(bottom=0)
         ax.legend(loc="best", frameon=False)
         _dress(ax)
     ax.set_xlabel("round")
+    figure.align_ylabels()
     return figure
 
 
 def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
     """Clip norm, budget share, noise scale and clipped fraction of every layer against rounds.
 
-    A line is the median over the round's clients, the band around it their range.
+    A line is the median over the round's clients, the band around it their range (left out where
+    there are too many layers to tell bands apart).
 
     Args:
         layers: rows of `layers.csv`.
@@ -113,7 +119,8 @@ def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
         for colour, name in zip(colours, names, strict=True):
             mine = of_layer == name
             x, low, middle, high = _spread(number[mine], values[mine])
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            if len(names) <= len(_COLOURS):
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             ax.plot(x, middle, color=colour, label=name)
         _scale(ax, column, values[np.isfinite(values)])
         ax.set_title(title, fontsize="medium")
@@ -137,7 +144,9 @@ def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
     names = list(dict.fromkeys(row["layer"] for row in layers))
     clients = sorted({int(r["client"]) for r in layers})
     row, column = ({key: i for i, key in enumerate(keys)} for keys in (clients, names))
-    figure = _figure(max(7.0, 3.5 + 0.7 * len(names)), min(8.0, 3.2 + 0.12 * len(clients)))
+    figure = _figure(
+        min(12.0, max(7.0, 3.5 + 0.7 * len(names))), min(8.0, 3.2 + 0.12 * len(clients))
+    )
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (field, title) in zip(axes, (_PANELS[1], _PANELS[2]), strict=True):
         grid = np.full((len(clients), len(names)), np.nan)
@@ -153,14 +162,17 @@ def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
             cmap="cividis",
             **style,
         )
-        figure.colorbar(image, ax=ax)
-        ax.set_title(f"{title}, last round of each client", fontsize="medium")
+        bar = figure.colorbar(image, ax=ax)
+        if wide:
+            _log_ticks(bar.ax)
+        ax.set_title(title, fontsize="medium")
         shown = _every(len(names), 16)
         ax.set_xticks(shown, [names[i] for i in shown], rotation=45, ha="right")
         shown = _every(len(clients), 20)
         ax.set_yticks(shown, [str(clients[i]) for i in shown])
         ax.set_xlabel("layer")
     axes[0].set_ylabel("client")
+    figure.suptitle("last round of each client that took part", fontsize="medium")
     return figure
 
 
@@ -175,7 +187,7 @@ def draw_all(run_path: Path) -> list[Path]:
     """
     rounds, layers = read_rows(run_path / "rounds.csv"), read_rows(run_path / "layers.csv")
     pictures = {
-        "convergence": convergence(rounds),
+        "convergence": convergence(rounds, _epsilon_label(run_path)),
         "layers": layer_history(layers),
         "clients": client_map(layers),
     }
@@ -187,6 +199,18 @@ def draw_all(run_path: Path) -> list[Path]:
             figure.savefig(path, dpi=150)
             written.append(path)
     return written
+
+
+def _epsilon_label(run_path: Path) -> str:
+    """What the ε of a run is, by the header of its ledger."""
+    label, ledger = "ε spent (upper bound)", run_path / "ledger.jsonl"
+    if ledger.exists():
+        with ledger.open() as file:
+            facts = json.loads(file.readline())["facts"]
+        if facts["setting"] == "abstract":
+            label = "nominal ε, no guarantee"
+        label += "\n(simulated: public seed)" if facts["simulated"] else ""
+    return label
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -217,8 +241,18 @@ def _scale(ax: Any, column: str, values: np.ndarray) -> None:
         ax.set_ylim(0, min(1.0, 1.1 * max(values, default=1.0)))
     elif len(values) and values.min() > 0 and values.max() > 5 * values.min():
         ax.set_yscale("log")
+        _log_ticks(ax)
     else:
         ax.set_ylim(bottom=0)
+
+
+def _log_ticks(ax: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    few = np.log10(ax.get_ylim()[1] / ax.get_ylim()[0]) < 2.5
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _colours(count: int) -> list[Any]:
@@ -232,15 +266,15 @@ def _colours(count: int) -> list[Any]:
 
 def _legend(figure: Figure, ax: Any, names: Sequence[str]) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    shown = _every(len(names), 16)
+    shown = _every(len(names), 24)
+    bands = "; band: their range" if len(names) <= len(_COLOURS) else ""
+    figure.suptitle(f"line: median over the round's clients{bands}", fontsize="medium")
     figure.legend(
         [handles[i] for i in shown],
         [labels[i] for i in shown],
-        loc="outside lower center",
-        ncols=min(8, len(shown)),
+        loc="outside right center",
         frameon=False,
-        title="layer: median over the round's clients; band: their range",
-        title_fontsize="small",
+        title="layer",
     )
 
 
@@ -251,7 +285,7 @@ def _every(count: int, most: int) -> list[int]:
 def _dress(ax: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
 
