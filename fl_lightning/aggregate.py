@@ -22,13 +22,13 @@ def client_weights(
 ) -> Tensor:
     """Public weight of each client's layers, float64 [k, L].
 
-    ``records``: n_k. ``uniform``: 1. ``precision``: the inverse variance of the noise in the mean
-    gradient of the layer, (B_k/σ_{k,l})²; equal weights where there is no noise.
+    ``records``: n_k. ``uniform``: 1. ``precision``: the inverse variance of the noise in the
+    layer's mean gradient or update, (B_k/σ_{k,l})²; equal weights where there is no noise.
 
     Args:
         rule: one of the three.
         client_sizes: n_k [k], public.
-        expected_batch: B_k [k], public.
+        expected_batch: B_k [k], what the noise is divided by; 1 for whole updates. Public.
         policy: noise of the release; None without privacy.
         num_layers: L.
     """

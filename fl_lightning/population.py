@@ -121,7 +121,12 @@ class ClientPopulation:
         return self.training.noised_steps if self.privacy.unit == "record" else 1
 
     def expected_batch(self, clients: Tensor) -> Tensor:
-        """Public expected batch B = q·n_k, or the number of records without sampling, [k]."""
+        """What the noise of a release is divided by, public, [k].
+
+        B = q·n_k for records, 1 for whole updates, whose noise is added undivided.
+        """
+        if self.privacy.unit != "record":
+            return torch.ones(len(clients))
         rate = self.training.sampling_rate
         return self.data.client_sizes[clients] * (1.0 if rate is None else rate)
 

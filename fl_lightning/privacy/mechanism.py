@@ -86,7 +86,7 @@ class PrivateRecordGradient:
         config = self.history.config
         self.policy = policy = self.history.policy(self.clients, self.multiplier)
         sums, counts = self.clipped_sums(params, shared, batch, policy)
-        released = self._noised(sums, policy.noise_scale, step)
+        released = self._noised(sums, policy.noise_scale, step, params)
         if policy.votes_at is not None:
             assert policy.vote_noise_scale is not None
             noise = sample_noise(
@@ -110,7 +110,7 @@ class PrivateRecordGradient:
         self.records += batch.mask.sum(1).cpu()
         return {name: per_row(g, batch.divisor.reciprocal()) for name, g in released.items()}
 
-    def _noised(self, sums: Params, scale: Tensor, step: int) -> Params:
+    def _noised(self, sums: Params, scale: Tensor, step: int, like: Params) -> Params:
         released = {}
         for name, layer, offset in zip(
             self.layout.names, self.layout.layer_of, self.layout.offsets, strict=True
@@ -128,7 +128,7 @@ class PrivateRecordGradient:
                 dtype=value.dtype,
                 device=value.device,
             )
-            released[name] = value + noise
+            released[name] = (value + noise).to(like[name].dtype)
         return released
 
     def private_update(self, update: Params, sampling_rate: float) -> PrivateUpdate:
@@ -182,7 +182,9 @@ def release_updates(
         clients=clients,
     )
     if config.resolved_thresholds == "raw":
-        history.observe_norms(clients, stats.l1_norm.cpu())
+        # A client that is not finite sends nothing and counts as a norm of zero.
+        raw = torch.where(stats.nonfinite > 0, 0.0, stats.l1_norm)
+        history.observe_norms(clients, raw.cpu())
     else:
         _observe(history, layout, clients, update, policy)
     history.observe_clip_norms(clients, policy.clip_norm)
