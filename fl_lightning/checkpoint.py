@@ -1,0 +1,70 @@
+"""One checkpoint a run, overwritten after every round so that a crash never leaves half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one, makes it durable, and only then replaces that."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Save by rename.
+
+        Raises:
+            OSError: disk full and the like; the checkpoint before is untouched.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class RoundCheckpoint(Checkpoint):
+    """Saves before round 0, so that every release has a checkpoint before it, and after rounds.
+
+    Args:
+        every_n_rounds: rounds between checkpoints, at least 1. A crash repeats the rounds since
+            the last one; repeating them exactly costs no privacy.
+    """
+
+    def __init__(self, every_n_rounds: int = 1) -> None:
+        if every_n_rounds < 1:
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be at least 1")
+        self.every_n_rounds = every_n_rounds
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The state before round 0."""
+        if trainer.current_epoch == 0:
+            self._save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The state after a round."""
+        rounds = trainer.current_epoch + 1
+        last = rounds == trainer.max_epochs or trainer.should_stop
+        if last or rounds % self.every_n_rounds == 0:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = Path(pl_module.run_path) / CHECKPOINT  # pyright: ignore[reportArgumentType]
+        trainer.save_checkpoint(path, weights_only=False)

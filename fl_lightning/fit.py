@@ -1,0 +1,204 @@
+"""The main job: `python -m fl_lightning.fit [--config FILE ...] [--section.option value ...]`.
+
+One command trains, tests once, and leaves a run folder with everything that was found. Go on with
+a stopped run by `--run_dir FOLDER --ckpt_path last`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import lazy_instance
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+
+from fl_lightning.callbacks import RoundProgress, RoundRecorder, default_logger, finish_run
+from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.ledger import LedgerError
+from fl_lightning.models import CNN
+from fl_lightning.module import FederatedModule
+from fl_lightning.privacy.config import PrivacyConfig
+
+SUBCOMMANDS = ("fit",)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep the whole configuration in the run folder; a resumed run adds a file of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write config.yaml, or config_2.yaml and so on when there is one."""
+        assert isinstance(pl_module, FederatedModule)
+        folder = pl_module.run_path
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ["config.yaml", *(f"config_{i}.yaml" for i in range(2, 10_000))]
+        path = next(folder / name for name in names if not (folder / name).exists())
+        self.parser.save(self.config, path, multifile=False, skip_unset=False)
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI with a `privacy` section, a run folder and the default experiment."""
+
+    started = 0.0
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`: it ends with the one test."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sections of their own for privacy and the run folder; one public seed for all."""
+        parser.add_class_arguments(PrivacyConfig, "privacy")
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of the run; null: a new one under runs/, named by the time",
+        )
+        parser.link_arguments("privacy", "model.privacy", apply_on="instantiate")
+        parser.link_arguments("run_dir", "model.run_dir")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_public_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_public_seed)
+        parser.set_defaults(default_experiment())
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder before anything is made."""
+        config = self.config[self.subcommand]
+        resume = config.ckpt_path
+        if resume == "last":
+            if config.run_dir is None:
+                raise ValueError("ckpt_path='last' needs run_dir: the folder of the run to go on")
+            config.ckpt_path = str(last_checkpoint(Path(config.run_dir)))
+        run_dir = Path(config.run_dir or new_run_dir(Path("runs")))
+        config.run_dir = config.model.run_dir = str(run_dir)
+        config.trainer.default_root_dir = str(run_dir)
+        if config.trainer.logger is None or config.trainer.logger is True:
+            name = config.data.source if isinstance(config.data.source, str) else "data"
+            self._logger = default_logger(run_dir, f"{name}-{run_dir.name}")
+        else:
+            self._logger = None
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what `main` was given, without Lightning's warning about explicit arguments."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer with what a run always has; the user's own callbacks and plugins stay."""
+        if self._logger is not None:
+            kwargs["logger"] = self._logger
+        own = self._get(self.config_init, "trainer.plugins") or []
+        kwargs["plugins"] = [*(own if isinstance(own, list) else [own]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Say where the run goes and how to go on with it."""
+        run_dir = self.config[self.subcommand].run_dir
+        console = Console()
+        console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+        console.print(
+            f"go on after a stop: the same command with --run_dir {run_dir} --ckpt_path last",
+            soft_wrap=True,
+            highlight=False,
+        )
+        self.started = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Read the test set once, then say what was found."""
+        if self.trainer.state.status != "finished" and self.trainer.interrupted:
+            return
+        seconds = time.perf_counter() - self.started
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        finish_run(self.trainer, self.model, seconds)
+
+
+def default_experiment() -> dict[str, Any]:
+    """What `python -m fl_lightning.fit` runs: digits, 10 clients, ε = 8 for every record.
+
+    configs/base.yaml says the same, option by option.
+    """
+    return {
+        "seed_everything": 1,
+        "model.network": lazy_instance(CNN),
+        "model.sampling_rate": 1.0,
+        "model.client_lr": 1.5,
+        "model.execution": "vmap",
+        "model.server_optimizer": {
+            "class_path": "torch.optim.SGD",
+            "init_args": {"lr": 1.0, "momentum": 0.5},
+        },
+        "trainer.max_epochs": 20,
+        "trainer.accelerator": "auto",
+        "trainer.devices": 1,
+        "trainer.log_every_n_steps": 1,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_model_summary": False,
+    }
+
+
+def new_run_dir(root: Path) -> Path:
+    """A folder name that is not taken yet: runs/<date>-<time>."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    candidates = [root / stamp, *(root / f"{stamp}-{i}" for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint that a run goes on from.
+
+    Raises:
+        ValueError: if there is none; Lightning alone would silently start again at round 0.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        raise ValueError(
+            f"ckpt_path='last': {run_dir} has no checkpoint to go on from. A run that released "
+            "nothing yet is started again in the same folder without --ckpt_path"
+        )
+    return path
+
+
+def _public_seed(seed: bool | int) -> int:
+    return 0 if isinstance(seed, bool) else seed
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's making are one line and exit code 2."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] not in SUBCOMMANDS:
+        arguments.insert(0, "fit")
+    torch.set_float32_matmul_precision("highest")  # TF32 would break the clip's bound
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
+    try:
+        FederatedCLI(
+            FederatedModule,
+            FederatedDataModule,
+            args=arguments,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "callbacks": [RoundProgress(), RoundRecorder(), RoundCheckpoint()],
+            },
+        )
+    except (ValueError, FileNotFoundError, LedgerError) as error:
+        if os.environ.get("AADP_FL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
