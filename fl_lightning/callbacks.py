@@ -191,6 +191,7 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
     kept = run_path / "wandb_id"
     if not kept.exists():
         kept.write_text(secrets.token_hex(4))
+    options: dict[str, Any] = {} if mode or _has_wandb_key() else {"mode": "offline"}
     logger = WandbLogger(
         name=name,
         save_dir=run_path,
@@ -199,7 +200,7 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
         log_model=False,
         resume="allow",
         settings=wandb.Settings(silent=True, console="off"),
-        **({} if mode or _has_wandb_key() else {"mode": "offline"}),
+        **options,
     )
     # Lightning always passes this option, and W&B warns about it.
     logger._wandb_init.pop("anonymous", None)

@@ -71,11 +71,12 @@ def convergence(
     """
     number = _column(rounds, "round") + 1
     accuracy, epsilon = (_column(rounds, n) for n in ("sim_only_val_accuracy", "epsilon_max"))
-    present = [np.isfinite(values).any() for values in (accuracy, epsilon)]
+    present = [bool(np.isfinite(values).any()) for values in (accuracy, epsilon)]
     if not any(present):
         return None
     figure = _figure(6.4, 2.4 + 1.8 * sum(present))
-    axes = iter(figure.subplots(sum(present), 1, sharex=True, squeeze=False)[:, 0])
+    panels = figure.subplots(sum(present), 1, sharex=True, squeeze=False)[:, 0]
+    axes = iter(panels)
     if present[0]:
         ax, known = next(axes), np.isfinite(accuracy)
         marker = "o" if known.sum() <= 40 else None
@@ -88,12 +89,18 @@ def convergence(
         if np.any(low < epsilon):
             ax.fill_between(number, low, epsilon, color=_COLOURS[1], alpha=0.2, lw=0)
             ax.plot(number, middle, color=_COLOURS[1], ls="--", label="median client")
-        ax.plot(number, epsilon, color=_COLOURS[1], label="largest of all clients")
+        ax.plot(
+            number,
+            epsilon,
+            color=_COLOURS[1],
+            marker=_marker(number),
+            label="largest of all clients",
+        )
         ax.set_ylabel(epsilon_label)
         ax.set_ylim(bottom=0)
         ax.legend(loc="best", frameon=False)
         _dress(ax)
-    ax.set_xlabel("round")
+    panels[-1].set_xlabel("round")
     figure.align_ylabels()
     return figure
 
@@ -121,7 +128,7 @@ def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
             x, low, middle, high = _spread(number[mine], values[mine])
             if len(names) <= len(_COLOURS):
                 ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(x, middle, color=colour, label=name)
+            ax.plot(x, middle, color=colour, label=name, marker=_marker(x))
         _scale(ax, column, values[np.isfinite(values)])
         ax.set_title(title, fontsize="medium")
         _dress(ax)
@@ -238,7 +245,7 @@ def _scale(ax: Any, column: str, values: np.ndarray) -> None:
     if column == "sim_only_clipped_fraction":
         ax.set_ylim(-0.02, 1.02)
     elif column == "share":
-        ax.set_ylim(0, min(1.0, 1.1 * max(values, default=1.0)))
+        ax.set_ylim(0, min(1.05, 1.1 * max(values, default=1.0)))
     elif len(values) and values.min() > 0 and values.max() > 5 * values.min():
         ax.set_yscale("log")
         _log_ticks(ax)
@@ -276,6 +283,11 @@ def _legend(figure: Figure, ax: Any, names: Sequence[str]) -> None:
         frameon=False,
         title="layer",
     )
+
+
+def _marker(points: np.ndarray) -> str | None:
+    # One point makes no line.
+    return "o" if len(points) < 3 else None
 
 
 def _every(count: int, most: int) -> list[int]:
