@@ -1,0 +1,121 @@
+"""Small federations for the tests: a quiet Trainer, and a population without one."""
+
+import logging
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from aadp_kernels import Layout, NoiseKey
+from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
+from fl_lightning.ledger import Ledger
+from fl_lightning.module import cross_entropy
+from fl_lightning.population import ClientPopulation, LocalTraining
+from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.history import ReleasedHistory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_lightning():
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def federation():
+    """Gaussian records [N, *shape] with labels of 3 classes, dealt over clients."""
+
+    def make(num_records=60, shape=(8,), *, clients=3, fill=None, change=None, **kwargs):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(num_records, *shape, generator=generator)
+        y = torch.randint(0, 3, (num_records,), generator=generator)
+        if fill is not None:
+            x.fill_(fill)
+        if change is not None:
+            change(x, y)
+        arrays = from_arrays(x, y, num_classes=3)
+        return FederatedDataModule(arrays, num_clients=clients, val_fraction=0, **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Train `network` on `data`; every call has a run folder of its own."""
+    runs = iter(range(1000))
+
+    def run(data, network, *, rounds=2, callbacks=(), module_kwargs=None, **privacy):
+        privacy = {"seed": 1, "epsilon": None, **privacy}
+        module = FederatedModule(
+            network,
+            PrivacyConfig(**privacy),
+            run_dir=str(tmp_path / f"run{next(runs)}"),
+            **({"execution": "vmap"} | (module_kwargs or {})),
+        )
+        trainer = pl.Trainer(
+            max_epochs=rounds,
+            accelerator="cpu",
+            logger=False,
+            callbacks=list(callbacks),
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data)
+        return module
+
+    return run
+
+
+@pytest.fixture
+def population(tmp_path):
+    """A ClientPopulation with a ledger, as FederatedModule builds it, and its parts."""
+    runs = iter(range(1000))
+    ledgers = []
+
+    def make(data, network, config, *, lr=1.0, sampling_rate=1.0, local_steps=1, **kwargs):
+        layout = Layout.build(dict(network.named_parameters()))
+        training = LocalTraining(
+            lr=lr,
+            momentum=0.0,
+            sampling_rate=sampling_rate,
+            batch_size=None,
+            local_steps=local_steps,
+            local_epochs=1,
+            seed=0,
+        )
+        budget = Budget(config, [100] * data.num_clients, sampling_rate)
+        if config.private:
+            budget.calibrate()
+        header = {"setting": config.setting, "simulated": True, "delta": 1e-5, "epsilon": None}
+        header |= {"privacy_unit": config.unit, "trust": "local", "adjacency": "zero_out"}
+        header |= {"mechanism": config.mechanism}
+        ledgers.append(Ledger.create(tmp_path / f"population{next(runs)}", header))
+        return ClientPopulation(
+            data,
+            network,
+            cross_entropy,
+            layout,
+            privacy=config,
+            training=training,
+            history=ReleasedHistory(config, data.num_clients, layout.dims),
+            budget=budget,
+            key=NoiseKey.from_seed(config.seed or 0, rng=config.rng),
+            ledger=ledgers[-1],
+            **({"vectorize": True, "max_examples": 2**40} | kwargs),
+        )
+
+    yield make
+    for ledger in ledgers:
+        ledger.close()
+
+
+@pytest.fixture
+def global_params():
+    """Parameters of a network as ClientPopulation.release takes them."""
+
+    def get(network):
+        return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    return get
