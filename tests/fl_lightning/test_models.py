@@ -18,8 +18,13 @@ MODELS = [LogisticRegression, MLP, CNN]
         (MLP(), {"fc1": 4160, "fc2": 650}),
         (MLP(hidden=[]), {"fc1": 650}),
         (MLP(hidden=(3, 2)), {"fc1": 195, "fc2": 8, "fc3": 30}),
-        (CNN(), {"conv1": 160, "conv2": 4640, "fc1": 4128, "fc2": 330}),
-        (CNN(channels=[4], kernel_size=1), {"conv1": 8, "fc1": 2080, "fc2": 330}),
+        (CNN(), {"conv1": 272, "fc1": 2570}),
+        (CNN(channels=[4], kernel_sizes=[1], strides=[1]), {"conv1": 8, "fc1": 2570}),
+        (
+            CNN(channels=(4, 6), kernel_sizes=(3, 4), strides=(1, 2), hidden=(5,)),
+            {"conv1": 40, "conv2": 390, "fc1": 485, "fc2": 60},
+        ),
+        (CNN(standardize=True), {"conv1": 272, "fc1": 2570}),
     ],
 )
 def test_layer_dims_and_output(model, dims):
@@ -29,9 +34,35 @@ def test_layer_dims_and_output(model, dims):
 
 
 @pytest.mark.parametrize("size", [28, 32, 9])
-def test_cnn_on_other_image_sizes(size):
-    model = CNN(in_channels=3, num_classes=7, image_size=size)
+@pytest.mark.parametrize("hidden", [(), (5,)])
+def test_cnn_on_other_image_sizes(size, hidden):
+    model = CNN(
+        in_channels=3,
+        num_classes=7,
+        image_size=size,
+        channels=(4, 8),
+        kernel_sizes=(8, 4),
+        strides=(2, 2),
+        hidden=hidden,
+    )
     assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_each_convolution_divides_the_image_by_its_stride():
+    model = CNN(image_size=24, channels=(2, 2), kernel_sizes=(7, 4), strides=(3, 2))
+    x = torch.zeros(1, 1, 24, 24)
+    assert model.conv1(x).shape == (1, 2, 8, 8)
+    assert model.conv2(model.conv1(x)).shape == (1, 2, 4, 4)
+
+
+def test_standardize_ignores_brightness_and_contrast_of_each_record():
+    torch.manual_seed(0)
+    model, x = CNN(standardize=True), torch.randn(4, 1, 8, 8)
+    changed = x * torch.tensor([1.0, 2.0, 3.0, 0.5]).view(-1, 1, 1, 1) + 7
+    torch.testing.assert_close(model(changed), model(x), rtol=1e-3, atol=1e-4)
+    plain = CNN()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(plain(changed), plain(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
@@ -83,10 +114,14 @@ def test_learns_digits(make, floor):
         (MLP, {"in_features": 0}, "in_features=0"),
         (LogisticRegression, {"num_classes": 0}, "num_classes=0"),
         (CNN, {"activation": "swish"}, "activation='swish'"),
-        (CNN, {"kernel_size": 2}, "kernel_size=2"),
+        (CNN, {"kernel_sizes": (3,)}, r"kernel_sizes=\(3,\) with strides=\(2,\)"),
+        (CNN, {"kernel_sizes": (1,)}, r"kernel_sizes=\(1,\) with strides=\(2,\)"),
+        (CNN, {"kernel_sizes": (4, 4)}, r"channels=\(16,\), kernel_sizes=\(4, 4\)"),
+        (CNN, {"strides": (0,)}, "strides=0"),
         (CNN, {"channels": (0,)}, "channels=0"),
-        (CNN, {"image_size": 3}, "image_size=3"),
-        (CNN, {"hidden": 0}, "hidden=0"),
+        (CNN, {"image_size": 0}, "image_size=0"),
+        (CNN, {"image_size": 1}, "image_size=1"),
+        (CNN, {"hidden": (0,)}, "hidden=0"),
     ],
 )
 def test_refusals(make, kwargs, message):
@@ -97,9 +132,9 @@ def test_refusals(make, kwargs, message):
 def test_configured_by_jsonargparse():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "net")
-    argv = ["--net=fl_lightning.models.CNN", "--net.channels=[4, 8]", "--net.activation=relu"]
+    argv = ["--net=fl_lightning.models.CNN", "--net.channels=[4]", "--net.activation=relu"]
     config = parser.parse_args(argv)
     model = parser.instantiate(config).net
     assert isinstance(model, CNN)
-    assert layer_dims(model)["conv2"] == 4 * 8 * 9 + 8
+    assert layer_dims(model)["conv1"] == 4 * 16 + 4
     assert parser.parse_string(parser.dump(config)) == config
