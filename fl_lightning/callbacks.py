@@ -27,12 +27,14 @@ from fl_lightning.privacy.statement import privacy_statement
 from fl_lightning.summary import final_table, privacy_kind, run_summary
 from fl_lightning.types import RoundResult
 
-_RECORDS = ("ledger.jsonl", "ledger.head", "privacy_statement.md", "summary.json", "config.yaml")
+_RECORDS = ("ledger.jsonl", "ledger.head", "privacy_statement.md", "summary.json")
 _NO_PRIVACY = "# Privacy statement\n\n**No privacy.** Updates were released without noise.\n"
 
 
 class RoundRecorder(pl.Callback):
     """Writes `rounds.csv` and `layers.csv` in the run folder, and scalars to all loggers.
+
+    Validation and test metrics reach the loggers through the module's own `log`.
 
     Guarantees:
         A round stands in the files before a checkpoint that includes it is saved. A run that is
@@ -49,7 +51,6 @@ class RoundRecorder(pl.Callback):
 
     def __init__(self) -> None:
         self._start = 0
-        self._validated = False
         self._rounds = 0
         self._resumed: int | None = None
 
@@ -66,9 +67,11 @@ class RoundRecorder(pl.Callback):
         for name, columns in (("rounds", plots.ROUND_COLUMNS), ("layers", plots.LAYER_COLUMNS)):
             _keep_before(pl_module.run_path / f"{name}.csv", columns, first)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Any later hook may come after a checkpoint, depending on how that is configured.
-        path, self._validated = pl_module.run_path, False
+        path = pl_module.run_path
         self._rounds = pl_module.result.round + 1
         self._start = (path / "rounds.csv").stat().st_size
         _write_rows(path / "rounds.csv", self._start, [_round_row(pl_module, {})])
@@ -78,14 +81,13 @@ class RoundRecorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not _this_round(trainer, pl_module):
             return
-        self._validated = True
         row = _round_row(pl_module, _validation(trainer))
         _write_rows(pl_module.run_path / "rounds.csv", self._start, [row])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not _this_round(trainer, pl_module):
             return
-        scalars = _scalars(pl_module) | (_validation(trainer) if self._validated else {})
+        scalars = _scalars(pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=pl_module.result.round)
 
@@ -231,7 +233,7 @@ def _hand_over(
     for picture in pictures:
         logger.log_image(f"plots/{picture.stem}", [str(picture)])
     groups = {
-        "run": [path / name for name in _RECORDS] + list(pictures),
+        "run": [path / name for name in _RECORDS] + sorted(path.glob("config*.yaml")) + [*pictures],
         "model": [path / "checkpoints" / "last.ckpt"],
     }
     for kind, files in groups.items():

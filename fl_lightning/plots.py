@@ -86,7 +86,8 @@ def convergence(
     if present[1]:
         ax = next(axes)
         low, middle = (_column(rounds, n) for n in ("epsilon_min", "epsilon_median"))
-        if np.any(low < epsilon):
+        spread = bool(np.any(low < epsilon))
+        if spread:
             ax.fill_between(number, low, epsilon, color=_COLOURS[1], alpha=0.2, lw=0)
             ax.plot(number, middle, color=_COLOURS[1], ls="--", label="median client")
         ax.plot(
@@ -94,7 +95,7 @@ def convergence(
             epsilon,
             color=_COLOURS[1],
             marker=_marker(number),
-            label="largest of all clients",
+            label="largest of all clients" if spread else "every client",
         )
         ax.set_ylabel(epsilon_label)
         ax.set_ylim(bottom=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -36,9 +35,12 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
     active = [r for r in reports.values() if r.releases]
     epsilons = [r.epsilon for r in active]
     test = trainer.callback_metrics.get("test/accuracy")
+    # The Trainer forgets its metrics when a test begins, and knows no round before a resumption.
+    rounds = plots.read_rows(pl_module.run_path / "rounds.csv")
+    validated = [r["sim_only_val_accuracy"] for r in rounds if r["sim_only_val_accuracy"]]
     return {
         "test_accuracy": None if test is None else float(test),
-        "sim_only_val_accuracy": _last_accuracy(pl_module.run_path / "rounds.csv"),
+        "sim_only_val_accuracy": float(validated[-1]) if validated else None,
         "setting": privacy.setting,
         "privacy": privacy_kind(privacy),
         "simulated": privacy.setting != "none" and privacy.seed is not None,
@@ -48,7 +50,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "delta_max": max((r.delta for r in active), default=None),
         "clients_that_released": len(active),
         "releases": sum(r.releases for r in active),
-        "rounds": 0 if pl_module.result is None else pl_module.result.round + 1,
+        "rounds": len(rounds),
         "unit": privacy.unit,
         "trust": facts.get("trust"),
         "adjacency": facts.get("adjacency"),
@@ -93,13 +95,6 @@ def _show(value: Any) -> str:
     if value is None:
         return "-"
     return show_number(value) if isinstance(value, float) else str(value)
-
-
-def _last_accuracy(path: Path) -> float | None:
-    # The Trainer forgets its metrics when a test begins.
-    known = [r["sim_only_val_accuracy"] for r in plots.read_rows(path)] if path.exists() else []
-    known = [value for value in known if value]
-    return float(known[-1]) if known else None
 
 
 def _versions() -> dict[str, str]:

@@ -84,9 +84,10 @@ class Memory(DummyLogger):
         self.seen: dict[int, dict[str, float]] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "perf/round_seconds" in metrics:
-            assert step is not None
-            self.seen[step] = dict(metrics)
+        assert step is not None
+        seen = self.seen.setdefault(step, {})
+        assert not seen.keys() & metrics.keys() - {"epoch"}
+        seen.update(metrics)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,7 @@ def test_loggers_get_released_and_sim_only_scalars(tmp_path: Path) -> None:
     train(Rounds(tmp_path), 2, logger=memory, check_val_every_n_epoch=2)
     assert memory.seen[1] == pytest.approx(
         {
+            "epoch": 1,
             "perf/round_seconds": 0.25,
             "privacy/epsilon_max": 2.0,
             "privacy/epsilon_median": 1.5,
@@ -238,6 +240,7 @@ def test_without_privacy_there_is_no_epsilon(tmp_path: Path) -> None:
     assert rows(tmp_path)[0]["epsilon_max"] == ""
     assert rows(tmp_path, "layers") == []
     assert set(memory.seen[0]) == {
+        "epoch",
         "perf/round_seconds",
         "sim_only/val_accuracy",
         "sim_only/val_loss",
@@ -328,6 +331,7 @@ def test_the_summary_is_the_ledgers(tmp_path: Path, capsys: Any) -> None:
     module = with_ledger(tmp_path, seed=4)
     trainer = train(module, 2)
     trainer.test(module, verbose=False)
+    module.result = None  # as after a resumption with nothing left to do
     finish_run(trainer, module, 1.5)
     summary = json.loads((tmp_path / "summary.json").read_text())
     epsilons = sorted(r.epsilon for r in report(tmp_path).values())
