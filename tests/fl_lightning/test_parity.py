@@ -1,0 +1,404 @@
+"""Without noise and clipping every setting is FedAvg; with them, hand-written DP-SGD."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from aadp_kernels import Layout, NoiseKey, sample_noise
+from fl_lightning import PrivacyConfig
+from fl_lightning.client import gather, train_cohort
+from fl_lightning.models import CNN, MLP
+from fl_lightning.module import cross_entropy
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.mechanism import (
+    PrivateRecordGradient,
+    clip_in_backward_sums,
+    clipped_sums,
+    per_sample_sums,
+)
+from fl_lightning.types import LayerPolicy
+
+CPU = torch.device("cpu")
+OPEN = {"noise_multiplier": 0.0, "clip_norm": math.inf, "thresholds": "fixed"}
+UNEQUAL = {"shape": (1, 8, 8), "clients": 4, "partition": "dirichlet", "min_client_size": 5}
+
+
+class Normalised(nn.Module):
+    """A network for which clipping in backward is not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 6)
+        self.norm = nn.GroupNorm(2, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        words = x.flatten(1)[:, :5].mul(3).round().clamp(-6, 5).long() + 6
+        return self.out(self.norm(self.embed(words).mean(1)))
+
+
+def mlp():
+    return MLP(hidden=(7,), num_classes=3)
+
+
+def cnn():
+    return CNN(channels=(4,), num_classes=3)
+
+
+def build(make):
+    torch.manual_seed(3)
+    return make()
+
+
+def params_of(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def assert_same_model(got, want, **tolerance):
+    tolerance = {"rtol": 1e-4, "atol": 2e-6, **tolerance}
+    for (name, a), b in zip(got.named_parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def minibatches(data, k, round, *, batch_size, epochs, seed):
+    """Public shuffles, written out once more."""
+    rows = data.partition.client(k)
+    generator = np.random.default_rng([seed, round, k])
+    for _ in range(epochs):
+        order = rows[generator.permutation(len(rows))]
+        yield from (order[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+
+def fedavg(data, network, *, rounds, lr, momentum, batches):
+    """FedAvg with torch.optim.SGD at every client."""
+    network = copy.deepcopy(network)
+    share = data.client_sizes / data.client_sizes.sum()
+    for round in range(rounds):
+        total = {n: torch.zeros_like(p) for n, p in network.named_parameters()}
+        for k in range(data.num_clients):
+            local = copy.deepcopy(network)
+            optimizer = torch.optim.SGD(local.parameters(), lr=lr, momentum=momentum)
+            for rows in batches(k, round):
+                optimizer.zero_grad()
+                cross_entropy(local(data.x[rows]), data.y[rows]).mean().backward()
+                optimizer.step()
+            for name, value in local.named_parameters():
+                total[name] += share[k] * value.detach()
+        network.load_state_dict(total)
+    return network
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"setting": "none"},
+        {"setting": "client+local", **OPEN},
+        {"setting": "client+local", "mechanism": "laplace", **OPEN},
+        {"setting": "abstract", **OPEN},
+        {"setting": "abstract", "mechanism": "laplace", **OPEN},
+    ],
+    ids=lambda p: f"{p['setting']}-{p.get('mechanism', 'gaussian')}",
+)
+def test_minibatch_settings_are_fedavg(federation, fit, privacy, make, execution):
+    data = federation(**UNEQUAL)
+    want = fedavg(
+        data, build(make), rounds=3, lr=0.3, momentum=0.5,
+        batches=lambda k, r: minibatches(data, k, r, batch_size=7, epochs=2, seed=11),
+    )  # fmt: skip
+    training = {
+        "sampling_rate": None,
+        "batch_size": 7,
+        "local_steps": None,
+        "local_epochs": 2,
+        "client_lr": 0.3,
+        "client_momentum": 0.5,
+        "seed": 11,
+        "execution": execution,
+    }
+    module = fit(data, build(make), rounds=3, module_kwargs=training, **privacy)
+    assert_same_model(module.network, want)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, Normalised])
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"setting": "none"},
+        {"setting": "record+local", **OPEN},
+        {"setting": "record+local", "mechanism": "laplace", **OPEN},
+        {"setting": "record+local", "noise_multiplier": 0.0, "clip_norm": 1e6},
+        {"setting": "client+local", **OPEN},
+    ],
+    ids=["none", "gaussian", "laplace", "votes", "client"],
+)
+def test_full_batch_settings_are_fedavg_with_momentum(federation, fit, privacy, make):
+    data = federation(**UNEQUAL)
+    want = fedavg(
+        data, build(make), rounds=2, lr=0.2, momentum=0.9,
+        batches=lambda k, r: [data.partition.client(k)] * 3,
+    )  # fmt: skip
+    training = {
+        "sampling_rate": 1.0,
+        "local_steps": 3,
+        "client_lr": 0.2,
+        "client_momentum": 0.9,
+    }
+    module = fit(data, build(make), rounds=2, module_kwargs=training, **privacy)
+    assert_same_model(module.network, want)
+    if privacy["setting"] != "none":
+        assert not module.result.clipped_fraction.any()
+        assert np.isinf(module.result.epsilon_spent).all()
+
+
+@pytest.mark.parametrize("setting", ["record+local", "client+local", "none"])
+def test_memory_budget_does_not_change_the_model(federation, fit, setting):
+    data = federation(28, **UNEQUAL)
+    privacy = {"setting": setting, "noise_multiplier": 0.0, "clip_norm": 0.5}
+    models = [
+        fit(
+            data,
+            build(cnn),
+            rounds=1,
+            module_kwargs={"sampling_rate": 1.0, "local_steps": 2, "memory_budget": budget},
+            **privacy,
+        )
+        for budget in (1.0, 1e-4, 1e-9)
+    ]
+    assert models[0].clients_at_once >= 4
+    assert models[-1].clients_at_once == models[-1]._max_examples == 1
+    for small in models[1:]:
+        assert_same_model(small.network, models[0].network, atol=1e-5)
+
+
+# One step, by hand -------------------------------------------------------------------------------
+
+
+def record_gradients(network, x, y):
+    """Gradient of each record, float64, one backward a record: {name: [B, ...]}."""
+    network = copy.deepcopy(network).double()
+    rows = []
+    for i in range(len(x)):
+        loss = cross_entropy(network(x[i : i + 1].double()), y[i : i + 1]).sum()
+        rows.append(torch.autograd.grad(loss, list(network.parameters())))
+    names = [name for name, _ in network.named_parameters()]
+    return {
+        n: torch.stack(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+
+
+def layers_of(network):
+    grouped = {}
+    for name, _ in network.named_parameters():
+        grouped.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(grouped.values())
+
+
+def flat_layer(grads, names):
+    return torch.cat([grads[n].flatten(1) for n in names], 1)
+
+
+def hand_clipped_sum(network, x, y, clip, p):
+    """(clipped sums, clipped count [L], L1 norms [B, L])."""
+    grads = record_gradients(network, x, y)
+    sums, clipped, l1 = {}, [], []
+    for names, c in zip(layers_of(network), clip, strict=True):
+        norm = flat_layer(grads, names).norm(p=p, dim=1)
+        factor = (c / norm).clamp(max=1)
+        clipped.append(int((factor < 1).sum()))
+        l1.append(flat_layer(grads, names).abs().sum(1))
+        for name in names:
+            sums[name] = torch.einsum("b,b...->...", factor, grads[name])
+    return sums, clipped, torch.stack(l1, 1)
+
+
+def median_clips(network, x, y, p):
+    grads = record_gradients(network, x, y)
+    # A little above the median record, which would be clipped or not by rounding.
+    return [
+        1.001 * float(flat_layer(grads, n).norm(p=p, dim=1).median()) for n in layers_of(network)
+    ]
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("make", [mlp, cnn, Normalised])
+def test_one_step_is_hand_written_dp_sgd(federation, fit, make, mechanism):
+    data = federation(30, shape=(1, 8, 8), clients=1)
+    network, p = build(make), 1 if mechanism == "laplace" else 2
+    clip = median_clips(network, data.x, data.y, p)
+    sums, clipped, _ = hand_clipped_sum(network, data.x, data.y, clip, p)
+    assert all(0 < c < 30 for c in clipped)
+    module = fit(
+        data,
+        copy.deepcopy(network),
+        rounds=1,
+        module_kwargs={"sampling_rate": 1.0, "client_lr": 0.5},
+        mechanism=mechanism,
+        noise_multiplier=0.0,
+        clip_norm=clip,
+        thresholds="fixed",
+    )
+    trained = dict(module.network.named_parameters())
+    for name, start in network.named_parameters():
+        want = start.double() - 0.5 * sums[name] / 30
+        torch.testing.assert_close(trained[name].double(), want, rtol=1e-4, atol=1e-6)
+    assert module.result.clipped_fraction[0].tolist() == pytest.approx([c / 30 for c in clipped])
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_two_noised_steps_with_votes_are_hand_written(federation, mechanism):
+    """Clip, sum, noise, votes, and the clip norms that the votes give to the next step."""
+    data = federation(24, shape=(1, 8, 8), clients=1)
+    network, p = build(cnn), 1 if mechanism == "laplace" else 2
+    layout = Layout.build(params_of(network))
+    dims, z, lr, rho, eta = torch.tensor(layout.dims), 0.7, 0.1, 0.05, 0.2
+    config = PrivacyConfig(
+        mechanism=mechanism,
+        epsilon=None,
+        noise_multiplier=z,
+        thresholds="quantile",
+        clip_norm=median_clips(network, data.x, data.y, p),
+        seed=0,
+    )
+    history = ReleasedHistory(config, 3, layout.dims)
+    key, client = NoiseKey.from_seed(9), torch.tensor([2])
+    hook = PrivateRecordGradient(
+        clipped_sums(
+            network, cross_entropy, layout,
+            p=p, vectorize=True, max_examples=10**6, example=data.x[:1],
+        ),
+        history, layout, key=key, clients=client, multiplier=torch.tensor([z]).double(),
+    )  # fmt: skip
+    batch = gather(
+        data.x, data.y, [np.arange(20)], divisor=torch.tensor([17.0]), device=CPU
+    )  # the expected batch need not be the realised one
+    update = train_cohort(params_of(network), iter([batch] * 2), hook, lr=lr)
+
+    local, clip = copy.deepcopy(network).double(), torch.tensor(config.clip_norm).double()
+    root = (math.pi / 2 / dims.double()).sqrt() if p == 2 else torch.ones(2).double()
+    tracked = clip / root
+    for step in range(2):
+        clip = tracked * root
+        s = tracked / tracked.sum()
+        size = (s * dims) ** (1 / 2 if p == 2 else 1 / 3)
+        shares = 0.9 * size / size.sum() + 0.1 / 2
+        if p == 2:
+            sigma = z / math.sqrt(1 - rho) * clip / shares.sqrt()
+            vote_scale = z * math.sqrt(2) / (2 * math.sqrt(rho))
+        else:
+            sigma = z / (1 - rho) * clip / shares
+            vote_scale = 2 * z / (2 * rho)
+        draw = {"mechanism": mechanism, "key": key, "step": step, "client": 2}
+        sums, _, l1 = hand_clipped_sum(local, data.x[:20], data.y[:20], clip.tolist(), p)
+        for name, layer, offset in zip(layout.names, layout.layer_of, layout.offsets, strict=True):
+            noise = sample_noise(
+                sums[name].shape, scale=float(sigma[layer]), layer=layer, offset=offset,
+                dtype=torch.float64, **draw,
+            )  # fmt: skip
+            parameter = dict(local.named_parameters())[name]
+            parameter.data -= lr * (sums[name] + noise) / 17
+        votes = torch.where(l1 <= tracked, 0.5, -0.5).sum(0)
+        noise = sample_noise((2,), scale=vote_scale, layer=2, dtype=torch.float64, **draw)
+        fraction = ((votes + noise) / 17 + 0.5).clamp(0, 1)
+        tracked = tracked * torch.exp(-eta * (fraction - 0.5))
+    torch.testing.assert_close(history.l1_norm[2], tracked, rtol=1e-6, atol=0)
+    for name, value in local.named_parameters():
+        want = value.detach() - dict(network.named_parameters())[name].detach().double()
+        torch.testing.assert_close(update[name][0].double(), want, rtol=1e-3, atol=1e-5)
+    assert torch.equal(history.l1_norm[:2], history.initial_l1_norm.repeat(2, 1))
+
+
+# Ways to compute the same clipped sums -----------------------------------------------------------
+
+
+def padded_batch(data, counts=(9, 1, 5)):
+    rows = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    batch = gather(data.x, data.y, rows, divisor=torch.ones(len(counts)), device=CPU)
+    # Whatever stands in padding must neither count nor vote.
+    batch.x[batch.mask == 0] = 5.0
+    return batch
+
+
+def policy_for(network, data, p, k=3):
+    clip = torch.tensor(median_clips(network, data.x, data.y, p), dtype=torch.float64)
+    grads = record_gradients(network, data.x, data.y)
+    l1 = [float(flat_layer(grads, n).abs().sum(1).median()) for n in layers_of(network)]
+    votes_at = torch.tensor(l1, dtype=torch.float64) * 1.001
+    factor = torch.tensor([1.0, 0.6, 1.7], dtype=torch.float64)[:k, None]
+    clip, votes_at = clip * factor, votes_at * factor
+    ones = torch.ones_like(clip)
+    return LayerPolicy(clip, ones / len(l1), ones / len(l1), 0 * ones, votes_at, ones[:, 0])
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("max_examples", [10**6, 4, 1])
+@pytest.mark.parametrize("way", ["backward", "per_sample"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_ways_to_clip_agree_with_the_hand(federation, p, vectorize, max_examples, way, shared):
+    data = federation(15, shape=(1, 8, 8), clients=1)
+    network = build(cnn)
+    layout = Layout.build(params_of(network))
+    policy, batch = policy_for(network, data, p), padded_batch(data)
+    options = {"p": p, "vectorize": vectorize, "max_examples": max_examples}
+    if way == "backward":
+        run = clipped_sums(network, cross_entropy, layout, example=data.x[:1], **options)
+        assert run.__qualname__.startswith(clip_in_backward_sums.__name__)
+    else:
+        run = per_sample_sums(network, cross_entropy, layout, **options)
+    params = params_of(network)
+    if not shared:
+        params = {n: v.expand(3, *v.shape).clone() for n, v in params.items()}
+    sums, counts = run(params, shared, batch, policy)
+    start = 0
+    for k, size in enumerate((9, 1, 5)):
+        rows = slice(start, start + size)
+        want, clipped, l1 = hand_clipped_sum(
+            network, data.x[rows], data.y[rows], policy.clip_norm[k].tolist(), p
+        )
+        for name, value in want.items():
+            torch.testing.assert_close(sums[name][k].double(), value, rtol=1e-4, atol=2e-5)
+        votes = torch.where(l1 <= policy.votes_at[k], 0.5, -0.5).sum(0)
+        assert counts[k, :, 0].tolist() == votes.tolist()
+        assert counts[k, :, 1].tolist() == clipped
+        assert not counts[k, :, 2].any()
+        start += size
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_other_networks_fall_back_to_per_sample_gradients(federation, vectorize):
+    data = federation(15, shape=(1, 8, 8), clients=1)
+    network = build(Normalised)
+    layout = Layout.build(params_of(network))
+    run = clipped_sums(
+        network, cross_entropy, layout,
+        p=2, vectorize=vectorize, max_examples=4, example=data.x[:1],
+    )  # fmt: skip
+    assert run.__qualname__.startswith(per_sample_sums.__name__)
+    policy = policy_for(network, data, 2)
+    sums, _ = run(params_of(network), True, padded_batch(data), policy)
+    want, clipped, _ = hand_clipped_sum(
+        network, data.x[:9], data.y[:9], policy.clip_norm[0].tolist(), 2
+    )
+    assert any(clipped)
+    for name, value in want.items():
+        torch.testing.assert_close(sums[name][0].double(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_does_not_depend_on_vmap_or_micro_batches(federation, population, global_params):
+    """One client key, three ways to compute: the same coins and noise, up to float sums."""
+    data = federation(40, shape=(1, 8, 8), clients=2)
+    config = PrivacyConfig(epsilon=None, noise_multiplier=1.0, seed=4)
+    updates = []
+    for kwargs in ({}, {"vectorize": False}, {"max_examples": 3}):
+        network = build(cnn)
+        clients = population(data, network, config, sampling_rate=0.5, local_steps=2, **kwargs)
+        updates.append(clients.release(torch.arange(2), global_params(network), 0, "x").update)
+    for other in updates[1:]:
+        for name, value in updates[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
