@@ -29,7 +29,8 @@ BEGIN, END = "<!-- headline table: generated -->", "<!-- end of headline table -
 SEEDS = (1, 2, 3)
 FASHION = ["configs/fashion_mnist_aadp.yaml"]
 CASES: dict[str, list[str]] = {
-    "digits, IID, ε=8 (default run)": [],
+    "digits, IID, ε=8 (default run)": ["configs/base.yaml"],
+    "digits, IID, two rounds (smoke test)": ["configs/smoke.yaml"],
     "digits, IID, FedAvg without privacy": ["configs/fedavg.yaml"],
     "digits, Dirichlet(0.5), ε=8": ["configs/dirichlet.yaml"],
     "Fashion-MNIST, IID, ε=8": FASHION,
@@ -97,6 +98,7 @@ def run(only: str | None) -> None:
             if str(seed) in done:
                 continue
             done[str(seed)] = {"summary": run_case(configs, seed), "machine": machine()}
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
             print(name, seed, done[str(seed)]["summary"]["test_accuracy"], flush=True)
 
