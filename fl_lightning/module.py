@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torchmetrics
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -123,6 +125,7 @@ class FederatedModule(pl.LightningModule):
         self.ledger: Ledger | None = None
         self.result: RoundResult | None = None
         self._resumed: dict[str, Any] | None = None
+        self._last_paid_round = -1
         self._accuracy: torchmetrics.Metric | None = None
 
     # The algorithm ------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ class FederatedModule(pl.LightningModule):
             mean.write_gradient(self.network)
             self._server_step()
         self.result = self._round_result(released, time.perf_counter() - started)
-        if self.privacy.private and self.budget.exhausted(self.clients.steps):
+        if self._nobody_is_left():
             self.trainer.should_stop = True
 
     def cohort(self, round: int) -> Tensor:
@@ -152,6 +155,15 @@ class FederatedModule(pl.LightningModule):
         scheduled = self.schedule[round].tolist()
         ids = [client for client in scheduled if self.clients.may_release(client, round)]
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _nobody_is_left(self) -> bool:
+        """Whether no client can pay for another round and none that is paid for is left to repeat.
+
+        After a crash the ledger may be ahead of the checkpoint by whole rounds.
+        """
+        if not self.privacy.private or self.current_epoch < self._last_paid_round:
+            return False
+        return self.budget.exhausted(self.clients.steps)
 
     def _global_params(self) -> Params:
         parameters = dict(self.network.named_parameters())
@@ -233,6 +245,7 @@ class FederatedModule(pl.LightningModule):
             self.sampling_rate if record and self.sampling_rate else 1.0,
         )
         if resumed is not None:
+            self._check_promise(resumed["promise"])
             self.history.load_state_dict(resumed["history"])
             self.budget.load_state_dict(resumed["budget"])
         elif self.privacy.private:
@@ -260,6 +273,10 @@ class FederatedModule(pl.LightningModule):
                 f"{self.run_path}: the checkpoint is of another run than the secret there"
             )
         self.ledger = Ledger.open(self.run_path)
+        if self.ledger.header["run_id"] != self._run_id:
+            raise LedgerError(
+                f"{self.run_path}: the ledger is of another run than the secret there"
+            )
         if len(self.ledger) < resumed["releases"]:
             raise LedgerError(
                 f"{self.run_path}: the ledger has {len(self.ledger)} releases, the checkpoint "
@@ -267,6 +284,23 @@ class FederatedModule(pl.LightningModule):
             )
         for release in self.ledger:
             self.budget.spent[release.client] += release.steps
+            self._last_paid_round = max(self._last_paid_round, release.round)
+
+    def _promise(self) -> dict[str, Any]:
+        """What the multipliers and affordable steps in a checkpoint were calibrated for."""
+        promise = asdict(self.privacy)
+        if self.privacy.unit == "record":
+            promise["sampling_rate"] = self.sampling_rate
+        return promise
+
+    def _check_promise(self, promised: dict[str, Any]) -> None:
+        for name, value in self._promise().items():
+            if promised.get(name) != value:
+                raise ValueError(
+                    f"{name}={value}: the run to go on with was begun with "
+                    f"{name}={promised.get(name)}; what was promised cannot be changed, start a "
+                    "new run in another folder"
+                )
 
     def _ledger_header(self) -> dict[str, Any]:
         privacy, data = self.privacy, self._data
@@ -341,6 +375,7 @@ class FederatedModule(pl.LightningModule):
         checkpoint["aadp_fl"] = {
             "history": self.history.state_dict(),
             "budget": self.budget.state_dict(),
+            "promise": self._promise(),
             "vectorize": self.vectorize,
             "run_id": self._run_id,
             "releases": 0 if self.ledger is None else len(self.ledger),
@@ -349,6 +384,10 @@ class FederatedModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the state until `on_fit_start` can check it against the ledger."""
         self._resumed = checkpoint.get("aadp_fl")
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Lightning does not tear a module down after an exception."""
+        return [LambdaCallback(on_exception=lambda *_: self.teardown("fit"))]
 
     def teardown(self, stage: str) -> None:
         """Release the lock on the ledger."""
