@@ -17,7 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse import ArgumentError, lazy_instance
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import LedgerError
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
+from fl_lightning.preflight import check_run
 from fl_lightning.privacy.config import PrivacyConfig
 
 SUBCOMMANDS = ("fit",)
@@ -84,7 +85,8 @@ class FederatedCLI(LightningCLI):
         run_dir = Path(config.run_dir or new_run_dir(Path("runs")))
         config.run_dir = config.model.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
-        if config.trainer.logger is None or config.trainer.logger is True:
+        self._no_logger = config.trainer.logger is None or config.trainer.logger is True
+        if self._no_logger:
             name = config.data.source if isinstance(config.data.source, str) else "data"
             self._logger = default_logger(run_dir, f"{name}-{run_dir.name}")
         else:
@@ -93,17 +95,23 @@ class FederatedCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `main` was given, without Lightning's warning about explicit arguments."""
         self.config = parser.parse_args(args)
+        seed = self.config.fit.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything={seed} must be in [0, 2^32)")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer with what a run always has; the user's own callbacks and plugins stay."""
         if self._logger is not None:
             kwargs["logger"] = self._logger
+        elif self._no_logger:
+            kwargs["logger"] = False  # else Lightning would take one of its own
         own = self._get(self.config_init, "trainer.plugins") or []
         kwargs["plugins"] = [*(own if isinstance(own, list) else [own]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Say where the run goes and how to go on with it."""
+        """Check everything; then say where the run goes and how to go on with it."""
+        check_run(self.model, self.datamodule, self.trainer)
         run_dir = self.config[self.subcommand].run_dir
         console = Console()
         console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
@@ -193,7 +201,13 @@ def main(args: Sequence[str] | None = None) -> None:
             trainer_defaults={
                 "callbacks": [RoundProgress(), RoundRecorder(), RoundCheckpoint()],
             },
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
         )
+    except ArgumentError as error:
+        if os.environ.get("AADP_FL_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, FileNotFoundError, LedgerError) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise

@@ -74,8 +74,8 @@ def check_network(network: nn.Module) -> None:
         raise ValueError("network: it has no trainable parameters")
 
 
-def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> None:
-    """What needs the data or the Trainer.
+def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
+    """What the Trainer is asked for.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -104,6 +104,15 @@ def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch "
             "is a round"
         )
+
+
+def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> None:
+    """What needs the data or the Trainer.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    check_trainer(module, trainer)
     sizes, k = data.client_sizes, data.num_clients
     small = (sizes < 2).nonzero()[:, 0].tolist()
     if small:
