@@ -1,7 +1,7 @@
 """The README's accuracy table: every figure from committed runs of the configurations.
 
     python -m bench.headline run            # all cases that have no result yet, about an hour
-    python -m bench.headline report         # write the table into README.md
+    python -m bench.headline report         # write the figures into README.md and configs/
 
 A case is a list of configurations and options of `python -m fl_lightning.fit`. Seeds are 1, 2, 3
 for weights, partition and (public, hence simulated) noise; every run counts, and the figure is
@@ -120,6 +120,34 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def expected(config: Path) -> str:
+    """Comment at the top of a configuration: the command and what it gave."""
+    name = f"configs/{config.name}"
+    results = json.loads(RESULTS.read_text())
+    cases = {n: c for n, c in CASES.items() if c[-1] == name and n in results}
+    commands = dict.fromkeys(" ".join(f"--config {c}" for c in case) for case in cases.values())
+    lines = [f"# python -m fl_lightning.fit {command}" for command in commands]
+    lines.append("#")
+    lines.append("# Expected test accuracy and time (3 seeds, from bench/results/headline.json):")
+    for case in cases:
+        summaries = [r["summary"] for r in results[case]["runs"].values()]
+        accuracy = [100 * s["test_accuracy"] for s in summaries]
+        seconds = statistics.median(s["seconds"] for s in summaries)
+        lines.append(
+            f"#   {case}: {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} %, "
+            f"{seconds:.0f} s"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def without_comment(text: str) -> str:
+    """A configuration without the comment at its top."""
+    lines = text.splitlines(keepends=True)
+    while lines and lines[0].startswith("#"):
+        lines.pop(0)
+    return "".join(lines)
+
+
 def privacy(summary: dict) -> str:
     """ε as the run's own summary states it."""
     if summary["privacy"] == "none":
@@ -134,6 +162,8 @@ def report() -> None:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
+        config.write_text(expected(config) + without_comment(config.read_text()))
 
 
 if __name__ == "__main__":

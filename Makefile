@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: `make fit` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: fit test test-slow test-gpu lint tables clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+fit: $(VENV)/installed  ## the default experiment; ARGS="--config ..." for another
+	$(BIN)/python -m fl_lightning.fit $(ARGS)
+
+test: $(VENV)/installed  ## all quick tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/installed  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+tables: $(VENV)/installed  ## write the figures of bench/results into README.md and configs/
+	$(BIN)/python -m bench.headline report
+	$(BIN)/python -m bench.cohort report
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
