@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aadp_kernels import Layout
+from fl_lightning import PrivacyConfig
 from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.types import LayerPolicy
 
@@ -94,3 +95,22 @@ def test_groups_of_clients_give_the_same_mean():
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="weighting='best'"):
         weights("best")
+
+
+def test_noise_of_records_is_divided_by_their_batch_and_of_updates_by_nothing(
+    federation, population
+):
+    """So clients of other sizes but equal noise weigh the same when whole updates are noised."""
+    data = federation(partition="dirichlet")
+    clients = torch.arange(3)
+    batches = [
+        population(
+            data,
+            nn.Linear(8, 3),
+            PrivacyConfig(setting=setting, epsilon=None, noise_multiplier=1.0, seed=0),
+            sampling_rate=0.5,
+        ).expected_batch(clients)
+        for setting in ("record+local", "client+local")
+    ]
+    torch.testing.assert_close(batches[0], 0.5 * data.client_sizes)
+    assert batches[1].tolist() == [1.0, 1.0, 1.0]
