@@ -137,13 +137,13 @@ class FederatedModule(pl.LightningModule):
         context = self._context(cohort)
         params = self._global_params()
         mean, released = WeightedMean(self.layout), []
-        for clients in cohort.split(self.clients_at_once):
+        for clients in cohort.split(self.clients_at_once) if len(cohort) else ():
             # Clip norms and shares from released history, local training, clipping, noise,
             # ledger: after this line everything is public.
             update = self.clients.release(clients, params, self.current_epoch, context)
             mean.add(update.update, self._weights(update))
             released.append(update)
-        if len(cohort):
+        if any(len(update.clients) for update in released):
             mean.write_gradient(self.network)
             self._server_step()
         self.result = self._round_result(released, time.perf_counter() - started)
