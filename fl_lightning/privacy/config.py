@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Setting = Literal[
     "record+local", "client+local", "client+aggregator", "client+secure_sum", "abstract", "none"
@@ -84,6 +84,7 @@ class PrivacyConfig:
     rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_setting(self)
         _check_numbers(self)
         _check_thresholds(self)
@@ -140,14 +141,23 @@ def _as_list(value: float | list[float] | None) -> list[float]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def _check_choices(config: PrivacyConfig) -> None:
+    for name, hint in get_type_hints(PrivacyConfig).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(hint))}")
+    if config.clip_order not in (None, 1, 2):
+        raise ValueError(f"clip_order={config.clip_order} must be 1 or 2")
+    if config.seed is not None and config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be at least 0")
+
+
 def _check_setting(config: PrivacyConfig) -> None:
     if config.setting in ("client+aggregator", "client+secure_sum"):
         raise ValueError(
             f"setting='{config.setting}' is not available yet: use 'record+local' or "
             "'client+local', which trust nobody but the client"
         )
-    if config.setting not in UNIT_OF:
-        raise ValueError(f"setting={config.setting!r} is not one of {sorted(UNIT_OF)}")
     if config.setting == "record+local" and config.adjacency == "replace_one":
         raise ValueError(
             "adjacency='replace_one' with setting='record+local' is not available yet: its "
