@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from fl_lightning.aggregate import WEIGHTINGS
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.privacy.config import per_client
 
@@ -46,6 +47,10 @@ def check_training(module: FederatedModule) -> None:
         value = getattr(module, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be positive and finite")
+    for name, choices in (("weighting", WEIGHTINGS), ("execution", ("auto", "vmap", "loop"))):
+        value = getattr(module, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
     if module.seed < 0:
         raise ValueError(f"seed={module.seed} must be at least 0")
 
