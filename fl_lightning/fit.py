@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentError, lazy_instance
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from fl_lightning.callbacks import RoundProgress, RoundRecorder, default_logger, finish_run
@@ -208,10 +209,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, FileNotFoundError, LedgerError) as error:
+    except (ValueError, FileNotFoundError, LedgerError, MisconfigurationException) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
