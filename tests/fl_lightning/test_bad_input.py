@@ -1,0 +1,351 @@
+"""What a user can get wrong: an error at once that names the argument and its value."""
+
+import math
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
+from fl_lightning import ledger as ledgers
+from fl_lightning.fit import main
+from fl_lightning.ledger import Ledger
+from fl_lightning.models import MLP
+
+NAN, INF = math.nan, math.inf
+
+
+def data(num_records=60, **options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_records, 6, generator=generator)
+    y = torch.arange(num_records) % 3
+    return FederatedDataModule(
+        from_arrays(x, y, num_classes=3),
+        **({"num_clients": 3, "val_fraction": 0.0} | options),
+    )
+
+
+def train(folder, *, network=None, records=None, privacy=None, trainer=None, **options):
+    """Train two rounds; every argument may be wrong."""
+    module = FederatedModule(
+        network or MLP(6, 3, hidden=[4]),
+        PrivacyConfig(**{"epsilon": None, "noise_multiplier": 1.0, "seed": 0} | (privacy or {})),
+        **({"run_dir": str(folder), "execution": "loop"} | options),
+    )
+    pl.Trainer(
+        **{
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": False,
+            "limit_val_batches": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        | (trainer or {})
+    ).fit(module, records or data())
+    return module
+
+
+class Averaged(nn.Module):
+    def forward(self, outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels)
+
+
+def sequence(*layers):
+    return nn.Sequential(nn.Linear(6, 4), *layers, nn.Linear(4, 3))
+
+
+def frozen():
+    network = MLP(6, 3)
+    for p in network.parameters():
+        p.requires_grad_(False)
+    return network
+
+
+BAD_PRIVACY = [
+    ({"epsilon": 0}, "epsilon=0"),
+    ({"epsilon": -1.0}, r"epsilon=-1\.0"),
+    ({"epsilon": INF}, "epsilon=inf"),
+    ({"epsilon": NAN}, "epsilon=nan"),
+    ({"epsilon": []}, r"epsilon=\[\]"),
+    ({"epsilon": [1.0, -2.0]}, r"epsilon=-2\.0"),
+    ({"epsilon": [1.0] * 4}, "epsilon=.*4 numbers for 3 clients"),
+    ({"epsilon": None, "noise_multiplier": None}, "epsilon=null and noise_multiplier=null"),
+    ({"delta": 1.0}, r"delta=1\.0"),
+    ({"delta": NAN}, "delta=nan"),
+    ({"delta": 0.05}, r"delta=0\.05 of client 0 is not below 1/20"),
+    ({"delta": 0.4, "setting": "client+local"}, r"delta=0\.4 of client 0 is not below 1/3"),
+    ({"delta": 0.0}, "delta=0 .*laplace"),
+    ({"noise_multiplier": -1.0}, r"noise_multiplier=-1\.0"),
+    ({"noise_multiplier": INF}, "noise_multiplier=inf"),
+    ({"clip_norm": 0.0}, r"clip_norm=0\.0"),
+    ({"clip_norm": NAN}, "clip_norm=nan"),
+    ({"clip_norm": []}, r"clip_norm=\[\]"),
+    ({"clip_norm": [1.0, 2.0, 3.0]}, r"clip_norm.*3.*2"),
+    ({"clip_norm": INF}, "clip_norm=inf needs noise_multiplier=0"),
+    ({"clip_norm": INF, "noise_multiplier": 0.0}, "clip_norm=inf needs thresholds='fixed'"),
+    ({"setting": "record"}, "setting='record'"),
+    ({"setting": "client+aggregator"}, "setting='client\\+aggregator' is not available yet"),
+    ({"setting": "client+secure_sum"}, "setting='client\\+secure_sum' is not available yet"),
+    ({"adjacency": "replace_one"}, "adjacency='replace_one'.*not available yet"),
+    ({"setting": "client+local", "adjacency": "zero_out"}, "adjacency='zero_out'.*client\\+local"),
+    ({"adjacency": "add_remove"}, "adjacency='add_remove'"),
+    ({"mechanism": "exponential"}, "mechanism='exponential'"),
+    ({"mechanism": "laplace", "clip_order": 2}, "clip_order=2 with mechanism='laplace'"),
+    ({"clip_order": 3}, "clip_order=3"),
+    ({"thresholds": "median"}, "thresholds='median'"),
+    ({"thresholds": "raw"}, "thresholds='raw'.*only for setting='abstract'"),
+    ({"thresholds": "quantile", "setting": "client+local"}, "thresholds='quantile'.*one vote"),
+    ({"allocation": "greedy"}, "allocation='greedy'"),
+    ({"quantile": 1.0}, r"quantile=1\.0"),
+    ({"quantile_lr": 0.0}, r"quantile_lr=0\.0"),
+    ({"vote_share": 0.0}, r"vote_share=0\.0"),
+    ({"clip_factor": -1.0}, r"clip_factor=-1\.0"),
+    ({"share_floor": 0.0}, r"share_floor=0\.0"),
+    ({"history": 0}, "history=0"),
+    ({"rng": "mt19937"}, "rng='mt19937'"),
+    ({"seed": -1}, "seed=-1"),
+]
+BAD_OPTIONS = [
+    ({"sampling_rate": 0.0}, r"sampling_rate=0\.0"),
+    ({"sampling_rate": 1.5}, r"sampling_rate=1\.5"),
+    ({"sampling_rate": NAN}, "sampling_rate=nan"),
+    ({"sampling_rate": None}, "sampling_rate=None and batch_size=None"),
+    ({"batch_size": 4}, r"sampling_rate=0\.1 and batch_size=4"),
+    ({"sampling_rate": None, "batch_size": 4}, "batch_size=4.*sampling_rate"),
+    ({"local_steps": 0}, "local_steps=0"),
+    ({"local_steps": None, "local_epochs": 0}, "local_epochs=0"),
+    ({"client_lr": 0.0}, r"client_lr=0\.0"),
+    ({"client_lr": NAN}, "client_lr=nan"),
+    ({"client_momentum": 1.0}, r"client_momentum=1\.0"),
+    ({"clients_per_round": 0}, "clients_per_round=0"),
+    ({"clients_per_round": 4}, "clients_per_round=4 is more than num_clients=3"),
+    ({"planned_rounds": 0}, "planned_rounds=0"),
+    ({"planned_rounds": 1}, "trainer.max_epochs=2 is more than planned_rounds=1"),
+    ({"memory_budget": 0.0}, r"memory_budget=0\.0"),
+    ({"weighting": "sizes"}, "weighting='sizes'"),
+    ({"execution": "parallel"}, "execution='parallel'"),
+    ({"seed": -1}, "seed=-1"),
+    ({"network": frozen()}, "no trainable parameters"),
+    ({"network": MLP(7, 3)}, r"network: it cannot be applied to records of shape \(6,\)"),
+    ({"network": sequence(nn.BatchNorm1d(4))}, "'1' is a BatchNorm1d.*GroupNorm"),
+    ({"network": sequence(nn.BatchNorm2d(4))}, "'1' is a BatchNorm2d.*GroupNorm"),
+    ({"network": sequence(nn.SyncBatchNorm(4))}, "'1' is a SyncBatchNorm.*GroupNorm"),
+    (
+        {"network": sequence(nn.InstanceNorm1d(4, track_running_stats=True))},
+        "'1' keeps unprotected running statistics",
+    ),
+    ({"loss": Averaged()}, r"loss: it gave shape \(\) for 2 records"),
+    ({"trainer": {"max_epochs": -1}}, "max_epochs=-1: give the number of rounds"),
+    ({"trainer": {"max_epochs": None, "max_steps": 5}}, "max_epochs=.*give the number of rounds"),
+    ({"trainer": {"precision": "bf16-mixed"}}, "precision=bf16-mixed"),
+    ({"records": lambda: data(5, num_clients=5, min_client_size=1)}, "client 0 has 1 record"),
+    ({"records": lambda: data(2)}, "num_clients=3.*at least 2"),
+    ({"records": lambda: data(val_fraction=1.0)}, r"val_fraction=1\.0"),
+    ({"records": lambda: data(num_clients=0)}, "num_clients=0"),
+    ({"records": lambda: data(partition="dirichlet", alpha=0.0)}, r"alpha=0\.0"),
+    ({"records": lambda: data(partition="shards")}, "partition='shards'"),
+    ({"records": lambda: data(seed=-1)}, "seed=-1"),
+    ({"records": lambda: FederatedDataModule("cifar")}, "source='cifar'.*digits"),
+]
+
+
+def names(cases):
+    return [f"{', '.join(bad)}-{i}" for i, (bad, _) in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_PRIVACY, ids=names(BAD_PRIVACY))
+def test_privacy(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", privacy=bad)
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*bfloat16.*")
+@pytest.mark.parametrize(("bad", "message"), BAD_OPTIONS, ids=names(BAD_OPTIONS))
+def test_run(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **{n: v() if n == "records" else v for n, v in bad.items()})
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+def test_missing_files_say_how_to_get_them(tmp_path):
+    records = FederatedDataModule("fashion_mnist", data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError) as caught:
+        train(tmp_path / "run", records=records, network=MLP(784, 10))
+    message = str(caught.value)
+    for way in (str(tmp_path / "nowhere"), "data_dir", "dataset-fashion-mnist", "https://"):
+        assert way in message
+
+
+def test_a_datamodule_of_another_kind_is_refused(tmp_path):
+    class Plain(pl.LightningDataModule):
+        def train_dataloader(self):
+            return [0]
+
+        def val_dataloader(self):
+            return [0]
+
+    with pytest.raises(ValueError, match="needs a FederatedDataModule"):
+        train(tmp_path, records=Plain())
+
+
+def test_the_defaults_of_these_tests_are_good(tmp_path):
+    module = train(tmp_path)
+    assert module.ledger is not None
+    assert len(module.ledger) == 2 * 3
+
+
+class Tied(nn.Module):
+    """One weight that is used twice: its per-record gradient is a sum over both uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.second(torch.tanh(self.first(x))))
+
+
+class Reused(nn.Module):
+    """One module called twice, which clip-in-backward alone would clip twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.first(torch.tanh(self.first(x))))
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+@pytest.mark.parametrize("make", [Tied, Reused])
+def test_shared_weights_are_clipped_as_one(tmp_path, make, execution):
+    torch.manual_seed(0)
+    network, records, clip = make(), data(12, num_clients=1), [0.05, 0.05]
+    before = {n: p.detach().clone() for n, p in network.named_parameters()}
+    expected = {n: torch.zeros_like(p) for n, p in before.items()}
+    layers = [["first.weight"], ["last.weight", "last.bias"]]
+    for x, y in zip(records.x, records.y, strict=True):
+        loss = nn.functional.cross_entropy(network(x[None]), y[None])
+        grads = dict(zip(before, torch.autograd.grad(loss, network.parameters()), strict=True))
+        for layer, bound in zip(layers, clip, strict=True):
+            norm = torch.cat([grads[n].flatten() for n in layer]).norm()
+            assert norm > bound, "the clip must bind"
+            for name in layer:
+                expected[name] -= grads[name] * bound / norm / 12
+    train(
+        tmp_path,
+        network=network,
+        records=records,
+        privacy={"noise_multiplier": 0.0, "thresholds": "fixed", "clip_norm": clip},
+        trainer={"max_epochs": 1},
+        sampling_rate=1.0,
+        client_lr=1.0,
+        execution=execution,
+    )
+    for name, p in network.named_parameters():
+        torch.testing.assert_close(p - before[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+# By the command line ----------------------------------------------------------------------------
+
+TYPED = "--trainer.max_epochs 1 --trainer.logger false --run_dir run --data.num_clients 3"
+BAD_COMMANDS = [
+    ("--privacy.epsilon 0", "epsilon=0"),
+    ("--privacy.epsilon []", "epsilon=[]"),
+    ("--privacy.epsilon lots", "lots"),
+    ("--privacy.delta 1", "delta=1"),
+    ("--privacy.delta 0.01", "delta=0.01"),
+    ("--privacy.setting client+aggregator", "client+aggregator"),
+    ("--privacy.thresholds median", "median"),
+    ("--privacy.clip_norm [1,2,3,4,5]", "clip_norm"),
+    ("--privacy.nonsense 1", "nonsense"),
+    ("--nonsense 1", "nonsense"),
+    ("--model.sampling_rate 2", "sampling_rate=2"),
+    ("--model.sampling_rate null --model.batch_size 4", "batch_size=4"),
+    ("--model.client_lr -1", "client_lr=-1"),
+    ("--model.clients_per_round 4", "clients_per_round=4"),
+    ("--model.network nowhere.Network", "nowhere.Network"),
+    ("--model.network.image_size 12", "(1, 8, 8)"),
+    ("--model.weighting sizes", "sizes"),
+    ("--model.planned_rounds 0", "planned_rounds=0"),
+    ("--data.source cifar", "source='cifar'"),
+    ("--data.source mnist --data.data_dir nowhere", "nowhere"),
+    ("--data.num_clients 100000", "num_clients=100000"),
+    ("--data.val_fraction 1", "val_fraction=1"),
+    ("--seed_everything -3", "seed_everything=-3"),
+    ("--seed_everything 4294967296", "seed_everything=4294967296"),
+    ("--trainer.max_epochs -1", "max_epochs=-1"),
+    ("--trainer.max_epochs many", "many"),
+    ("--trainer.devices 2 --trainer.accelerator cpu", "devices"),
+    ("--trainer.accumulate_grad_batches 2", "accumulate_grad_batches=2"),
+    ("--trainer.gradient_clip_val 1", "gradient_clip_val"),
+    ("--config nowhere.yaml", "nowhere.yaml"),
+    ("--config unknown.yaml", "nonsense"),
+    ("--config broken.yaml", "line 2"),
+    ("--ckpt_path last", "no checkpoint"),
+    ("--ckpt_path nowhere.ckpt", "nowhere.ckpt"),
+    ("--ckpt_path last --run_dir null", "run_dir"),
+    ("test", "test"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_of_lightnings_own(monkeypatch):
+    # Lightning uses an old name of jsonargparse.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (tmp_path / "unknown.yaml").write_text("model:\n  nonsense: 1\n")
+    (tmp_path / "broken.yaml").write_text("model: [1,\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("typed", "named"), BAD_COMMANDS, ids=[c for c, _ in BAD_COMMANDS])
+def test_command(cwd, capsys, typed, named):
+    with pytest.raises(SystemExit) as caught:
+        main([*TYPED.split(), *typed.split()])
+    assert caught.value.code == 2
+    (line,) = [o for o in capsys.readouterr().err.splitlines() if "error: " in o]
+    assert line.startswith("error: ")
+    assert named in line
+    assert not list(Path(cwd).rglob("ledger.jsonl"))
+
+
+def test_a_finished_folder_is_not_written_again(cwd, capsys):
+    facts = {"setting": "record+local", "privacy_unit": "record", "trust": "local"}
+    facts |= {"adjacency": "zero_out", "mechanism": "gaussian", "delta": 0.0, "epsilon": 1.0}
+    release = ledgers.Release(
+        client=0,
+        round=0,
+        steps=1,
+        mechanism="gaussian",
+        noise_multiplier=1.0,
+        sampling_rate=1.0,
+        adjacency="zero_out",
+        num_layers=1,
+        clip_norm=(1.0,),
+        shares=(1.0,),
+        binding="",
+        digest="",
+    )
+    with Ledger.create(cwd / "run", facts | {"simulated": False}) as ledger:
+        ledger.append([release])
+    before = (cwd / "run" / "ledger.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main(TYPED.split())
+    assert caught.value.code == 2
+    assert "already has a ledger with releases" in capsys.readouterr().err
+    assert (cwd / "run" / "ledger.jsonl").read_bytes() == before
