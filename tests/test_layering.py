@@ -1,0 +1,110 @@
+"""Who may import whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "aadp_kernels").rglob("*.py"))
+FEDERATED = sorted((ROOT / "fl_lightning").rglob("*.py"))
+NOISE = {"sample_noise", "privatize_", "clip_sum_noise", "with_clipping", "clipped_linear"}
+NOISE |= {"clipped_conv2d", "noise_scales", "vote_noise", "poisson_mask"}
+TRAINING = ("client", "aggregate", "cohort", "models")
+ALLOWED = {
+    "privacy/mechanism.py": NOISE - {"noise_scales", "vote_noise", "poisson_mask"},
+    "privacy/history.py": {"noise_scales", "vote_noise"},
+    "client.py": {"poisson_mask"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import anywhere in a file; name is "" for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = list(path.relative_to(ROOT).with_suffix("").parts)
+            base = package[: len(package) - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_the_sources_were_found() -> None:
+    assert len(KERNELS) > 10
+    assert len(FEDERATED) > 20
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=short)
+def test_kernels_know_nothing_of_federated_learning(path: Path) -> None:
+    forbidden = {"fl_lightning", "pytorch_lightning", "lightning", "wandb", "dp_accounting"}
+    assert not forbidden & {top(module) for module, _ in imports(path)}
+
+
+@pytest.mark.parametrize("path", FEDERATED, ids=short)
+def test_only_the_callbacks_know_wandb(path: Path) -> None:
+    knows = "wandb" in {top(module) for module, _ in imports(path)} or any(
+        "Wandb" in name for _, name in imports(path)
+    )
+    assert knows == (path.name == "callbacks.py")
+
+
+@pytest.mark.parametrize("path", FEDERATED, ids=short)
+def test_noise_comes_from_one_place(path: Path) -> None:
+    used = {name for module, name in imports(path) if top(module) == "aadp_kernels"}
+    own = path.relative_to(ROOT / "fl_lightning").as_posix()
+    assert used & NOISE <= ALLOWED.get(own, set())
+    assert not any(module == "aadp_kernels" and not name for module, name in imports(path)) or (
+        own == "secrets.py"
+    )
+
+
+@pytest.mark.parametrize("path", FEDERATED, ids=short)
+def test_no_private_part_of_the_kernels_is_used(path: Path) -> None:
+    for module, name in imports(path):
+        if top(module) == "aadp_kernels":
+            assert module == "aadp_kernels", "import the public names only"
+            assert not name.startswith("_")
+
+
+@pytest.mark.parametrize("path", FEDERATED, ids=short)
+def test_randomness_is_seeded(path: Path) -> None:
+    """No global generator: noise from keys, public choices from default_rng(seed)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.randn", "torch.rand", "torch.randperm", "torch.bernoulli")
+            if called == "np.random.default_rng":
+                assert node.args, "a generator needs its seed"
+            elif not called.startswith("np.random.default_rng("):
+                assert not called.startswith(("np.random.", "random."))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FEDERATED if p.stem in TRAINING or p.parent.name == "data"], ids=short
+)
+def test_training_does_not_know_privacy(path: Path) -> None:
+    assert not any(module.startswith("fl_lightning.privacy") for module, _ in imports(path))
+    assert not any(module == "fl_lightning.ledger" for module, _ in imports(path))
+
+
+def test_importing_the_kernels_is_light() -> None:
+    heavy = ("triton", "numba", "pytorch_lightning", "lightning", "wandb", "fl_lightning")
+    code = f"import sys, aadp_kernels; print(sorted(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
