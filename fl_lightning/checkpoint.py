@@ -65,6 +65,12 @@ class RoundCheckpoint(Checkpoint):
         if last or rounds % self.every_n_rounds == 0:
             self._save(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Free the run folder, so that this process too may go on: Lightning tears nothing down."""
+        pl_module.teardown("fit")
+
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = Path(pl_module.run_path) / CHECKPOINT  # pyright: ignore[reportArgumentType]
         trainer.save_checkpoint(path, weights_only=False)

@@ -14,7 +14,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torchmetrics
-from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -384,10 +383,6 @@ class FederatedModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the state until `on_fit_start` can check it against the ledger."""
         self._resumed = checkpoint.get("aadp_fl")
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Lightning does not tear a module down after an exception."""
-        return [LambdaCallback(on_exception=lambda *_: self.teardown("fit"))]
 
     def teardown(self, stage: str) -> None:
         """Release the lock on the ledger."""
