@@ -224,6 +224,22 @@ def test_noise_is_fresh_in_every_step_round_and_for_every_input(
     assert np.abs(apart).max() < 5 / math.sqrt(len(samples[0]))
 
 
+@pytest.mark.parametrize("setting", ["record+local", "client+local"])
+def test_tensors_layers_and_clients_share_no_noise(federation, population, global_params, setting):
+    """Beginnings of all tensors of all clients, and tails against beginnings, are unrelated."""
+    config = PrivacyConfig(
+        setting=setting, epsilon=None, noise_multiplier=1.0, thresholds="fixed", seed=1
+    )
+    network = make_network()
+    part = population(federation(fill=NAN), network, config)
+    update = part.release(torch.arange(3), global_params(network), 0, "x").update
+    rows = [row[:30] for value in update.values() for row in value.flatten(1) if len(row) >= 30]
+    rows += [row[-30:] for value in update.values() for row in value.flatten(1) if len(row) > 90]
+    assert len(rows) >= 20
+    apart = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
+    assert np.abs(apart).max() < 0.8
+
+
 def test_replaying_a_release_gives_the_same_bytes_and_costs_nothing(
     federation, population, global_params
 ):
