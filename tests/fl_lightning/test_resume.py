@@ -527,6 +527,7 @@ def uninterrupted(tmp_path_factory):
     return weights(folder)
 
 
+@pytest.mark.slow
 def test_killed_between_ledger_and_checkpoint(tmp_path, uninterrupted):
     finish(start(tmp_path, "--privacy.seed", "4", script=KILLER), -signal.SIGKILL)
     assert len(charged(tmp_path / "run")) == 3 * 2
