@@ -54,6 +54,30 @@ class Averaged(nn.Module):
         return nn.functional.cross_entropy(outputs, labels)
 
 
+class Centred(nn.Module):
+    """One loss a record, but of outputs that were centred over the batch."""
+
+    def forward(self, outputs, labels):
+        return nn.functional.cross_entropy(outputs - outputs.mean(0), labels, reduction="none")
+
+
+class Counting(nn.Module):
+    """Keeps a statistic of what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x):
+        self.seen += x.detach().mean(0)
+        return self.last(x)
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
 def sequence(*layers):
     return nn.Sequential(nn.Linear(6, 4), *layers, nn.Linear(4, 3))
 
@@ -79,6 +103,8 @@ BAD_PRIVACY = [
     ({"delta": 0.05}, r"delta=0\.05 of client 0 is not below 1/20"),
     ({"delta": 0.4, "setting": "client+local"}, r"delta=0\.4 of client 0 is not below 1/3"),
     ({"delta": 0.0}, "delta=0 .*laplace"),
+    ({"noise_multiplier": 0.0, "epsilon": 8.0}, r"noise_multiplier=0\.0 adds no noise"),
+    ({"noise_multiplier": 0.1, "epsilon": 0.1}, r"noise_multiplier=0\.1.*never take part"),
     ({"noise_multiplier": -1.0}, r"noise_multiplier=-1\.0"),
     ({"noise_multiplier": INF}, "noise_multiplier=inf"),
     ({"clip_norm": 0.0}, r"clip_norm=0\.0"),
@@ -138,7 +164,11 @@ BAD_OPTIONS = [
         {"network": sequence(nn.InstanceNorm1d(4, track_running_stats=True))},
         "'1' keeps unprotected running statistics",
     ),
-    ({"loss": Averaged()}, r"loss: it gave shape \(\) for 2 records"),
+    ({"network": Counting()}, "changes the buffer 'seen'"),
+    ({"loss": Centred()}, "changes with the records beside it"),
+    ({"server_scheduler": plateau}, "ReduceLROnPlateau.*private"),
+    ({"server_optimizer": torch.optim.LBFGS}, "server_optimizer=LBFGS"),
+    ({"loss": Averaged()}, r"loss: it gave shape \(\) for 3 records"),
     ({"trainer": {"max_epochs": -1}}, "max_epochs=-1: give the number of rounds"),
     ({"trainer": {"max_epochs": None, "max_steps": 5}}, "max_epochs=.*give the number of rounds"),
     ({"trainer": {"precision": "bf16-mixed"}}, "precision=bf16-mixed"),
