@@ -87,7 +87,7 @@ def population(tmp_path):
         )
         budget = Budget(config, [100] * data.num_clients, sampling_rate)
         if config.private:
-            budget.calibrate()
+            budget.calibrate(training.noised_steps if config.unit == "record" else 1)
         header = {"setting": config.setting, "simulated": True, "delta": 1e-5, "epsilon": None}
         header |= {"privacy_unit": config.unit, "trust": "local", "adjacency": "zero_out"}
         header |= {"mechanism": config.mechanism}

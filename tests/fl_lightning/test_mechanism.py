@@ -135,22 +135,22 @@ def test_releases_are_the_unnoised_update_plus_exactly_scaled_noise(
 @pytest.mark.parametrize("case", VOTING, ids=case_name)
 def test_released_votes_carry_exactly_scaled_noise(federation, population, global_params, case):
     """Records that are not finite vote 0, so what moves M is the noise alone."""
-    clients, z, eta, lr = 400, 0.02, 0.2, 1.0
-    data = federation(clients * 8, clients=clients, fill=NAN)
+    clients, each, z, eta, lr = 1000, 4, 0.01, 0.2, 1.0
+    data = federation(clients * each, clients=clients, fill=NAN)
     config, network = config_of(case, z), make_network()
     part = population(data, network, config, lr=lr)
     before = part.history.l1_norm.clone()
     update = part.release(torch.arange(clients), global_params(network), 0, "x")
     moved = (part.history.l1_norm / before).log()
-    votes = -8 * moved / eta
+    votes = -each * moved / eta
     clip, shares = update.policy.clip_norm[0].tolist(), update.policy.shares[0].tolist()
     scales, sigma = formula_scales(config, z, clip, shares)
     assert_scale(votes, config.mechanism, sigma)
     # Without a single finite record the sums are nothing but noise as well.
     for layer, scale in enumerate(scales):
-        sums = -joined(update.update, network, layer) * 8 / lr
+        sums = -joined(update.update, network, layer) * each / lr
         assert_scale(sums[:40], config.mechanism, scale)
-    assert update.sim_only["nonfinite"].tolist() == [8.0] * clients
+    assert update.sim_only["nonfinite"].tolist() == [float(each)] * clients
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -238,6 +238,25 @@ def test_tensors_layers_and_clients_share_no_noise(federation, population, globa
     assert len(rows) >= 20
     apart = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
     assert np.abs(apart).max() < 0.8
+
+
+@pytest.mark.parametrize("setting", ["record+local", "client+local", "abstract"])
+def test_other_private_values_never_meet_the_same_noise(
+    federation, population, global_params, setting
+):
+    """Even where the caller's context is the same, so that a difference would show the records."""
+    config = PrivacyConfig(
+        setting=setting, epsilon=None, noise_multiplier=50.0, thresholds="fixed", seed=1
+    )
+    network = make_network()
+    datasets = [federation(), federation(change=lambda x, y: x.mul_(1.001))]
+    rows = []
+    for data in datasets:
+        part = population(data, network, config)
+        update = part.release(torch.arange(3), global_params(network), 0, "x").update
+        rows += list(joined(update, network, 1))
+    apart = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
+    assert np.abs(apart).max() < 5 / math.sqrt(len(rows[0]))
 
 
 def test_replaying_a_release_gives_the_same_bytes_and_costs_nothing(

@@ -251,8 +251,15 @@ def test_one_step_is_hand_written_dp_sgd(federation, fit, make, mechanism):
 
 
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
-def test_two_noised_steps_with_votes_are_hand_written(federation, mechanism):
+def test_two_noised_steps_with_votes_are_hand_written(federation, mechanism, monkeypatch):
     """Clip, sum, noise, votes, and the clip norms that the votes give to the next step."""
+    keys = {}
+
+    def listen(*args, **kwargs):
+        keys[kwargs["step"], kwargs["layer"]] = kwargs["key"]
+        return sample_noise(*args, **kwargs)
+
+    monkeypatch.setattr("fl_lightning.privacy.mechanism.sample_noise", listen)
     data = federation(24, shape=(1, 8, 8), clients=1)
     network, p = build(cnn), 1 if mechanism == "laplace" else 2
     layout = Layout.build(params_of(network))
@@ -266,13 +273,14 @@ def test_two_noised_steps_with_votes_are_hand_written(federation, mechanism):
         seed=0,
     )
     history = ReleasedHistory(config, 3, layout.dims)
-    key, client = NoiseKey.from_seed(9), torch.tensor([2])
+    client = torch.tensor([2])
     hook = PrivateRecordGradient(
         clipped_sums(
             network, cross_entropy, layout,
             p=p, vectorize=True, max_examples=10**6, example=data.x[:1],
         ),
-        history, layout, key=key, clients=client, multiplier=torch.tensor([z]).double(),
+        history, layout, key=NoiseKey.from_seed(9), clients=client,
+        multiplier=torch.tensor([z]).double(),
     )  # fmt: skip
     batch = gather(
         data.x, data.y, [np.arange(20)], divisor=torch.tensor([17.0]), device=CPU
@@ -293,19 +301,20 @@ def test_two_noised_steps_with_votes_are_hand_written(federation, mechanism):
         else:
             sigma = z / (1 - rho) * clip / shares
             vote_scale = 2 * z / (2 * rho)
-        draw = {"mechanism": mechanism, "key": key, "step": step, "client": 2}
+        draw = {"mechanism": mechanism, "step": step, "client": 2, "dtype": torch.float64}
         sums, _, l1 = hand_clipped_sum(local, data.x[:20], data.y[:20], clip.tolist(), p)
         for name, layer, offset in zip(layout.names, layout.layer_of, layout.offsets, strict=True):
             noise = sample_noise(
                 sums[name].shape, scale=float(sigma[layer]), layer=layer, offset=offset,
-                dtype=torch.float64, **draw,
+                key=keys[step, layer], **draw,
             )  # fmt: skip
             parameter = dict(local.named_parameters())[name]
             parameter.data -= lr * (sums[name] + noise) / 17
         votes = torch.where(l1 <= tracked, 0.5, -0.5).sum(0)
-        noise = sample_noise((2,), scale=vote_scale, layer=2, dtype=torch.float64, **draw)
+        noise = sample_noise((2,), scale=vote_scale, layer=2, key=keys[step, 2], **draw)
         fraction = ((votes + noise) / 17 + 0.5).clamp(0, 1)
         tracked = tracked * torch.exp(-eta * (fraction - 0.5))
+    assert keys.keys() == {(step, layer) for step in range(2) for layer in range(3)}
     torch.testing.assert_close(history.l1_norm[2], tracked, rtol=1e-6, atol=0)
     for name, value in local.named_parameters():
         want = value.detach() - dict(network.named_parameters())[name].detach().double()
@@ -390,10 +399,10 @@ def test_other_networks_fall_back_to_per_sample_gradients(federation, vectorize)
         torch.testing.assert_close(sums[name][0].double(), value, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_does_not_depend_on_vmap_or_micro_batches(federation, population, global_params):
-    """One client key, three ways to compute: the same coins and noise, up to float sums."""
+def test_coins_do_not_depend_on_vmap_or_micro_batches(federation, population, global_params):
+    """One client key, three ways to compute: the same Poisson batches, up to float sums."""
     data = federation(40, shape=(1, 8, 8), clients=2)
-    config = PrivacyConfig(epsilon=None, noise_multiplier=1.0, seed=4)
+    config = PrivacyConfig(epsilon=None, noise_multiplier=0.0, seed=4)
     updates = []
     for kwargs in ({}, {"vectorize": False}, {"max_examples": 3}):
         network = build(cnn)

@@ -94,7 +94,7 @@ def test_unknown_allocation_is_refused():
 # Contribution ------------------------------------------------------------------------------------
 
 
-def test_contribution_is_the_part_of_the_l1_norm():
+def test_contribution_is_the_kindof_the_l1_norm():
     torch.testing.assert_close(contribution(tensor([[1.0, 3.0]])), tensor([[0.25, 0.75]]))
 
 
@@ -371,3 +371,36 @@ def test_policy_of_a_step_follows_from_votes_of_the_steps_before(
     torch.testing.assert_close(update.policy.votes_at, tracked)
     want = math.sqrt(math.pi / 2) * tracked / part.history.dims.sqrt()
     torch.testing.assert_close(update.policy.clip_norm, want)
+
+
+@pytest.mark.parametrize("setting", ["record+local", "client+local"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_history_is_computed_from_the_released_bytes_alone(
+    federation, population, global_params, setting, mechanism
+):
+    """The tracked norms, recomputed by anyone who sees the uploads and the public policy."""
+    config = PrivacyConfig(
+        setting=setting, mechanism=mechanism, epsilon=None, noise_multiplier=0.01, seed=0,
+        thresholds="released",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = MLP(in_features=8, hidden=(5,), num_classes=3)
+    part = population(federation(), network, config, lr=1.0)
+    params, estimates = global_params(network), []
+    for round in range(2):
+        update = part.release(torch.arange(3), params, round, "x")
+        divisor = 20 if setting == "record+local" else 1
+        rows = []
+        for i, name in enumerate(("fc1", "fc2")):
+            sent = [update.update[f"{name}.{kind}"] for kind in ("weight", "bias")]
+            sent = torch.cat([v.double().flatten(1) for v in sent], 1) * divisor
+            mean, scale, d = sent.abs().mean(1), update.policy.noise_scale[:, i], sent.shape[1]
+            if mechanism == "gaussian":
+                rows.append(d * (mean**2 - 2 * scale**2 / math.pi).clamp(min=0).sqrt())
+            else:
+                v = (mean - scale).clamp(min=0)
+                rows.append(d * (v + (v * (mean + 3 * scale)).sqrt()) / 2)
+        estimates.append(torch.stack(rows, 1))
+        want = torch.stack(estimates).mean(0)
+        assert bool((want > 0).all())
+        torch.testing.assert_close(part.history.l1_norm, want, rtol=1e-3, atol=1e-5)
