@@ -153,7 +153,7 @@ def privacy(summary: dict) -> str:
     if summary["privacy"] == "none":
         return "none"
     epsilon = f"{summary['epsilon_max']:.3g}"
-    return epsilon if summary["privacy"] == "proven" else f"{epsilon}, {summary['privacy']}"
+    return epsilon if summary["privacy"] == "simulated" else f"{epsilon}, {summary['privacy']}"
 
 
 def report() -> None:

@@ -1,7 +1,26 @@
 """Personalised differentially private federated learning on PyTorch Lightning."""
 
-from fl_lightning.data import FederatedDataModule, from_arrays
-from fl_lightning.module import FederatedModule
-from fl_lightning.privacy.config import PrivacyConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fl_lightning.data import FederatedDataModule, from_arrays
+    from fl_lightning.module import FederatedModule
+    from fl_lightning.privacy.config import PrivacyConfig
 
 __all__ = ["FederatedDataModule", "FederatedModule", "PrivacyConfig", "from_arrays"]
+_HOMES = {
+    "FederatedDataModule": "fl_lightning.data",
+    "FederatedModule": "fl_lightning.module",
+    "PrivacyConfig": "fl_lightning.privacy.config",
+    "from_arrays": "fl_lightning.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use, so that reading a ledger does not import Lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import WandbLogger
 
 from fl_lightning import plots
 from fl_lightning.privacy.statement import privacy_statement
-from fl_lightning.summary import final_table, privacy_kind, run_summary
+from fl_lightning.summary import final_table, run_summary
 from fl_lightning.types import RoundResult
 
 _RECORDS = ("ledger.jsonl", "ledger.head", "privacy_statement.md", "summary.json")
@@ -309,7 +309,10 @@ def _scalars(pl_module: Any) -> dict[str, float]:
     result, spent = pl_module.result, _epsilons(pl_module)
     scalars = {"perf/round_seconds": result.seconds}
     if spent:
-        scalars |= {"privacy/epsilon_max": spent[0], "privacy/epsilon_median": spent[1]}
+        privacy = pl_module.privacy
+        kind = "epsilon" if privacy.guarantee else "nominal_epsilon"
+        kind = kind if privacy.seed is None else f"simulated_{kind}"
+        scalars |= {f"privacy/{kind}_max": spent[0], f"privacy/{kind}_median": spent[1]}
     for name, field in (
         ("released/clip_norm", result.clip_norm),
         ("released/share", result.shares),
@@ -344,12 +347,12 @@ def _validation(trainer: pl.Trainer) -> dict[str, float]:
 
 def _status(trainer: pl.Trainer, pl_module: Any) -> str:
     """Privacy and accuracy so far, in a few words."""
-    spent, kind = _epsilons(pl_module), privacy_kind(pl_module.privacy)
+    spent = _epsilons(pl_module)
     if spent is None:
         words = ["no privacy"]
     elif math.isinf(spent[0]):
         words = ["ε = ∞"]
-    elif kind == "proven":
+    elif pl_module.privacy.guarantee:
         words = [f"ε ≤ {spent[0]:.2f} (max)"]
     else:
         words = [f"nominal ε {spent[0]:.2f}, no guarantee"]

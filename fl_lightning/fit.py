@@ -17,7 +17,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse import ArgumentError, lazy_instance
+from jsonargparse import ArgumentError
+from jsonargparse.typing import lazy_instance
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -209,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, FileNotFoundError, LedgerError, MisconfigurationException) as error:
+    except (ValueError, OSError, LedgerError, MisconfigurationException) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -133,7 +133,7 @@ class CNN(_Chain):
                 "one number for each convolution"
             )
         if standardize:
-            shape = (in_channels, image_size, image_size)
+            shape = [in_channels, image_size, image_size]
             self.standardize = nn.LayerNorm(shape, elementwise_affine=False)
         width, side = in_channels, image_size
         convolutions = zip(channels, kernel_sizes, strides, strict=True)

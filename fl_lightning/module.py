@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torchmetrics
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 from aadp_kernels import Layout, tail_cutoff
 from fl_lightning import secrets
@@ -125,7 +127,7 @@ class FederatedModule(pl.LightningModule):
         self.result: RoundResult | None = None
         self._resumed: dict[str, Any] | None = None
         self._last_paid_round = -1
-        self._accuracy: torchmetrics.Metric | None = None
+        self._accuracy: Metric | None = None
 
     # The algorithm ------------------------------------------------------------------------------
 
@@ -178,20 +180,27 @@ class FederatedModule(pl.LightningModule):
         )
 
     def _server_step(self) -> None:
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        optimizer: Any = self.optimizers()
         optimizer.step()
         optimizer.zero_grad()
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-            scheduler.step()
+            scheduler.step()  # pyright: ignore[reportCallIssue]
 
     def configure_optimizers(self) -> Any:
         """The server optimizer, and its schedule if there is one."""
         optimizer = self.server_optimizer([p for p in self.network.parameters() if p.requires_grad])
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("server_optimizer=LBFGS evaluates the loss again: use SGD or Adam")
         if self.server_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.server_scheduler(optimizer)}
+        scheduler = self.server_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError(
+                "server_scheduler=ReduceLROnPlateau would follow the private validation loss: use "
+                "a schedule that is fixed beforehand"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # Before round 0 -----------------------------------------------------------------------------
 
@@ -214,9 +223,9 @@ class FederatedModule(pl.LightningModule):
         """Check everything before anything is done."""
         if stage == "fit":
             check_run(self, self._data, self.trainer)
-        self._accuracy = torchmetrics.classification.MulticlassAccuracy(
-            num_classes=self._data.num_classes, average="micro"
-        ).to(self.device)
+        self._accuracy = MulticlassAccuracy(num_classes=self._data.num_classes, average="micro").to(
+            self.device
+        )
 
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
@@ -240,15 +249,11 @@ class FederatedModule(pl.LightningModule):
         self.history = ReleasedHistory(self.privacy, data.num_clients, self.layout.dims)
         self.budget = Budget(
             self.privacy,
-            participations * (training.noised_steps if record else 1),
+            (participations * (training.noised_steps if record else 1)).tolist(),
             self.sampling_rate if record and self.sampling_rate else 1.0,
         )
-        if resumed is not None:
-            self._check_promise(resumed["promise"])
-            self.history.load_state_dict(resumed["history"])
-            self.budget.load_state_dict(resumed["budget"])
-        elif self.privacy.private:
-            self.budget.calibrate()
+        if resumed is None and self.privacy.private:
+            self.budget.calibrate(training.noised_steps if record else 1)
         self.run_path.mkdir(parents=True, exist_ok=True)
         self._key = secrets.run_key(
             self.run_path,
@@ -257,8 +262,20 @@ class FederatedModule(pl.LightningModule):
             resume=resumed is not None,
         )
         self._run_id = secrets.public_name(self._key.derive("run"))
+        self._records = secrets.public_name(self._key.derive("records", data.digest()))
+        if resumed is not None:
+            self._restore(resumed)
         self._open_ledger()
         self._prepare_clients(training)
+
+    def _restore(self, resumed: dict[str, Any]) -> None:
+        if resumed["run_id"] != self._run_id:
+            raise LedgerError(
+                f"{self.run_path}: the checkpoint is of another run than the secret there"
+            )
+        self._check_promise(resumed["promise"])
+        self.history.load_state_dict(resumed["history"])
+        self.budget.load_state_dict(resumed["budget"])
 
     def _open_ledger(self) -> None:
         if not self.privacy.private:
@@ -267,10 +284,6 @@ class FederatedModule(pl.LightningModule):
         if resumed is None:
             self.ledger = Ledger.create(self.run_path, self._ledger_header())
             return
-        if resumed["run_id"] != self._run_id:
-            raise LedgerError(
-                f"{self.run_path}: the checkpoint is of another run than the secret there"
-            )
         self.ledger = Ledger.open(self.run_path)
         if self.ledger.header["run_id"] != self._run_id:
             raise LedgerError(
@@ -287,7 +300,7 @@ class FederatedModule(pl.LightningModule):
 
     def _promise(self) -> dict[str, Any]:
         """What the multipliers and affordable steps in a checkpoint were calibrated for."""
-        promise = asdict(self.privacy)
+        promise = asdict(self.privacy) | {"data": self._records}
         if self.privacy.unit == "record":
             promise["sampling_rate"] = self.sampling_rate
         return promise
@@ -297,8 +310,8 @@ class FederatedModule(pl.LightningModule):
             if promised.get(name) != value:
                 raise ValueError(
                     f"{name}={value}: the run to go on with was begun with "
-                    f"{name}={promised.get(name)}; what was promised cannot be changed, start a "
-                    "new run in another folder"
+                    f"{name}={promised.get(name)}; what was promised, to whom and for which "
+                    "records, cannot be changed: start a new run in another folder"
                 )
 
     def _ledger_header(self) -> dict[str, Any]:
@@ -362,7 +375,7 @@ class FederatedModule(pl.LightningModule):
             return self.execution == "vmap"
         params = self._global_params()
         vectorize, reason = faster_execution(lambda v: population(v).rehearse(params))
-        pl.utilities.rank_zero_info(reason)
+        logging.getLogger("pytorch_lightning").info(reason)
         return vectorize
 
     # What a checkpoint keeps --------------------------------------------------------------------
@@ -437,8 +450,10 @@ class FederatedModule(pl.LightningModule):
 
     def _context(self, cohort: Tensor) -> str:
         """Digest of all public and private inputs of a round that are not the model itself."""
-        network, trained = self.network, set(self.layout.names)
-        fixed = [value for name, value in network.state_dict().items() if name not in trained]
+        network = self.network
+        fixed = [*network.buffers(), *(p for p in network.parameters() if not p.requires_grad)]
+        if isinstance(self.loss, nn.Module):
+            fixed += [*self.loss.buffers(), *self.loss.parameters()]
         code = [] if self.privacy.seed is not None else [secrets.source_digest()]
         return secrets.digest(
             [
@@ -448,6 +463,7 @@ class FederatedModule(pl.LightningModule):
                 describe(network),
                 describe(self.loss),
                 *secrets.platform_facts(),
+                str(self.device),
                 *code,
                 int(self.vectorize),
                 self._max_examples,
@@ -459,10 +475,20 @@ class FederatedModule(pl.LightningModule):
 
 def describe(thing: object) -> str:
     """Structure and source of a network or loss, the same in every process."""
-    if isinstance(thing, nn.Module):
-        try:
-            source = inspect.getsource(type(thing))
-        except (OSError, TypeError):
-            source = ""
-        return f"{thing!r}\n{source}"
-    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    if not isinstance(thing, nn.Module):
+        name = getattr(thing, "__qualname__", type(thing).__qualname__)
+        return f"{thing.__module__}.{name}\n{_source(thing)}"
+    plain = (bool, int, float, str, tuple, type(None))
+    parts = [repr(thing)]
+    for name, module in thing.named_modules():
+        options = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
+        classes = [c for c in type(module).__mro__ if not c.__module__.startswith("torch.")]
+        parts += [name, repr(sorted(options.items())), *map(_source, classes)]
+    return "\n".join(parts)
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""

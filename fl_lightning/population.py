@@ -6,7 +6,6 @@ line is written is private to it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -162,7 +161,8 @@ class ClientPopulation:
         bound = secrets.digest(
             [context, round, clients, multiplier, *params.values(), *before.values()]
         )
-        for redraw in itertools.count():
+        redraw = 0
+        while True:
             key = self.key.derive("round", bound, redraw)
             update = self._private_update(clients, params, key, round)
             entries = self._entries(update, round, key)
@@ -170,6 +170,7 @@ class ClientPopulation:
             if not any(map(_same_noise_other_bytes, entries, known)):
                 break
             self.history.restore(clients, before)
+            redraw += 1
         paid = [
             any(old.digest == entry.digest for old in lines)
             for entry, lines in zip(entries, known, strict=True)
@@ -184,7 +185,11 @@ class ClientPopulation:
             rows = torch.tensor(left)
             self.history.restore(clients[rows], {n: v[rows] for n, v in before.items()})
         fresh = [entries[i] for i in keep if not paid[i]]
-        self.ledger.append(fresh)
+        try:
+            self.ledger.append(fresh)
+        except BaseException:
+            self.history.restore(clients, before)
+            raise
         for entry in fresh:
             self.budget.spent[entry.client] += entry.steps
         return update.select(keep) if left else update
@@ -306,6 +311,7 @@ class ClientPopulation:
             event = update.events[i]
             votes = policy.vote_noise_scale
             sent = [value[i] for value in update.update.values()]
+            seen = [*sent, self.history.l1_norm[client]]
             entries.append(
                 Release(
                     client=client,
@@ -322,7 +328,7 @@ class ClientPopulation:
                     clip_norm=tuple(policy.clip_norm[i].tolist()),
                     shares=tuple(policy.shares[i].tolist()),
                     binding=binding,
-                    digest=secrets.digest([*sent, self.history.l1_norm[client]]),
+                    digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
                     guarantee=self.privacy.guarantee,
                 )
             )

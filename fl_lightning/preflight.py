@@ -104,6 +104,11 @@ def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.precision={trainer.precision}: clipping is only proven for 32-true, 64-true"
         )
+    if torch.get_float32_matmul_precision() != "highest":
+        raise ValueError(
+            f"torch.set_float32_matmul_precision('{torch.get_float32_matmul_precision()}'): "
+            "reduced precision breaks the bound of the clipping; set it to 'highest'"
+        )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch "
@@ -153,22 +158,43 @@ def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:
 
 
 def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
-    x, y = data.x[:2].nan_to_num(), data.y[:2]
+    """Apply the network to a few records: shapes, buffers that it writes, records that it mixes."""
+    x, y = data.x[:3].nan_to_num(), data.y[:3]
     network = module.network
     device = next(network.parameters()).device
-    was_training = network.training
+    x, y = x.to(device), y.to(device)
+    modes = {name: layer.training for name, layer in network.named_modules()}
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        with torch.no_grad():
-            losses = module.loss(network.eval()(x.to(device)), y.to(device))
+        with torch.no_grad(), torch.random.fork_rng():
+            network.train()(x)
+            written = [n for n, b in network.named_buffers() if not torch.equal(b, before[n])]
+            losses = module.loss(network.eval()(x), y)
+            alone = [module.loss(network(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
     except Exception as error:
         raise ValueError(
             f"network: it cannot be applied to records of shape {tuple(x.shape[1:])} of "
             f"{data.dataset_name}: {error}"
         ) from error
     finally:
-        network.train(was_training)
-    if losses.shape != (2,):
+        for name, layer in network.named_modules():
+            layer.training = modes[name]
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+    if written:
         raise ValueError(
-            f"loss: it gave shape {tuple(losses.shape)} for 2 records; it must give one number a "
-            "record (reduction='none')"
+            f"network: applying it changes the buffer '{written[0]}', which would leave a client "
+            "without clipping or noise; keep no statistics in the network"
+        )
+    if losses.shape != (len(x),):
+        raise ValueError(
+            f"loss: it gave shape {tuple(losses.shape)} for {len(x)} records; it must give one "
+            "number a record (reduction='none')"
+        )
+    if module.privacy.unit == "record" and not torch.allclose(
+        losses, torch.cat(alone), rtol=1e-3, atol=1e-4, equal_nan=True
+    ):
+        raise ValueError(
+            "network or loss: a record's loss changes with the records beside it, so no clipping "
+            "of single records bounds what one of them does; compute every record by itself"
         )

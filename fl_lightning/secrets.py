@@ -42,12 +42,20 @@ def run_key(run_dir: Path, *, seed: int | None, rng: str, resume: bool) -> Noise
                 f"{path} is missing: the run cannot go on without its secret, since no other key "
                 "gives the noise that was already released"
             )
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Written whole before it has its name: a crash leaves no half of a key.
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.write(handle, os.urandom(32))
             os.fsync(handle)
         finally:
             os.close(handle)
+        try:
+            os.link(partial, path)
+        except FileExistsError as error:
+            raise ValueError(f"{path} was just made by another run in the same folder") from error
+        finally:
+            partial.unlink()
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ValueError(f"{path} has mode {mode:o}: others can read the secret; chmod 600 it")

@@ -7,6 +7,7 @@ import statistics
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytorch_lightning as pl
 
 from fl_lightning import plots
@@ -63,10 +64,13 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
 
 
 def privacy_kind(privacy: Any) -> str:
-    """What may be said of ε: `proven`, `nominal ε, no guarantee` or `none`."""
-    if privacy.setting == "none":
+    """What may be said of ε, in a few words; `proven` only of secret noise."""
+    given = privacy.noise_multiplier
+    if privacy.setting == "none" or (given is not None and not any(np.atleast_1d(given))):
         return "none"
-    return "proven" if privacy.guarantee else "nominal ε, no guarantee"
+    if not privacy.guarantee:
+        return "nominal ε, no guarantee"
+    return "proven" if privacy.seed is None else "simulated"
 
 
 def final_table(summary: dict[str, Any]) -> Table:

@@ -367,7 +367,7 @@ def _search(spent: Callable[..., float], epsilon: float) -> float:
     low = high * max(0.5, (high_cost / epsilon) ** 2)
     while (low_cost := spent(low)) <= epsilon:
         high, high_cost, low = low, low_cost, low * 0.8
-    while high_cost < 0.995 * epsilon and high / low > 1 + 1e-6:
+    while 0 < high_cost < 0.995 * epsilon and high / low > 1 + 1e-6:
         slope = math.log(low_cost / high_cost) / math.log(high / low)
         guess = low * (low_cost / (0.998 * epsilon)) ** (1 / slope)
         if not low * 1.0001 < guess < high * 0.9999:

@@ -49,8 +49,12 @@ class Budget:
         self.spent = np.zeros(k, dtype=np.int64)
         self._curves: dict[tuple[float, float], np.ndarray] = {}
 
-    def calibrate(self) -> None:
-        """Find every client's multiplier (seconds for each distinct ε and δ)."""
+    def calibrate(self, steps_a_release: int) -> None:
+        """Find every client's multiplier (seconds for each distinct ε and δ).
+
+        Raises:
+            ValueError: if a given noise_multiplier does not even allow one release.
+        """
         given = self.config.noise_multiplier
         k = len(self.spent)
         if given is not None:
@@ -60,7 +64,7 @@ class Budget:
             group = (self.target[i], self.delta[i], float(self.multiplier[i]))
             groups.setdefault(group, []).append(i)
         for (target, delta, multiplier), members in groups.items():
-            if np.isinf(target) or (given is not None and multiplier == 0):
+            if np.isinf(target):
                 continue
             steps = int(self.planned_steps[members].max())
             if given is None:
@@ -77,6 +81,11 @@ class Budget:
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
                 self.affordable[members] = affordable_steps(event, target, delta)
+                if self.affordable[members[0]] < steps_a_release:
+                    raise ValueError(
+                        f"noise_multiplier={multiplier} with epsilon={target}: one release alone "
+                        f"would spend more, so client {members[0]} could never take part"
+                    )
 
     def can_release(self, client: int, steps: int) -> bool:
         """Whether `steps` more noised steps keep the client within its ε."""

@@ -191,6 +191,11 @@ def _check_numbers(config: PrivacyConfig) -> None:
     for multiplier in _as_list(config.noise_multiplier):
         if not (multiplier >= 0 and math.isfinite(multiplier)):
             raise ValueError(f"noise_multiplier={multiplier} must be finite and at least 0")
+    if config.private and config.epsilon is not None and 0 in _as_list(config.noise_multiplier):
+        raise ValueError(
+            f"noise_multiplier={config.noise_multiplier} adds no noise, so epsilon="
+            f"{config.epsilon} cannot be kept: set epsilon to null"
+        )
     if config.private and config.epsilon is None and config.noise_multiplier is None:
         raise ValueError("epsilon=null and noise_multiplier=null: give one of the two")
     for clip_norm in _as_list(config.clip_norm):

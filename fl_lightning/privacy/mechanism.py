@@ -24,6 +24,7 @@ from aadp_kernels import (
     sample_noise,
     with_clipping,
 )
+from fl_lightning import secrets
 from fl_lightning.client import Batch, CohortGradient, Loss, columns, per_row
 from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.config import PrivacyConfig
@@ -86,20 +87,23 @@ class PrivateRecordGradient:
         config = self.history.config
         self.policy = policy = self.history.policy(self.clients, self.multiplier)
         sums, counts = self.clipped_sums(params, shared, batch, policy)
-        released = self._noised(sums, policy.noise_scale, step, params)
+        # Other values can never meet the same noise, whatever else was forgotten in the key.
+        values = secrets.digest([*sums.values(), counts, policy.noise_scale])
+        key = self.key.derive("values", step, values)
+        released = self._noised(sums, policy.noise_scale, step, params, key)
         if policy.votes_at is not None:
             assert policy.vote_noise_scale is not None
             noise = sample_noise(
                 (len(self.clients), self.layout.num_layers),
                 mechanism=config.mechanism,
                 scale=policy.vote_noise_scale[:, None],
-                key=self.key,
+                key=key,
                 step=step,
                 client=self.clients,
                 layer=self.layout.num_layers,
                 dtype=torch.float64,
             )
-            votes = counts[..., 0].double().cpu() + noise
+            votes = (counts[..., 0].double().cpu() + noise).float()
             self.history.observe_votes(self.clients, votes, batch.divisor.cpu())
         else:
             _observe(self.history, self.layout, self.clients, released, policy)
@@ -110,7 +114,9 @@ class PrivateRecordGradient:
         self.records += batch.mask.sum(1).cpu()
         return {name: per_row(g, batch.divisor.reciprocal()) for name, g in released.items()}
 
-    def _noised(self, sums: Params, scale: Tensor, step: int, like: Params) -> Params:
+    def _noised(
+        self, sums: Params, scale: Tensor, step: int, like: Params, key: NoiseKey
+    ) -> Params:
         released = {}
         for name, layer, offset in zip(
             self.layout.names, self.layout.layer_of, self.layout.offsets, strict=True
@@ -120,15 +126,16 @@ class PrivateRecordGradient:
                 value.shape,
                 mechanism=self.history.config.mechanism,
                 scale=columns(scale[:, layer].to(value.device), value),
-                key=self.key,
+                key=key,
                 step=step,
                 client=self.clients,
                 layer=layer,
                 offset=offset,
-                dtype=value.dtype,
+                dtype=torch.float64,
                 device=value.device,
             )
-            released[name] = (value + noise).to(like[name].dtype)
+            # Added in float64 and rounded once: rounded noise on a rounded sum shows the sum.
+            released[name] = (value.double() + noise).to(like[name].dtype)
         return released
 
     def private_update(self, update: Params, sampling_rate: float) -> PrivateUpdate:
@@ -170,6 +177,7 @@ def release_updates(
         multiplier: noise multipliers [k].
     """
     config = history.config
+    values = secrets.digest([*update.values(), policy.clip_norm, policy.noise_scale])
     stats = privatize_(
         [update[name] for name in layout.names],
         layout=layout,
@@ -177,13 +185,14 @@ def release_updates(
         scale=policy.noise_scale,
         p=config.p,
         mechanism=config.mechanism,
-        key=key,
+        key=key.derive("values", values),
         step=0,
         clients=clients,
     )
     if config.resolved_thresholds == "raw":
         # A client that is not finite sends nothing and counts as a norm of zero.
-        raw = torch.where(stats.nonfinite > 0, 0.0, stats.l1_norm)
+        assert stats.l1_norm is not None
+        raw = stats.l1_norm.masked_fill(stats.nonfinite > 0, 0.0)
         history.observe_norms(clients, raw.cpu())
     else:
         _observe(history, layout, clients, update, policy)
@@ -222,6 +231,8 @@ def clipped_sums(
 ) -> ClippedSums:
     """Clip in backward where every layer can; per-sample gradients otherwise."""
     try:
+        if any("." not in name for name in layout.names):
+            raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
         clipped = with_clipping(network, p=p)
         check_single_use(clipped, example)
     except UnsupportedLayerError:
@@ -232,6 +243,13 @@ def clipped_sums(
     return clip_in_backward_sums(
         clipped, loss, layout, vectorize=vectorize, max_examples=max_examples
     )
+
+
+def round_down(clip_norm: Tensor) -> Tensor:
+    """Clip norms in float32, never above what the noise is scaled to."""
+    rounded = clip_norm.float()
+    below = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return torch.where(rounded.double() > clip_norm, below, rounded)
 
 
 def clip_in_backward_sums(
@@ -258,7 +276,7 @@ def clip_in_backward_sums(
         params: Params, shared: bool, batch: Batch, policy: LayerPolicy
     ) -> tuple[Params, Tensor]:
         k, device = len(batch.x), batch.x.device
-        clip = policy.clip_norm.to(device, torch.float32)
+        clip = round_down(policy.clip_norm).to(device)
         votes_at = torch.zeros_like(clip)
         if policy.votes_at is not None:
             votes_at = policy.votes_at.to(device, torch.float32)

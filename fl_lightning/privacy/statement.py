@@ -205,10 +205,8 @@ def _not_covered(
         "charged.",
         "- Validation and test figures are computed from their own records without noise; those "
         "records are not protected.",
-        "- Values under `sim_only/` are private and exist because this is one machine; they must "
-        "not be published."
-        if header["simulated"]
-        else "",
+        "- Values named `sim_only` and the time that rounds took are private; they exist because "
+        "one machine simulates all clients, and must not be published.",
         f"- Groups: g {'records' if header['setting'] == 'record+local' else 'clients'} together "
         "have epsilon g * epsilon and delta g * exp((g - 1) * epsilon) * delta."
         + _group_example(reports),

@@ -1,7 +1,7 @@
 """Clip norms from released history: pure functions, one a rule. Shapes are [clients, layers].
 
 Nothing here sees an unreleased quantity, so whatever these functions return costs no privacy
-(post-processing). The exception is `raw_norms`, which exists for the ``abstract`` setting alone.
+(post-processing).
 """
 
 from __future__ import annotations

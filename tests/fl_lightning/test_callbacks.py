@@ -217,8 +217,8 @@ def test_loggers_get_released_and_sim_only_scalars(tmp_path: Path) -> None:
         {
             "epoch": 1,
             "perf/round_seconds": 0.25,
-            "privacy/epsilon_max": 2.0,
-            "privacy/epsilon_median": 1.5,
+            "privacy/simulated_epsilon_max": 2.0,
+            "privacy/simulated_epsilon_median": 1.5,
             "released/clip_norm/0": 4.0,
             "released/clip_norm/1": 5.0,
             "released/share/0": 5.0,
