@@ -19,8 +19,8 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentError
 from jsonargparse.typing import lazy_instance
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from fl_lightning.callbacks import RoundProgress, RoundRecorder, default_logger, finish_run
@@ -78,7 +78,7 @@ class FederatedCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder before anything is made."""
-        config = self.config[self.subcommand]
+        config = self.config[str(self.subcommand)]
         resume = config.ckpt_path
         if resume == "last":
             if config.run_dir is None:
@@ -114,7 +114,13 @@ class FederatedCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything; then say where the run goes and how to go on with it."""
         check_run(self.model, self.datamodule, self.trainer)
-        run_dir = self.config[self.subcommand].run_dir
+        run_dir = self.config[str(self.subcommand)].run_dir
+        table = Path(run_dir) / "rounds.csv"
+        if not self.config[str(self.subcommand)].ckpt_path and table.exists() and _rows(table):
+            raise ValueError(
+                f"run_dir={run_dir} holds a run already: go on with it by --ckpt_path last, or "
+                "choose another folder"
+            )
         console = Console()
         console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
         console.print(
@@ -178,6 +184,11 @@ def last_checkpoint(run_dir: Path) -> Path:
             "nothing yet is started again in the same folder without --ckpt_path"
         )
     return path
+
+
+def _rows(table: Path) -> int:
+    with table.open() as file:
+        return sum(1 for _ in file) - 1
 
 
 def _public_seed(seed: bool | int) -> int:

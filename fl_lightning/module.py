@@ -255,9 +255,11 @@ class FederatedModule(pl.LightningModule):
         if resumed is None and self.privacy.private:
             self.budget.calibrate(training.noised_steps if record else 1)
         self.run_path.mkdir(parents=True, exist_ok=True)
+        # Without privacy there is nothing to keep secret: the coins follow the public seed.
+        public = self.privacy.seed if self.privacy.private else self.seed
         self._key = secrets.run_key(
             self.run_path,
-            seed=self.privacy.seed,
+            seed=public,
             rng=self.privacy.rng,
             resume=resumed is not None,
         )

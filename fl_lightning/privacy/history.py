@@ -125,29 +125,21 @@ class ReleasedHistory:
         votes_at, vote_scale, sums = None, None, multiplier
         if config.resolved_thresholds == "quantile":
             votes_at = self.l1_norm[clients]
-            pairs = [
-                vote_noise(
-                    float(z),
-                    num_layers=len(self.dims),
-                    vote_share=config.vote_share,
-                    mechanism=config.mechanism,
-                    adjacency=config.resolved_adjacency,
-                )
-                for z in multiplier
-            ]
-            sums = torch.tensor([pair[0] for pair in pairs], dtype=torch.float64)
-            vote_scale = torch.tensor([pair[1] for pair in pairs], dtype=torch.float64)
-        scale = torch.stack(
-            [
-                noise_scales(
-                    clip_norm[i],
-                    shares[i],
-                    mechanism=config.mechanism,
-                    noise_multiplier=float(sums[i]),
-                    adjacency=config.resolved_adjacency,
-                )
-                for i in range(len(clients))
-            ]
+            # Both noises are proportional to the total multiplier.
+            for_sums, for_votes = vote_noise(
+                1.0,
+                num_layers=len(self.dims),
+                vote_share=config.vote_share,
+                mechanism=config.mechanism,
+                adjacency=config.resolved_adjacency,
+            )
+            sums, vote_scale = multiplier * for_sums, multiplier * for_votes
+        scale = noise_scales(
+            clip_norm,
+            shares,
+            mechanism=config.mechanism,
+            noise_multiplier=sums,
+            adjacency=config.resolved_adjacency,
         )
         return LayerPolicy(clip_norm, shares, s, scale, votes_at, vote_scale)
 
