@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aadp_kernels import _validate
@@ -143,16 +146,26 @@ def _check(x: Tensor, dims: int, clip: Tensor, votes_at: Tensor | None, p: int, 
 
 def _refuse_compiled_functorch() -> None:
     """torch.compile drops custom backwards inside functorch: refuse rather than not clip."""
-    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         raise RuntimeError(
             "clip-in-backward cannot be used inside a torch.func transform under torch.compile: "
             "its backward would be dropped and the gradients left unclipped"
         )
 
 
-def _pair(value: int | Pair) -> Pair:
+def _pair(value: int | Sequence[int]) -> Pair:
     """(value, value) for a number."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class _Clipping(TypedDict):
+    """Keyword arguments of a clipped operation."""
+
+    clip: Tensor
+    votes_at: Tensor
+    mask: Tensor
+    probe: Tensor
+    p: int
 
 
 class _ClippingMixin(nn.Module):
@@ -176,7 +189,7 @@ class _ClippingMixin(nn.Module):
             self.register_buffer(name, value.to(device), persistent=False)
         self.norm_p = p
 
-    def clipping(self) -> dict[str, Tensor | int]:
+    def clipping(self) -> _Clipping:
         """The keyword arguments of the clipped operation."""
         return {
             "clip": self.clip_norm,
@@ -199,8 +212,8 @@ class _Conv2d(nn.Conv2d, _ClippingMixin):
 
     def forward(self, input: Tensor) -> Tensor:
         return clipped_conv2d(
-            input, self.weight, self.bias, stride=self.stride, padding=_zero_padding(self),
-            dilation=self.dilation, groups=self.groups, **self.clipping(),
+            input, self.weight, self.bias, stride=_pair(self.stride), padding=_zero_padding(self),
+            dilation=_pair(self.dilation), groups=self.groups, **self.clipping(),
         )  # fmt: skip
 
 
@@ -220,6 +233,7 @@ def _zero_padding(conv: nn.Conv2d) -> Pair:
                 f"padding 'same' must be symmetric, got kernel_size {conv.kernel_size}"
             )
         return (total[0] // 2, total[1] // 2)
+    assert not isinstance(conv.padding, str)
     return _pair(conv.padding)
 
 
@@ -259,6 +273,7 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         if kind is not None:
             # Changing the class keeps parameters, hooks and the place in the parent as they are.
             module.__class__ = kind
+            assert isinstance(module, _ClippingMixin)
             module.add_clipping(p)
     return model
 

@@ -41,8 +41,10 @@ def clip_sum(
             piece = slice(start, min(batch, start + rows))
             records = [t[piece] for t in per_sample]
             parts = update_parts(records, None, layout, layer)
-            norm1 = norms(parts, 1) if p == 1 or votes_at is not None else None
-            norm = norm1 if p == 1 else norms(parts, p)
+            norm = norms(parts, p)
+            norm1 = norm if p == 1 else None
+            if norm1 is None and votes_at is not None:
+                norm1 = norms(parts, 1)
             finite = torch.isfinite(norm)
             live = finite & mask[piece]
             factor, clipped = clip_factors(

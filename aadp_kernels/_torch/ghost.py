@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 
 Pair = tuple[int, int]
 Spec = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
@@ -38,7 +43,7 @@ def _finite_records(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def in_functorch() -> bool:
     """Whether a torch.func transform or torch.compile is at work."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None
 
 
 def _factors(norm: Tensor, clip: Tensor, live: Tensor, slack: float) -> tuple[Tensor, Tensor]:
@@ -77,12 +82,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _row_norms(grads: Tensor, p: int, *, votes: bool) -> tuple[Tensor, Tensor | None]:
     """Norms of per-record gradients [B, rows, columns]: the clipping norm, and L1 if asked for."""
-    norm1 = norm2 = None
+    norm1 = None
     if p == 1 or votes:
         norm1 = grads.abs().sum(-1).to(torch.float64).sum(-1)
-    if p == 2:
-        norm2 = torch.linalg.vector_norm(grads, dim=-1).to(torch.float64).square().sum(-1).sqrt()
-    return (norm1, norm1) if p == 1 else (norm2, norm1)
+        if p == 1:
+            return norm1, norm1
+    norm2 = torch.linalg.vector_norm(grads, dim=-1).to(torch.float64).square().sum(-1).sqrt()
+    return norm2, norm1
 
 
 def _clip_rows(grads, bias_grads, finite, mask, clip, votes_at, probe, p, want_probe):
@@ -94,7 +100,11 @@ def _clip_rows(grads, bias_grads, finite, mask, clip, votes_at, probe, p, want_p
         wide = bias_grads.to(torch.float64)
         bias1 = wide.abs().sum(-1)
         norm1 = None if norm1 is None else norm1 + bias1
-        norm = norm1 if p == 1 else (norm.square() + wide.square().sum(-1)).sqrt()
+        if p == 1:
+            assert norm1 is not None
+            norm = norm1
+        else:
+            norm = (norm.square() + wide.square().sum(-1)).sqrt()
     live = finite & mask
     factor, clipped = _factors(norm, clip.to(torch.float64), live, slack)
     factor = factor.to(grads.dtype) * (1 - torch.finfo(grads.dtype).eps)
@@ -124,7 +134,7 @@ class ClippedLinear(torch.autograd.Function):
         ctx.has_bias = bias is not None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
         x, weight, clip, mask, votes_at, probe = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
@@ -145,7 +155,7 @@ class ClippedLinear(torch.autograd.Function):
             clipped = _clip_rows(grads, bias_grads, finite, live, *args)
         grad_w, grad_b, counts = clipped
         grad_w = grad_w.view(weight.shape).to(weight.dtype)
-        grad_b = grad_b.to(weight.dtype) if need_b else None
+        grad_b = grad_b.to(weight.dtype) if need_b and grad_b is not None else None
         return grad_x, grad_w if need_w else None, grad_b, None, None, None, counts, None
 
 
@@ -187,7 +197,7 @@ class ClippedConv2d(torch.autograd.Function):
         ctx.has_bias = bias is not None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
         x, weight, clip, mask, votes_at, probe = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.spec
@@ -213,20 +223,26 @@ class ClippedConv2d(torch.autograd.Function):
             grads = _conv_per_record(a, g, weight, ctx.spec)
             bias_grads = g.sum(2) if ctx.has_bias else None
             sums = _clip_rows(grads, bias_grads, finite, live[part], *args)
-            total = [s if t is None else t + s for t, s in zip(total, sums, strict=True)]
+            total = [_plus(t, s) for t, s in zip(total, sums, strict=True)]
         grad_w, grad_b, counts = total
+        assert grad_w is not None
         grad_w = _weight_grad(grad_w, weight, ctx.spec)
-        grad_b = grad_b.to(weight.dtype) if need_b else None
+        grad_b = grad_b.to(weight.dtype) if need_b and grad_b is not None else None
         return grad_x, grad_w if need_w else None, grad_b, None, None, None, counts, None, None
+
+
+def _plus(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """total + term; None stands for nothing to add."""
+    return term if total is None or term is None else total + term
 
 
 def _rows_at_once(weight: Tensor, grad: Tensor) -> int:
     """Records whose patches and gradients together have about 2^20 elements (CPU)."""
     if grad.device.type != "cpu":
         return max(1, grad.shape[0])
-    functorch, raw = torch._C._functorch, grad
-    while functorch.is_functorch_wrapped_tensor(raw):
-        raw = functorch.get_unwrapped(raw)
+    raw = grad
+    while is_functorch_wrapped_tensor(raw):
+        raw = get_unwrapped(raw)
     clients = raw.numel() // max(1, grad.numel())
     columns = weight.shape[1] * weight.shape[2] * weight.shape[3]
     record = columns * (weight.shape[0] + grad.shape[2] * grad.shape[3])

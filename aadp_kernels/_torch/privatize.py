@@ -140,7 +140,9 @@ def privatize(
         for i, part in zip(members, parts, strict=True):
             value = torch.where(finite[:, None], part * factor[:, None], 0.0)
             start = layout.offsets[i]
-            piece = None if drawn[layer] is None else drawn[layer][:, start : start + part.shape[1]]
+            piece = drawn[layer]
+            if piece is not None:
+                piece = piece[:, start : start + part.shape[1]]
             value = add_noise(value, piece, scale[:, layer, None])
             out[i].detach().copy_(value.view(out[i].shape))
         votes = ballots(norm1, None if votes_at is None else votes_at[:, layer], finite)
