@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -20,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from aadp_kernels import Layout, tail_cutoff
-from fl_lightning import secrets
+from fl_lightning import binding, secrets
 from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.client import bytes_per_example, faster_execution
 from fl_lightning.cohort import cohort_schedule
@@ -135,7 +134,15 @@ class FederatedModule(pl.LightningModule):
         """One round: every client of the cohort releases; the server adds the mean."""
         started = time.perf_counter()
         cohort = self.cohort(self.current_epoch)
-        context = self._context(cohort)
+        context = binding.round_context(
+            self.network,
+            self.loss,
+            data=self._data.digest(),
+            rules=(self.privacy, self.clients.training),
+            execution=(str(self.device), int(self.vectorize), self._max_examples),
+            cohort=cohort,
+            code=self.privacy.seed is None,
+        )
         params = self._global_params()
         mean, released = WeightedMean(self.layout), []
         for clients in cohort.split(self.clients_at_once) if len(cohort) else ():
@@ -147,7 +154,13 @@ class FederatedModule(pl.LightningModule):
         if any(len(update.clients) for update in released):
             mean.write_gradient(self.network)
             self._server_step()
-        self.result = self._round_result(released, time.perf_counter() - started)
+        spent = self.budget.epsilon_spent() if self.privacy.private else None
+        self.result = RoundResult.of(
+            self.current_epoch,
+            released,
+            epsilon_spent=np.full(self._data.num_clients, np.inf) if spent is None else spent,
+            seconds=time.perf_counter() - started,
+        )
         if self._nobody_is_left():
             self.trainer.should_stop = True
 
@@ -427,70 +440,3 @@ class FederatedModule(pl.LightningModule):
         correct = self._accuracy(outputs, y)
         self._accuracy.reset()
         self.log(f"{prefix}{separator}accuracy", correct, batch_size=len(x))
-
-    def _round_result(self, released: list[PrivateUpdate], seconds: float) -> RoundResult:
-        def column(name: str) -> np.ndarray:
-            rows = [getattr(u.policy, name).numpy() for u in released if u.policy is not None]
-            return np.concatenate(rows) if rows else np.zeros((0, 0))
-
-        cohort = [update.clients for update in released]
-        fractions = [u.sim_only["clipped_fraction"] for u in released if u.policy is not None]
-        nonfinite = [u.sim_only["nonfinite"].sum() for u in released]
-        unprotected = np.full(self._data.num_clients, np.inf)
-        return RoundResult(
-            round=self.current_epoch,
-            cohort=(torch.cat(cohort) if cohort else torch.empty(0, dtype=torch.int64)).numpy(),
-            clip_norm=column("clip_norm"),
-            shares=column("shares"),
-            contribution=column("contribution"),
-            noise_scale=column("noise_scale"),
-            clipped_fraction=torch.cat(fractions).numpy() if fractions else np.zeros((0, 0)),
-            nonfinite=int(torch.stack(nonfinite).sum()) if nonfinite else 0,
-            epsilon_spent=self.budget.epsilon_spent() if self.privacy.private else unprotected,
-            seconds=seconds,
-        )
-
-    def _context(self, cohort: Tensor) -> str:
-        """Digest of all public and private inputs of a round that are not the model itself."""
-        network = self.network
-        fixed = [*network.buffers(), *(p for p in network.parameters() if not p.requires_grad)]
-        if isinstance(self.loss, nn.Module):
-            fixed += [*self.loss.buffers(), *self.loss.parameters()]
-        code = [] if self.privacy.seed is not None else [secrets.source_digest()]
-        return secrets.digest(
-            [
-                self._data.digest(),
-                repr(self.privacy),
-                repr(self.clients.training),
-                describe(network),
-                describe(self.loss),
-                *secrets.platform_facts(),
-                str(self.device),
-                *code,
-                int(self.vectorize),
-                self._max_examples,
-                cohort,
-                *fixed,
-            ]
-        )
-
-
-def describe(thing: object) -> str:
-    """Structure and source of a network or loss, the same in every process."""
-    if not isinstance(thing, nn.Module):
-        name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        return f"{thing.__module__}.{name}\n{_source(thing)}"
-    plain = (bool, int, float, str, tuple, type(None))
-    parts = [repr(thing)]
-    for name, module in thing.named_modules():
-        options = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
-        classes = [c for c in type(module).__mro__ if not c.__module__.startswith("torch.")]
-        parts += [name, repr(sorted(options.items())), *map(_source, classes)]
-    return "\n".join(parts)
-
-
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return ""

@@ -96,3 +96,33 @@ class RoundResult:
     nonfinite: int
     epsilon_spent: np.ndarray
     seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        round: int,
+        released: list[PrivateUpdate],
+        *,
+        epsilon_spent: np.ndarray,
+        seconds: float,
+    ) -> RoundResult:
+        """Put together what the groups of a cohort released; no columns without privacy."""
+        policies = [(u.policy, u.sim_only) for u in released if u.policy is not None]
+
+        def column(name: str) -> np.ndarray:
+            rows = [getattr(policy, name).numpy() for policy, _ in policies]
+            return np.concatenate(rows) if rows else np.zeros((0, 0))
+
+        clipped = [seen["clipped_fraction"].numpy() for _, seen in policies]
+        return cls(
+            round=round,
+            cohort=np.concatenate([np.empty(0, np.int64), *(u.clients.numpy() for u in released)]),
+            clip_norm=column("clip_norm"),
+            shares=column("shares"),
+            contribution=column("contribution"),
+            noise_scale=column("noise_scale"),
+            clipped_fraction=np.concatenate(clipped) if clipped else np.zeros((0, 0)),
+            nonfinite=int(sum(float(u.sim_only["nonfinite"].sum()) for u in released)),
+            epsilon_spent=epsilon_spent,
+            seconds=seconds,
+        )
