@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _validate
+from aadp_kernels import _cpu, _validate
 from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels.layout import Layout
@@ -31,6 +31,7 @@ def privatize_(
     reference: Sequence[Tensor] | None = None,
     out: Sequence[Tensor] | None = None,
     votes_at: Tensor | None = None,
+    impl: str = "auto",
 ) -> ClipStats:
     """Clip every layer of an update (or of K updates) to its clip norm and add noise, in place.
 
@@ -53,18 +54,22 @@ def privatize_(
             None.
         out: Where to write, of the shapes of `tensors`; None: over `tensors`.
         votes_at: L1 thresholds [L] or [K, L] for the votes, or None.
+        impl: "torch" (the specification), "numba" (CPU only, faster) or "auto": numba where it is
+            installed and it pays.
 
     Returns:
         Statistics, [L] or [K, L]. PRIVATE.
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
-            key.
+            key; an `impl` that is unknown or cannot run here.
 
     Guarantees:
         The float64 norm of a clipped layer is at most C, also after it is rounded to the dtype of
         `out`; an update below C changes in no bit. Noise is `sample_noise` at (key, step, client,
         layer, element), whatever the cohort. Norms, products and noise are float64, rounded once.
+        Implementations draw the same words; their norms, and so the factor of a clipped layer, may
+        differ in the last bits of float64.
 
     Edge cases:
         | layer | contribution |
@@ -96,7 +101,11 @@ def privatize_(
     if clients is not None:
         ids = _validate.client_ids(clients, device)
     noise = noise_source(key, scale, mechanism, p, step, ids)
-    stats = _torch.privatize(
+    if _cpu.use_numba(impl, device, sum(layout.sizes), mechanism):
+        from aadp_kernels._cpu.privatize import privatize
+    else:
+        privatize = _torch.privatize
+    stats = privatize(
         tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
         votes_at=votes_at,
     )  # fmt: skip

@@ -1,0 +1,419 @@
+"""The numba implementation has the bits of the torch specification."""
+
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from aadp_kernels import MECHANISMS, Layout, NoiseKey, _cpu, poisson_mask, privatize_, sample_noise
+from aadp_kernels._torch import rng as spec_rng
+
+numba = pytest.importorskip("numba")
+_jit = pytest.importorskip("aadp_kernels._cpu._jit")
+fast_rng = pytest.importorskip("aadp_kernels._cpu.rng")
+
+BOTH = ("torch", "numba")
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+LAYOUT = Layout.build(
+    {
+        "a.weight": torch.zeros(37, 3),
+        "a.bias": torch.zeros(5),
+        "b.weight": torch.zeros(700),
+        "empty": torch.zeros(0, 4),
+        "c": torch.zeros(()),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _square_root_of_ieee_754(monkeypatch):
+    """torch may take its square root from MKL, which can be one ulp off; kernels never are."""
+
+    def sqrt_(x):
+        np.sqrt(x.numpy(), out=x.numpy())
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "sqrt_", sqrt_)
+
+
+def same_bits(a, b):
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    return torch.equal(a.view(BITS[a.element_size()]), b.view(BITS[b.element_size()]))
+
+
+def key(rng="chacha20"):
+    return NoiseKey.from_seed(3, rng=rng)
+
+
+def noise(impl, shape, mechanism="laplace", rng="chacha20", **kwargs):
+    kwargs = {"scale": 0.7, "step": (1 << 32) - 1, **kwargs}
+    return sample_noise(shape, mechanism=mechanism, key=key(rng), impl=impl, **kwargs)
+
+
+def column(words):
+    return torch.tensor([[spec_rng.signed32(w)] for w in words], dtype=torch.int32)
+
+
+def hexadecimal(words):
+    return " ".join(f"{w & 0xFFFFFFFF:08x}" for w in words[:, 0].tolist())
+
+
+def test_chacha20_rfc8439_block():
+    words = [int.from_bytes(bytes(range(4 * i, 4 * i + 4)), "little") for i in range(8)]
+    counter = column((1, 0x09000000, 0x4A000000, 0))
+    assert hexadecimal(fast_rng.random_words("chacha20", words, counter)) == (
+        "e4e7f110 15593bd1 1fdd0f50 c47120a3 c7f4d1c7 0368c033 9aaa2204 4e6cd4c3 "
+        "466482d2 09aa9f07 05d7c214 a2028bd9 d19c12b5 b94e16de e883d0cb 4e3c50a2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rng", "counter", "words", "expected"),
+    [
+        ("philox7", (0,) * 4, (0, 0), "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        ("philox7", (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        ("philox10", (0,) * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("philox10", (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)  # fmt: skip
+def test_philox_random123(rng, counter, words, expected):
+    assert hexadecimal(fast_rng.random_words(rng, words, column(counter))) == expected
+
+
+@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 700])
+def test_words_equal_the_specification(rng, n):
+    generator = torch.Generator().manual_seed(n)
+    words = torch.randint(0, 1 << 32, (spec_rng.key_words_needed(rng),), generator=generator)
+    counters = torch.randint(0, 1 << 32, (4, n), generator=generator).to(torch.int32)
+    expected = spec_rng.random_words(rng, words.tolist(), counters)
+    assert torch.equal(fast_rng.random_words(rng, words.tolist(), counters), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("rng", spec_rng.RNGS)
+def test_noise_has_the_bits_of_the_specification(rng, mechanism, dtype):
+    clients = torch.tensor([4, 9, 0, (1 << 32) - 1, 4, 5])[::2]
+    for shape, change in (
+        ((1,), {}),
+        ((7,), {"offset": 3}),
+        ((9, 113), {"offset": 5, "layer": (1 << 24) - 1}),
+        ((20_001,), {"offset": (1 << 33) - 20_001, "client": 8}),
+        ((3, 33, 71), {"client": clients, "offset": 1}),
+        ((3, 2), {"client": clients, "scale": torch.tensor([0.0, 2.5])}),
+        ((3, 5), {"client": clients, "scale": torch.tensor(0.3)}),
+    ):
+        a, b = (noise(impl, shape, mechanism, rng, dtype=dtype, **change) for impl in BOTH)
+        assert same_bits(a, b), (shape, change)
+
+
+def test_gaussian_is_within_two_ulp_of_torch_with_its_own_square_root(monkeypatch):
+    monkeypatch.undo()
+    a, b = (noise(impl, (20_000,), "gaussian", dtype=torch.float64) for impl in BOTH)
+    torch.testing.assert_close(a, b, rtol=2.0**-51, atol=0)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_an_element_does_not_depend_on_the_size_of_the_call(mechanism, monkeypatch):
+    monkeypatch.undo()
+    whole = noise("auto", (2000,), mechanism, dtype=torch.float64)
+    parts = [
+        noise("auto", (20,), mechanism, dtype=torch.float64, offset=i) for i in range(0, 2000, 20)
+    ]
+    assert same_bits(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_million_elements_are_equal_on_one_and_on_three_threads(mechanism):
+    threads = torch.get_num_threads()
+    expected = noise("torch", (2, 300_001), mechanism, client=torch.tensor([1, 2]))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            got = noise("numba", (2, 300_001), mechanism, client=torch.tensor([1, 2]))
+            assert same_bits(got, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rng", spec_rng.RNGS)
+def test_coins_equal_the_specification(rng):
+    for n in (1, 7, 64, 5003):
+        clients = torch.tensor([3, 0, 77, 5])
+        for rates, client in ((0.3, 6), ([0.0, 1.0, 1e-3, 0.5], clients)):
+            a, b = (
+                poisson_mask(n, rates, key=key(rng), step=4, client=client, impl=impl)
+                for impl in BOTH
+            )
+            assert torch.equal(a, b)
+    assert poisson_mask(0, 0.5, key=key(rng), step=0, impl="numba").shape == (0,)
+
+
+@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_distribution_accepts_the_scale_and_rejects_others(rng, mechanism):
+    law = {"gaussian": stats.norm, "laplace": stats.laplace}[mechanism]
+    values = noise("numba", (20_000,), mechanism, rng, dtype=torch.float64).numpy()
+    assert stats.kstest(values, law(scale=0.7).cdf).pvalue > 1e-3
+    for wrong in (2 / 3, 3 / 2):
+        assert stats.kstest(values, law(scale=0.7 * wrong).cdf).pvalue < 1e-12
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.9])
+def test_coins_accept_the_rate_and_reject_others(rate):
+    heads = int(poisson_mask(40_000, rate, key=key("philox10"), step=0, impl="numba").sum())
+    assert stats.binomtest(heads, 40_000, rate).pvalue > 1e-3
+    for wrong in (2 / 3 * rate, min(1.0, 3 / 2 * rate)):
+        assert stats.binomtest(heads, 40_000, wrong).pvalue < 1e-6
+
+
+def updates(*lead, dtypes=(torch.float32,) * 5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn((*lead, *s), generator=generator) for s in LAYOUT.shapes]
+    return [t.to(d) for t, d in zip(draws, dtypes, strict=True)]
+
+
+def run(impl, tensors, clip=math.inf, scale=0.3, **kwargs):
+    kwargs = {"key": key(), "step": 2, "p": 1, **kwargs}
+    clip, scale = (torch.as_tensor(v, dtype=torch.float64) for v in (clip, scale))
+    clip, scale = (v if v.dim() else v.expand(4) for v in (clip, scale))
+    return privatize_(tensors, layout=LAYOUT, clip=clip, scale=scale, impl=impl, **kwargs)
+
+
+def both(tensors, **kwargs):
+    results = []
+    for impl in BOTH:
+        own = [t.clone() for t in tensors]
+        results.append((own, run(impl, own, **kwargs)))
+    (expected, stat), (got, fast) = results
+    for a, b in zip(fast[1:], stat[1:], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(fast[0], stat[0], rtol=1e-13, atol=0, equal_nan=True)
+    return expected, got
+
+
+MIXED = (torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 5, (torch.float64,) * 5, MIXED])
+@pytest.mark.parametrize(("p", "mechanism"), [(1, "laplace"), (1, "gaussian"), (2, "gaussian")])
+@pytest.mark.parametrize("rng", ["philox10", "chacha8", "chacha20"])
+def test_privatize_below_the_clip_norm_has_the_bits_of_the_specification(rng, p, mechanism, dtypes):
+    scale = torch.tensor([[0.2, 0.0, 1.0, 3.0], [0.0, 0.0, 0.5, 0.1], [0.1, 0.0, 1.0, 1.0]])
+    clients = torch.tensor([5, (1 << 32) - 1, 0])
+    for reference in (None, updates(seed=1), updates(seed=1, dtypes=(torch.float64,) * 5)):
+        expected, got = both(
+            updates(3, dtypes=dtypes), scale=scale, clients=clients, reference=reference, p=p,
+            mechanism=mechanism, key=key(rng), votes_at=torch.tensor([90.0, 560.0, 0.0, 0.5]),
+        )  # fmt: skip
+        assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [1, 2])
+def test_privatize_clips_to_the_last_bits_of_the_specification(p, dtype):
+    tensors = updates(4, dtypes=(dtype,) * 5)
+    clip = torch.tensor([[1.0, 2.0, 0.0, 0.1], [0.5, 600.0, 0.0, 9.0], [3.0] * 4, [0.0] * 4])
+    clients = torch.arange(4)
+    expected, got = both(tensors, clip=clip, scale=0.0, clients=clients, p=p)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    for layer, members in enumerate(LAYOUT.members):
+        rows = torch.cat([got[i].double().reshape(4, -1) for i in members], 1)
+        if rows.shape[1]:
+            assert (rows.norm(p=p, dim=1) <= clip[:, layer]).all()
+    assert all(same_bits(a[1], b[1]) for a, b in zip(got[2:3], tensors[2:3], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 300), st.floats(1e-30, 1e30), st.floats(1e-20, 1e20), st.sampled_from([1, 2]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_the_bound_holds(n, size, clip, p, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    update = (torch.randn(n, generator=generator, dtype=torch.float64) * size).to(dtype)
+    bound = torch.tensor([clip], dtype=torch.float64)
+    privatize_([update], layout=Layout.build([update]), clip=bound, scale=torch.zeros(1), p=p,
+               key=None, step=0, impl="numba")  # fmt: skip
+    total = math.fsum(abs(v) ** p for v in update.double().tolist())
+    assert total <= clip**p * (1 + (1e-15 if p == 2 else 0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_zeroed(bad):
+    tensors = updates(3)
+    tensors[1][0, 2] = bad
+    tensors[2][1, 699] = bad
+    expected, got = both(tensors, clip=1e9, clients=torch.arange(3), votes_at=torch.full((4,), 1e9))
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.isfinite(t).all() for t in got)
+    quiet, silent = both(tensors, scale=0.0, key=None, clients=torch.arange(3))
+    assert all(same_bits(a, b) for a, b in zip(silent, quiet, strict=True))
+    assert not silent[0][0].any()
+
+
+def test_strided_tensors_and_out():
+    tensors = [t.t() if t.dim() == 2 else t for t in updates()]
+    layout = Layout.build(tensors, groups=[0, 0, 1, 2, 3])
+    reference = [t.flip(0) if t.dim() else t for t in tensors]
+    results = []
+    for impl in BOTH:
+        wide = torch.full((2 * 700,), math.nan)
+        out = [torch.empty_like(t) for t in tensors]
+        out[2], out[1] = wide[::2], torch.empty(5, dtype=torch.float64)
+        privatize_(tensors, layout=layout, clip=torch.full((4,), math.inf), scale=torch.ones(4),
+                   key=key(), step=0, reference=reference, out=out, impl=impl)  # fmt: skip
+        assert torch.isnan(wide[1::2]).all()
+        results.append(out)
+    assert all(
+        same_bits(*map(torch.Tensor.contiguous, pair)) for pair in zip(*results, strict=True)
+    )
+
+
+def test_edges_of_the_cohort():
+    empty = run("numba", updates(0), clients=torch.zeros(0, dtype=torch.int64))
+    assert empty.votes.shape == (0, 4)
+    expected, got = both(updates())
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_and_threads_change_nothing():
+    size, threads = 200_003, torch.get_num_threads()
+    layout = Layout.build([torch.zeros(size)])
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    results = []
+    try:
+        for count, piece in ((1, 3), (3, 3), (2, 1)):
+            torch.set_num_threads(count)
+            own = rows.clone()
+            norms = [
+                privatize_([own[k : k + piece]], layout=layout, clip=torch.tensor([1e4]),
+                           scale=torch.tensor([0.1]), key=key(), step=0, impl="numba",
+                           clients=torch.arange(k, k + piece)).l1_norm
+                for k in range(0, 3, piece)
+            ]  # fmt: skip
+            results.append((own, torch.cat([n for n in norms if n is not None])))
+    finally:
+        torch.set_num_threads(threads)
+    for own, norms in results[1:]:
+        assert same_bits(own, results[0][0])
+        assert same_bits(norms, results[0][1])
+
+
+def test_in_place_writes_are_seen_by_autograd_and_allowed_in_inference_mode():
+    tensors = updates()
+    before = [t._version for t in tensors]
+    run("numba", tensors)
+    assert all(t._version > v for t, v in zip(tensors, before, strict=True) if t.numel())
+    with torch.inference_mode():
+        run("numba", updates())
+
+
+def test_calls_from_several_threads():
+    expected = noise("torch", (50_000,))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: noise("numba", (50_000,)), range(8)))
+    assert all(same_bits(r, expected) for r in results)
+
+
+def test_impl_is_checked():
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, numba, got 'fast'"):
+        noise("fast", (3,))
+    with pytest.raises(ValueError, match="impl"):
+        poisson_mask(3, 0.5, key=key(), step=0, impl="fast")
+    with pytest.raises(ValueError, match="impl"):
+        run("fast", updates())
+    with pytest.raises(ValueError, match="'numba' for tensors on meta"):
+        noise("numba", (3,), device="meta")
+
+
+def test_auto_takes_numba_for_what_is_large_and_lies_on_a_cpu(monkeypatch):
+    cpu = torch.device("cpu")
+    assert _cpu.use_numba("auto", cpu, _cpu.AUTO_ELEMENTS)
+    assert not _cpu.use_numba("auto", cpu, _cpu.AUTO_ELEMENTS - 1)
+    assert _cpu.use_numba("auto", cpu, 1, "gaussian")
+    assert not _cpu.use_numba("auto", torch.device("cuda"), 1 << 20)
+    assert not _cpu.use_numba("torch", cpu, 1 << 20)
+    monkeypatch.setattr(_cpu, "missing", lambda: "No module named 'numba'")
+    assert not _cpu.use_numba("auto", cpu, 1 << 20)
+    with pytest.raises(ValueError, match="'numba' without the package"):
+        _cpu.use_numba("numba", cpu, 1 << 20)
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    njit = numba.njit
+
+    def locked(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", locked)
+    assert _jit.jit(lambda x: x + 1)(2) == 3
+
+
+def test_no_kernel_contracts_floating_point():
+    from aadp_kernels._cpu import noise as fast
+
+    noise("numba", (100,), "gaussian")
+    noise("numba", (100,), "laplace")
+    for kernel in (fast.gaussian_tiles, fast.laplace_tiles):
+        fresh = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)
+        fresh.compile(kernel.signatures[0])
+        (assembly,) = fresh.inspect_asm().values()
+        assert "div" in assembly
+        assert "fmadd" not in assembly
+        assert "fnmadd" not in assembly
+
+
+CODE = {
+    "import is lazy": """
+        sample_noise((8,), mechanism="laplace", scale=1.0, key=key, step=0)
+        assert "numba" not in sys.modules
+        sample_noise((80,), mechanism="laplace", scale=1.0, key=key, step=0)
+        assert "numba" in sys.modules
+    """,
+    "without numba": """
+        sys.modules["numba"] = None
+        assert sample_noise((80,), mechanism="laplace", scale=1.0, key=key, step=0).shape == (80,)
+        try:
+            sample_noise((80,), mechanism="laplace", scale=1.0, key=key, step=0, impl="numba")
+        except ValueError as error:
+            assert "without the package numba" in str(error)
+        else:
+            raise AssertionError
+    """,
+    "fork after threads": """
+        torch.set_num_threads(2)
+        draw = lambda: sample_noise((300_000,), mechanism="laplace", scale=1.0, key=key, step=0)
+        before = draw()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if before.numpy().tobytes() == draw().numpy().tobytes() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_in_a_process_of_its_own(name):
+    lines = ["import os, sys, torch", "from aadp_kernels import NoiseKey, sample_noise",
+             "key = NoiseKey.from_seed(1)"]  # fmt: skip
+    indent = len(CODE[name].split("\n")[1]) - len(CODE[name].split("\n")[1].lstrip())
+    lines += [line[indent:] for line in CODE[name].split("\n")[1:]]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=dict(os.environ),
+                            capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert result.returncode == 0, result.stderr
