@@ -35,7 +35,14 @@ CASES: dict[str, list[str]] = {
     "digits, Dirichlet(0.5), ε=8": ["configs/dirichlet.yaml"],
     "Fashion-MNIST, IID, ε=8": FASHION,
     "Fashion-MNIST, IID, ε=3": [*FASHION, "configs/epsilon_3.yaml"],
-    "Fashion-MNIST, IID, FedAvg without privacy": [*FASHION, "configs/fedavg.yaml"],
+    "Fashion-MNIST, IID, FedAvg without privacy": [
+        *FASHION,
+        "configs/fashion_mnist_fedavg.yaml",
+    ],
+    "Fashion-MNIST, IID, FedAvg with the learning rate of the private run": [
+        *FASHION,
+        "configs/fedavg.yaml",
+    ],
     "Fashion-MNIST, Dirichlet(0.5), ε=8": [*FASHION, "configs/dirichlet.yaml"],
     "Fashion-MNIST, Dirichlet(0.5), ε=3": [
         *FASHION,
@@ -44,7 +51,7 @@ CASES: dict[str, list[str]] = {
     ],
     "Fashion-MNIST, Dirichlet(0.5), FedAvg without privacy": [
         *FASHION,
-        "configs/fedavg.yaml",
+        "configs/fashion_mnist_fedavg.yaml",
         "configs/dirichlet.yaml",
     ],
     "Fashion-MNIST, IID, ε=8, three layers": [
