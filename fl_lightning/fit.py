@@ -70,6 +70,7 @@ class FederatedCLI(LightningCLI):
             default=None,
             help="folder of the run; null: a new one under runs/, named by the time",
         )
+        parser.add_lightning_class_args(RoundCheckpoint, "checkpoint")
         parser.link_arguments("privacy", "model.privacy", apply_on="instantiate")
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_public_seed)
@@ -212,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
             trainer_defaults={
-                "callbacks": [RoundProgress(), RoundRecorder(), RoundCheckpoint()],
+                "callbacks": [RoundProgress(), RoundRecorder()],
             },
             parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
         )
