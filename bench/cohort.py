@@ -4,7 +4,8 @@
     python -m bench.cohort report    # write the table into README.md
 
 Times are of local training of one cohort (all local steps), interleaved, median of 9; both ways
-must give the same updates before anything is timed. "Chosen" is what `execution: auto` takes.
+must give the same updates, without noise, before anything is timed. "Chosen" is what
+`execution: auto` takes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def batches(clients: int, records: int, steps: int) -> list[Batch]:
     ]
 
 
-def trainer(network: nn.Module, steps: list[Batch], private: bool) -> Callable[[bool], dict]:
+def trainer(
+    network: nn.Module, steps: list[Batch], private: bool, noise: float
+) -> Callable[[bool], dict]:
     """Function (vectorize) → updates of the cohort."""
     layout = Layout.build(dict(network.named_parameters()))
     params = {name: p.detach() for name, p in network.named_parameters()}
@@ -83,14 +86,14 @@ def trainer(network: nn.Module, steps: list[Batch], private: bool) -> Callable[[
             max_examples=8192,
             example=steps[0].x[0, :1],
         )
-        config = PrivacyConfig(noise_multiplier=1.0, epsilon=None)
+        config = PrivacyConfig(noise_multiplier=noise, epsilon=None)
         return PrivateRecordGradient(
             sums,
             ReleasedHistory(config, k, layout.dims),
             layout,
             key=NoiseKey.from_seed(0),
             clients=torch.arange(k),
-            multiplier=torch.ones(k, dtype=torch.float64),
+            multiplier=torch.full((k,), noise, dtype=torch.float64),
         )
 
     def run(vectorize: bool) -> dict[str, Tensor]:
@@ -103,11 +106,13 @@ def trainer(network: nn.Module, steps: list[Batch], private: bool) -> Callable[[
     return run
 
 
-def measure(run: Callable[[bool], dict]) -> dict:
-    """Parity first, then interleaved times."""
-    together, alone = run(True), run(False)
+def measure(network: nn.Module, steps: list[Batch], private: bool) -> dict:
+    """Parity without noise first, then interleaved times with it."""
+    silent = trainer(network, steps, private, noise=0.0)
+    together, alone = silent(True), silent(False)
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
+    run = trainer(network, steps, private, noise=1.0)
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(REPEATS):
         for vectorize in (True, False):
@@ -134,7 +139,7 @@ def run_all() -> None:
             size = sum(p.numel() for p in network.parameters())
             what = "record+local" if private else "no privacy"
             label = f"{name} {size / 1000:.0f}k, {clients} × {records}, {steps} steps, {what}"
-            cases[label] = measure(trainer(network, batches(clients, records, steps), private))
+            cases[label] = measure(network, batches(clients, records, steps), private)
             print(label, {k: v for k, v in cases[label].items() if k == "chosen"}, flush=True)
     text = json.dumps({"machine": machine(), "cases": cases}, indent=1, ensure_ascii=False)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
