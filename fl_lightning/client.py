@@ -240,22 +240,24 @@ def train_cohort(
     params, shared = global_params, True
     velocity: Params | None = None
     for step, batch in enumerate(batches):
+        idle = None if bool(batch.active.all()) else ~batch.active
         direction = gradient(step, params, shared, batch)
         if momentum:
             if velocity is None:
                 velocity = direction
             else:
                 velocity = {
-                    n: torch.where(columns(batch.active, v), momentum * v + direction[n], v)
-                    for n, v in velocity.items()
+                    n: _unless(idle, v, momentum * v + direction[n]) for n, v in velocity.items()
                 }
             direction = velocity
-        params = {
-            n: torch.where(columns(batch.active, g), params[n] - lr * g, params[n])
-            for n, g in direction.items()
-        }
+        params = {n: _unless(idle, params[n], params[n] - lr * g) for n, g in direction.items()}
         shared = False
     return {n: params[n] - global_params[n] for n in global_params}
+
+
+def _unless(idle: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """`new` [k, ...], but `old` for clients that sit the step out."""
+    return new if idle is None else torch.where(columns(idle, new), old, new)
 
 
 def columns(row: Tensor, like: Tensor) -> Tensor:

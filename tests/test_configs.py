@@ -60,7 +60,7 @@ def test_a_config_begins_with_its_command_result_and_time(path: Path) -> None:
         assert f"--config configs/{path.name}" in command or path.stem == "base"
         for name in re.findall(r"--config (\S+)", command):
             assert (ROOT / name).is_file()
-    assert re.search(r"\d\d\.\d ± \d+\.\d %", comment), "the expected accuracy"
+    assert re.search(r"\d+\.\d ± \d+\.\d %", comment), "the expected accuracy"
     assert re.search(r"\d (s|min)\b", comment), "the time it takes"
 
 
