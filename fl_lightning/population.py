@@ -142,7 +142,7 @@ class ClientPopulation:
         The noise and the coins are a function of the secret and of all that the update depends
         on. The same inputs give the same bytes again, which is the same release and costs
         nothing; other inputs get other noise and are charged. Should equal inputs ever give
-        other bytes, the attempt is counted up, which draws new noise and charges it.
+        other bytes, new coins and noise are drawn and charged.
 
         Args:
             clients: ids [k].
@@ -155,8 +155,23 @@ class ClientPopulation:
         """
         if not self.privacy.private:
             return self._without_privacy(clients, params, round)
-        assert self.ledger is not None
         before = self.history.rows(clients)
+        try:
+            return self._charged_release(clients, params, round, context, before)
+        except BaseException:
+            # What is not in the ledger must not be in a history that a checkpoint could keep.
+            self.history.restore(clients, before)
+            raise
+
+    def _charged_release(
+        self,
+        clients: Tensor,
+        params: Params,
+        round: int,
+        context: str,
+        before: dict[str, Tensor],
+    ) -> PrivateUpdate:
+        assert self.ledger is not None
         multiplier = self.budget.multiplier[clients]
         bound = secrets.digest(
             [context, round, clients, multiplier, *params.values(), *before.values()]
@@ -185,11 +200,7 @@ class ClientPopulation:
             rows = torch.tensor(left)
             self.history.restore(clients[rows], {n: v[rows] for n, v in before.items()})
         fresh = [entries[i] for i in keep if not paid[i]]
-        try:
-            self.ledger.append(fresh)
-        except BaseException:
-            self.history.restore(clients, before)
-            raise
+        self.ledger.append(fresh)
         for entry in fresh:
             self.budget.spent[entry.client] += entry.steps
         return update.select(keep) if left else update

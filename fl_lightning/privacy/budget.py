@@ -10,7 +10,6 @@ import torch
 from fl_lightning.privacy.accounting import (
     affordable_steps,
     calibrate,
-    compose_epsilon,
     epsilon_upper_curve,
 )
 from fl_lightning.privacy.config import PrivacyConfig, per_client
@@ -105,11 +104,6 @@ class Budget:
             result[members] = 0.0 if z == 0 and not spent.any() else self._curve(z, delta, spent)
         within = (self.spent <= self.affordable) & (multipliers > 0)
         return np.where(within, np.minimum(result, self.target), result)
-
-    def epsilon_proven(self, client: int) -> float:
-        """ε of one client by PLD at its present number of steps."""
-        event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
-        return compose_epsilon({event: int(self.spent[client])}, float(self.delta[client]))
 
     def _curve(self, multiplier: float, delta: float, spent: np.ndarray) -> np.ndarray:
         if multiplier == 0:
