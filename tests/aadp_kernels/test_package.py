@@ -20,3 +20,15 @@ def test_public_names_exist():
     assert sorted(aadp_kernels.__all__) == sorted(set(aadp_kernels.__all__))
     for name in aadp_kernels.__all__:
         assert getattr(aadp_kernels, name).__doc__
+
+
+def test_import_without_triton_and_numba():
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['numba'] = None; "
+        "import torch, time; start = time.perf_counter(); import aadp_kernels as k; "
+        "assert time.perf_counter() - start < 2; "
+        "key = k.NoiseKey.from_seed(0); "
+        "noise = k.sample_noise((200,), mechanism='gaussian', scale=1.0, key=key, step=0); "
+        "assert 0.5 < noise.std() < 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

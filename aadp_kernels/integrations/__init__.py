@@ -1,0 +1,1 @@
+"""Adapters for other trainers: `optim`, `clients`, `ddp`, `opacus`. Import the one you use."""
