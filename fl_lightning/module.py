@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from aadp_kernels import Layout, tail_cutoff
+from aadp_kernels import Layout
 from fl_lightning import binding, secrets
 from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.client import bytes_per_example, faster_execution
 from fl_lightning.cohort import cohort_schedule
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger, LedgerError
 from fl_lightning.population import ClientPopulation, LocalTraining
 from fl_lightning.preflight import check_network, check_run, check_training
@@ -137,7 +138,7 @@ class FederatedModule(pl.LightningModule):
         context = binding.round_context(
             self.network,
             self.loss,
-            data=self._data.digest(),
+            data=self.data.digest(),
             rules=(self.privacy, self.clients.training),
             execution=(str(self.device), int(self.vectorize), self._max_examples),
             cohort=cohort,
@@ -158,7 +159,7 @@ class FederatedModule(pl.LightningModule):
         self.result = RoundResult.of(
             self.current_epoch,
             released,
-            epsilon_spent=np.full(self._data.num_clients, np.inf) if spent is None else spent,
+            epsilon_spent=np.full(self.data.num_clients, np.inf) if spent is None else spent,
             seconds=time.perf_counter() - started,
         )
         if self._nobody_is_left():
@@ -186,7 +187,7 @@ class FederatedModule(pl.LightningModule):
     def _weights(self, update: PrivateUpdate) -> Tensor:
         return client_weights(
             self.weighting,
-            client_sizes=self._data.client_sizes[update.clients],
+            client_sizes=self.data.client_sizes[update.clients],
             expected_batch=self.clients.expected_batch(update.clients),
             policy=update.policy,
             num_layers=self.layout.num_layers,
@@ -223,7 +224,8 @@ class FederatedModule(pl.LightningModule):
         return Path(self.run_dir or self.trainer.default_root_dir)
 
     @property
-    def _data(self) -> FederatedDataModule:
+    def data(self) -> FederatedDataModule:
+        """Records of the run and who holds them."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(data, FederatedDataModule):
             raise ValueError(
@@ -235,14 +237,14 @@ class FederatedModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
         if stage == "fit":
-            check_run(self, self._data, self.trainer)
-        self._accuracy = MulticlassAccuracy(num_classes=self._data.num_classes, average="micro").to(
+            check_run(self, self.data, self.trainer)
+        self._accuracy = MulticlassAccuracy(num_classes=self.data.num_classes, average="micro").to(
             self.device
         )
 
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
-        data, resumed = self._data, self._resumed
+        data, resumed = self.data, self._resumed
         planned = self.planned_rounds or self.trainer.max_epochs
         assert planned is not None
         self.schedule = cohort_schedule(
@@ -264,6 +266,7 @@ class FederatedModule(pl.LightningModule):
             self.privacy,
             (participations * (training.noised_steps if record else 1)).tolist(),
             self.sampling_rate if record and self.sampling_rate else 1.0,
+            self.layout.dims,
         )
         if resumed is None and self.privacy.private:
             self.budget.calibrate(training.noised_steps if record else 1)
@@ -297,7 +300,7 @@ class FederatedModule(pl.LightningModule):
             return
         resumed = self._resumed
         if resumed is None:
-            self.ledger = Ledger.create(self.run_path, self._ledger_header())
+            self.ledger = Ledger.create(self.run_path, ledger_header(self, self._run_id))
             return
         self.ledger = Ledger.open(self.run_path)
         if self.ledger.header["run_id"] != self._run_id:
@@ -329,33 +332,8 @@ class FederatedModule(pl.LightningModule):
                     "records, cannot be changed: start a new run in another folder"
                 )
 
-    def _ledger_header(self) -> dict[str, Any]:
-        privacy, data = self.privacy, self._data
-        return {
-            "run_id": self._run_id,
-            "setting": privacy.setting,
-            "privacy_unit": privacy.unit,
-            "trust": "local" if privacy.guarantee else "none",
-            "adjacency": privacy.resolved_adjacency,
-            "mechanism": privacy.mechanism,
-            "delta": self.budget.delta.tolist(),
-            "epsilon": self.budget.target.tolist(),
-            "simulated": privacy.seed is not None,
-            "rng": privacy.rng,
-            "tail_cutoff": tail_cutoff(privacy.mechanism),
-            "arithmetic": "float32 gradients, float64 noise; proofs in real arithmetic",
-            "thresholds": privacy.resolved_thresholds,
-            "allocation": privacy.resolved_allocation,
-            "dataset": data.dataset_name,
-            "client_sizes": data.client_sizes.tolist(),
-            "planned_steps": self.budget.planned_steps.tolist(),
-            "layers": list(self.layout.layer_names),
-            "dims": list(self.layout.dims),
-            "torch": torch.__version__,
-        }
-
     def _prepare_clients(self, training: LocalTraining) -> None:
-        data = self._data
+        data = self.data
         example = data.x[0].to(self.device)
         self._max_examples = max(
             1, int(self.memory_budget * 2**30 / bytes_per_example(self.network, example))

@@ -27,11 +27,12 @@ from fl_lightning.client import (
     train_cohort,
 )
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.ledger import Ledger, Release
+from fl_lightning.ledger import Ledger
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums, release_updates
+from fl_lightning.release import Release
 from fl_lightning.types import Params, PrivateUpdate
 
 
@@ -319,7 +320,7 @@ class ClientPopulation:
         binding = secrets.public_name(key)
         entries = []
         for i, client in enumerate(update.clients.tolist()):
-            event = update.events[i]
+            event, extra = update.events[i], self.budget.extra(client)
             votes = policy.vote_noise_scale
             sent = [value[i] for value in update.update.values()]
             seen = [*sent, self.history.l1_norm[client]]
@@ -340,6 +341,8 @@ class ClientPopulation:
                     shares=tuple(policy.shares[i].tolist()),
                     binding=binding,
                     digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
+                    epsilon_inflation=update.steps * extra.epsilon,
+                    tail_delta=update.steps * extra.delta,
                     guarantee=self.privacy.guarantee,
                 )
             )

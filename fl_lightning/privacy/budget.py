@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fl_lightning.privacy.accounting import (
-    affordable_steps,
-    calibrate,
-    epsilon_upper_curve,
-)
+from fl_lightning.privacy.accounting import NoiseEvent, epsilon_upper_curve
 from fl_lightning.privacy.config import PrivacyConfig, per_client
+from fl_lightning.privacy.exactness import (
+    Extra,
+    affordable_charged,
+    calibrate_charged,
+    inexact_noise,
+    noise_streams,
+)
 from fl_lightning.privacy.mechanism import noise_event
 
 UNLIMITED = 2**62
@@ -25,16 +28,22 @@ class Budget:
         config: the privacy configuration.
         planned_steps: noised steps that the schedule plans for each client, [K].
         sampling_rate: Poisson rate q of a record in a step; 1 for whole updates.
+        dims: number of parameters of each layer.
 
     Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
     planned steps: the schedule is balanced, so this wastes at most one participation.
     """
 
     def __init__(
-        self, config: PrivacyConfig, planned_steps: Sequence[int], sampling_rate: float
+        self,
+        config: PrivacyConfig,
+        planned_steps: Sequence[int],
+        sampling_rate: float,
+        dims: Sequence[int],
     ) -> None:
         self.config = config
         self.sampling_rate = sampling_rate
+        self.streams = noise_streams(dims, votes=config.resolved_thresholds == "quantile")
         k = len(planned_steps)
         self.planned_steps = np.asarray(planned_steps, dtype=np.int64)
         self.delta = np.array(per_client(config.delta, k))
@@ -67,24 +76,32 @@ class Budget:
                 continue
             steps = int(self.planned_steps[members].max())
             if given is None:
-                event = noise_event(self.config, 1.0, self.sampling_rate)
-                self.multiplier[members] = calibrate(
-                    mechanism=event.mechanism,
-                    sampling_rate=event.sampling_rate,
-                    steps=max(steps, 1),
-                    epsilon=target,
-                    delta=delta,
-                    adjacency=event.adjacency,
+                self.multiplier[members] = calibrate_charged(
+                    noise_event(self.config, 1.0, self.sampling_rate),
+                    max(steps, 1),
+                    target,
+                    delta,
+                    lambda event, delta=delta: self._extra(event, delta),
                 )
                 self.affordable[members] = steps
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
-                self.affordable[members] = affordable_steps(event, target, delta)
+                self.affordable[members] = affordable_charged(
+                    event, target, delta, self._extra(event, delta)
+                )
                 if self.affordable[members[0]] < steps_a_release:
                     raise ValueError(
                         f"noise_multiplier={multiplier} with epsilon={target}: one release alone "
                         f"would spend more, so client {members[0]} could never take part"
                     )
+
+    def _extra(self, event: NoiseEvent, delta: float) -> Extra:
+        return inexact_noise(event, streams=self.streams, delta=delta)
+
+    def extra(self, client: int) -> Extra:
+        """What each noised step of a client costs beyond its event."""
+        event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
+        return self._extra(event, float(self.delta[client]))
 
     def can_release(self, client: int, steps: int) -> bool:
         """Whether `steps` more noised steps keep the client within its ε."""
@@ -110,9 +127,18 @@ class Budget:
             return np.where(spent > 0, np.inf, 0.0)
         known = self._curves.get((multiplier, delta))
         if known is None or len(known) <= spent.max():
-            length = max(int(self.planned_steps.max()), 2 * int(spent.max()), 1)
+            most = int(spent.max())
+            length = max(int(self.planned_steps.max()), 1)
+            length = length if most <= length else 2 * most
             event = noise_event(self.config, multiplier, self.sampling_rate)
-            known = self._curves[multiplier, delta] = epsilon_upper_curve(event, length, delta)
+            extra = self._extra(event, delta)
+            left = delta - length * extra.delta
+            known = np.full(length + 1, np.inf)
+            if left >= 0:
+                known = epsilon_upper_curve(event, length, left)
+            known = known + extra.epsilon * np.arange(length + 1)
+            known[0] = 0.0
+            self._curves[multiplier, delta] = known
         return known[spent]
 
     def state_dict(self) -> dict[str, object]:

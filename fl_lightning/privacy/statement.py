@@ -140,20 +140,42 @@ def _assumptions(header: Mapping[str, Any], ledger: Ledger) -> str:
     lines = [
         "## Assumptions",
         "",
-        "- Real arithmetic: rounding in floating point is not part of the proof"
-        + (f" ({header['arithmetic']})." if header.get("arithmetic") else "."),
-        "- Exact gradients: one record's gradient does not depend on the records beside it.",
+        _arithmetic(header),
         f"- Key: {key}.",
         "- Time, memory use and other side channels are not observed.",
     ]
+    if header["setting"] == "record+local":
+        lines.append(
+            "- Exact gradients: one record's gradient does not depend on the records beside it, "
+            "not even in its last bits."
+        )
     if any(r.sampling_rate < 1 for r in ledger.releases):
         lines.append("- Poisson sampling: nobody learns which records took part in a step.")
     if header.get("tail_cutoff") is not None:
         lines.append(
             f"- The sampler's largest draw is {show_number(float(header['tail_cutoff']))} noise "
-            f"scales; delta charged for cut tails: {_charged(ledger, 'tail_delta')}."
+            "scales; its cut tails are charged."
         )
     return "\n".join(lines)
+
+
+def _arithmetic(header: Mapping[str, Any]) -> str:
+    """What is proven of the numbers that a computer has in the place of real ones."""
+    form = header.get("noise_form", "wide")
+    if form == "grid":
+        return (
+            "- Floating point: noise form `grid`. What is released is a public multiple of whole "
+            "numbers: every contribution is cut to whole numbers first, then clipped, summed and "
+            "noised exactly. The guarantee is of the numbers as the computer has them, given that "
+            "the generator's words are uniform; how far the sampler's probabilities are off is "
+            "charged."
+        )
+    return (
+        f"- Real arithmetic: noise form `{form}`; rounding in floating point is not part of the "
+        "proof"
+        + (f" ({header['arithmetic']})" if header.get("arithmetic") else "")
+        + "; only the form `grid` is proven in floating point."
+    )
 
 
 def _charged(ledger: Ledger, name: str) -> str:
@@ -182,7 +204,9 @@ def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger:
             f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
             f"votes included): {_span(multipliers)}; sampling rate: {_span(rates)}.",
             f"- Composition: privacy loss distributions (pessimistic), per client; random numbers: "
-            f"{header.get('rng', 'not stated')}.",
+            f"{header.get('rng', 'not stated')}; noise form: {header.get('noise_form', 'wide')}.",
+            "- Charged on top of the composition, for noise that is not the ideal one: epsilon "
+            f"{_charged(ledger, 'epsilon_inflation')}, delta {_charged(ledger, 'tail_delta')}.",
         )
     )
 

@@ -97,6 +97,25 @@ def test_more_noise_or_steps_change_the_headline(tmp_path: Path) -> None:
             ["Adversary", "Assumptions", "Nominal"],
         ),
         ({"tail_cutoff": 8.2}, {"tail_delta": 1e-9}, ["8.2 noise scales", "1e-09 (largest"], []),
+        (
+            {},
+            {"epsilon_inflation": 2e-7},
+            ["Real arithmetic: noise form `wide`", "epsilon 2e-07 (largest", "Exact gradients"],
+            ["Floating point"],
+        ),
+        ({"noise_form": "fast"}, {}, ["Real arithmetic: noise form `fast`"], ["Floating point"]),
+        (
+            {"noise_form": "grid", "setting": "client+local", "adjacency": "replace_one"},
+            {"sampling_rate": 1.0},
+            ["Floating point: noise form `grid`", "whole numbers"],
+            ["Real arithmetic", "Exact gradients"],
+        ),
+        (
+            {"noise_form": "grid"},
+            {},
+            ["Floating point: noise form `grid`", "Exact gradients"],
+            ["Real arithmetic"],
+        ),
     ],
 )
 def test_settings(

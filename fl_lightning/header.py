@@ -1,0 +1,44 @@
+"""The first line of a run's ledger: public facts that its releases share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aadp_kernels import tail_cutoff
+
+if TYPE_CHECKING:
+    from fl_lightning.module import FederatedModule
+
+
+def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
+    """Facts of a run whose budget is calibrated.
+
+    Args:
+        module: the run.
+        run_id: public name of the run's secret.
+    """
+    privacy, data, budget = module.privacy, module.data, module.budget
+    return {
+        "run_id": run_id,
+        "setting": privacy.setting,
+        "privacy_unit": privacy.unit,
+        "trust": "local" if privacy.guarantee else "none",
+        "adjacency": privacy.resolved_adjacency,
+        "mechanism": privacy.mechanism,
+        "delta": budget.delta.tolist(),
+        "epsilon": budget.target.tolist(),
+        "simulated": privacy.seed is not None,
+        "rng": privacy.rng,
+        "tail_cutoff": tail_cutoff(privacy.mechanism),
+        "arithmetic": "float32 gradients, float64 noise; proofs in real arithmetic",
+        "thresholds": privacy.resolved_thresholds,
+        "allocation": privacy.resolved_allocation,
+        "dataset": data.dataset_name,
+        "client_sizes": data.client_sizes.tolist(),
+        "planned_steps": budget.planned_steps.tolist(),
+        "layers": list(module.layout.layer_names),
+        "dims": list(module.layout.dims),
+        "torch": torch.__version__,
+    }
