@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .partition import Partition, dirichlet_partition, iid_partition
-from .sources import Arrays, load
+from .arrays import Arrays
+from .partition import (
+    Partition,
+    dirichlet_partition,
+    iid_partition,
+    natural_partition,
+    quantity_partition,
+    shards_partition,
+)
+from .sources import load
 
-_PARTITIONS = ("iid", "dirichlet")
+PartitionName = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 _HOLDOUT_STREAM = 1
 
 
@@ -37,15 +45,20 @@ class FederatedDataModule(pl.LightningDataModule):
     are reached by `test_dataloader` only. Everything is a pure function of the arguments.
 
     Args:
-        source: digits, fashion_mnist or mnist, or the import path (package.module.function) of a
-            function without arguments that returns Arrays; from Python also such Arrays.
+        source: digits, fashion_mnist, mnist, cifar10, csv, hugging_face, shakespeare or text_files,
+            or the import path (package.module.function) of a function that returns Arrays; from
+            Python also such Arrays.
         num_clients: number of clients, at least 1.
-        partition: iid (equal sizes) or dirichlet (label skew).
-        alpha: Dirichlet concentration, above 0; smaller is more skewed. Only for dirichlet.
+        partition: iid (equal sizes), dirichlet (label skew), shards (few labels a client), quantity
+            (size skew) or natural (the data's own clients, those with most records).
+        alpha: Dirichlet concentration, above 0; smaller is more skewed. For dirichlet and quantity.
+        shards_per_client: for shards, at least 1.
         val_fraction: share of the training records held out for validation, in [0, 1).
         min_client_size: records that every client must have, at least 1.
         seed: seed of the hold-out and the partition, at least 0. Public.
-        data_dir: folder of the IDX files; None looks where Debian's package puts them.
+        data_dir: folder of the source's files; None looks in the usual places.
+        download: whether missing files may be fetched; their checksums are verified.
+        source_args: further arguments of the source's function.
         eval_batch_size: records per validation or test batch, at least 1.
 
     Raises:
@@ -57,19 +70,25 @@ class FederatedDataModule(pl.LightningDataModule):
         self,
         source: str | Arrays = "digits",
         num_clients: int = 10,
-        partition: Literal["iid", "dirichlet"] = "iid",
+        partition: PartitionName = "iid",
         alpha: float = 0.5,
+        shards_per_client: int = 2,
         val_fraction: float = 0.1,
         min_client_size: int = 2,
         seed: int = 0,
         data_dir: str | None = None,
+        download: bool = False,
+        source_args: dict[str, Any] | None = None,
         eval_batch_size: int = 1024,
     ) -> None:
         super().__init__()
         if num_clients < 1:
             raise ValueError(f"num_clients={num_clients} must be >= 1")
-        if partition not in _PARTITIONS:
-            raise ValueError(f"partition={partition!r} must be one of {', '.join(_PARTITIONS)}")
+        if partition not in get_args(PartitionName):
+            names = ", ".join(get_args(PartitionName))
+            raise ValueError(f"partition={partition!r} must be one of {names}")
+        if shards_per_client < 1:
+            raise ValueError(f"shards_per_client={shards_per_client} must be >= 1")
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha={alpha} must be finite and > 0")
         if not 0 <= val_fraction < 1:
@@ -84,34 +103,54 @@ class FederatedDataModule(pl.LightningDataModule):
         self.num_clients = num_clients
         self.partition_name = partition
         self.alpha = alpha
+        self.shards_per_client = shards_per_client
         self.val_fraction = val_fraction
         self.min_client_size = min_client_size
         self.seed = seed
         self.data_dir = data_dir
+        self.download = download
+        self.source_args = source_args
         self.eval_batch_size = eval_batch_size
 
     @cached_property
     def _prepared(self) -> _Prepared:
-        arrays = load(self.source, self.data_dir)
+        arrays = load(
+            self.source,
+            data_dir=self.data_dir,
+            download=self.download,
+            source_args=self.source_args,
+        )
         num_records = len(arrays.x_train)
         # A stream of its own: the partition draws from default_rng(seed).
         order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)
         held = max(1, round(self.val_fraction * num_records)) if self.val_fraction else 0
         val, train = (torch.from_numpy(np.sort(part)) for part in (order[:held], order[held:]))
         x, y = arrays.x_train[train], arrays.y_train[train]
-        if self.partition_name == "iid":
-            partition = iid_partition(
-                len(y), self.num_clients, self.seed, min_size=self.min_client_size
-            )
-        else:
-            partition = dirichlet_partition(
-                y.numpy(),
-                self.num_clients,
-                self.seed,
-                alpha=self.alpha,
-                min_size=self.min_client_size,
-            )
+        owners = None if arrays.client_train is None else arrays.client_train[train]
+        partition = self._split(y, owners)
         return _Prepared(arrays, x, y, arrays.x_train[val], arrays.y_train[val], partition)
+
+    def _split(self, labels: Tensor, owners: Tensor | None) -> Partition:
+        clients, seed, least = self.num_clients, self.seed, self.min_client_size
+        y = labels.numpy()
+        match self.partition_name:
+            case "iid":
+                return iid_partition(len(y), clients, seed, min_size=least)
+            case "dirichlet":
+                return dirichlet_partition(y, clients, seed, alpha=self.alpha, min_size=least)
+            case "shards":
+                return shards_partition(
+                    y, clients, seed, shards_per_client=self.shards_per_client, min_size=least
+                )
+            case "quantity":
+                return quantity_partition(len(y), clients, seed, alpha=self.alpha, min_size=least)
+        if owners is None:
+            raise ValueError(
+                f"partition='natural' needs data that says who holds a record: source "
+                f"{self.source if isinstance(self.source, str) else 'arrays'!r} does not "
+                "(from_arrays and csv take client)"
+            )
+        return natural_partition(owners.numpy(), clients, seed, min_size=least)
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split, once; the attributes below do so themselves when asked earlier."""
@@ -119,7 +158,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @property
     def x(self) -> Tensor:
-        """float32 [N, ...], the records of all clients on the CPU. Private."""
+        """float32 or int64 [N, ...], the training records on the CPU. Private."""
         return self._prepared.x
 
     @property

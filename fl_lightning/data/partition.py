@@ -1,4 +1,4 @@
-"""Who holds which record: pure functions of (labels or their number, clients, seed)."""
+"""Who holds which record: pure functions of (labels, owners or their number, clients, seed)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Partition:
     """Client k holds records `indices[offsets[k]:offsets[k + 1]]`.
 
     Args:
-        indices: int64 [N], every record once; the order within a client is random.
-        offsets: int64 [K + 1], from 0 to N.
+        indices: int64 [n], every record at most once; the order within a client is random.
+        offsets: int64 [K + 1], from 0 to n.
     """
 
     indices: NDArray[np.int64]
@@ -80,11 +80,8 @@ def dirichlet_partition(
         Hsu, Qi, Brown, 2019, arXiv:1909.06335 (there proportions over classes for each client;
         here over clients for each class, as Yurochkin et al., 2019, arXiv:1905.12022).
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers [N], got {labels.dtype} {labels.shape}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha={alpha} must be finite and > 0")
+    labels = _integers(labels)
+    _check_alpha(alpha)
     _check(len(labels), num_clients, seed, min_size)
     rng = np.random.default_rng(seed)
     owner = np.empty(len(labels), np.int64)
@@ -98,6 +95,125 @@ def dirichlet_partition(
         _rebalance(owner, dealt, min_size)
         dealt = _by_owner(shuffled, owner, num_clients)
     return dealt
+
+
+def shards_partition(
+    labels: ArrayLike,
+    num_clients: int,
+    seed: int = 0,
+    *,
+    shards_per_client: int = 2,
+    min_size: int = 1,
+) -> Partition:
+    """Records sorted by label, cut into equal shards that are dealt at random.
+
+    Args:
+        labels: integers [N], one a record.
+        num_clients: K >= 1.
+        seed: >= 0; the same arguments give the same partition.
+        shards_per_client: >= 1; a client has at most about this many labels.
+        min_size: records every client must get, >= 1.
+
+    Raises:
+        ValueError: an argument out of range, more shards than records, or shards too small for
+            min_size.
+
+    Reference:
+        McMahan et al., 2017, arXiv:1602.05629 (their pathological non-IID partition).
+    """
+    labels = _integers(labels)
+    if shards_per_client < 1:
+        raise ValueError(f"shards_per_client={shards_per_client} must be >= 1")
+    _check(len(labels), num_clients, seed, min_size)
+    count = num_clients * shards_per_client
+    smallest = shards_per_client * (len(labels) // count)
+    if smallest < max(min_size, shards_per_client):
+        raise ValueError(
+            f"shards_per_client={shards_per_client}: {count} shards of {len(labels)} records give "
+            f"some client {smallest}, fewer than {max(min_size, shards_per_client)}"
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    shard = np.repeat(np.arange(count), np.diff(np.linspace(0, len(labels), count + 1).astype(int)))
+    owner = np.empty(len(labels), np.int64)
+    owner[order] = (rng.permutation(count) // shards_per_client)[shard]
+    return _by_owner(rng.permutation(len(labels)), owner, num_clients)
+
+
+def quantity_partition(
+    num_records: int, num_clients: int, seed: int = 0, *, alpha: float = 0.5, min_size: int = 1
+) -> Partition:
+    """Quantity skew: sizes are multinomial with proportions from Dirichlet(alpha), labels IID.
+
+    Args:
+        num_records: N >= 1.
+        num_clients: K >= 1.
+        seed: >= 0; the same arguments give the same partition.
+        alpha: concentration > 0; towards 0 one client has nearly everything.
+        min_size: records every client gets before the rest is dealt, >= 1.
+
+    Raises:
+        ValueError: an argument out of range, or num_clients * min_size > num_records.
+
+    Reference:
+        Li, Diao, Chen, He, 2022, arXiv:2102.02079 (quantity skew).
+    """
+    _check_alpha(alpha)
+    _check(num_records, num_clients, seed, min_size)
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.full(num_clients, alpha))
+    sizes = min_size + rng.multinomial(num_records - num_clients * min_size, shares)
+    return Partition(rng.permutation(num_records), _offsets(sizes))
+
+
+def natural_partition(
+    owners: ArrayLike, num_clients: int, seed: int = 0, *, min_size: int = 1
+) -> Partition:
+    """The data's own clients: the `num_clients` owners with most records, in order of their ids.
+
+    Args:
+        owners: integers [N], who each record belongs to.
+        num_clients: K >= 1.
+        seed: >= 0; of the order within a client.
+        min_size: records that an owner must have to become a client, >= 1.
+
+    Returns:
+        Records of owners that are left out are in no client.
+
+    Raises:
+        ValueError: an argument out of range, or fewer than K owners with min_size records; says how
+            many there are.
+    """
+    owners = _integers(owners, "owners")
+    _check(len(owners), num_clients, seed, 1)
+    if min_size < 1:
+        raise ValueError(f"min_size={min_size} must be >= 1: no client may be empty")
+    ids, counts = np.unique(owners, return_counts=True)
+    enough = int((counts >= min_size).sum())
+    if num_clients > enough:
+        raise ValueError(
+            f"num_clients={num_clients} must be at most {enough}: of {len(ids)} owners so many "
+            f"have at least {min_size} records"
+        )
+    largest = np.sort(ids[np.argsort(-counts, kind="stable")[:num_clients]])
+    order = np.random.default_rng(seed).permutation(len(owners))
+    order = order[np.isin(owners[order], largest)]
+    rank = np.searchsorted(largest, owners[order])
+    sizes = np.bincount(rank, minlength=num_clients)
+    return Partition(order[np.argsort(rank, kind="stable")], _offsets(sizes))
+
+
+def _integers(values: ArrayLike, name: str = "labels") -> NDArray[np.integer]:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers [N], got {array.dtype} {array.shape}")
+    return array
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha} must be finite and > 0")
 
 
 def _by_owner(order: NDArray[np.int64], owner: NDArray[np.int64], num_clients: int) -> Partition:

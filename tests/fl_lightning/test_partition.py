@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_lightning.data import dirichlet_partition, iid_partition
+from fl_lightning.data import (
+    dirichlet_partition,
+    iid_partition,
+    natural_partition,
+    quantity_partition,
+    shards_partition,
+)
 
 
 def assert_sound(partition, num_records, num_clients, min_size):
@@ -143,3 +149,49 @@ def test_refuses_odd_labels_and_missing_clients():
         iid_partition(0, 1)
     with pytest.raises(ValueError, match="k=2"):
         iid_partition(10, 2).client(2)
+
+
+# --- shards, quantity, natural ---
+
+
+def test_shards_give_few_labels_a_client() -> None:
+    labels = np.repeat(np.arange(10), 60)
+    split = shards_partition(labels, 10, 3, shards_per_client=2)
+    assert sorted(split.indices) == list(range(600))
+    assert split.sizes.tolist() == [60] * 10
+    kinds = [len(np.unique(labels[split.client(k)])) for k in range(10)]
+    # 20 shards of 30 records from classes of 60: a shard has one label.
+    assert max(kinds) == 2
+    assert len({tuple(split.client(k)) for k in range(10)}) == 10
+    again = shards_partition(labels, 10, 4, shards_per_client=2)
+    assert not np.array_equal(split.indices, again.indices)
+
+
+def test_shards_are_refused_when_too_small() -> None:
+    with pytest.raises(ValueError, match="shards_per_client=0"):
+        shards_partition([0, 1, 2, 3], 2, shards_per_client=0)
+    with pytest.raises(ValueError, match="6 shards of 4 records give some client 0"):
+        shards_partition([0, 1, 2, 3], 2, shards_per_client=3)
+    with pytest.raises(ValueError, match="some client 4, fewer than 5"):
+        shards_partition(np.zeros(17, int), 3, shards_per_client=2, min_size=5)
+
+
+def test_quantity_skews_sizes_only() -> None:
+    split = quantity_partition(5000, 20, 1, alpha=0.3, min_size=5)
+    assert sorted(split.indices) == list(range(5000))
+    assert split.sizes.min() >= 5
+    assert split.sizes.max() > 4 * np.median(split.sizes)
+    even = quantity_partition(5000, 20, 1, alpha=1e4, min_size=5)
+    assert even.sizes.max() < 1.5 * even.sizes.min()
+    with pytest.raises(ValueError, match="alpha=0"):
+        quantity_partition(10, 2, alpha=0)
+
+
+def test_natural_keeps_the_largest_owners_in_order() -> None:
+    owners = np.array([3] * 5 + [0] * 2 + [7] * 9 + [1] * 5)
+    split = natural_partition(owners, 3, 2, min_size=3)
+    assert [set(owners[split.client(k)]) for k in range(3)] == [{1}, {3}, {7}]
+    assert split.sizes.tolist() == [5, 5, 9]
+    assert len(set(split.indices)) == 19
+    with pytest.raises(ValueError, match="num_clients=4 must be at most 3: of 4 owners"):
+        natural_partition(owners, 4, min_size=3)
