@@ -177,7 +177,9 @@ BAD_OPTIONS = [
     ({"records": lambda: data(val_fraction=1.0)}, r"val_fraction=1\.0"),
     ({"records": lambda: data(num_clients=0)}, "num_clients=0"),
     ({"records": lambda: data(partition="dirichlet", alpha=0.0)}, r"alpha=0\.0"),
-    ({"records": lambda: data(partition="shards")}, "partition='shards'"),
+    ({"records": lambda: data(partition="sorted")}, "partition='sorted'"),
+    ({"records": lambda: data(partition="shards", shards_per_client=99)}, "297 shards"),
+    ({"records": lambda: data(partition="natural")}, "says who holds a record"),
     ({"records": lambda: data(seed=-1)}, "seed=-1"),
     ({"records": lambda: FederatedDataModule("cifar")}, "source='cifar'.*digits"),
 ]
@@ -207,7 +209,7 @@ def test_missing_files_say_how_to_get_them(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         train(tmp_path / "run", records=records, network=MLP(784, 10))
     message = str(caught.value)
-    for way in (str(tmp_path / "nowhere"), "data_dir", "dataset-fashion-mnist", "https://"):
+    for way in (str(tmp_path / "nowhere"), "data_dir", "dataset-fashion-mnist", "http://"):
         assert way in message
 
 
