@@ -9,11 +9,20 @@ from aadp_kernels.ghost import (
     with_clipping,
 )
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask, sample_noise, tail_cutoff
+from aadp_kernels.noise import (
+    FORMS,
+    MECHANISMS,
+    NoiseKey,
+    max_elements,
+    poisson_mask,
+    sample_noise,
+    tail_cutoff,
+)
 from aadp_kernels.privatize import ClipStats, layer_norms, privatize_
 from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
 
 __all__ = [
+    "FORMS",
     "MECHANISMS",
     "ClipStats",
     "Layout",
@@ -24,6 +33,7 @@ __all__ = [
     "clipped_conv2d",
     "clipped_linear",
     "layer_norms",
+    "max_elements",
     "noise_scales",
     "poisson_mask",
     "privatize_",

@@ -44,7 +44,8 @@ def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
 def client_ids(client: int | Tensor, device: torch.device) -> Tensor:
     """Client ids as int64 [K], each in [0, 2^32)."""
     if not isinstance(client, Tensor):
-        return torch.tensor([integer_below("client", client, 1 << 32)], device=device)
+        client = integer_below("client", client, 1 << 32)
+        return torch.full((1,), client, dtype=torch.int64, device=device)
     if client.dtype not in (torch.int32, torch.int64) or client.dim() > 1:
         raise ValueError(
             f"client must be an integer or a 1-D integer tensor, got {client.dtype} "

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _validate
-from aadp_kernels._torch import clip_sum as _torch
+from aadp_kernels import _dispatch, _validate
 from aadp_kernels._torch.privatize import ClipStats
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey
+from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey
 from aadp_kernels.privatize import check_tensors, noise_source, per_layer
 
 
@@ -25,12 +24,14 @@ def clip_sum_noise(
     p: int,
     mechanism: str = "gaussian",
     key: NoiseKey | None = None,
-    step: int = 0,
+    step: int | Tensor = 0,
     client: int = 0,
     mask: Tensor | None = None,
     votes_at: Tensor | None = None,
     accumulate: Sequence[Tensor] | None = None,
     last: bool = True,
+    form: str = "wide",
+    impl: str = "auto",
 ) -> tuple[list[Tensor], ClipStats]:
     """Sum of clipped per-record gradients, plus noise.
 
@@ -46,13 +47,15 @@ def clip_sum_noise(
         p: Norm of the clipping, 1 or 2.
         mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
         key: Secret key; None only without noise.
-        step: Step of the release, in [0, 2^32).
+        step: Step of the release, in [0, 2^32); also a 0-d int64 tensor.
         client: Client id, in [0, 2^32).
         mask: [B] of 0 and 1; 0 marks padding. Private.
         votes_at: L1 thresholds [L] of the votes, or None.
         accumulate: Sums that earlier micro-batches of this step returned with `last=False`; they
             are added to in place.
         last: False: return running sums without noise (PRIVATE); True: add the noise.
+        form: Form of the noise, see `sample_noise`.
+        impl: As for `privatize_`.
 
     Returns:
         (sums, statistics). Sums have the layout's shapes, float64 with `last=False`, else the
@@ -60,7 +63,7 @@ def clip_sum_noise(
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
-            key.
+            key; an `impl` that is unknown, cannot run here or lacks the form.
 
     Guarantees:
         Each record's float64 contribution has a norm of at most C; below C its factor is exactly
@@ -79,13 +82,14 @@ def clip_sum_noise(
         arXiv:1812.06210.
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
+    _validate.one_of("form", form, FORMS)
     _validate.one_of("p", p, (1, 2))
     if not per_sample or per_sample[0].dim() == 0:
         raise ValueError("per_sample must be tensors [B, ...], got none or a 0-d tensor")
     batch, device = per_sample[0].shape[0], per_sample[0].device
     check_tensors("per_sample", per_sample, layout, (batch,))
     clip = per_layer("clip", clip, layout, (), device, finite=False)[0]
-    scale = torch.zeros(layout.num_layers) if scale is None else scale
+    scale = torch.zeros(layout.num_layers, device=device) if scale is None else scale
     scale = per_layer("scale", scale, layout, (), device, finite=True)[0]
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)[0]
@@ -95,15 +99,18 @@ def clip_sum_noise(
             raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
         live = mask.to(device) != 0
     ids = _validate.client_ids(client, device)
-    noise = noise_source(key, scale, mechanism, p, step, ids)
+    noise = noise_source(key, scale, mechanism, form, p, step, ids)
+    backend = _dispatch.backend(
+        impl, "clip_sum", device=device, elements=sum(layout.sizes), form=form
+    )
     sums = _running_sums(accumulate, layout, device)
-    stats = _torch.clip_sum(
+    stats = backend.clip_sum(
         per_sample, layout, clip=clip, p=p, mask=live, votes_at=votes_at, sums=sums
     )
     if not last:
         return sums, stats
     dtypes = [t.dtype for t in per_sample]
-    return _torch.finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes), stats
+    return backend.finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes), stats
 
 
 def _running_sums(

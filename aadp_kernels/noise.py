@@ -7,17 +7,17 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
-from types import ModuleType
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from aadp_kernels import _cpu, _validate
+from aadp_kernels import _dispatch, _validate
 from aadp_kernels._torch import noise as _noise
 from aadp_kernels._torch.rng import RNGS, key_words_needed, words_per_block
 
 MECHANISMS = ("gaussian", "laplace")
+FORMS = ("wide", "fast", "grid")
 
 _MAX_STEP = 1 << 32
 _MAX_LAYER = 1 << _noise.LAYER_BITS
@@ -141,18 +141,28 @@ def _encode(item: bytes | str | int) -> bytes:
     return tag + len(data).to_bytes(8, "big") + data
 
 
-def tail_cutoff(mechanism: str) -> float:
-    """Largest |noise| / scale that the sampler can give: 9.419 (gaussian), 43.67 (laplace).
+def tail_cutoff(mechanism: str, form: str = "wide") -> float:
+    """Largest |noise| / scale that the sampler can give.
 
     An accountant charges a delta for the missing tails; a Gaussian beyond 9.419 has mass 4.6e-21.
+
+    | form | gaussian | laplace |
+    |---|---|---|
+    | wide | 9.419 | 43.67 |
+    | fast | 9.493 | 44.36 |
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
-    return _noise.GAUSSIAN_CUTOFF if mechanism == "gaussian" else _noise.LAPLACE_CUTOFF
+    _validate.one_of("form", form, FORMS)
+    return _noise.CUTOFFS[mechanism, form]
 
 
-def max_elements(rng: str) -> int:
-    """Elements that one (step, client, layer) stream can serve: 2^35 (ChaCha) or 2^33 (Philox)."""
-    return (1 << 32) * (words_per_block(rng) // 2)
+def max_elements(rng: str, form: str = "wide") -> int:
+    """Elements that one (step, client, layer) stream can serve.
+
+    2^35 (ChaCha) or 2^33 (Philox); twice as many in the fast form.
+    """
+    _validate.one_of("form", form, FORMS)
+    return (1 << 32) * words_per_block(rng) // (1 if form == "fast" else 2)
 
 
 def sample_noise(
@@ -161,12 +171,13 @@ def sample_noise(
     mechanism: str,
     scale: float | Tensor,
     key: NoiseKey,
-    step: int,
+    step: int | Tensor,
     client: int | Tensor = 0,
     layer: int = 0,
     offset: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    form: str = "wide",
     impl: str = "auto",
 ) -> Tensor:
     """Gaussian or Laplace noise that is a function of its address only.
@@ -179,27 +190,31 @@ def sample_noise(
         scale: Standard deviation (gaussian) or b (laplace), public, >= 0 and finite; a tensor is
             broadcast to `shape`.
         key: Secret key.
-        step: Step or round, in [0, 2^32), public.
+        step: Step or round, in [0, 2^32), public; also a 0-d int64 tensor.
         client: Client id in [0, 2^32), or int64 [K]: row k then uses client[k].
         layer: Layer index, in [0, 2^24).
         offset: Index of the first element of the result (of a row, with a tensor of clients).
         dtype: Floating dtype of the result.
         device: Device of the result; the noise has the same bits on all of them.
-        impl: "torch" (the specification), "numba" (CPU only; the same float64 values, for a
-            Gaussian to the accuracy of torch's square root, faster) or "auto": numba where it is
-            installed and it pays.
+        form: "wide" (64 bits an element, float64) or "fast" (32 bits an element; numba and triton
+            compute it in float32).
+        impl: "torch" (the specification), "numba" (CPU only, faster), "triton" (GPU) or "auto":
+            the fastest that is installed, has the form and pays.
 
     Returns:
         Noise, `dtype` [shape].
 
     Raises:
         ValueError: A scale that is negative or not finite, an address out of range, a shape that
-            does not begin with K, an `impl` that is unknown or cannot run here.
+            does not begin with K, an `impl` that is unknown, cannot run here or lacks
+            the form.
 
     Guarantees:
         Element i of the flattened result (of the row) depends on (key, step, client, layer,
-        offset + i) only: neither on the shape nor on the split of a call. Computed in float64 from
-        64 bits an element, and rounded once to `dtype`. |noise| <= tail_cutoff(mechanism) * scale.
+        offset + i) only: neither on the shape nor on the split of a call. |noise| <=
+        tail_cutoff(mechanism, form) * scale. The wide form is computed in float64 and rounded once
+        to `dtype`, with the same bits in every implementation. Implementations of the fast form
+        agree to scale * 2^-18 * (1 + |noise| / scale) and 4 ulp of `dtype`.
 
     Edge cases:
         | case | result |
@@ -211,34 +226,28 @@ def sample_noise(
         Box and Muller 1958; Salmon et al. 2011 (counter-based generators); RFC 8439 (ChaCha20).
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
+    _validate.one_of("form", form, FORMS)
     shape = torch.Size(shape)
     place = torch.device(device) if device is not None else _scale_device(scale)
     cohort = isinstance(client, Tensor) and client.dim() == 1
-    if cohort and (not shape or shape[0] != len(client)):
-        raise ValueError(f"shape must begin with {len(client)} clients, got {tuple(shape)}")
     clients = _validate.client_ids(client, place)
+    if cohort and (not shape or shape[0] != len(clients)):
+        raise ValueError(f"shape must begin with {len(clients)} clients, got {tuple(shape)}")
     count = torch.Size(shape[1:] if cohort else shape).numel()
-    check_address(key, step=step, layer=layer)
-    numba = _cpu.use_numba(impl, place, count, mechanism)
-    offset = _validate.integer_below("offset", offset, max_elements(key.rng) - count + 1)
+    step = check_address(key, step=step, layer=layer)
+    backend = _dispatch.backend(impl, "noise", device=place, elements=count, form=form)
+    offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
         _validate.nonnegative_tensor("scale", scale, finite=True)
-    elif _validate.finite_nonnegative("scale", scale) == 0:
+        scale = scale.to(device=place, dtype=torch.float64).expand(shape).reshape(-1, count)
+    else:
+        scale = _validate.finite_nonnegative("scale", scale)
+    if shape.numel() == 0 or (not isinstance(scale, Tensor) and scale == 0):
         return torch.zeros(shape, dtype=dtype, device=place)
-    if shape.numel() == 0:
-        return torch.zeros(shape, dtype=dtype, device=place)
-    backend = _backend(numba)
-    if numba and not isinstance(scale, Tensor) and dtype in (torch.float32, torch.float64):
-        return backend.scaled_noise(
-            key.rng, key.words, (layer, offset, count), clients, step=step, mechanism=mechanism,
-            scale=float(scale), dtype=dtype,
-        ).reshape(shape)  # fmt: skip
-    noise = backend.standard_noise(
-        key.rng, key.words, [(layer, offset, count)], clients, step=step, mechanism=mechanism
-    )[0].reshape(shape)
-    if isinstance(scale, Tensor):
-        scale = scale.to(device=place, dtype=torch.float64)
-    return (noise * scale).to(dtype)
+    return backend.scaled_noise(
+        key.rng, key.words, (layer, offset, count), clients, step=step, mechanism=mechanism,
+        form=form, scale=scale, dtype=dtype,
+    ).reshape(shape)  # fmt: skip
 
 
 def poisson_mask(
@@ -246,7 +255,7 @@ def poisson_mask(
     rate: float | Sequence[float],
     *,
     key: NoiseKey,
-    step: int,
+    step: int | Tensor,
     client: int | Tensor = 0,
     device: torch.device | str | None = None,
     impl: str = "auto",
@@ -257,10 +266,10 @@ def poisson_mask(
         n: Number of records, public.
         rate: Probability of True, in [0, 1], public; with a tensor of clients also one for each.
         key: Secret key: who knows the coins has no amplification to fear.
-        step: Step in [0, 2^32).
+        step: Step in [0, 2^32); also a 0-d int64 tensor.
         client: Client id in [0, 2^32), or int64 [K].
         device: Device of the result.
-        impl: "auto", "torch" or "numba", as for `sample_noise`.
+        impl: As for `sample_noise`.
 
     Returns:
         bool [n], or [K, n] for a tensor of clients. Private.
@@ -279,8 +288,8 @@ def poisson_mask(
     place = torch.device(device) if device is not None else torch.device("cpu")
     n = _validate.integer_below("n", n, max_elements(key.rng))
     clients = _validate.client_ids(client, place)
-    check_address(key, step=step, layer=0)
-    numba = _cpu.use_numba(impl, place, n)
+    step = check_address(key, step=step, layer=0)
+    backend = _dispatch.backend(impl, "coins", device=place, elements=n)
     rates = list(rate) if isinstance(rate, Sequence) else [float(rate)] * len(clients)
     if len(rates) != len(clients):
         raise ValueError(f"rate must be one for each of {len(clients)} clients, got {len(rates)}")
@@ -290,25 +299,25 @@ def poisson_mask(
     cohort = isinstance(client, Tensor) and client.dim() == 1
     if n == 0 or len(clients) == 0:
         return torch.zeros((len(clients), n) if cohort else (n,), dtype=torch.bool, device=place)
-    mask = _backend(numba).coins(key.rng, key.words, n, clients, step=step, rates=rates)
+    mask = backend.coins(key.rng, key.words, n, clients, step=step, rates=rates)
     return mask if cohort else mask[0]
 
 
-def check_address(key: NoiseKey, *, step: int, layer: int) -> None:
-    """Raise unless the key is a key and step and layer fit their fields."""
+def check_address(key: NoiseKey, *, step: int | Tensor, layer: int) -> int | Tensor:
+    """The step, or an error unless the key is a key and step and layer fit their fields.
+
+    A step that lies on an accelerator is not read.
+    """
     if not isinstance(key, NoiseKey):
         raise ValueError(f"key must be a NoiseKey, got {type(key).__name__}")
-    _validate.integer_below("step", step, _MAX_STEP)
     _validate.integer_below("layer", layer, _MAX_LAYER)
-
-
-def _backend(numba: bool) -> ModuleType:
-    """The module that draws; numba is imported here for the first time."""
-    if not numba:
-        return _noise
-    from aadp_kernels._cpu import noise
-
-    return noise
+    if isinstance(step, Tensor):
+        if step.dim() or step.dtype != torch.int64:
+            raise ValueError(f"step must be 0-d int64, got {step.dtype} {tuple(step.shape)}")
+        if step.device.type != "cpu":
+            return step
+        step = int(step)
+    return _validate.integer_below("step", step, _MAX_STEP)
 
 
 def _scale_device(scale: float | Tensor) -> torch.device:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _cpu, _validate
+from aadp_kernels import _dispatch, _validate
 from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey, check_address
+from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address
 
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
@@ -26,11 +26,12 @@ def privatize_(
     p: int = 1,
     mechanism: str = "laplace",
     key: NoiseKey | None,
-    step: int,
+    step: int | Tensor,
     clients: Tensor | None = None,
     reference: Sequence[Tensor] | None = None,
     out: Sequence[Tensor] | None = None,
     votes_at: Tensor | None = None,
+    form: str = "wide",
     impl: str = "auto",
 ) -> ClipStats:
     """Clip every layer of an update (or of K updates) to its clip norm and add noise, in place.
@@ -48,21 +49,23 @@ def privatize_(
         p: Norm of the clipping, 1 or 2.
         mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
         key: Secret key; None only if every scale is zero.
-        step: Step or round of the release, in [0, 2^32).
+        step: Step or round of the release, in [0, 2^32); also a 0-d int64 tensor.
         clients: int64 [K], ids of the rows, for a cohort; None: one update, client 0.
         reference: What to subtract, of the layout's shapes (for a cohort the same for all), or
             None.
         out: Where to write, of the shapes of `tensors`; None: over `tensors`.
         votes_at: L1 thresholds [L] or [K, L] for the votes, or None.
-        impl: "torch" (the specification), "numba" (CPU only, faster) or "auto": numba where it is
-            installed and it pays.
+        form: Form of the noise, see `sample_noise`.
+        impl: "torch" (the specification), "numba" (CPU only, faster), "triton" (GPU) or "auto":
+            the fastest that is installed, has the form and pays.
 
     Returns:
         Statistics, [L] or [K, L]. PRIVATE.
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
-            key; an `impl` that is unknown or cannot run here.
+            key; an `impl` that is unknown, cannot run here or lacks the form. Values of clip, scale
+            and step that lie on an accelerator are not read.
 
     Guarantees:
         The float64 norm of a clipped layer is at most C, also after it is rounded to the dtype of
@@ -78,12 +81,15 @@ def privatize_(
         | clip inf | unchanged |
         | clip 0 | zeros |
         | scale 0 | no noise; a layer below its clip norm keeps its bits |
+        | on an accelerator: scale negative or not finite, or positive without a key | NaN |
+        | on an accelerator: clip negative or NaN | zeros |
 
     Reference:
         Dwork, McSherry, Nissim, Smith 2006 (Laplace); Abadi et al. 2016, arXiv:1607.00133
         (clipping).
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
+    _validate.one_of("form", form, FORMS)
     _validate.one_of("p", p, (1, 2))
     cohort = clients is not None
     out = tensors if out is None else out
@@ -100,16 +106,18 @@ def privatize_(
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     if clients is not None:
         ids = _validate.client_ids(clients, device)
-    noise = noise_source(key, scale, mechanism, p, step, ids)
-    if _cpu.use_numba(impl, device, sum(layout.sizes), mechanism):
-        from aadp_kernels._cpu.privatize import privatize
-    else:
-        privatize = _torch.privatize
-    stats = privatize(
+    noise = noise_source(key, scale, mechanism, form, p, step, ids)
+    elements = sum(layout.sizes)
+    stats = _dispatch.backend(
+        impl, "privatize", device=device, elements=elements, form=form
+    ).privatize(
         tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
         votes_at=votes_at,
     )  # fmt: skip
-    return stats if cohort else ClipStats(*(None if s is None else s[0] for s in stats))
+    if cohort:
+        return stats
+    l1_norm = None if stats.l1_norm is None else stats.l1_norm[0]
+    return ClipStats(l1_norm, stats.votes[0], stats.clipped[0], stats.nonfinite[0])
 
 
 @torch.no_grad()
@@ -183,14 +191,23 @@ def per_layer(
 
 
 def noise_source(
-    key: NoiseKey | None, scale: Tensor, mechanism: str, p: int, step: int, clients: Tensor
+    key: NoiseKey | None,
+    scale: Tensor,
+    mechanism: str,
+    form: str,
+    p: int,
+    step: int | Tensor,
+    clients: Tensor,
 ) -> Noise | None:
-    """The noise of a release, or None if every scale is zero."""
-    if not bool((scale > 0).any()):
+    """The noise of a release, or None if every scale is zero (on an accelerator: without a key)."""
+    if scale.device.type == "cpu":
+        if not bool((scale > 0).any()):
+            return None
+        if key is None:
+            raise ValueError("key must be a NoiseKey where scale is positive, got None")
+    if key is None:
         return None
     if mechanism == "laplace" and p == 2:
         raise ValueError("p must be 1 with laplace noise, got 2: an L2 bound does not bound L1")
-    if key is None:
-        raise ValueError("key must be a NoiseKey where scale is positive, got None")
-    check_address(key, step=step, layer=0)
-    return Noise(key.rng, key.words, mechanism, step, clients)
+    step = check_address(key, step=step, layer=0)
+    return Noise(key.rng, key.words, mechanism, form, step, clients)

@@ -11,41 +11,23 @@ from functools import cache
 
 import torch
 
-from aadp_kernels import _validate
+# The forms of each operation that exist here; the others run on `_torch`.
+FORMS = {"noise": ("wide",), "coins": ("wide",), "privatize": ("wide",)}
 
-IMPLS = ("auto", "torch", "numba")
-AUTO_ELEMENTS = 64
+
+def missing(device: torch.device) -> str | None:
+    """Why nothing can run here on `device`; None if it can."""
+    if device.type != "cpu":
+        return f"for tensors on {device}"
+    reason = _import_error()
+    return None if reason is None else f"without the package numba: {reason}"
 
 
 @cache
-def missing() -> str | None:
-    """Why numba cannot be used; None if it can."""
+def _import_error() -> str | None:
+    """Why numba cannot be imported; None if it can."""
     try:
         import numba  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: its LLVM library does not load
         return str(error)
     return None
-
-
-def use_numba(impl: str, device: torch.device, elements: int, mechanism: str = "laplace") -> bool:
-    """Whether a call runs in numba; `elements` counts one row, so that a cohort changes nothing.
-
-    A Gaussian goes to numba whatever its size: torch's square root may round differently, and an
-    element must not depend on the size of the call.
-
-    Raises:
-        ValueError: An unknown `impl`; "numba" on an accelerator or where numba is missing.
-    """
-    _validate.one_of("impl", impl, IMPLS)
-    if impl == "torch":
-        return False
-    if impl == "auto":
-        if device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return (elements >= AUTO_ELEMENTS or mechanism == "gaussian") and missing() is None
-    if device.type != "cpu":
-        raise ValueError(f"impl must not be 'numba' for tensors on {device}")
-    reason = missing()
-    if reason is not None:
-        raise ValueError(f"impl must not be 'numba' without the package numba: {reason}")
-    return True

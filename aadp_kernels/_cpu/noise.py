@@ -1,9 +1,7 @@
 """Gaussian and Laplace noise and coins in numba, with the bits of `_torch.noise`.
 
 The transforms do the operations of `_torch.noise` in the same order, each with its own rounding as
-IEEE 754 fixes it. (torch's float64 square root on a CPU can come from MKL, which may be off by one
-ulp; then a Gaussian of `_torch` differs in its last bit of float64.)
-Only a few tiles of words and noise are held in memory at a time.
+IEEE 754 fixes it. Only a few tiles of words and noise are held in memory at a time.
 """
 
 from __future__ import annotations
@@ -242,10 +240,16 @@ def scaled_noise(
     *,
     step: int,
     mechanism: str,
-    scale: float,
+    form: str,
+    scale: float | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Noise of one scale, float32 or float64 [K, count]."""
+    """`_torch.noise.scaled_noise`: noise of a scale in `dtype`, [K, count]."""
+    if isinstance(scale, Tensor) or dtype not in (torch.float32, torch.float64):
+        (noise,) = standard_noise(
+            rng, key_words, [segment], clients, step=step, mechanism=mechanism, form=form
+        )
+        return (noise * scale).to(dtype)
     layer, offset, count = segment
     out = torch.empty((len(clients), count), dtype=dtype)
     write_noise(
@@ -263,12 +267,13 @@ def standard_noise(
     *,
     step: int,
     mechanism: str,
+    form: str = "wide",
 ) -> list[Tensor]:
     """`_torch.noise.standard_noise`: float64 [K, count] for every (layer, offset, count)."""
     return [
         scaled_noise(
-            rng, key_words, segment, clients, step=step, mechanism=mechanism, scale=1.0,
-            dtype=torch.float64,
+            rng, key_words, segment, clients, step=step, mechanism=mechanism, form=form,
+            scale=1.0, dtype=torch.float64,
         )
         for segment in segments
     ]  # fmt: skip

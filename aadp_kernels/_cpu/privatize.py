@@ -135,7 +135,7 @@ def privatize(
                 rng="philox7" if noise is None else noise.rng,
                 key_words=(0, 0) if noise is None else noise.key_words,
                 mechanism="laplace" if noise is None else noise.mechanism,
-                step=0 if noise is None else noise.step,
+                step=0 if noise is None else int(noise.step),
                 clients=ids, layer=layer, start=layout.offsets[i],
             )  # fmt: skip
             if piece.target.data_ptr() != out[i].data_ptr():

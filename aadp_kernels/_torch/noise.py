@@ -1,8 +1,15 @@
 """Standard Gaussian and Laplace noise, and Bernoulli coins, from counter-based words.
 
 Addressing. The 128-bit counter of a block is (block, step, client, layer + 2^24 * domain), 32 bits
-each, so no two (domain, step, client, layer, block) share a block. A pair of words serves one
-element: elements 8j .. 8j+7 come from ChaCha block j, elements 2j, 2j+1 from Philox block j.
+each, so no two (domain, step, client, layer, block) share a block.
+
+Wide form: a pair of words serves one element: elements 8j .. 8j+7 come from ChaCha block j,
+elements 2j, 2j+1 from Philox block j.
+
+Fast form: one word an element. Philox: word e % 4 of block e // 4. ChaCha: with tile = e // 512,
+r = e % 512 // 128, t = e % 128 // 4, c = e % 4, word 4r + c of block 32 tile + t, so that 32 GPU
+lanes that hold a block each write 128 consecutive elements at a time. Where the word is so small
+that its logarithm would show its steps, the word at the same address of the tail domain refines it.
 
 Only +, -, *, /, sqrt and integer operations are used, each of which IEEE 754 fixes to the last bit:
 the result does not depend on the length of the call, on vector tails, on threads or on the device.
@@ -11,18 +18,32 @@ the result does not depend on the length of the call, on vector tails, on thread
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aadp_kernels._torch.rng import random_words, signed32, words_per_block
 
-DOMAINS = {"gaussian": 1, "laplace": 2, "coins": 3}
+DOMAINS = {
+    "gaussian": 1,
+    "laplace": 2,
+    "coins": 3,
+    "fast_gaussian": 4,
+    "fast_laplace": 5,
+    "fast_gaussian_tail": 6,
+    "fast_laplace_tail": 7,
+}
 LAYER_BITS = 24
-GAUSSIAN_CUTOFF = math.sqrt(2 * 64 * math.log(2))
-LAPLACE_CUTOFF = 63 * math.log(2)
+CUTOFFS = {
+    ("gaussian", "wide"): math.sqrt(2 * 64 * math.log(2)),
+    ("laplace", "wide"): 63 * math.log(2),
+    ("gaussian", "fast"): math.sqrt(2 * 65 * math.log(2)),
+    ("laplace", "fast"): 64 * math.log(2),
+}
+FAST_REFINED_BELOW = 1 << 12
 
 _LN2 = math.log(2)
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
@@ -31,6 +52,8 @@ _SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
 _COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]
 
 Segment = tuple[int, int, int]  # layer, first element, number of elements
+Tile = tuple[int, int]  # elements, and the blocks that serve them and no others
+Transform = Callable[[Tensor, Tensor], Tensor]  # words and counters -> elements, tile by tile
 
 
 def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -56,6 +79,14 @@ def log_(x: Tensor) -> Tensor:
     return x.add_(s)
 
 
+def _sqrt_(x: Tensor) -> Tensor:
+    """Square root in place; numpy's on a CPU, since torch's may come from MKL, one ulp off."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.sqrt_()
+    np.sqrt(x.numpy(), out=x.numpy())
+    return x
+
+
 def _uniform_log(high: Tensor, low: Tensor, low_bits: int) -> Tensor:
     """ln((n + 1) / 2^(32 + low_bits)) for the unsigned n = high * 2^low_bits + low, all bits used.
 
@@ -71,7 +102,7 @@ def _gaussian(words: Tensor) -> Tensor:
     """Box-Muller: int32 words [4 * pairs, n] -> float64 [2 * pairs, n]."""
     pairs = words.shape[0] // 4
     quads = words.view(pairs, 4, -1)
-    radius = _uniform_log(quads[:, 0], quads[:, 1], 32).mul_(-2).sqrt_()
+    radius = _sqrt_(_uniform_log(quads[:, 0], quads[:, 1], 32).mul_(-2))
     # The angle is uniform on one arc of 90 degrees; the last two bits choose the arc.
     low = quads[:, 3]
     phi = quads[:, 2].to(torch.float64).add_(0.5)
@@ -95,19 +126,96 @@ def _laplace(words: Tensor) -> Tensor:
     return magnitude.mul_(low.bitwise_and(1).mul_(2).sub_(1))
 
 
-def _counters(segments: Sequence[Segment], clients: Tensor, step: int, domain: int, per_block: int):
-    """int32 [4, K * blocks] counters of whole blocks that cover the segments, client by client."""
+def _wide_gaussian(words: Tensor, counters: Tensor) -> Tensor:
+    return _gaussian(words).t()
+
+
+def _wide_laplace(words: Tensor, counters: Tensor) -> Tensor:
+    return _laplace(words).t()
+
+
+def _fast_flat(words: Tensor) -> Tensor:
+    """Words [4 * r, n] in the order of their elements, [4 * r * n]."""
+    rows = words.shape[0] // 4
+    lanes = 32 if rows == 4 else 1
+    return words.view(rows, 4, -1, lanes).permute(2, 0, 3, 1).reshape(-1)
+
+
+def _fast_uniform(rng: str, key_words: Sequence[int], n: Tensor, stride: int, counters: Tensor):
+    """n + 1/2 in float64 for the numbers n of every `stride`-th element, refined where n is small.
+
+    The refined ones are n + (t + 1/2) 2^-32 with the tail word t of the same address.
+    """
+    u = n.to(torch.float64).add_(0.5)
+    small = (n < FAST_REFINED_BELOW).nonzero()[:, 0]
+    if len(small) == 0:
+        return u
+    element = small * stride
+    if rng.startswith("chacha"):
+        column = element // 512 * 32 + element % 128 // 4
+        word = element % 512 // 128 * 4 + element % 4
+    else:
+        column, word = element // 4, element % 4
+    address = counters[:, column]
+    address[3] += 2 << LAYER_BITS  # from a fast domain to its tail domain
+    tail = random_words(rng, key_words, address).gather(0, word[None])[0]
+    tail = tail.to(torch.int64).bitwise_and_(0xFFFFFFFF).to(torch.float64).add_(0.5)
+    u[small] = n[small].to(torch.float64).add_(tail, alpha=2.0**-32)
+    return u
+
+
+def _fast_laplace(rng: str, key_words: Sequence[int]) -> Transform:
+    """A sign bit and 31 bits of uniform an element."""
+
+    def transform(words: Tensor, counters: Tensor) -> Tensor:
+        word = _fast_flat(words).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+        u = _fast_uniform(rng, key_words, word >> 1, 1, counters)
+        return log_(u.mul_(2.0**-31)).mul_(word.bitwise_and(1).mul_(2).sub_(1))
+
+    return transform
+
+
+def _fast_gaussian(rng: str, key_words: Sequence[int]) -> Transform:
+    """Box-Muller with 32 bits for the radius and 32 for the angle."""
+
+    def transform(words: Tensor, counters: Tensor) -> Tensor:
+        pairs = _fast_flat(words).view(-1, 2)
+        first = pairs[:, 0].to(torch.int64).bitwise_and_(0xFFFFFFFF)
+        u = _fast_uniform(rng, key_words, first, 2, counters)
+        radius = _sqrt_(log_(u.mul_(2.0**-32)).mul_(-2))
+        # The angle is pi * x; x minus its nearest multiple of 1/2 is exact.
+        x = pairs[:, 1].to(torch.float64).add_(0.5).mul_(2.0**-31)
+        quarter = x.mul(2).round_()
+        phi = x.sub_(quarter, alpha=0.5).mul_(math.pi)
+        y = phi * phi
+        sine, cosine = _horner(y, _SIN).mul_(phi).mul_(radius), _horner(y, _COS).mul_(radius)
+        turn = quarter.to(torch.int64).bitwise_and_(3)
+        odd = turn.bitwise_and(1).to(torch.bool)
+        across, up = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+        across = torch.where((turn == 1) | (turn == 2), -across, across)
+        up = torch.where(turn >= 2, -up, up)
+        return torch.stack((across, up), -1)
+
+    return transform
+
+
+def _counters(
+    segments: Sequence[Segment], clients: Tensor, step: int | Tensor, domain: int, tile: Tile
+) -> Tensor:
+    """int32 [4, K * blocks] counters of whole tiles that cover the segments, client by client."""
     device = clients.device
+    elements, per_tile = tile
     blocks, layers = [], []
     for layer, offset, count in segments:
-        first, last = offset // per_block, -(-(offset + count) // per_block)
+        first = offset // elements * per_tile
+        last = -(-(offset + count) // elements) * per_tile
         blocks.append(torch.arange(first, last, dtype=torch.int64, device=device))
         word = signed32(layer + (domain << LAYER_BITS))
         layers.append(torch.full((last - first,), word, dtype=torch.int32, device=device))
     block = torch.cat(blocks).to(torch.int32)
     counters = torch.empty((4, len(clients), len(block)), dtype=torch.int32, device=device)
     counters[0] = block
-    counters[1] = signed32(step)
+    counters[1] = step.to(torch.int32) if isinstance(step, Tensor) else signed32(step)
     counters[2] = clients.to(torch.int32)[:, None]
     counters[3] = torch.cat(layers)
     return counters.view(4, -1)
@@ -118,23 +226,34 @@ def _chunk_columns(device: torch.device, words: int) -> int:
     return 1 << 14 if device.type == "cpu" else (1 << 26) // words
 
 
-def _elements(rng, key_words, segments, clients, step, domain, transform, dtype) -> list[Tensor]:
-    """Per segment [K, count]: `transform` of the words, one result per pair of words."""
-    width = words_per_block(rng)
-    per_block = width // 2
-    counters = _counters(segments, clients, step, DOMAINS[domain], per_block)
-    columns = counters.shape[1]
-    flat = torch.empty((columns, per_block), dtype=dtype, device=clients.device)
-    chunk = _chunk_columns(clients.device, width)
-    for start in range(0, columns, chunk):
-        words = random_words(rng, key_words, counters[:, start : start + chunk])
-        flat[start : start + chunk] = transform(words).t()
-    flat = flat.view(len(clients), columns // max(len(clients), 1) * per_block)
+def elements(
+    rng: str,
+    key_words: Sequence[int],
+    segments: Sequence[Segment],
+    clients: Tensor,
+    *,
+    step: int | Tensor,
+    domain: int,
+    tile: Tile,
+    transform: Transform,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Per segment [K, count]: `transform` of the words, tile by tile."""
+    per_tile, blocks = tile
+    counters = _counters(segments, clients, step, domain, tile)
+    tiles = counters.shape[1] // blocks
+    flat = torch.empty((tiles, per_tile), dtype=dtype, device=clients.device)
+    chunk = -(-_chunk_columns(clients.device, words_per_block(rng)) // blocks)
+    for start in range(0, tiles, chunk):
+        part = counters[:, start * blocks : (start + chunk) * blocks]
+        values = transform(random_words(rng, key_words, part), part)
+        flat[start : start + chunk] = values.reshape(-1, per_tile)
+    flat = flat.view(len(clients), tiles // max(len(clients), 1) * per_tile)
     results, column = [], 0
     for _, offset, count in segments:
-        skip = offset % per_block
+        skip = offset % per_tile
         results.append(flat[:, column + skip : column + skip + count])
-        column += -(-(skip + count) // per_block) * per_block
+        column += -(-(skip + count) // per_tile) * per_tile
     return results
 
 
@@ -144,12 +263,42 @@ def standard_noise(
     segments: Sequence[Segment],
     clients: Tensor,
     *,
-    step: int,
+    step: int | Tensor,
     mechanism: str,
+    form: str = "wide",
 ) -> list[Tensor]:
     """Noise of scale one, float64 [K, count] for every (layer, offset, count) segment."""
-    transform = _gaussian if mechanism == "gaussian" else _laplace
-    return _elements(rng, key_words, segments, clients, step, mechanism, transform, torch.float64)
+    width = words_per_block(rng)
+    if form == "fast":
+        make = _fast_gaussian if mechanism == "gaussian" else _fast_laplace
+        domain, transform = f"fast_{mechanism}", make(rng, key_words)
+        tile = (512, 32) if width == 16 else (4, 1)
+    else:
+        domain, tile = mechanism, (width // 2, 1)
+        transform = _wide_gaussian if mechanism == "gaussian" else _wide_laplace
+    return elements(
+        rng, key_words, segments, clients, step=step, domain=DOMAINS[domain], tile=tile,
+        transform=transform, dtype=torch.float64,
+    )  # fmt: skip
+
+
+def scaled_noise(
+    rng: str,
+    key_words: Sequence[int],
+    segment: Segment,
+    clients: Tensor,
+    *,
+    step: int | Tensor,
+    mechanism: str,
+    form: str,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Noise of a scale (a number, or float64 [K, count]) in `dtype`, [K, count]."""
+    (noise,) = standard_noise(
+        rng, key_words, [segment], clients, step=step, mechanism=mechanism, form=form
+    )
+    return (noise * scale).to(dtype)
 
 
 def coins(
@@ -158,17 +307,20 @@ def coins(
     n: int,
     clients: Tensor,
     *,
-    step: int,
+    step: int | Tensor,
     rates: Sequence[float],
 ) -> Tensor:
     """Independent Bernoulli coins, bool [K, n]; the rate is kept to 2^-63."""
 
-    def word64(words: Tensor) -> Tensor:
+    def word64(words: Tensor, counters: Tensor) -> Tensor:
         pairs = words.view(words.shape[0] // 2, 2, -1)
         low = pairs[:, 1].to(torch.int64).bitwise_and_(0xFFFFFFFF)
-        return pairs[:, 0].to(torch.int64).bitwise_left_shift_(32).bitwise_or_(low)
+        return pairs[:, 0].to(torch.int64).bitwise_left_shift_(32).bitwise_or_(low).t()
 
-    bits = _elements(rng, key_words, [(0, 0, n)], clients, step, "coins", word64, torch.int64)[0]
+    (bits,) = elements(
+        rng, key_words, [(0, 0, n)], clients, step=step, domain=DOMAINS["coins"],
+        tile=(words_per_block(rng) // 2, 1), transform=word64, dtype=torch.int64,
+    )  # fmt: skip
     whole = 1 << 63
     limits = [min(round(Fraction(rate) * whole), whole - 1) for rate in rates]
     limit = torch.tensor(limits, dtype=torch.int64, device=clients.device)[:, None]

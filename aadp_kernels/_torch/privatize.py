@@ -35,22 +35,26 @@ class Noise(NamedTuple):
     rng: str
     key_words: Sequence[int]
     mechanism: str
-    step: int
+    form: str
+    step: int | Tensor
     clients: Tensor
 
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.
 
-        All layers come from one call, since small layers cost only dispatch.
+        All layers come from one call, since small layers cost only dispatch. On an accelerator the
+        scales are not read, and every layer draws.
         """
-        noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
+        noisy = [True] * layout.num_layers
+        if scale.device.type == "cpu":
+            noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
         layers = [i for i in range(layout.num_layers) if noisy[i] and layout.dims[i]]
         drawn: list[Tensor | None] = [None] * layout.num_layers
         if layers and len(self.clients):
             segments = [(i, 0, layout.dims[i]) for i in layers]
             values = standard_noise(
                 self.rng, self.key_words, segments, self.clients, step=self.step,
-                mechanism=self.mechanism,
+                mechanism=self.mechanism, form=self.form,
             )  # fmt: skip
             for i, value in zip(layers, values, strict=True):
                 drawn[i] = value
@@ -79,7 +83,7 @@ def clip_factors(
     clipped = (bound > clip) & finite
     room = (clip - count * info.smallest_normal * info.eps).clamp(min=0)
     factor = torch.where(clipped, room / torch.where(clipped, bound * (1 + info.eps), 1.0), 1.0)
-    return torch.where(finite, factor, 0.0), clipped
+    return torch.where(finite & (clip >= 0), factor, 0.0), clipped
 
 
 def ballots(norm1: Tensor, votes_at: Tensor | None, counts: Tensor) -> Tensor:
@@ -91,10 +95,16 @@ def ballots(norm1: Tensor, votes_at: Tensor | None, counts: Tensor) -> Tensor:
 
 
 def add_noise(value: Tensor, noise: Tensor | None, scale: Tensor) -> Tensor:
-    """value + scale * noise in float64; where the scale is zero the value keeps every bit."""
-    if noise is None:
-        return value
-    return torch.where(scale > 0, value + noise * scale, value)
+    """value + scale * noise in float64; where the scale is zero the value keeps every bit.
+
+    On an accelerator, where scales are not read before, noise that is missing or of a scale that
+    is no scale gives NaN.
+    """
+    if value.device.type == "cpu":
+        return value if noise is None else torch.where(scale > 0, value + noise * scale, value)
+    noisy = torch.full_like(value, torch.nan) if noise is None else value + noise * scale
+    noisy = torch.where(torch.isfinite(scale) & (scale >= 0), noisy, torch.nan)
+    return torch.where(scale == 0, value, noisy)
 
 
 def _rows(value: Tensor, shape: torch.Size) -> int:

@@ -103,7 +103,7 @@ def test_domains_layers_and_streams_share_no_block():
     seen = set()
     for domain in spec.DOMAINS.values():
         for layer in (0, 1, (1 << 24) - 1):
-            counters = spec._counters([(layer, 0, 24)], torch.tensor([0, 9]), 2, domain, 8)
+            counters = spec._counters([(layer, 0, 24)], torch.tensor([0, 9]), 2, domain, (8, 1))
             seen.update(map(tuple, counters.t().tolist()))
     assert len(seen) == len(spec.DOMAINS) * 3 * 2 * 3
     assert max(spec.DOMAINS.values()) < 256
