@@ -39,7 +39,7 @@ class CharTransformer(nn.Module):
     """The next character of a window: codes [B, length] -> logits [B, num_classes].
 
     Layers by default: tokens, positions, one block of norm1, qkv, out, norm2, up and down, norm and
-    head; about 28,000 parameters.
+    head; about 32,000 parameters.
 
     Args:
         num_classes: characters of the vocabulary.

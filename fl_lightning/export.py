@@ -1,0 +1,206 @@
+"""Take the result of a run away: `python -m fl_lightning.export RUN [--out FOLDER]`.
+
+Writes the network as a plain state_dict (`model.safetensors`), a model card with what its privacy
+is (`README.md`) and the run's privacy statement. Nothing secret of the run folder goes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fl_lightning._ledger_report import any_nominal, headline, report_clients, show_number
+from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.privacy.statement import privacy_statement
+
+_PREFIX = "network."
+
+
+def export(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the model of a finished or stopped run with its model card.
+
+    Args:
+        run: folder of the run.
+        out: folder to write to; None is `RUN/export`. Files of an earlier export are replaced.
+
+    Returns:
+        The folder, with `model.safetensors`, `README.md` and `privacy_statement.md`.
+
+    Raises:
+        FileNotFoundError: no checkpoint or configuration there.
+        LedgerError: the ledger cannot be trusted, is in use by a run, or misses releases that the
+            model was made of.
+        ValueError: the checkpoint has no network.
+
+    Guarantees:
+        Epsilon and delta are recomputed from the ledger. Releases after the checkpoint are
+        included: they left their clients, whatever became of the model.
+
+    Edge cases:
+        | run | card |
+        |---|---|
+        | setting `none` | says that there is no privacy; no statement |
+        | public seed | calls the run simulated |
+        | `abstract` | calls epsilon nominal |
+    """
+    from safetensors.torch import save_file
+
+    run = Path(run)
+    checkpoint, config = _load(run)
+    weights = _network(checkpoint)
+    with ExitStack() as stack:
+        ledger = None
+        if config["privacy"]["setting"] != "none":
+            ledger = stack.enter_context(Ledger.open(run))
+            known, needed = len(ledger), checkpoint["aadp_fl"]["releases"]
+            if known < needed:
+                raise LedgerError(
+                    f"{ledger.path} has {known} releases, but the model was made of {needed}: part "
+                    "of the ledger is missing, so nothing can be said of its privacy"
+                )
+        statement = None if ledger is None else privacy_statement(ledger)
+        facts = _facts(run, checkpoint, config, ledger)
+    folder = run / "export" if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: str(value) for name, value in facts.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **plain})
+    (folder / "README.md").write_text(_card(facts, config, weights))
+    if statement is not None:
+        (folder / "privacy_statement.md").write_text(statement)
+    return folder
+
+
+def _load(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checkpoint and the configuration that was used last."""
+    configs = sorted(run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
+    for path in (run / CHECKPOINT, configs[-1] if configs else run / "config.yaml"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: is {run} the folder of a run?")
+    checkpoint = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)
+    return checkpoint, yaml.safe_load(configs[-1].read_text())
+
+
+def _network(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    weights = {
+        name.removeprefix(_PREFIX): value.detach().clone().contiguous()
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(_PREFIX)
+    }
+    if not weights:
+        raise ValueError("the checkpoint has no network")
+    return weights
+
+
+def _facts(
+    run: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], ledger: Ledger | None
+) -> dict[str, Any]:
+    """What the card and the file's own metadata say, in order."""
+    summary = run / "summary.json"
+    found = json.loads(summary.read_text()) if summary.is_file() else {}
+    finished = found.get("rounds") == checkpoint["global_step"]
+    facts: dict[str, Any] = {
+        "network": config["model"]["network"]["class_path"],
+        "data": config["data"]["source"],
+        "clients": config["data"]["num_clients"],
+        "partition": config["data"]["partition"],
+        "rounds": checkpoint["global_step"],
+        "test_accuracy": found.get("test_accuracy") if finished else None,
+        "setting": config["privacy"]["setting"],
+    }
+    if ledger is None:
+        return {**facts, "privacy": "none: updates were released without noise"}
+    header = ledger.header
+    reports = report_clients(header, ledger.releases)
+    active = [report for report in reports.values() if report.releases]
+    kind = "nominal, no guarantee" if any_nominal(reports) else "proven"
+    kind = "nominal, no guarantee" if header["setting"] == "abstract" else kind
+    return facts | {
+        "data": header.get("dataset", facts["data"]),
+        "privacy": "simulated: public seed, protects nobody" if header["simulated"] else kind,
+        "epsilon": max((r.epsilon for r in active), default=0.0),
+        "delta": max((r.delta for r in active), default=0.0),
+        "summary": headline(reports),
+        "unit": header["privacy_unit"],
+        "trust": header["trust"],
+        "adjacency": header["adjacency"],
+        "mechanism": header["mechanism"],
+        "noise_form": header.get("noise_form", "wide"),
+        "ledger": f"{len(ledger)} releases, last hash {ledger.head_hash}",
+    }
+
+
+def _card(
+    facts: Mapping[str, Any], config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> str:
+    """The model card in Markdown."""
+    shown = {
+        name: "-" if value is None else show_number(value) if isinstance(value, float) else value
+        for name, value in facts.items()
+    }
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in shown.items())
+    network = config["model"]["network"]
+    arguments = ", ".join(f"{k}={v!r}" for k, v in network.get("init_args", {}).items())
+    module, _, name = network["class_path"].rpartition(".")
+    count = sum(value.numel() for value in weights.values())
+    return f"""\
+# {name} trained with AADP-FL
+
+A network of {count:,} parameters, trained by federated learning.
+
+| fact | value |
+|---|---|
+{rows}
+
+{_privacy_note(facts)}
+## Use
+
+```python
+from safetensors.torch import load_file
+from {module} import {name}
+
+model = {name}({arguments})
+model.load_state_dict(load_file("model.safetensors"))
+```
+"""
+
+
+def _privacy_note(facts: Mapping[str, Any]) -> str:
+    if "epsilon" not in facts:
+        return "This model has **no differential privacy**.\n"
+    return (
+        "Who is protected against whom, under which assumptions, and what is not covered: "
+        "[privacy_statement.md](privacy_statement.md). The model may be processed further at no "
+        "further cost of privacy; training it on the same data again is a new cost.\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fl_lightning.export",
+        description="Write a run's network as safetensors, with a model card.",
+    )
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--out", default=None, help="folder to write to (default: RUN/export)")
+    options = parser.parse_args(arguments)
+    try:
+        folder = export(options.run, options.out)
+    except (OSError, ValueError, LedgerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

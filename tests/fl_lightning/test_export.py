@@ -1,0 +1,101 @@
+"""The model of a run, taken away with its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fl_lightning import export as exporting
+from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.export import export
+from fl_lightning.fit import main
+from fl_lightning.ledger import Ledger, LedgerError, report
+from fl_lightning.models import LogisticRegression
+
+ARGUMENTS = [
+    *("--data.num_clients", "2", "--model.network", "fl_lightning.models.LogisticRegression"),
+    *("--privacy.epsilon", "null", "--privacy.noise_multiplier", "2", "--trainer.max_epochs", "2"),
+    *("--model.execution", "loop", "--trainer.accelerator", "cpu", "--trainer.logger", "false"),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    main([*ARGUMENTS, "--run_dir", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def test_the_exported_network_is_the_one_that_was_trained(run: Path) -> None:
+    folder = export(run)
+    assert folder == run / "export"
+    weights = load_file(folder / "model.safetensors")
+    network = LogisticRegression()
+    network.load_state_dict(weights)
+    trained = torch.load(run / CHECKPOINT, weights_only=True)["state_dict"]
+    assert {f"network.{name}" for name in weights} == set(trained)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, trained[f"network.{name}"])
+
+
+def test_the_card_says_what_the_ledger_says(run: Path) -> None:
+    folder = export(run, run.parent / "taken")
+    card = (folder / "README.md").read_text()
+    spent = max(client.epsilon for client in report(run).values())
+    with Ledger.open(run) as ledger:
+        assert ledger.head_hash in card
+    for words in (f"| epsilon | {spent:.4g} |", "| unit | record |", "zero_out", "| proven |"):
+        assert words in card, words
+    assert "LogisticRegression(in_features=64, num_classes=10)" in card
+    statement = (folder / "privacy_statement.md").read_text()
+    assert statement.startswith("# Privacy statement")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert float(file.metadata()["epsilon"]) == spent
+    secret = (run / "secret.key").read_bytes()
+    for path in folder.iterdir():
+        raw = path.read_bytes()
+        assert secret not in raw
+        assert secret.hex().encode() not in raw
+
+
+def test_simulated_nominal_and_no_privacy_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for options, words in (
+        (["--privacy.seed", "1"], "simulated: public seed"),
+        (["--privacy.setting", "abstract"], "nominal, no guarantee"),
+        (["--privacy.setting", "none"], "no differential privacy"),
+    ):
+        run = tmp_path / words[:4]
+        main([*ARGUMENTS, "--run_dir", str(run), *options])
+        folder = export(run)
+        assert words in (folder / "README.md").read_text()
+        assert (folder / "privacy_statement.md").exists() == ("none" not in options)
+
+
+def test_a_ledger_that_lost_releases_is_refused(run: Path) -> None:
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(LedgerError):
+        export(run)
+    (run / "ledger.head").unlink()
+    with pytest.raises(LedgerError):
+        export(run)
+    assert not (run / "export").exists()
+
+
+def test_a_run_in_progress_is_refused(run: Path) -> None:
+    with Ledger.open(run), pytest.raises(LedgerError):
+        export(run)
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exporting.main([str(run)]) == 0
+    assert "README.md, model.safetensors, privacy_statement.md" in capsys.readouterr().out
+    assert exporting.main([str(tmp_path / "nowhere")]) == 2
+    assert "last.ckpt is missing" in capsys.readouterr().err
