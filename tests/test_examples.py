@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-QUICK = {"plain_loop": 0.6, "flower_client": 0.7}
+QUICK = {"plain_loop": 0.6, "flower_client": 0.7, "opacus_engine": 0.7}
 
 
 def _main(name: str) -> object:
@@ -43,6 +43,8 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.parametrize("name", sorted(QUICK))
 def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "opacus_engine":
+        pytest.importorskip("opacus")
     accuracy = _main(name)
     assert isinstance(accuracy, float)
     assert accuracy > QUICK[name]

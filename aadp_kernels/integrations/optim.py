@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import _validate
+from aadp_kernels.integrations._watch import Watch, clipped_layers
 from aadp_kernels.integrations.release import Release, equal_scales, layer_clips
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
@@ -51,7 +52,9 @@ class PrivateOptimizer:
         `release` names, for records under zero_out, in real arithmetic (the sum is a matrix
         product). That asks of the loop: the loss is a *sum* over the records of a Poisson batch;
         a record goes through the model once between two steps; `zero_grad` is called after every
-        `step`. Micro-batches of one Poisson batch may be run one after the other before `step`.
+        `step`. Micro-batches of one Poisson batch may be run one after the other before `step`. A
+        layer that is used twice in a forward, or sees something else than the model's records in
+        its first dimension, raises UnsupportedLayerError in the forward.
 
     Edge cases:
         | between two steps | `step` |
@@ -98,6 +101,7 @@ class PrivateOptimizer:
         self._key, self._reduce, self._impl = key, reduce, impl
         self._used: list[Tensor | None] = []
         set_clip_norms(model, self.layout, self.clips)
+        Watch(model)
 
     def zero_grad(self) -> None:
         """Forget the gradients; to be called after every step."""
@@ -213,8 +217,7 @@ def clipping_norm(model: nn.Module) -> int:
     Raises:
         ValueError: The model was not made by `with_clipping`.
     """
-    found = [getattr(module, "norm_p", None) for module in model.modules()]
-    norms = {p for p in found if isinstance(p, int)}
+    norms = {int(getattr(module, "norm_p", 0)) for _, module in clipped_layers(model)}
     if len(norms) != 1:
         raise ValueError("model must be the result of with_clipping, got one without clipping")
     return norms.pop()
