@@ -1,0 +1,84 @@
+"""Benchmarks: `python -m bench kernels dp_step [--quick] [--device cuda] [--out DIR]`.
+
+    kernels   fused clipping and noise against what one would write, and against other packages
+    dp_step   a private training step against the same step without privacy, and other packages
+    headline  accuracy of the shipped configurations (an hour)
+    cohort    clients trained together against one after another
+    report    tables and plots of the committed results, into README.md and docs/
+
+Nothing is timed that has not computed the right thing in the same run. Results are written to
+DIR/<machine>_<date>.json after every part. On a GPU torch, triton and numpy are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+# The profiler's own messages, one a call, would hide ours.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+
+from bench import machine
+
+RESULTS = machine.ROOT / "bench" / "results"
+MEASURED = ("kernels", "dp_step")
+PARTS = (*MEASURED, "headline", "cohort", "report", "all")
+
+
+def seconds(device: torch.device, quick: bool) -> float:
+    """Time of a part, without compiling and gates, which take about as long again."""
+    if quick:
+        return 60.0
+    return 200.0 if device.type == "cuda" else 900.0
+
+
+def measure_part(part: str, device: torch.device, *, quick: bool, out: Path) -> None:
+    """Run a part and write it beside the other parts of the day."""
+    found = machine.record(device)
+    start = time.perf_counter()
+    module = importlib.import_module(f"bench.{part}")
+    results = module.run(device, quick=quick, budget=seconds(device, quick))
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    name = f"{machine.slug(found)}_{found['date']}{'_quick' if quick else ''}.json"
+    path = out / name
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data[part] = {"machine": found, "results": results}
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{part}: {found['seconds']} s, {path}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="under five minutes on two cores")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    # Peers warn about their own hooks; what matters here raises.
+    warnings.simplefilter("ignore")
+    for part in MEASURED if "all" in options.parts else options.parts:
+        if part in MEASURED:
+            measure_part(part, device, quick=options.quick, out=options.out)
+        elif part == "report":
+            importlib.import_module("bench.report").report()
+        else:
+            module = importlib.import_module(f"bench.{part}")
+            module.run(None) if part == "headline" else module.run_all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Peers whose libraries do not go with ours: a process in an environment of its own.
+
+The process gets its data through a file and one command a line; it times its calls itself, so
+that its turns stand beside those of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from bench.machine import ROOT
+
+PYTHON = Path(os.environ.get("BENCH_PEERS_PYTHON", ROOT / ".venv-peers" / "bin" / "python"))
+
+
+class Child:
+    """A runner of `bench.worker` in the peers' environment.
+
+    Args:
+        peer: Name of a peer of `bench.worker`.
+        folder: For the data; may be removed once this is built.
+        options: What the peer needs.
+
+    Raises:
+        ImportError: The environment or the library is not there.
+    """
+
+    def __init__(self, peer: str, folder: str, **options: object) -> None:
+        if not PYTHON.exists():
+            raise ImportError(f"no environment {PYTHON.parent.parent.name}: make bench-peers")
+        self.scale, self.rows = options["scale"], options["rows"]
+        path = Path(folder) / "problem.pt"
+        torch.save(options, path)
+        environment = {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ, "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            [PYTHON, "-m", "bench.worker", peer, str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        ready = self._read()
+        if "error" in ready:
+            self.close()
+            raise ImportError(ready["error"])
+        self.version = ready["version"]
+
+    def _read(self) -> dict:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"exit code {self.process.wait()}"}
+
+    def _ask(self, **command: object) -> dict:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer = self._read()
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def run(self) -> float:
+        """Seconds of one call."""
+        return float(self._ask(do="run", scale=self.scale)["seconds"])
+
+    def restore(self) -> None:
+        """The peer does not write over its input."""
+
+    def results(self, scale: float) -> list[Tensor]:
+        """Results of one call with noise of this scale."""
+        path = Path(self._ask(do="results", scale=scale)["path"])
+        rows = torch.load(path)
+        path.unlink()
+        return rows[0] if self.rows is None else [torch.stack(t) for t in zip(*rows, strict=True)]
+
+    def timer(self) -> measure.Timer:
+        return self.run
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait(timeout=30)
+        if self.process.stdout is not None:
+            self.process.stdout.close()

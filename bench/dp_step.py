@@ -1,0 +1,135 @@
+"""One record-level private training step against the same step without privacy."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from aadp_kernels import UnsupportedLayerError
+from bench import measure, parity, steps
+from bench.steps import Setup
+
+
+def jobs(quick: bool, gpu: bool) -> list[tuple[str, int, int]]:
+    """(network, batch, p) of each comparison."""
+    found = [("MLP", 500, 2), ("CNN", 500, 2), ("transformer", 32, 2)]
+    if not quick:
+        found += [("MLP", 64, 2), ("CNN", 64, 2), ("transformer", 128, 2)]
+        found += [("MLP", 500, 1), ("CNN", 500, 1)]
+    if gpu:
+        found += [("MLP", 4096, 2), ("CNN", 4096, 2), ("transformer", 1024, 2)]
+    return found
+
+
+class StepRunner:
+    """One side with a model of its own, put back before every step."""
+
+    def __init__(self, setup: Setup, build: Callable[[Setup], steps.Built]) -> None:
+        self.setup = setup
+        own = replace(setup, model=copy.deepcopy(setup.model))
+        self.model, self.step = build(own)
+        self.start = [p.detach().clone() for p in self.model.parameters()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in zip(self.model.parameters(), self.start, strict=True):
+            parameter.copy_(value)
+
+    def run(self) -> None:
+        self.step(self.setup.scale)
+
+    def gradients(self, scale: float) -> list[Tensor]:
+        """Gradients of a step from the first parameters."""
+        self.restore()
+        return [g.detach().clone() for g in self.step(scale)]
+
+
+def gate(runner: StepRunner, level: str) -> str:
+    """Equal clipped gradients, noise of the right scale, new noise every step.
+
+    Raises:
+        parity.ParityError: Otherwise.
+    """
+    setup = runner.setup
+    if level == "none":
+        return "no privacy"
+    silent = runner.gradients(0.0)
+    wanted = setup.gradients[level]
+    if len(silent) != len(wanted):
+        raise parity.ParityError(f"{len(silent)} gradients, must be {len(wanted)}")
+    # Sums of products of float32 in another order: 1e-4 of the largest entry of a tensor.
+    for i, (have, want) in enumerate(zip(silent, wanted, strict=True)):
+        worst = float((have.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
+        if not worst <= 1e-4:
+            raise parity.ParityError(f"clipped gradient {i} differs by {worst:.1e}")
+    both = []
+    for _ in range(2):
+        noisy = runner.gradients(setup.scale)
+        parts = [(a.double() - b).flatten() for a, b in zip(noisy, wanted, strict=True)]
+        both.append(torch.cat(parts) / setup.scale)
+    parity.check_noise(both[1], "gaussian" if setup.p == 2 else "laplace")
+    parity.independent(both[0], both[1], "two steps")
+    return "equal clipped gradients"
+
+
+def run(device: torch.device, *, quick: bool, budget: float) -> dict:
+    """Every comparison; `budget` seconds for all of them together."""
+    todo = jobs(quick, device.type == "cuda")
+    results, start = {}, time.perf_counter()
+    for i, (name, size, p) in enumerate(todo):
+        left = budget - (time.perf_counter() - start)
+        if left < 0:
+            print(f"dp_step: no time left for {todo[i:]}", flush=True)
+            break
+        title = f"{name}, batch {size}" + (", L1 clip and Laplace" if p == 1 else "")
+        print(f"\n{title}", flush=True)
+        setup = Setup.build(name, size, device, p)
+        results[title] = measure_setup(setup, left / (len(todo) - i), quick)
+        gc.collect()
+    return results
+
+
+def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
+    """Gate every side, then time those that passed, in turns."""
+    rngs = ("chacha20",) if quick else ("philox10", "chacha8", "chacha20")
+    entries: dict[str, dict] = {}
+    passed: dict[str, StepRunner] = {}
+    for name, (kind, level, build) in steps.sides(setup, steps.available_forms(), rngs).items():
+        entries[name] = entry = {"kind": kind, "clips": level}
+        try:
+            runner = StepRunner(setup, build)
+            entry["first_call"] = measure.first_call(runner.run, setup.device)
+            entry["gate"] = gate(runner, level)
+            passed[name] = runner
+        except Exception as error:  # a peer may raise anything; the others are still compared
+            missing = isinstance(error, ImportError | UnsupportedLayerError)
+            if kind == "ours" and not missing:
+                raise
+            entry["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            print(f"  {name}: skipped, {entry['skipped']}", flush=True)
+    timers = {
+        name: measure.timer(r.run, setup.device, before=r.restore) for name, r in passed.items()
+    }
+    samples = measure.interleaved(timers, 15 if quick else 41, 0.7 * budget)
+    for name, seconds in samples.items():
+        entries[name]["seconds"] = seconds
+        entries[name]["peak_extra"] = measure.peak_extra(
+            lambda r=passed[name]: (release(r.model), r.run()), setup.device
+        )
+        ratio = measure.ratios(seconds, samples["no privacy"])[0]
+        print(f"  {name}: {1e3 * measure.quantiles(seconds)[0]:.2f} ms, {ratio:.2f} x", flush=True)
+    size = sum(p.numel() for p in setup.model.parameters())
+    return {"network": setup.name, "batch": setup.size, "p": setup.p, "parameters": size,
+            "sides": entries}  # fmt: skip
+
+
+def release(model: nn.Module) -> None:
+    """No gradients from the step before, so that they count as memory of this one."""
+    for parameter in model.parameters():
+        parameter.grad = None

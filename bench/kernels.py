@@ -1,0 +1,155 @@
+"""Fused clipping and noise against naive: whole updates, cohorts and per-sample gradients."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bench import measure, ours, peers
+from bench.cases import CASES
+from bench.contender import Contender, Local, Runner, gate, warm
+from bench.parity import ParityError
+from bench.problem import Problem
+
+EAGER = "eager loop, torch.distributions"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: a case, what is asked of it, and who takes part.
+
+    Attributes:
+        case: Key of `bench.cases.CASES`.
+        p, mechanism, dtype, reference: What is asked.
+        rows: Samples of a batch: the operation is then clip, sum, noise; None: whole updates.
+        compile_too: Whether torch.compile takes part; it needs a compiler and minutes.
+        short: Only the default generator and only the eager loop, for an axis by itself.
+    """
+
+    case: str
+    p: int = 1
+    mechanism: str = "laplace"
+    dtype: str = "float32"
+    reference: bool = False
+    rows: int | None = None
+    compile_too: bool = False
+    short: bool = False
+
+    @property
+    def title(self) -> str:
+        what = f"{'L1' if self.p == 1 else 'L2'} {self.mechanism}"
+        extra = "" if self.dtype == "float32" else f", {self.dtype}"
+        extra += ", less a reference" if self.reference else ""
+        table = CASES[self.case].title
+        name = f"{table.split(' × ')[0]}, batch {self.rows}" if self.rows else table
+        return f"{name}: {what}{extra}"
+
+
+def jobs(device: torch.device, quick: bool) -> list[Job]:
+    """What is compared on a device."""
+    gpu = device.type == "cuda"
+    found = [
+        Job(name, compile_too=name == "cnn_100" or (gpu and case.elements < 2e8))
+        for name, case in CASES.items()
+        if (gpu or not case.gpu_only) and (case.quick or not quick)
+    ]
+    found += [Job("cnn_100", p=2, mechanism="gaussian"), Job("cnn_100", reference=True, short=True)]
+    found += [Job("mlp_100", p=2, mechanism="gaussian", rows=500)]
+    if not quick:
+        found += [Job("cnn_100", p=2, mechanism="gaussian", rows=500)]
+        found += [Job("resnet18", p=2, mechanism="gaussian"), Job("resnet18", reference=True)]
+        found += [Job("resnet18", dtype=d, short=True) for d in ("bfloat16", "float16")]
+        found += [Job("resnet18", p=2, mechanism="gaussian", rows=8)]
+    return found
+
+
+def run(device: torch.device, *, quick: bool, budget: float) -> dict:
+    """Every job; `budget` seconds for all of them together."""
+    todo = jobs(device, quick)
+    results, start = {}, time.perf_counter()
+    for i, job in enumerate(todo):
+        left = budget - (time.perf_counter() - start)
+        if left < 0:
+            print(f"kernels: no time left for {[j.title for j in todo[i:]]}", flush=True)
+            break
+        results[job.title] = measure_job(job, device, left / (len(todo) - i), quick)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
+
+
+def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> dict:
+    """Gate every contender, then time those that passed, in turns."""
+    case = CASES[job.case]
+    problem = Problem.build(
+        case, device, p=job.p, mechanism=job.mechanism, dtype=getattr(torch, job.dtype),
+        reference=job.reference, rows=job.rows, summed=job.rows is not None,
+    )  # fmt: skip
+    rngs = ("philox10",) if job.short else ("philox10", "chacha20")
+    if not (job.short or quick):
+        rngs = ("philox10", "chacha8", "chacha20")
+    sides = ours.contenders(problem, rngs)
+    sides += peers.contenders(problem, compile_too=job.compile_too)
+    if job.short:
+        sides = [s for s in sides if s.kind != "peer" or s.name == EAGER]
+    print(f"\n{job.title}: {problem.elements:,} elements", flush=True)
+    passed, entries = {}, {}
+    for side in sides:
+        runner, entry = prepare(side, problem)
+        entries[side.name] = entry
+        if runner is not None:
+            passed[side.name] = runner
+    floor = {name: r.timer() for name, r in passed.items()}
+    samples = measure.interleaved(floor, 5 if quick else 15, 0.6 * budget)
+    for name, seconds in samples.items():
+        entries[name]["seconds"] = seconds
+        if isinstance(passed[name], Local):
+            entries[name] |= footprint(passed[name], device)
+        else:
+            passed[name].close()
+        print(f"  {name}: {1e3 * measure.quantiles(seconds)[0]:.2f} ms", flush=True)
+    return {
+        "elements": problem.elements, "tensors": len(problem.tensors),
+        "layers": problem.layout.num_layers, "bytes": problem.least_bytes(),
+        "bytes_in": sum(t.nbytes for t in problem.tensors),
+        "job": {k: v for k, v in vars(job).items() if k not in ("compile_too", "short")},
+        "sides": entries,
+    }  # fmt: skip
+
+
+def prepare(side: Contender, problem: Problem) -> tuple[Runner | None, dict]:
+    """Build and gate one contender: its runner, or None and the reason.
+
+    Raises:
+        ParityError: It is one of ours.
+    """
+    entry: dict = {"kind": side.kind, "clips": side.level}
+    try:
+        runner = side.build(problem)
+        entry["first_call"] = measure.first_call(runner.run, problem.device)
+        entry["gate"] = gate(side, runner, problem, budget=4_000_000)
+        warm(runner, 0.0)
+        return runner, entry
+    except ParityError as error:
+        if side.kind == "ours":
+            raise ParityError(f"{side.name}: {error}") from error
+        entry["skipped"] = f"wrong result: {error}"
+    except Exception as error:  # whatever a peer's library raises, the others are still compared
+        if side.kind == "ours" and not isinstance(error, ImportError | NotImplementedError):
+            raise
+        entry["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    print(f"  {side.name}: skipped, {entry['skipped']}", flush=True)
+    return None, entry
+
+
+def footprint(runner: Local, device: torch.device) -> dict:
+    """Launches and memory of a call, outside the timed ones."""
+    runner.restore()
+    return {
+        "launches": measure.launches(runner.run, device),
+        "peak_extra": measure.peak_extra(runner.run, device),
+    }

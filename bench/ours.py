@@ -1,0 +1,113 @@
+"""The contenders of this package, in every form that the installed version has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import aadp_kernels
+from aadp_kernels import Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
+from bench.contender import Body, Contender, Local, Runner
+from bench.problem import Problem
+
+SEED = 11
+
+
+def forms(function: Callable) -> tuple[str, ...]:
+    """The noise forms a function offers."""
+    if "form" not in inspect.signature(function).parameters:
+        return ("wide",)
+    return tuple(getattr(aadp_kernels, "FORMS", ("wide", "fast", "grid")))
+
+
+def form_option(function: Callable, form: str) -> dict[str, str]:
+    """The keyword that asks for a form, where there is a choice."""
+    return {"form": form} if "form" in inspect.signature(function).parameters else {}
+
+
+def impls(function: Callable, device: torch.device) -> tuple[str, ...]:
+    """Implementations to compare on a device; the specification is one of them."""
+    if "impl" not in inspect.signature(function).parameters:
+        return ("",)
+    return ("torch", "triton") if device.type == "cuda" else ("torch", "numba")
+
+
+def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
+    key = NoiseKey.from_seed(SEED, rng)
+    clients = None
+    if problem.rows is not None:
+        clients = torch.arange(problem.rows, device=problem.device)
+    options = form_option(privatize_, form)
+    scales: dict[float, Tensor] = {}
+
+    def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
+        if scale not in scales:
+            scales[scale] = torch.full_like(problem.clip, scale)
+        privatize_(
+            tensors, layout=problem.layout, clip=problem.clip, scale=scales[scale], p=problem.p,
+            mechanism=problem.mechanism, key=key, step=step, clients=clients,
+            reference=problem.reference, impl=impl, **options,
+        )  # fmt: skip
+        return tensors
+
+    return body
+
+
+def _clip_sum_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
+    key = NoiseKey.from_seed(SEED, rng)
+    options = form_option(clip_sum_noise, form) | ({"impl": impl} if impl else {})
+
+    def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
+        return clip_sum_noise(
+            tensors, layout=problem.layout, clip=problem.clip,
+            scale=torch.full_like(problem.clip, scale), p=problem.p, mechanism=problem.mechanism,
+            key=key, step=step, **options,
+        )[0]  # fmt: skip
+
+    return body
+
+
+def _specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]:
+    """Noise of scale one of a tensor, by the plain-torch specification and an equal key."""
+
+    def noise(problem: Problem, index: int, step: int) -> Tensor:
+        cohort = problem.rows is not None and not problem.summed
+        layout: Layout = problem.layout
+        shape = layout.shapes[index]
+        client = torch.arange(problem.rows or 1, device=problem.device) if cohort else 0
+        return sample_noise(
+            (problem.rows, *shape) if cohort else shape, mechanism=problem.mechanism,
+            scale=1.0, key=NoiseKey.from_seed(SEED, rng), step=step, client=client,
+            layer=layout.layer_of[index], offset=layout.offsets[index], dtype=torch.float64,
+            device=problem.device, impl="torch", **form_option(sample_noise, form),
+        )  # fmt: skip
+
+    return noise
+
+
+def contenders(
+    problem: Problem, rngs: tuple[str, ...], impl: str | None = None, only_form: str | None = None
+) -> list[Contender]:
+    """Every form, generator and implementation; the specification itself on small problems."""
+    function = clip_sum_noise if problem.summed else privatize_
+    make = _clip_sum_body if problem.summed else _privatize_body
+    small = problem.elements <= 3_000_000
+    found = []
+    for each, form, rng in product(impls(function, problem.device), forms(function), rngs):
+        if (impl and each != impl) or (only_form and form != only_form):
+            continue
+        if each == "torch" and not (small and rng == rngs[0]):
+            continue
+
+        def build(problem: Problem, rng=rng, form=form, impl=each) -> Runner:
+            return Local(problem, make(problem, rng, form, impl))
+
+        name = f"ours, {form}, {rng}" + (f", {each}" if each else "")
+        # The grid rounds the clipped values too: its own tests compare it bit by bit.
+        spec = None if form == "grid" else _specification(rng, form)
+        found.append(Contender(name, "ours", "layer", build, form=form, spec=spec))
+    return found

@@ -1,0 +1,65 @@
+"""Bars of the committed results; Matplotlib is imported here alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+from bench import report
+from bench.measure import ratios
+
+COLOURS = {"ours": "#1b6ca8", "peer": "#c9a227", "floor": "#9a9a9a"}
+LABELS = {"ours": "this package", "peer": "peer", "floor": "reference"}
+COLUMNS = 2
+
+
+def draw(part: str, results: dict, path: Path) -> None:
+    """One panel a case: time of each side relative to the base, p20 to p80 as a line."""
+    cases = list(results.items())
+    rows = -(-len(cases) // COLUMNS)
+    heights = [
+        max(len(report.timed(case)) for _, case in cases[COLUMNS * r : COLUMNS * (r + 1)])
+        for r in range(rows)
+    ]
+    figure, axes = plt.subplots(
+        rows, COLUMNS, figsize=(15, 0.28 * sum(heights) + 1.1 * rows), squeeze=False,
+        height_ratios=heights, layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, (title, case) in zip(axes.flat, cases, strict=False):
+        panel(axis, part, title, case)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in COLOURS]
+    figure.legend(handles, LABELS.values(), loc="outside upper right", ncols=3, frameon=False)
+    # Without dates and versions equal results give an equal file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def panel(axis: plt.Axes, part: str, title: str, case: dict) -> None:
+    """Bars of one case, fastest at the top."""
+    sides = report.timed(case)
+    start = report.base_of(case)
+    values = {name: ratios(side["seconds"], sides[start]["seconds"]) for name, side in sides.items()}
+    order = sorted(values, key=lambda name: -values[name][0])
+    for y, name in enumerate(order):
+        middle, low, high = values[name]
+        colour = COLOURS["floor" if name == start and part == "dp_step" else sides[name]["kind"]]
+        axis.barh(y, middle, color=colour, height=0.72)
+        axis.plot([low, high], [y, y], color="black", linewidth=1)
+        axis.text(max(high, middle) * 1.04, y, f"{middle:.3g}", va="center", fontsize=8)
+    axis.set_yticks(range(len(order)), order, fontsize=8)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.axvline(1.0, color="black", linewidth=0.6)
+    axis.set_xlabel(f"time ÷ {start}", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    if part == "kernels":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.margins(x=0.12)

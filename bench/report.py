@@ -1,0 +1,212 @@
+"""Tables and plots of the committed results: README.md, docs/benchmarks.md, docs/images/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.machine import ROOT
+from bench.measure import quantiles, ratios
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+DOCS = ROOT / "docs" / "benchmarks.md"
+IMAGES = ROOT / "docs" / "images"
+PARTS = ("kernels", "dp_step")
+BASES = {"kernels": ("eager loop", "eager, per-sample"), "dp_step": ("no privacy",)}
+OURS = ("ours, wide, chacha20", "ours, fast, philox10")
+
+
+def latest() -> dict[str, dict[str, dict]]:
+    """By machine and part, the newest committed result that has the part."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted(RESULTS.glob("*_????-??-??.json")):
+        slug = path.stem.rpartition("_")[0]
+        for part, data in json.loads(path.read_text()).items():
+            found.setdefault(slug, {})[part] = data
+    return found
+
+
+def timed(case: dict) -> dict[str, dict]:
+    """The sides that were timed."""
+    return {name: side for name, side in case["sides"].items() if "seconds" in side}
+
+
+def base(part: str, case: dict) -> str:
+    """The side that ratios are taken to: the eager loop, or the step without privacy."""
+    return next(name for name in timed(case) if name.startswith(BASES[part]))
+
+
+def milliseconds(side: dict) -> str:
+    middle, low, high = (1e3 * q for q in quantiles(side["seconds"]))
+    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def times(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def quickest(case: dict, kind: str) -> str | None:
+    """The side of a kind with the least median."""
+    sides = {n: s for n, s in timed(case).items() if s["kind"] == kind and n != base_of(case)}
+    return min(sides, key=lambda n: quantiles(sides[n]["seconds"])[0], default=None)
+
+
+def base_of(case: dict) -> str:
+    return base("dp_step" if "network" in case else "kernels", case)
+
+
+def ours_named(case: dict, prefix: str) -> str | None:
+    """One of our sides by form and generator, in its fastest implementation."""
+    names = [n for n in timed(case) if n == prefix or n.startswith(f"{prefix}, ")]
+    return min(names, key=lambda n: quantiles(case["sides"][n]["seconds"])[0], default=None)
+
+
+def speedup(case: dict, name: str | None, over: str | None) -> str:
+    """How many times faster a side is than another, within repeats."""
+    if name is None or over is None:
+        return "–"
+    sides = case["sides"]
+    return times(ratios(sides[over]["seconds"], sides[name]["seconds"])[0])
+
+
+def kernels_summary(results: dict) -> list[str]:
+    """README: a line a case."""
+    lines = [
+        "| case | elements | plain PyTorch | fastest peer | ours, wide ChaCha20 | "
+        "ours, fast Philox | over plain | over fastest peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for title, case in results.items():
+        start, peer = base_of(case), quickest(case, "peer")
+        wide, fast = (ours_named(case, prefix) for prefix in OURS)
+        best = quickest(case, "ours")
+
+        def cell(name: str | None, case=case) -> str:
+            return "–" if name is None else f"{1e3 * quantiles(case['sides'][name]['seconds'])[0]:.3g} ms"
+
+        rival = "–" if peer is None else f"{cell(peer)} ({peer})"
+        lines.append(
+            f"| {title} | {case['elements'] / 1e6:.1f}M | {cell(start)} | {rival} | {cell(wide)} "
+            f"| {cell(fast)} | {speedup(case, best, start)} | {speedup(case, best, peer)} |"
+        )
+    return lines
+
+
+def dp_step_summary(results: dict) -> list[str]:
+    """README: time as a ratio to the step without privacy."""
+    columns = {
+        "ours, wide ChaCha20": OURS[0],
+        "ours, fast Philox": OURS[1],
+        "vmap(grad)": "vmap(grad)",
+        "Opacus hooks": "Opacus, hooks, flat",
+        "per layer": "Opacus, hooks, per layer",
+        "ghost": "Opacus, ghost clipping",
+        "fast gradient clipping": "Opacus, fast gradient clipping",
+    }
+    lines = [f"| step | no privacy | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for title, case in results.items():
+        start = base_of(case)
+        cells = [f"{milliseconds(case['sides'][start]).split()[0]} ms"]
+        for name in columns.values():
+            timed_case = timed(case)
+            if name in timed_case:
+                ratio = ratios(timed_case[name]["seconds"], timed_case[start]["seconds"])[0]
+                cells.append(f"{ratio:.2f}×")
+            else:
+                cells.append("–")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def machine_line(part: dict) -> str:
+    """One line on where a part was measured."""
+    m = part["machine"]
+    where = m.get("gpu") or f"{m['cpu']}, {m['capability']}, {m['threads']} of {m['cores']} cores"
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    dirty = " with changes" if m["dirty"] else ""
+    return f"{where}; {versions}; commit {m['commit'][:10]}{dirty}, {m['date']}."
+
+
+def full_table(part: str, case: dict) -> list[str]:
+    """docs: every side with all that was measured."""
+    start = base_of(case)
+    kernels = part == "kernels"
+    head = ["side", "one norm for", "median ms (p20–p80)", f"time ÷ {start}"]
+    head += ["bytes/s ÷ copy_"] * kernels + ["launches"] * kernels
+    head += ["extra memory, MB", "first call, s", "gate"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    floor = case["sides"].get("copy_", {}).get("seconds")
+    for name, side in case["sides"].items():
+        if "seconds" not in side:
+            lines.append(f"| {name} | skipped: {side['skipped']}{' |' * (len(head) - 1)}")
+            continue
+        ratio, low, high = ratios(side["seconds"], case["sides"][start]["seconds"])
+        covers = {"all": "all tensors"}.get(side["clips"], side["clips"])
+        row = [name, covers, milliseconds(side), f"{ratio:.3g} ({low:.3g}–{high:.3g})"]
+        if kernels:
+            copied = 2 * case["bytes_in"]
+            share = quantiles(floor)[0] / quantiles(side["seconds"])[0] if floor else None
+            row.append("–" if share is None else f"{share * case['bytes'] / copied:.3f}")
+            row.append(str(side.get("launches", "–")))
+        extra = side.get("peak_extra")
+        row += ["–" if extra is None else f"{extra / 1e6:.1f}", f"{side['first_call']:.2f}"]
+        lines.append(f"| {' | '.join([*row, side['gate']])} |")
+    return lines
+
+
+SUMMARIES = {"kernels": kernels_summary, "dp_step": dp_step_summary}
+
+
+def between(part: str) -> tuple[str, str]:
+    """The marks around a generated table."""
+    return f"<!-- {part} table: generated -->", f"<!-- end of {part} table -->"
+
+
+def table(part: str) -> str:
+    """README's table of a part, a block a machine."""
+    blocks = []
+    for parts in latest().values():
+        if part in parts:
+            lines = SUMMARIES[part](parts[part]["results"])
+            blocks.append("\n".join([*lines, "", machine_line(parts[part])]))
+    return "\n\n".join(blocks)
+
+
+def details() -> str:
+    """The generated part of docs/benchmarks.md."""
+    lines: list[str] = []
+    for slug, parts in latest().items():
+        for part in PARTS:
+            if part not in parts:
+                continue
+            lines += [f"## {part}: {slug}", "", machine_line(parts[part]), ""]
+            lines += [f"![{part} on {slug}](images/{part}_{slug}.png)", ""]
+            for title, case in parts[part]["results"].items():
+                lines += [f"### {title}", "", *full_table(part, case), ""]
+    return "\n".join(lines).strip()
+
+
+def replace_between(path: Path, part: str, text: str) -> None:
+    """Put a generated text between its marks."""
+    begin, end = between(part)
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def report() -> None:
+    """Everything that is generated."""
+    from bench import cohort, headline
+    from bench.plots import draw
+
+    headline.report()
+    cohort.report()
+    for part in PARTS:
+        replace_between(README, part, table(part))
+    replace_between(DOCS, "all", details())
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for slug, parts in latest().items():
+        for part in PARTS:
+            if part in parts:
+                draw(part, parts[part]["results"], IMAGES / f"{part}_{slug}.png")

@@ -1,0 +1,81 @@
+"""The other end of `bench.child`: runs in the peers' environment, without this package."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def pfl_laplace(
+    tensors: list[Tensor], rows: int | None, clip: float, scale: float
+) -> tuple[str, Callable[[float], list[list[Tensor]]]]:
+    """pfl's local Laplace mechanism: one L1 norm and one noise scale for all tensors of a client.
+
+    Without noise only its clipping runs, since its scale is clip / epsilon.
+    """
+    from importlib.metadata import version
+
+    from pfl.internal.ops import pytorch_ops
+    from pfl.internal.ops.selector import set_framework_module
+    from pfl.privacy import LaplaceMechanism
+    from pfl.stats import MappedVectorStatistics
+
+    set_framework_module(pytorch_ops)
+
+    def run(noise: float) -> list[list[Tensor]]:
+        mechanism = LaplaceMechanism(clip, clip / (noise or scale))
+        results = []
+        for row in range(rows or 1):
+            values = {str(i): t[row] if rows else t for i, t in enumerate(tensors)}
+            statistics, _ = mechanism.constrain_sensitivity(MappedVectorStatistics(values))
+            if noise:
+                statistics, _ = mechanism.add_noise(statistics, 1)
+            results.append([statistics[name] for name in values])
+        return results
+
+    return version("pfl"), run
+
+
+PEERS = {"pfl_laplace": pfl_laplace}
+
+
+def main() -> None:
+    """Answer commands until the input ends."""
+    peer, path = sys.argv[1:]
+    # Whatever a library prints must not be taken for an answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def say(**answer: object) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    try:
+        version, run = PEERS[peer](**torch.load(path))
+    except Exception as error:
+        say(error=f"{type(error).__name__}: {error}")
+        return
+    say(version=version)
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            start = time.perf_counter()
+            results = run(command["scale"])
+            seconds = time.perf_counter() - start
+        except Exception as error:
+            say(error=f"{type(error).__name__}: {error}")
+            continue
+        if command["do"] == "run":
+            say(seconds=seconds)
+            continue
+        with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
+            torch.save(results, file)
+        say(path=file.name)
+
+
+if __name__ == "__main__":
+    main()
