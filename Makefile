@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: fit test test-slow test-gpu lint tables clean
+.PHONY: fit test test-slow test-gpu lint tables bench bench-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,8 +29,15 @@ lint: $(VENV)/installed
 	$(BIN)/pyright
 
 tables: $(VENV)/installed  ## write the figures of bench/results into README.md and configs/
-	$(BIN)/python -m bench.headline report
-	$(BIN)/python -m bench.cohort report
+	$(BIN)/python -m bench report
+
+bench: $(VENV)/installed  ## kernels and private steps against peers, about an hour; ARGS=--quick
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench kernels dp_step $(ARGS)
+
+bench-peers:  ## peers that need other versions than ours, in .venv-peers
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -r bench/requirements-peers.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis

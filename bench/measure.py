@@ -19,9 +19,7 @@ Timer = Callable[[], float]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
-def interleaved(
-    timers: Mapping[str, Timer], repeats: int, budget: float
-) -> dict[str, list[float]]:
+def interleaved(timers: Mapping[str, Timer], repeats: int, budget: float) -> dict[str, list[float]]:
     """Seconds of each side, `repeats` times or until `budget` seconds are spent, at least thrice.
 
     The order turns by one every repeat, so that nobody always follows the same side.

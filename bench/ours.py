@@ -33,7 +33,22 @@ def impls(function: Callable, device: torch.device) -> tuple[str, ...]:
     """Implementations to compare on a device; the specification is one of them."""
     if "impl" not in inspect.signature(function).parameters:
         return ("",)
-    return ("torch", "triton") if device.type == "cuda" else ("torch", "numba")
+    names = ("torch", "triton") if device.type == "cuda" else ("torch", "numba")
+    return tuple(name for name in names if _runs(function, name, device))
+
+
+def _runs(function: Callable, impl: str, device: torch.device) -> bool:
+    """Whether an implementation is there: numba and triton may be missing."""
+    one = torch.ones(1, 1, device=device)
+    first = {"clients": torch.zeros(1, dtype=torch.int64)} if function is privatize_ else {}
+    try:
+        function(
+            [one], layout=Layout.build([one[0]]), clip=one[0], scale=0 * one[0], p=1, key=None,
+            step=0, impl=impl, **first,
+        )  # fmt: skip
+    except (ValueError, ImportError):
+        return False
+    return True
 
 
 def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:

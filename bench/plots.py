@@ -46,7 +46,9 @@ def panel(axis: plt.Axes, part: str, title: str, case: dict) -> None:
     """Bars of one case, fastest at the top."""
     sides = report.timed(case)
     start = report.base_of(case)
-    values = {name: ratios(side["seconds"], sides[start]["seconds"]) for name, side in sides.items()}
+    values = {
+        name: ratios(side["seconds"], sides[start]["seconds"]) for name, side in sides.items()
+    }
     order = sorted(values, key=lambda name: -values[name][0])
     for y, name in enumerate(order):
         middle, low, high = values[name]

@@ -83,8 +83,8 @@ def kernels_summary(results: dict) -> list[str]:
         wide, fast = (ours_named(case, prefix) for prefix in OURS)
         best = quickest(case, "ours")
 
-        def cell(name: str | None, case=case) -> str:
-            return "–" if name is None else f"{1e3 * quantiles(case['sides'][name]['seconds'])[0]:.3g} ms"
+        def cell(name: str | None, sides=case["sides"]) -> str:
+            return "–" if name is None else f"{1e3 * quantiles(sides[name]['seconds'])[0]:.3g} ms"
 
         rival = "–" if peer is None else f"{cell(peer)} ({peer})"
         lines.append(
