@@ -100,7 +100,7 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
     rngs = ("chacha20",) if quick else ("philox10", "chacha8", "chacha20")
     entries: dict[str, dict] = {}
     passed: dict[str, StepRunner] = {}
-    for name, (kind, level, build) in steps.sides(setup, steps.available_forms(), rngs).items():
+    for name, (kind, level, build) in steps.sides(setup, rngs).items():
         entries[name] = entry = {"kind": kind, "clips": level}
         try:
             runner = StepRunner(setup, build)

@@ -1,4 +1,4 @@
-"""The contenders of this package, in every form that the installed version has."""
+"""The contenders of this package, in every form and implementation."""
 
 from __future__ import annotations
 
@@ -9,42 +9,30 @@ from itertools import product
 import torch
 from torch import Tensor
 
-import aadp_kernels
-from aadp_kernels import Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
+from aadp_kernels import FORMS, Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
 from bench.contender import Body, Contender, Local, Runner
 from bench.problem import Problem
 
 SEED = 11
 
 
-def forms(function: Callable) -> tuple[str, ...]:
-    """The noise forms a function offers."""
-    if "form" not in inspect.signature(function).parameters:
-        return ("wide",)
-    return tuple(getattr(aadp_kernels, "FORMS", ("wide", "fast", "grid")))
-
-
-def form_option(function: Callable, form: str) -> dict[str, str]:
-    """The keyword that asks for a form, where there is a choice."""
-    return {"form": form} if "form" in inspect.signature(function).parameters else {}
-
-
-def impls(function: Callable, device: torch.device) -> tuple[str, ...]:
-    """Implementations to compare on a device; the specification is one of them."""
-    if "impl" not in inspect.signature(function).parameters:
-        return ("",)
+def variants(function: Callable, device: torch.device) -> list[tuple[str, str]]:
+    """(implementation, form) of all that run on a device: numba and triton may be missing."""
     names = ("torch", "triton") if device.type == "cuda" else ("torch", "numba")
-    return tuple(name for name in names if _runs(function, name, device))
+    impls = names if "impl" in inspect.signature(function).parameters else ("",)
+    return [pair for pair in product(impls, FORMS) if _runs(function, *pair, device)]
 
 
-def _runs(function: Callable, impl: str, device: torch.device) -> bool:
-    """Whether an implementation is there: numba and triton may be missing."""
+def _runs(function: Callable, impl: str, form: str, device: torch.device) -> bool:
+    """Whether a call of this kind is refused."""
     one = torch.ones(1, 1, device=device)
-    first = {"clients": torch.zeros(1, dtype=torch.int64)} if function is privatize_ else {}
+    options = {"impl": impl} if impl else {}
+    if function is privatize_:
+        options["clients"] = torch.zeros(1, dtype=torch.int64, device=device)
     try:
         function(
-            [one], layout=Layout.build([one[0]]), clip=one[0], scale=0 * one[0], p=1, key=None,
-            step=0, impl=impl, **first,
+            [one], layout=Layout.build([one[0]]), clip=one[0], scale=one[0], p=1, step=0,
+            mechanism="laplace", key=NoiseKey.from_seed(0), form=form, **options,
         )  # fmt: skip
     except (ValueError, ImportError):
         return False
@@ -56,7 +44,6 @@ def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     clients = None
     if problem.rows is not None:
         clients = torch.arange(problem.rows, device=problem.device)
-    options = form_option(privatize_, form)
     scales: dict[float, Tensor] = {}
 
     def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
@@ -65,7 +52,7 @@ def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
         privatize_(
             tensors, layout=problem.layout, clip=problem.clip, scale=scales[scale], p=problem.p,
             mechanism=problem.mechanism, key=key, step=step, clients=clients,
-            reference=problem.reference, impl=impl, **options,
+            reference=problem.reference, impl=impl, form=form,
         )  # fmt: skip
         return tensors
 
@@ -74,13 +61,13 @@ def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
 
 def _clip_sum_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     key = NoiseKey.from_seed(SEED, rng)
-    options = form_option(clip_sum_noise, form) | ({"impl": impl} if impl else {})
+    options = {"impl": impl} if impl else {}
 
     def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
         return clip_sum_noise(
             tensors, layout=problem.layout, clip=problem.clip,
             scale=torch.full_like(problem.clip, scale), p=problem.p, mechanism=problem.mechanism,
-            key=key, step=step, **options,
+            key=key, step=step, form=form, **options,
         )[0]  # fmt: skip
 
     return body
@@ -98,23 +85,19 @@ def _specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]
             (problem.rows, *shape) if cohort else shape, mechanism=problem.mechanism,
             scale=1.0, key=NoiseKey.from_seed(SEED, rng), step=step, client=client,
             layer=layout.layer_of[index], offset=layout.offsets[index], dtype=torch.float64,
-            device=problem.device, impl="torch", **form_option(sample_noise, form),
+            device=problem.device, impl="torch", form=form,
         )  # fmt: skip
 
     return noise
 
 
-def contenders(
-    problem: Problem, rngs: tuple[str, ...], impl: str | None = None, only_form: str | None = None
-) -> list[Contender]:
+def contenders(problem: Problem, rngs: tuple[str, ...]) -> list[Contender]:
     """Every form, generator and implementation; the specification itself on small problems."""
     function = clip_sum_noise if problem.summed else privatize_
     make = _clip_sum_body if problem.summed else _privatize_body
     small = problem.elements <= 3_000_000
     found = []
-    for each, form, rng in product(impls(function, problem.device), forms(function), rngs):
-        if (impl and each != impl) or (only_form and form != only_form):
-            continue
+    for (each, form), rng in product(variants(function, problem.device), rngs):
         if each == "torch" and not (small and rng == rngs[0]):
             continue
 
