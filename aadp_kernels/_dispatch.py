@@ -70,4 +70,5 @@ def backend(
     """The module of the chosen implementation; numba or triton is imported here."""
     name = choose(impl, operation, device=device, elements=elements, form=form)
     module = "noise" if operation == "coins" else operation
+    module = "grid" if (operation, form) == ("noise", "grid") else module
     return import_module(f"aadp_kernels.{_PACKAGES[name]}.{module}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import _dispatch, _validate
+from aadp_kernels._torch.grid import quantum
 from aadp_kernels._torch.privatize import ClipStats
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey
@@ -42,8 +43,8 @@ def clip_sum_noise(
         per_sample: Floating tensors [B, *shape], in the order of the layout. Private.
         layout: Which tensor belongs to which layer.
         clip: Clip norms C [L]; >= 0, inf means no clipping. Public.
-        scale: Noise scales [L] (standard deviation or b); >= 0, finite. None or 0: no noise.
-            Public.
+        scale: Noise scales [L] (standard deviation or b); >= 0, finite. None or 0: no noise. The
+            grid form needs all of them in every micro-batch, > 0 where clip > 0. Public.
         p: Norm of the clipping, 1 or 2.
         mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
         key: Secret key; None only without noise.
@@ -58,8 +59,9 @@ def clip_sum_noise(
         impl: As for `privatize_`.
 
     Returns:
-        (sums, statistics). Sums have the layout's shapes, float64 with `last=False`, else the
-        dtypes of `per_sample`. The statistics are PRIVATE and of this micro-batch only.
+        (sums, statistics). Sums have the layout's shapes; with `last=False` float64 (in the grid
+        form counts of quanta, int64), else the dtypes of `per_sample`. The statistics are PRIVATE
+        and of this micro-batch only.
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
@@ -68,7 +70,8 @@ def clip_sum_noise(
     Guarantees:
         Each record's float64 contribution has a norm of at most C; below C its factor is exactly
         one. Products and sums are float64. Noise goes in once, with the last micro-batch, and
-        equals `sample_noise` at (key, step, client, layer, element).
+        equals `sample_noise` at (key, step, client, layer, element). The grid form quantises each
+        record and sums integers, see `aadp_kernels.grid`.
 
     Edge cases:
         | record | contribution | vote |
@@ -89,6 +92,7 @@ def clip_sum_noise(
     batch, device = per_sample[0].shape[0], per_sample[0].device
     check_tensors("per_sample", per_sample, layout, (batch,))
     clip = per_layer("clip", clip, layout, (), device, finite=False)[0]
+    noisy = scale is not None
     scale = torch.zeros(layout.num_layers, device=device) if scale is None else scale
     scale = per_layer("scale", scale, layout, (), device, finite=True)[0]
     if votes_at is not None:
@@ -103,24 +107,48 @@ def clip_sum_noise(
     backend = _dispatch.backend(
         impl, "clip_sum", device=device, elements=sum(layout.sizes), form=form
     )
-    sums = _running_sums(accumulate, layout, device)
+    quanta = None
+    if form == "grid" and noisy:
+        if device.type == "cpu" and bool(((scale == 0) & (clip > 0)).any()):
+            raise ValueError("scale must be positive with form='grid' (or None), got 0")
+        quanta = quantum(scale, mechanism)
+    sums = _running_sums(
+        accumulate, layout, device, torch.float64 if quanta is None else torch.int64
+    )
     stats = backend.clip_sum(
-        per_sample, layout, clip=clip, p=p, mask=live, votes_at=votes_at, sums=sums
+        per_sample,
+        layout,
+        clip=clip,
+        p=p,
+        mask=live,
+        votes_at=votes_at,
+        sums=sums,
+        quanta=quanta,
     )
     if not last:
         return sums, stats
     dtypes = [t.dtype for t in per_sample]
-    return backend.finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes), stats
+    return backend.finish(
+        sums, layout, scale=scale, noise=noise, dtypes=dtypes, quanta=quanta
+    ), stats
 
 
 def _running_sums(
-    accumulate: Sequence[Tensor] | None, layout: Layout, device: torch.device
+    accumulate: Sequence[Tensor] | None, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The float64 sums so far; zeros at the beginning."""
+    """The sums so far; zeros at the beginning."""
     if accumulate is None:
-        return [torch.zeros(s, dtype=torch.float64, device=device) for s in layout.shapes]
-    check_tensors("accumulate", accumulate, layout, ())
-    for name, tensor in zip(layout.names, accumulate, strict=True):
-        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
-            raise ValueError(f"accumulate: {name} must be contiguous float64, got {tensor.dtype}")
+        return [torch.zeros(s, dtype=dtype, device=device) for s in layout.shapes]
+    if len(accumulate) != len(layout.names):
+        raise ValueError(f"accumulate must be {len(layout.names)} tensors, got {len(accumulate)}")
+    for name, shape, tensor in zip(layout.names, layout.shapes, accumulate, strict=True):
+        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
+            raise ValueError(
+                f"accumulate: {name} must be contiguous {dtype} on {device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"accumulate: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+            )
     return list(accumulate)

@@ -142,14 +142,16 @@ def _encode(item: bytes | str | int) -> bytes:
 
 
 def tail_cutoff(mechanism: str, form: str = "wide") -> float:
-    """Largest |noise| / scale that the sampler can give.
+    """Largest |noise| / scale that the sampler can give; in the grid form, up to which it is right.
 
     An accountant charges a delta for the missing tails; a Gaussian beyond 9.419 has mass 4.6e-21.
+    The grid form of Laplace noise misses nothing, see `aadp_kernels.grid`.
 
     | form | gaussian | laplace |
     |---|---|---|
     | wide | 9.419 | 43.67 |
     | fast | 9.493 | 44.36 |
+    | grid | 10 | inf |
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     _validate.one_of("form", form, FORMS)
@@ -159,10 +161,15 @@ def tail_cutoff(mechanism: str, form: str = "wide") -> float:
 def max_elements(rng: str, form: str = "wide") -> int:
     """Elements that one (step, client, layer) stream can serve.
 
-    2^35 (ChaCha) or 2^33 (Philox); twice as many in the fast form.
+    | form | ChaCha | Philox |
+    |---|---|---|
+    | wide | 2^35 | 2^33 |
+    | fast | 2^36 | 2^34 |
+    | grid | 2^32 | 2^30 |
     """
     _validate.one_of("form", form, FORMS)
-    return (1 << 32) * words_per_block(rng) // (1 if form == "fast" else 2)
+    words_an_element = {"wide": 2, "fast": 1, "grid": 16}[form]
+    return (1 << 32) * words_per_block(rng) // words_an_element
 
 
 def sample_noise(
@@ -194,10 +201,10 @@ def sample_noise(
         client: Client id in [0, 2^32), or int64 [K]: row k then uses client[k].
         layer: Layer index, in [0, 2^24).
         offset: Index of the first element of the result (of a row, with a tensor of clients).
-        dtype: Floating dtype of the result.
+        dtype: Floating dtype of the result; int64 (grid form only) gives counts of quanta.
         device: Device of the result; the noise has the same bits on all of them.
-        form: "wide" (64 bits an element, float64) or "fast" (32 bits an element; numba and triton
-            compute it in float32).
+        form: "wide" (64 bits an element, float64), "fast" (32 bits an element; numba and triton
+            compute it in float32) or "grid" (float-safe: integers, see `aadp_kernels.grid`).
         impl: "torch" (the specification), "numba" (CPU only, faster), "triton" (GPU) or "auto":
             the fastest that is installed, has the form and pays.
 
@@ -234,6 +241,8 @@ def sample_noise(
     if cohort and (not shape or shape[0] != len(clients)):
         raise ValueError(f"shape must begin with {len(clients)} clients, got {tuple(shape)}")
     count = torch.Size(shape[1:] if cohort else shape).numel()
+    if not (dtype.is_floating_point or (form == "grid" and dtype == torch.int64)):
+        raise ValueError(f"dtype must be floating point (or int64 with form='grid'), got {dtype}")
     step = check_address(key, step=step, layer=layer)
     backend = _dispatch.backend(impl, "noise", device=place, elements=count, form=form)
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 FORMS = {
-    "noise": ("wide", "fast"),
+    "noise": ("wide", "fast", "grid"),
     "coins": ("wide",),
-    "privatize": ("wide", "fast"),
-    "clip_sum": ("wide", "fast"),
+    "privatize": ("wide", "fast", "grid"),
+    "clip_sum": ("wide", "fast", "grid"),
 }
 
 

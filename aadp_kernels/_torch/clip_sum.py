@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aadp_kernels._torch import grid
 from aadp_kernels._torch.privatize import (
     ClipStats,
     Noise,
@@ -30,12 +31,14 @@ def clip_sum(
     mask: Tensor,
     votes_at: Tensor | None,
     sums: Sequence[Tensor],
+    quanta: Tensor | None,
 ) -> ClipStats:
-    """Add the clipped records to the float64 `sums` in place."""
+    """Add the clipped records to `sums` in place: float64, or int64 counts of the `quanta` [L]."""
     batch = mask.shape[0]
     columns = []
     for layer, members in enumerate(layout.members):
         rows = max(1, _ELEMENTS_AT_ONCE // max(1, layout.dims[layer]))
+        rows = min(rows, grid.RECORDS_AT_ONCE)
         pieces = []
         for start in range(0, max(batch, 1), rows):
             piece = slice(start, min(batch, start + rows))
@@ -51,8 +54,13 @@ def clip_sum(
                 norm, clip[layer], live, layout.dims[layer], torch.float64
             )
             for i, part in zip(members, parts, strict=True):
-                kept = torch.where(live[:, None], part, 0.0)
-                sums[i].view(-1).add_(torch.mv(kept.t(), factor))
+                total = sums[i].view(-1)
+                if quanta is None:
+                    kept = torch.where(live[:, None], part, 0.0)
+                    total.add_(torch.mv(kept.t(), factor))
+                else:
+                    counts = grid.quantise(part, factor, live, quanta[layer])
+                    total.clamp_(-grid.SUM_LIMIT, grid.SUM_LIMIT).add_(counts.sum(0))
             vote = torch.zeros_like(norm)
             if norm1 is not None:
                 vote = ballots(norm1, None if votes_at is None else votes_at[layer], live)
@@ -78,6 +86,7 @@ def finish(
     scale: Tensor,
     noise: Noise | None,
     dtypes: Sequence[torch.dtype],
+    quanta: Tensor | None,
 ) -> list[Tensor]:
     """The sums with noise, in the dtypes of the records."""
     drawn = [None] * layout.num_layers if noise is None else noise.draw(layout, scale)
@@ -87,5 +96,10 @@ def finish(
         piece = drawn[layer]
         if piece is not None:
             piece = piece[0, start : start + layout.sizes[i]].view(value.shape)
-        results.append(add_noise(value, piece, scale[layer]).to(dtype))
+        if quanta is None:
+            noised = add_noise(value, piece, scale[layer])
+        else:
+            mechanism = "gaussian" if noise is None else noise.mechanism
+            noised = grid.release(value, piece, quanta[layer], mechanism)
+        results.append(noised.to(dtype))
     return results

@@ -35,6 +35,9 @@ DOMAINS = {
     "fast_laplace": 5,
     "fast_gaussian_tail": 6,
     "fast_laplace_tail": 7,
+    "grid_laplace": 8,
+    "grid_gaussian": 16,  # 16 .. 143, one for each attempt
+    "grid_laplace_tail": 144,  # 144 .. 175
 }
 LAYER_BITS = 24
 CUTOFFS = {
@@ -42,6 +45,8 @@ CUTOFFS = {
     ("laplace", "wide"): 63 * math.log(2),
     ("gaussian", "fast"): math.sqrt(2 * 65 * math.log(2)),
     ("laplace", "fast"): 64 * math.log(2),
+    ("gaussian", "grid"): 10.0,
+    ("laplace", "grid"): math.inf,
 }
 FAST_REFINED_BELOW = 1 << 12
 

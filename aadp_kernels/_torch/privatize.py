@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aadp_kernels._torch import grid
 from aadp_kernels._torch.noise import standard_noise
 from aadp_kernels.layout import Layout
 
@@ -42,8 +43,8 @@ class Noise(NamedTuple):
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.
 
-        All layers come from one call, since small layers cost only dispatch. On an accelerator the
-        scales are not read, and every layer draws.
+        In the grid form it is in quanta, int64. All layers come from one call, since small layers
+        cost only dispatch. On an accelerator the scales are not read, and every layer draws.
         """
         noisy = [True] * layout.num_layers
         if scale.device.type == "cpu":
@@ -52,10 +53,12 @@ class Noise(NamedTuple):
         drawn: list[Tensor | None] = [None] * layout.num_layers
         if layers and len(self.clients):
             segments = [(i, 0, layout.dims[i]) for i in layers]
-            values = standard_noise(
-                self.rng, self.key_words, segments, self.clients, step=self.step,
-                mechanism=self.mechanism, form=self.form,
-            )  # fmt: skip
+            address = (self.rng, self.key_words, segments, self.clients)
+            keywords = {"step": self.step, "mechanism": self.mechanism}
+            if self.form == "grid":
+                values = grid.integer_noise(*address, **keywords)
+            else:
+                values = standard_noise(*address, **keywords, form=self.form)
             for i, value in zip(layers, values, strict=True):
                 drawn[i] = value
         return drawn
@@ -146,14 +149,22 @@ def privatize(
         norm = norm1 if p == 1 else norms(parts, p)
         finite = torch.isfinite(norm) & torch.isfinite(norm1)
         dtype = max((out[i].dtype for i in members), key=lambda d: torch.finfo(d).eps)
-        factor, clipped = clip_factors(norm, clip[:, layer], finite, layout.dims[layer], dtype)
+        gridded = noise is not None and noise.form == "grid"
+        size, rows = scale[:, layer], (norm, clip[:, layer], finite, layout.dims[layer])
+        factor, clipped = clip_factors(*rows, dtype)
+        if gridded:
+            factor = torch.where(size == 0, factor, clip_factors(*rows, torch.float64)[0])
         for i, part in zip(members, parts, strict=True):
             value = torch.where(finite[:, None], part * factor[:, None], 0.0)
             start = layout.offsets[i]
             piece = drawn[layer]
             if piece is not None:
                 piece = piece[:, start : start + part.shape[1]]
-            value = add_noise(value, piece, scale[:, layer, None])
+            if noise is not None and gridded:
+                released = grid.released(part, factor, finite, piece, size, noise.mechanism)
+                value = torch.where(size[:, None] == 0, value, released)
+            else:
+                value = add_noise(value, piece, size[:, None])
             out[i].detach().copy_(value.view(out[i].shape))
         votes = ballots(norm1, None if votes_at is None else votes_at[:, layer], finite)
         columns.append((norm1, votes, clipped.to(torch.int64), (~finite).to(torch.int64)))

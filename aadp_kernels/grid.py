@@ -1,0 +1,140 @@
+"""The grid form: noise and contributions are integers, so that floating point can leak nothing.
+
+A sum x + noise in floating point has gaps that depend on x: some outputs are possible for one x
+and impossible for another, whatever the noise scale (Mironov 2012). In the grid form everything
+private is an integer until the noise is in:
+
+1. A unit's layer, clipped to C, is divided by the quantum q and cut to integers, towards zero. The
+   factor is shrunk by the rounding bounds, so that the integer vector has a norm of at most C / q,
+   always. Rounding to the nearest would add up to d / 2 quanta. Over several units or records the
+   *integers* are summed, in int64; cutting after the sum could cost d quanta of sensitivity.
+2. Integer noise k of scale T = 2^30 quanta is added to the sum S.
+3. The release is (S + k + offset) * q, rounded: a function of the integer S + k only.
+
+**Laplace.** k = floor(X) for a Laplace variable X with density proportional to 2^(-|x|/T), and
+q >= b ln2 / T. For an integer S, S + floor(X) = floor(S + X): the release is a function of the
+continuous Laplace mechanism with sensitivity C / q and scale T / ln2 <= b / q, so its epsilon is
+at most C / b in every accounting of that mechanism, subsampled or composed. offset 1/2 takes away
+the bias of the floor. k is drawn from integers alone: |X| has as integer part G = H T + R with
+independent H and R, H the zeros before the first one in a row of fair coins, R three independent
+digits (the exponential factorises over them), and floor(-|X|) = -1 - G. The digits' tables are
+rounded to 2^-64, which `inexactness` charges. H is exact up to 8255 octaves, where the remaining
+mass sits; S is clamped to +-4096 T before and S + k after the noise (a contraction of S, then a
+function of the release), so that all that mass gives the same output as it would have: delta is 0.
+The clamp lies 2839 noise scales from zero.
+
+**Gaussian.** k is a discrete Gaussian, P(k) proportional to exp(-k^2 / (2 T^2)), q = sigma / T. By
+Canonne, Kamath and Steinke 2020 (theorems 4 and 14) its Renyi divergences are those of the
+continuous one or less. Its other curves are not, but the mass of a cell [k - 1/2, k + 1/2] of the
+continuous one differs from P(k) by a factor within exp(+-(g^2 + 1) / (24 T^2)) at g = |k| / T, and
+round(S + X) = S + round(X): so it is charged as the continuous Gaussian with an inflation of
+epsilon. It is drawn by rejection from the two-sided G with the probability exp(-(g - ln2)^2 / 2),
+evaluated in float64; the bound on that rounding is in `inexactness`. It accepts 68 % at a time; 128
+rejections in a row (1e-64) would give k = 0.
+
+Sums. An entry of a record stops at 4096 T quanta (a clip norm above 4096 noise scales would be
+needed), a running sum at 2^61; both are contractions, so the sensitivity stays. An int64 overflow
+is impossible. Running sums are PRIVATE: the clamps come before a wrap could.
+
+References:
+    Mironov 2012, "On significance of the least significant bits for differential privacy";
+    Canonne, Kamath, Steinke 2020, arXiv:2004.00010 (discrete Gaussian);
+    Ghosh, Roughgarden, Sundararajan 2009, arXiv:0811.2841 (geometric mechanism).
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import _validate
+from aadp_kernels._torch import grid as _torch
+from aadp_kernels._torch.noise import CUTOFFS
+
+_ACCEPTANCE_ERROR = 2.0**-45
+
+
+def quantum(scale: float | Tensor, mechanism: str) -> Tensor:
+    """Grid step q of a noise scale: `scale * ln2 / 2^30` (laplace) or `scale / 2^30` (gaussian).
+
+    Args:
+        scale: b or standard deviation, >= 0 and finite, public.
+        mechanism: "gaussian" or "laplace".
+
+    Returns:
+        float64, of the shape of `scale`; never below the exact value (of the Laplace step).
+
+    Raises:
+        ValueError: An unknown mechanism; a scale on the CPU that is negative or not finite.
+
+    Edge cases:
+        | scale | q |
+        |---|---|
+        | 0 | 0: no grid |
+        | so small that q would be subnormal | the smallest normal number: more noise than asked |
+        | negative or not finite, on an accelerator | NaN |
+    """
+    _validate.one_of("mechanism", mechanism, tuple(_torch.OFFSETS))
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    _validate.nonnegative_tensor("scale", scale, finite=True)
+    return _torch.quantum(scale, mechanism)
+
+
+@cache
+def _table_error() -> float:
+    """Largest |ln(P drawn / P)| of the three digits together, by enumeration, rounded up."""
+    total = Decimal(0)
+    with localcontext() as context:
+        context.prec = 60
+        for j, table in enumerate(_torch.thresholds()):
+            edges = [0, *table, 1 << 64]
+            ratio = Decimal(2) ** (-1 / Decimal(2 ** (10 * (j + 1))))
+            exact = (1 - ratio) / (1 - Decimal(2) ** (-1 / Decimal(2 ** (10 * j))))
+            worst = Decimal(0)
+            for low, high in pairwise(edges):
+                worst = max(worst, abs((Decimal(high - low) / (exact * 2**64)).ln()))
+                exact *= ratio
+            total += worst
+    return float(total) * (1 + 1e-9)
+
+
+def inexactness(mechanism: str, elements: int) -> tuple[float, float]:
+    """What the grid form costs beyond the continuous mechanism of the same scale.
+
+    Args:
+        mechanism: "gaussian" or "laplace".
+        elements: Elements of all layers (and votes) of a release that draw noise.
+
+    Returns:
+        (epsilon inflation, tail delta) of one release; those of composed releases add up.
+
+    Raises:
+        ValueError: An unknown mechanism or a negative number of elements.
+
+    Guarantees:
+        Let eta bound |ln(probability drawn / probability charged)| of an element. A release that
+        is (epsilon, delta) DP with continuous noise is (epsilon + 2 elements eta, delta') DP.
+        Laplace: eta is 1.9e-16 (tables), delta' = exp(elements eta) delta. Gaussian: eta is 2.9e-14
+        for noise of at most c = tail_cutoff("gaussian", "grid") = 10 scales: tables, the rounding
+        of the acceptance test (2^-45: at most 111 units of 2^-53 in the exponent x, 84 in -ln U, 2
+        in U) and the discrete law. The tail delta is the mass beyond c; delta' =
+        exp(elements eta) (delta + (1 + e^epsilon) tail delta) covers it, or the bound for a cutoff
+        c in the place of the factor.
+
+    Edge cases:
+        No elements cost nothing. The tail delta of Laplace noise is 0.
+    """
+    _validate.one_of("mechanism", mechanism, tuple(_torch.OFFSETS))
+    if elements < 0:
+        raise ValueError(f"elements must not be negative, got {elements}")
+    if mechanism == "laplace":
+        return 2 * elements * _table_error(), 0.0
+    cutoff = CUTOFFS["gaussian", "grid"]
+    discrete = (cutoff**2 + 1) / (24 * 4.0**_torch.OCTAVE_BITS)
+    eta = _table_error() + _ACCEPTANCE_ERROR + discrete
+    return 2 * elements * eta, elements * math.erfc(cutoff / math.sqrt(2)) * (1 + 1e-6)
