@@ -1,8 +1,7 @@
-"""The fast path on a CPU, in numba: the noise of `_torch`, about ten times as fast.
+"""The fast path on a CPU, in numba: the noise of `_torch`, tens of times as fast.
 
 Numba is imported with the first call that pays, never with the package; where it is
-missing everything runs on `_torch`. Each kernel calls only kernels of its own file, since numba's
-cache on disk notices changes of that file alone.
+missing everything runs on `_torch`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from functools import cache
 import torch
 
 # The forms of each operation that exist here; the others run on `_torch`.
-FORMS = {"noise": ("wide",), "coins": ("wide",), "privatize": ("wide",)}
+FORMS = {"noise": ("wide", "fast"), "coins": ("wide",), "privatize": ("wide", "fast")}
 
 
 def missing(device: torch.device) -> str | None:

@@ -1,53 +1,30 @@
-"""ChaCha and Philox4x32 in numba: the words of `_torch.rng`, tile by tile.
+"""ChaCha and Philox4x32 in numba: the words of `_torch.rng`, a tile of 512 at a time.
 
-A tile is 4 quads x 4 words x 64 lanes of words. It holds 64 ChaCha blocks, quad q of a block being
-its words 4q to 4q + 3, or 256 Philox blocks, block 64 q + j in lane j of quad q. Fixed lanes let
-LLVM use vector instructions. Counters are [4, blocks] a tile.
+A tile is words[r, c, t], 4 x 4 x 32. It holds 32 ChaCha blocks, word 4r + c of block t, or 128
+Philox blocks, word c of block 32r + t. Either way word c of lane t belongs to element
+128r + 4t + c of the fast form. 32 lanes let LLVM use vector instructions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._jit import jit, jit_inline
 from aadp_kernels._torch.rng import words_per_block
 
-# Frozen into the cached kernels of noise.py and privatize.py: a change here must change them too.
-LANES = 64
+LANES = 32
 WORDS = 16 * LANES
 
+_N = LANES
 _U32 = np.uint32
 _U64 = np.uint64
-_C0, _C1, _C2, _C3 = (np.uint32(c) for c in (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574))
+_LOW = np.uint64(0xFFFFFFFF)
+_CHACHA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
-
-
-@jit
-def fill_counters(counters, lanes, clients, step, layer, first, per_row, begin, blocks):
-    """Counters of the blocks begin .. begin + blocks - 1 of rows that have `per_row` blocks each.
-
-    Block b of row k counts (first + b, step, clients[k], layer).
-    """
-    row, column, t = begin // per_row, begin % per_row, 0
-    while t < blocks:
-        run = min(min(blocks - t, per_row - column), lanes - t % lanes)
-        base = t // lanes * 4 * lanes + t % lanes
-        client = _U32(clients[row])
-        for j in range(run):
-            counters[base + j] = _U32(first + column + j)
-            counters[base + lanes + j] = _U32(step)
-            counters[base + 2 * lanes + j] = client
-            counters[base + 3 * lanes + j] = _U32(layer)
-        t += run
-        column += run
-        if column == per_row:
-            column = 0
-            row += 1
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 @jit
@@ -68,131 +45,187 @@ def _quarter(a, b, c, d):
 
 
 @jit
-def chacha_tiles(words, counters, key, rounds, tiles):
-    """`tiles` tiles of ChaCha blocks: words uint32 [1024 tiles], counters uint32 [256 tiles]."""
-    n = LANES
-    for tile in range(tiles):
-        w, count = tile * WORDS, tile * 4 * LANES
-        for j in range(n):
-            words[w + j] = _C0
-            words[w + n + j] = _C1
-            words[w + 2 * n + j] = _C2
-            words[w + 3 * n + j] = _C3
-        for i in range(8):
-            for j in range(n):
-                words[w + (4 + i) * n + j] = key[i]
-        for j in range(4 * n):
-            words[w + 12 * n + j] = counters[count + j]
-        for _ in range(rounds // 2):
-            for t in range(w, w + n):
-                x0, x1, x2, x3 = words[t], words[t + n], words[t + 2 * n], words[t + 3 * n]
-                x4, x5 = words[t + 4 * n], words[t + 5 * n]
-                x6, x7 = words[t + 6 * n], words[t + 7 * n]
-                x8, x9 = words[t + 8 * n], words[t + 9 * n]
-                x10, x11 = words[t + 10 * n], words[t + 11 * n]
-                x12, x13 = words[t + 12 * n], words[t + 13 * n]
-                x14, x15 = words[t + 14 * n], words[t + 15 * n]
-                x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
-                x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
-                x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
-                x3, x7, x11, x15 = _quarter(x3, x7, x11, x15)
-                x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
-                x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
-                x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
-                x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
-                words[t], words[t + n], words[t + 2 * n], words[t + 3 * n] = x0, x1, x2, x3
-                words[t + 4 * n], words[t + 5 * n] = x4, x5
-                words[t + 6 * n], words[t + 7 * n] = x6, x7
-                words[t + 8 * n], words[t + 9 * n] = x8, x9
-                words[t + 10 * n], words[t + 11 * n] = x10, x11
-                words[t + 12 * n], words[t + 13 * n] = x12, x13
-                words[t + 14 * n], words[t + 15 * n] = x14, x15
-        for j in range(n):
-            words[w + j] += _C0
-            words[w + n + j] += _C1
-            words[w + 2 * n + j] += _C2
-            words[w + 3 * n + j] += _C3
-        for i in range(8):
-            for j in range(n):
-                words[w + (4 + i) * n + j] += key[i]
-        for j in range(4 * n):
-            words[w + 12 * n + j] += counters[count + j]
+def _chacha(words, state, rounds):
+    """32 ChaCha blocks; state: counter, constants, key."""
+    n = _N
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = (
+        state[4],
+        state[5],
+        state[6],
+        state[7],
+        state[8],
+        state[9],
+        state[10],
+        state[11],
+        state[12],
+        state[13],
+        state[14],
+        state[15],
+        state[0],
+        state[1],
+        state[2],
+        state[3],
+    )
+    for t in range(n):
+        words[0 * n + t] = s0
+        words[1 * n + t] = s1
+        words[2 * n + t] = s2
+        words[3 * n + t] = s3
+        words[4 * n + t] = s4
+        words[5 * n + t] = s5
+        words[6 * n + t] = s6
+        words[7 * n + t] = s7
+        words[8 * n + t] = s8
+        words[9 * n + t] = s9
+        words[10 * n + t] = s10
+        words[11 * n + t] = s11
+        words[12 * n + t] = _U32(s12 + _U32(t))
+        words[13 * n + t] = s13
+        words[14 * n + t] = s14
+        words[15 * n + t] = s15
+    for _ in range(rounds // 4):
+        for t in range(n):
+            x0, x1, x2, x3 = (
+                words[0 * n + t],
+                words[1 * n + t],
+                words[2 * n + t],
+                words[3 * n + t],
+            )
+            x4, x5, x6, x7 = (
+                words[4 * n + t],
+                words[5 * n + t],
+                words[6 * n + t],
+                words[7 * n + t],
+            )
+            x8, x9, x10, x11 = (
+                words[8 * n + t],
+                words[9 * n + t],
+                words[10 * n + t],
+                words[11 * n + t],
+            )
+            x12, x13, x14, x15 = (
+                words[12 * n + t],
+                words[13 * n + t],
+                words[14 * n + t],
+                words[15 * n + t],
+            )
+            x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
+            x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
+            x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
+            x3, x7, x11, x15 = _quarter(x3, x7, x11, x15)
+            x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
+            x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
+            x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
+            x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
+            x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
+            x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
+            x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
+            x3, x7, x11, x15 = _quarter(x3, x7, x11, x15)
+            x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
+            x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
+            x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
+            x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
+            words[0 * n + t] = x0
+            words[1 * n + t] = x1
+            words[2 * n + t] = x2
+            words[3 * n + t] = x3
+            words[4 * n + t] = x4
+            words[5 * n + t] = x5
+            words[6 * n + t] = x6
+            words[7 * n + t] = x7
+            words[8 * n + t] = x8
+            words[9 * n + t] = x9
+            words[10 * n + t] = x10
+            words[11 * n + t] = x11
+            words[12 * n + t] = x12
+            words[13 * n + t] = x13
+            words[14 * n + t] = x14
+            words[15 * n + t] = x15
+    for t in range(n):
+        words[0 * n + t] += s0
+        words[1 * n + t] += s1
+        words[2 * n + t] += s2
+        words[3 * n + t] += s3
+        words[4 * n + t] += s4
+        words[5 * n + t] += s5
+        words[6 * n + t] += s6
+        words[7 * n + t] += s7
+        words[8 * n + t] += s8
+        words[9 * n + t] += s9
+        words[10 * n + t] += s10
+        words[11 * n + t] += s11
+        words[12 * n + t] += _U32(s12 + _U32(t))
+        words[13 * n + t] += s13
+        words[14 * n + t] += s14
+        words[15 * n + t] += s15
 
 
 @jit
 def _philox_round(x0, x1, x2, x3, k0, k1):
-    p0 = _M0 * _U64(x0)
-    p1 = _M1 * _U64(x2)
-    y0 = _U32(_U32(p1 >> _U64(32)) ^ x1 ^ k0)
-    y2 = _U32(_U32(p0 >> _U64(32)) ^ x3 ^ k1)
-    return y0, _U32(p1), y2, _U32(p0)
+    """The words are the low halves; what stands above them is dropped by the next product."""
+    p0 = _M0 * (x0 & _LOW)
+    p1 = _M1 * (x2 & _LOW)
+    return (p1 >> _U64(32)) ^ x1 ^ _U64(k0), p1, (p0 >> _U64(32)) ^ x3 ^ _U64(k1), p0
 
 
 @jit
-def philox_tiles(words, counters, key, rounds, tiles):
-    """`tiles` tiles of Philox blocks: words and counters uint32 [1024 tiles]."""
-    n = LANES
-    k = np.empty((10, 2), np.uint32)
-    for r in range(10):
-        k[r, 0] = key[0] + _U32(r) * _W0
-        k[r, 1] = key[1] + _U32(r) * _W1
-    for quad in range(4 * tiles):
-        w = quad * 4 * n
-        count = (quad // 4) * 16 * n + (quad % 4) * n
-        for j in range(n):
-            words[w + j] = counters[count + j]
-            words[w + n + j] = counters[count + 4 * n + j]
-            words[w + 2 * n + j] = counters[count + 8 * n + j]
-            words[w + 3 * n + j] = counters[count + 12 * n + j]
-        for r in range(0, rounds - 1, 2):
-            a0, a1, b0, b1 = k[r, 0], k[r, 1], k[r + 1, 0], k[r + 1, 1]
-            for t in range(w, w + n):
-                x0, x1, x2, x3 = words[t], words[t + n], words[t + 2 * n], words[t + 3 * n]
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, a0, a1)
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, b0, b1)
-                words[t], words[t + n], words[t + 2 * n], words[t + 3 * n] = x0, x1, x2, x3
-        if rounds % 2:
-            a0, a1 = k[rounds - 1, 0], k[rounds - 1, 1]
-            for t in range(w, w + n):
-                x0, x1, x2, x3 = words[t], words[t + n], words[t + 2 * n], words[t + 3 * n]
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, a0, a1)
-                words[t], words[t + n], words[t + 2 * n], words[t + 3 * n] = x0, x1, x2, x3
+def _philox(words, state, rounds):
+    """128 Philox blocks; state: counter, the keys of the rounds."""
+    n = _N
+    k = state
+    for r in range(4):
+        w = 4 * n * r
+        for t in range(n):
+            x0, x1, x2, x3 = _U64(_U32(k[0] + _U32(n * r + t))), _U64(k[1]), _U64(k[2]), _U64(k[3])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[4], k[5])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[6], k[7])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[8], k[9])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[10], k[11])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[12], k[13])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[14], k[15])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[16], k[17])
+            words[w + t], words[w + n + t] = _U32(x0), _U32(x1)
+            words[w + 2 * n + t], words[w + 3 * n + t] = _U32(x2), _U32(x3)
+        if rounds == 10:
+            for t in range(n):
+                x0, x1 = _U64(words[w + t]), _U64(words[w + n + t])
+                x2, x3 = _U64(words[w + 2 * n + t]), _U64(words[w + 3 * n + t])
+                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[18], k[19])
+                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[20], k[21])
+                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[22], k[23])
+                words[w + t], words[w + n + t] = _U32(x0), _U32(x1)
+                words[w + 2 * n + t], words[w + 3 * n + t] = _U32(x2), _U32(x3)
 
 
-class Generator:
-    """A named generator with its key, for whole tiles of blocks.
+@jit_inline
+def fill_words(words, state, rounds, blocks):
+    """The tile of uint32 [512] whose first block has the counter state[:4]."""
+    if blocks == _N:
+        _chacha(words, state, rounds)
+    else:
+        _philox(words, state, rounds)
+
+
+class Generator(NamedTuple):
+    """A named generator with its key, as the kernels take it.
 
     Attributes:
-        per_block: Elements (pairs of words) of one block.
-        lanes: Blocks of one tile.
+        state: uint32 [24]; 0 to 3 are the counter, the rest is secret.
+        rounds: Rounds of the generator.
+        blocks: Blocks of a tile, 32 for ChaCha and 128 for Philox.
     """
 
-    def __init__(self, rng: str, key: Sequence[int]) -> None:
+    state: np.ndarray
+    rounds: int
+    blocks: int
+
+    @classmethod
+    def build(cls, rng: str, key: Sequence[int], step: int = 0) -> Generator:
+        """The generator `rng` with the counter (0, step, 0, 0)."""
         secure = rng.startswith("chacha")
-        self.per_block = words_per_block(rng) // 2
-        self.lanes = WORDS // words_per_block(rng)
-        self._rounds = int(rng.removeprefix("chacha" if secure else "philox"))
-        self._tiles = chacha_tiles if secure else philox_tiles
-        self._key = np.array(key, dtype=np.uint32)
-
-    def generate(self, words: np.ndarray, counters: np.ndarray, tiles: int) -> None:
-        """Fill the first `tiles` tiles of `words`."""
-        self._tiles(words, counters, self._key, self._rounds, tiles)
-
-
-def random_words(rng: str, key: Sequence[int], counters: Tensor) -> Tensor:
-    """`_torch.rng.random_words`: int32 counters [4, n] -> int32 [words_per_block(rng), n]."""
-    generator = Generator(rng, key)
-    n, lanes = counters.shape[1], generator.lanes
-    tiles = -(-n // lanes)
-    padded = np.zeros((4, tiles * lanes), dtype=np.uint32)
-    padded[:, :n] = counters.contiguous().numpy().view(np.uint32)
-    packed = np.ascontiguousarray(padded.reshape(4, tiles, lanes).transpose(1, 0, 2)).reshape(-1)
-    words = np.empty(tiles * WORDS, dtype=np.uint32)
-    generator.generate(words, packed, tiles)
-    width = 2 * generator.per_block
-    if width == 16:
-        blocks = words.reshape(tiles, 16, LANES).transpose(1, 0, 2)
-    else:
-        blocks = words.reshape(4 * tiles, 4, LANES).transpose(1, 0, 2)
-    return torch.from_numpy(blocks.reshape(width, -1)[:, :n].astype(np.uint32).view(np.int32))
+        rounds = int(rng.removeprefix("chacha" if secure else "philox"))
+        schedule = [k + r * w for r in range(rounds) for k, w in zip(key, _WEYL, strict=False)]
+        words = [0, step, 0, 0, *(_CHACHA if secure else ()), *(key if secure else schedule)]
+        state = np.zeros(24, dtype=np.uint32)
+        state[: len(words)] = [word & 0xFFFFFFFF for word in words]
+        return cls(state, rounds, WORDS // words_per_block(rng))

@@ -72,16 +72,24 @@ def norms(parts: Sequence[Tensor], p: int) -> Tensor:
     return sum(squares[1:], squares[0]).sqrt()
 
 
+class Precision(NamedTuple):
+    """`torch.finfo` of the dtype of each of several layers: float64 [L]."""
+
+    eps: Tensor
+    smallest_normal: Tensor
+
+
 def clip_factors(
-    norm: Tensor, clip: Tensor, finite: Tensor, count: int, dtype: torch.dtype
+    norm: Tensor, clip: Tensor, finite: Tensor, count: int | Tensor, dtype: torch.dtype | Precision
 ) -> tuple[Tensor, Tensor]:
     """Factors f with ‖f x‖ <= clip, certified, and which units were clipped.
 
     `count` elements in float64 give the norm a relative error below count * 2^-52. One unit of the
     output dtype's precision covers its rounding, its smallest number covers underflow. Below the
-    clip norm f is exactly one; a unit that is not finite has zero.
+    clip norm f is exactly one; a unit that is not finite has zero. For [K, L] of several layers
+    `count` is float64 [L] and a `Precision` stands for their dtypes.
     """
-    info = torch.finfo(dtype)
+    info = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else dtype
     bound = norm * (1 + (count + 16) * 2.0**-52)
     clipped = (bound > clip) & finite
     room = (clip - count * info.smallest_normal * info.eps).clamp(min=0)

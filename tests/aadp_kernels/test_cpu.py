@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from aadp_kernels import (
     privatize_,
     sample_noise,
 )
+from aadp_kernels._torch import noise as spec_noise
 from aadp_kernels._torch import rng as spec_rng
 
 numba = pytest.importorskip("numba")
@@ -56,18 +58,25 @@ def noise(impl, shape, mechanism="laplace", rng="chacha20", **kwargs):
     return sample_noise(shape, mechanism=mechanism, key=key(rng), impl=impl, **kwargs)
 
 
-def column(words):
-    return torch.tensor([[spec_rng.signed32(w)] for w in words], dtype=torch.int32)
+def tile(rng, key_words, counter):
+    """Blocks counter, counter + 1, ... of a tile, uint32 [words of a block, blocks]."""
+    generator = fast_rng.Generator.build(rng, key_words)
+    generator.state[:4] = counter
+    words = np.empty(fast_rng.WORDS, np.uint32)
+    fast_rng.fill_words(words, *generator)
+    words = words.reshape(4, 4, fast_rng.LANES)
+    if generator.blocks == fast_rng.LANES:
+        return words.reshape(16, -1)
+    return words.transpose(1, 0, 2).reshape(4, -1)
 
 
 def hexadecimal(words):
-    return " ".join(f"{w & 0xFFFFFFFF:08x}" for w in words[:, 0].tolist())
+    return " ".join(f"{w:08x}" for w in words[:, 0].tolist())
 
 
 def test_chacha20_rfc8439_block():
     words = [int.from_bytes(bytes(range(4 * i, 4 * i + 4)), "little") for i in range(8)]
-    counter = column((1, 0x09000000, 0x4A000000, 0))
-    assert hexadecimal(fast_rng.random_words("chacha20", words, counter)) == (
+    assert hexadecimal(tile("chacha20", words, (1, 0x09000000, 0x4A000000, 0))) == (
         "e4e7f110 15593bd1 1fdd0f50 c47120a3 c7f4d1c7 0368c033 9aaa2204 4e6cd4c3 "
         "466482d2 09aa9f07 05d7c214 a2028bd9 d19c12b5 b94e16de e883d0cb 4e3c50a2"
     )
@@ -84,17 +93,21 @@ def test_chacha20_rfc8439_block():
     ],
 )  # fmt: skip
 def test_philox_random123(rng, counter, words, expected):
-    assert hexadecimal(fast_rng.random_words(rng, words, column(counter))) == expected
+    assert hexadecimal(tile(rng, words, counter)) == expected
 
 
 @pytest.mark.parametrize("rng", spec_rng.RNGS)
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 700])
-def test_words_equal_the_specification(rng, n):
-    generator = torch.Generator().manual_seed(n)
-    words = torch.randint(0, 1 << 32, (spec_rng.key_words_needed(rng),), generator=generator)
-    counters = torch.randint(0, 1 << 32, (4, n), generator=generator).to(torch.int32)
-    expected = spec_rng.random_words(rng, words.tolist(), counters)
-    assert torch.equal(fast_rng.random_words(rng, words.tolist(), counters), expected)
+def test_words_equal_the_specification(rng):
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 1 << 32, spec_rng.key_words_needed(rng)).tolist()
+    counter = generator.integers(0, 1 << 32, 4)
+    counter[0] = (1 << 32) - 17
+    got = tile(rng, words, counter)
+    counters = np.repeat(counter[:, None], got.shape[1], 1)
+    counters[0] += np.arange(got.shape[1])
+    counters = torch.from_numpy(counters.astype(np.uint32).view(np.int32))
+    expected = spec_rng.random_words(rng, words, counters)
+    assert np.array_equal(got.view(np.int32), expected.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -115,12 +128,77 @@ def test_noise_has_the_bits_of_the_specification(rng, mechanism, dtype):
         assert same_bits(a, b), (shape, change)
 
 
+def close(got, expected, scale):
+    """Within what the fast form may differ: scale 2^-18 (1 + |noise|) and 4 ulp of the dtype."""
+    assert got.dtype == expected.dtype
+    size = expected.double().abs()
+    allowed = 2.0**-18 * (scale + size) + 4 * torch.finfo(expected.dtype).eps * size
+    return bool(((got.double() - expected.double()).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_an_element_does_not_depend_on_the_size_of_the_call(mechanism):
-    whole = noise("auto", (2000,), mechanism, dtype=torch.float64)
-    parts = [
-        noise("auto", (20,), mechanism, dtype=torch.float64, offset=i) for i in range(0, 2000, 20)
-    ]
+@pytest.mark.parametrize("rng", spec_rng.RNGS)
+def test_fast_noise_is_close_to_the_specification(rng, mechanism, dtype):
+    clients = torch.tensor([4, 9, 0, (1 << 32) - 1, 4, 5])[::2]
+    for shape, change in (
+        ((1,), {}),
+        ((7,), {"offset": 3}),
+        ((9, 113), {"offset": 509, "layer": (1 << 24) - 1}),
+        ((40_001,), {"offset": (1 << 34) - 40_001, "client": 8}),
+        ((3, 33, 71), {"client": clients, "offset": 1}),
+        ((3, 5), {"client": clients, "scale": torch.tensor(0.3)}),
+    ):
+        a, b = (noise(i, shape, mechanism, rng, dtype=dtype, form="fast", **change) for i in BOTH)
+        assert close(b, a, 0.7), (shape, change)
+
+
+@pytest.mark.parametrize("rng", ["philox7", "chacha8"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_fast_noise_is_refined_where_the_word_is_small(rng, mechanism):
+    generator = fast_rng.Generator.build(rng, key(rng).words, (1 << 32) - 1)
+    generator.state[3] = spec_noise.DOMAINS[f"fast_{mechanism}"] << 24
+    words, stride = np.empty(fast_rng.WORDS, np.uint32), 2 if mechanism == "gaussian" else 1
+    for tile in range(1 << 15):
+        generator.state[0] = tile * generator.blocks
+        fast_rng.fill_words(words, *generator)
+        word = words.reshape(4, 4, 32).transpose(0, 2, 1).reshape(-1)[::stride].astype(np.int64)
+        number = word if mechanism == "gaussian" else word >> 1
+        if (number < 1 << 12).any():
+            break
+    kwargs = {"dtype": torch.float64, "form": "fast", "scale": 1.0, "offset": 512 * tile}
+    a, b = (noise(i, (512,), mechanism, rng, **kwargs) for i in BOTH)
+    assert close(b, a, 1.0)
+    e = stride * int((number < 1 << 12).argmax())
+    torch.testing.assert_close(b[e : e + stride], a[e : e + stride], rtol=2.0**-23, atol=0)
+    u = (number.min() + 0.5) * 2.0 ** (-31 if stride == 1 else -32)
+    coarse = -math.log(u) if stride == 1 else math.sqrt(-2 * math.log(u))
+    assert abs(float(b[e : e + stride].norm()) / coarse - 1) > 2.0**-22
+
+
+def test_the_smallest_words_reach_the_cutoff():
+    from aadp_kernels._cpu import transform
+
+    words, tails = np.zeros((2, 4, 4, 32), np.uint32)
+    words[0, 1] = 1
+    words[0, 2, 1] = 1 << 13
+    laplace, gaussian = np.full((2, 512), 99, np.float32)
+    transform.refine(laplace, words.ravel(), tails.ravel(), False)
+    transform.refine(gaussian, words.ravel(), tails.ravel(), True)
+    cutoffs = spec_noise.CUTOFFS
+    assert laplace[0] == np.float32(cutoffs["laplace", "fast"])
+    assert laplace[1] == -laplace[0]
+    assert laplace[6] == 99  # large enough to be left alone
+    assert gaussian[2] == np.float32(cutoffs["gaussian", "fast"])
+    assert gaussian[6] == 99
+
+
+@pytest.mark.parametrize("form", ["wide", "fast"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_an_element_does_not_depend_on_the_size_of_the_call(mechanism, form):
+    kwargs = {"dtype": torch.float64, "form": form}
+    whole = noise("auto", (2000,), mechanism, **kwargs)
+    parts = [noise("auto", (20,), mechanism, offset=i, **kwargs) for i in range(0, 2000, 20)]
     assert same_bits(torch.cat(parts), whole)
 
 
@@ -128,13 +206,16 @@ def test_an_element_does_not_depend_on_the_size_of_the_call(mechanism):
 def test_a_million_elements_are_equal_on_one_and_on_three_threads(mechanism):
     threads = torch.get_num_threads()
     expected = noise("torch", (2, 300_001), mechanism, client=torch.tensor([1, 2]))
+    fast = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            got = noise("numba", (2, 300_001), mechanism, client=torch.tensor([1, 2]))
-            assert same_bits(got, expected)
+            clients = torch.tensor([1, 2])
+            assert same_bits(noise("numba", (2, 300_001), mechanism, client=clients), expected)
+            fast.append(noise("numba", (2, 300_001), mechanism, client=clients, form="fast"))
     finally:
         torch.set_num_threads(threads)
+    assert same_bits(*fast)
 
 
 @pytest.mark.parametrize("rng", spec_rng.RNGS)
@@ -150,11 +231,12 @@ def test_coins_equal_the_specification(rng):
     assert poisson_mask(0, 0.5, key=key(rng), step=0, impl="numba").shape == (0,)
 
 
+@pytest.mark.parametrize("form", ["wide", "fast"])
 @pytest.mark.parametrize("rng", spec_rng.RNGS)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_distribution_accepts_the_scale_and_rejects_others(rng, mechanism):
+def test_distribution_accepts_the_scale_and_rejects_others(rng, mechanism, form):
     law = {"gaussian": stats.norm, "laplace": stats.laplace}[mechanism]
-    values = noise("numba", (20_000,), mechanism, rng, dtype=torch.float64).numpy()
+    values = noise("numba", (20_000,), mechanism, rng, dtype=torch.float64, form=form).numpy()
     assert stats.kstest(values, law(scale=0.7).cdf).pvalue > 1e-3
     for wrong in (2 / 3, 3 / 2):
         assert stats.kstest(values, law(scale=0.7 * wrong).cdf).pvalue < 1e-12
@@ -226,20 +308,53 @@ def test_privatize_clips_to_the_last_bits_of_the_specification(p, dtype):
     assert all(same_bits(a[1], b[1]) for a, b in zip(got[2:3], tensors[2:3], strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 5, (torch.float64,) * 5, MIXED])
+@pytest.mark.parametrize(("p", "mechanism"), [(1, "laplace"), (1, "gaussian"), (2, "gaussian")])
+@pytest.mark.parametrize("rng", ["philox10", "chacha8", "chacha20"])
+def test_fast_privatize_is_close_to_the_specification(rng, p, mechanism, dtypes):
+    scale = torch.tensor([[0.2, 0.0, 1.0, 3.0], [0.0, 0.0, 0.5, 0.1], [0.1, 0.0, 1.0, 1.0]])
+    clip = torch.tensor([[math.inf, 0.01, 1.0, 3.0], [0.0, 0.1, 1e-40, 1e9], [1.0, 2.0, 1e9, 0.3]])
+    for reference in (None, updates(seed=1), updates(seed=1, dtypes=(torch.float64,) * 5)):
+        kwargs = {"scale": scale, "clip": clip, "clients": torch.tensor([5, (1 << 32) - 1, 0]),
+                  "p": p, "mechanism": mechanism, "form": "fast"}  # fmt: skip
+        tensors = updates(3, dtypes=dtypes)
+        # Where the noise is nothing, the value has to be exact to its own ulp.
+        expected, got = both(tensors, key=key(rng), reference=reference, **kwargs)
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            size = scale[:, LAYOUT.layer_of[i]].reshape(-1, *(1,) * (a.dim() - 1)).double()
+            assert close(a, b, size.expand(a.shape)), (i, reference)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 300), st.floats(1e-30, 1e30), st.floats(1e-20, 1e20), st.sampled_from([1, 2]),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    st.integers(0, 1 << 30),
+    st.sampled_from(["wide", "fast"]), st.booleans(), st.integers(0, 1 << 30),
 )  # fmt: skip
-def test_the_bound_holds(n, size, clip, p, dtype, seed):
+def test_the_bound_holds(n, size, clip, p, dtype, form, moved, seed):
     generator = torch.Generator().manual_seed(seed)
     update = (torch.randn(n, generator=generator, dtype=torch.float64) * size).to(dtype)
+    reference = [torch.randn(n, generator=generator, dtype=dtype) * size] if moved else None
     bound = torch.tensor([clip], dtype=torch.float64)
     privatize_([update], layout=Layout.build([update]), clip=bound, scale=torch.zeros(1), p=p,
-               key=None, step=0, impl="numba")  # fmt: skip
+               key=None, step=0, reference=reference, form=form, impl="numba")  # fmt: skip
     total = math.fsum(abs(v) ** p for v in update.double().tolist())
     assert total <= clip**p * (1 + (1e-15 if p == 2 else 0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 600), st.floats(1e-6, 1.0), st.sampled_from([1, 2]), st.integers(0, 1 << 30))
+def test_the_bound_holds_beneath_fast_noise(n, clip, p, seed):
+    """The noise is the same with and without the update, and its float32 sum is exact here."""
+    generator = torch.Generator().manual_seed(seed)
+    update = torch.randn(n, generator=generator) * 3
+    kept = update.clone()
+    privatize_([kept], layout=Layout.build([kept]), clip=torch.tensor([clip]), p=p, form="fast",
+               mechanism="gaussian", key=key(), step=0, scale=torch.tensor([1e-30]),
+               impl="numba")  # fmt: skip
+    total = math.fsum(abs(v) ** p for v in kept.double().tolist()) ** (1 / p)
+    assert total <= clip
+    assert total >= clip * (1 - 1e-5) or update.double().norm(p=p) <= clip
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -358,16 +473,22 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
     assert _jit.jit(lambda x: x + 1)(2) == 3
 
 
-def test_no_kernel_contracts_floating_point():
-    from aadp_kernels._cpu import noise as fast
+def test_no_wide_kernel_contracts_floating_point():
+    from aadp_kernels._cpu import passes, transform
 
-    noise("numba", (100,), "gaussian")
-    noise("numba", (100,), "laplace")
-    for kernel in (fast.gaussian_tiles, fast.laplace_tiles):
+    lines = numba.float64[::1]
+    small = (numba.int32[::1], lines)
+    piece = (numba.int64[:, ::1], *(numba.int64,) * 3, lines, lines, numba.bool_, numba.float64,
+             lines, numba.float64)  # fmt: skip
+    for kernel, signature in (
+        (transform._wide_gaussian, small), (transform._wide_laplace, small),
+        (passes._write_piece, piece),
+    ):  # fmt: skip
+        assert not kernel.targetoptions.get("fastmath")
         fresh = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)
-        fresh.compile(kernel.signatures[0])
+        fresh.compile(signature)
         (assembly,) = fresh.inspect_asm().values()
-        assert "div" in assembly
+        assert "mul" in assembly
         assert "fmadd" not in assembly
         assert "fnmadd" not in assembly
 

@@ -1,0 +1,300 @@
+"""The two passes over memory: norms, then clipped values plus noise, each in one compiled call.
+
+Both walk over a table of pieces (tensors) of all layers and rows of a call in units of a fixed
+size, so that any thread may take any range of units and the result does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from aadp_kernels._cpu._jit import jit, jit_inline, pointer, spread
+from aadp_kernels._cpu.rng import WORDS, Generator
+from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
+from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
+from aadp_kernels.layout import Layout
+
+CHUNK = 1 << 16
+SMALLEST_FACTOR = 2.0**-100  # below it float32 products would underflow
+
+# Columns of the table of pieces: the layer's element that it begins with, its elements, then the
+# address and the bytes an element of the value, of what is subtracted and of the output.
+_FIRST, _SIZE, _VALUE, _VALUE_BYTES, _MINUS, _MINUS_BYTES, _OUT, _OUT_BYTES = range(8)
+
+
+@jit
+def _load(x, address, bytes_each, start, count):
+    if bytes_each == 4:
+        single = carray(pointer(address + 4 * start, np.float32), (count,))
+        for i in range(count):
+            x[i] = single[i]
+    else:
+        double = carray(pointer(address + 8 * start, np.float64), (count,))
+        for i in range(count):
+            x[i] = double[i]
+
+
+@jit
+def _load_difference(x, minus, pieces, k, row, start, count):
+    """x = value - reference of the elements start .. start + count - 1 of a row."""
+    at = row * pieces[k, _SIZE] + start
+    _load(x, pieces[k, _VALUE], pieces[k, _VALUE_BYTES], at, count)
+    if pieces[k, _MINUS] != 0:
+        _load(minus, pieces[k, _MINUS], pieces[k, _MINUS_BYTES], start, count)
+        for i in range(count):
+            x[i] -= minus[i]
+
+
+@jit_inline
+def _combine(out, count, x, factor, noise, scale, mode):
+    """Rounded after each operation and to `out`."""
+    if mode == 0:
+        for i in range(count):
+            out[i] = x[i] * factor
+    elif mode == 1:
+        for i in range(count):
+            out[i] = x[i] * factor + noise[i] * scale
+    else:
+        for i in range(count):
+            out[i] = noise[i] * scale
+
+
+@jit
+def _write_piece(pieces, k, row, low, x, minus, dead, factor, noise, scale):
+    """The elements low .. low + 511 of the layer, as far as the piece has them."""
+    first, size = pieces[k, _FIRST], pieces[k, _SIZE]
+    start, stop = max(0, low - first), min(low + TILE - first, size)
+    count, at, bytes_each = stop - start, row * size + start, pieces[k, _OUT_BYTES]
+    mode = 1 if scale > 0 else 0
+    if pieces[k, _VALUE] == 0:
+        mode = 2
+    elif dead:
+        x[:count] = 0
+    else:
+        _load_difference(x, minus, pieces, k, row, start, count)
+    # An array from a pointer, since numba lets an index from the end into any other sum.
+    skipped = np.int64(noise.ctypes.data) + (first + start - low) * noise.itemsize
+    part = carray(pointer(skipped, noise.dtype), (count,))
+    address = pieces[k, _OUT] + at * bytes_each
+    if bytes_each == 4:
+        single = carray(pointer(address, np.float32), (count,))
+        _combine(single, count, x, factor, part, scale, mode)
+    else:
+        double = carray(pointer(address, np.float64), (count,))
+        _combine(double, count, x, factor, part, scale, mode)
+
+
+@jit
+def _add_up(x, count, p, lanes):
+    for at in range(0, count, 128):
+        for j in range(32):
+            a, b, c, d = x[at + j], x[at + 32 + j], x[at + 64 + j], x[at + 96 + j]
+            lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))
+    if p == 2:
+        for at in range(0, count, 128):
+            for j in range(32):
+                a, b, c, d = x[at + j], x[at + 32 + j], x[at + 64 + j], x[at + 96 + j]
+                lanes[32 + j] += (a * a + b * b) + (c * c + d * d)
+
+
+@jit
+def sum_units(pieces, bounds, units, p, sums, begin, end):
+    """Sums of |x| (and of x^2 for p = 2) of units of CHUNK elements of a layer: sums [2, K, units].
+
+    32 running sums a unit, added up in order.
+    """
+    x, minus, lanes = np.empty(TILE), np.empty(TILE), np.empty(64)
+    per_row = units[len(units) - 1]
+    layer = 0
+    for unit in range(begin, end):
+        row, column = unit // per_row, unit % per_row
+        if column == 0:
+            layer = 0
+        while column >= units[layer + 1]:
+            layer += 1
+        low = (column - units[layer]) * CHUNK
+        lanes[:] = 0.0
+        for k in range(bounds[layer], bounds[layer + 1]):
+            stop = min(low + CHUNK - pieces[k, _FIRST], pieces[k, _SIZE])
+            for start in range(max(0, low - pieces[k, _FIRST]), stop, TILE):
+                count = min(TILE, stop - start)
+                _load_difference(x, minus, pieces, k, row, start, count)
+                while count % 128:
+                    x[count] = 0.0
+                    count += 1
+                _add_up(x, count, p, lanes)
+        for half in range(2):
+            total = 0.0
+            for j in range(32):
+                total += lanes[32 * half + j]
+            sums[half, row, column] = total
+
+
+@jit
+def write_units(
+    pieces, bounds, units, skip, dead, factor, scale, factor32, scale32, clients, layer_words,
+    state, rounds, blocks, fast, gaussian, begin, end,
+):  # fmt: skip
+    """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
+
+    Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
+    float64; in the fast form it is float32 where all tensors are. Without a value: scale * noise.
+    Where `dead`, the value counts as zero; a scale of zero draws nothing.
+    """
+    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
+    noise32, x32 = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    minus32 = np.empty(TILE, np.float32)
+    noise, x, minus, rows = np.zeros(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE // 2)
+    state = state.copy()
+    per_row = units[len(units) - 1]
+    layer = nearest = 0
+    for unit in range(begin, end):
+        row, column = unit // per_row, unit % per_row
+        if column == 0:
+            layer, nearest = 0, bounds[0]
+        while column >= units[layer + 1]:
+            layer += 1
+            nearest = bounds[layer]
+        tile = skip[layer] + column - units[layer]
+        low = tile * TILE
+        size = scale[row, layer]
+        if size > 0:
+            state[2] = np.uint32(clients[row])
+            state[3] = np.uint32(layer_words[layer])
+            if fast:
+                fast_tile(noise32, words, spare, state, rounds, blocks, tile, gaussian)
+            else:
+                wide_tile(noise, words, rows, state, rounds, blocks, tile, gaussian)
+        converted = not fast
+        stop = bounds[layer + 1]
+        while nearest < stop and pieces[nearest, _FIRST] + pieces[nearest, _SIZE] <= low:
+            nearest += 1
+        for k in range(nearest, stop):
+            if pieces[k, _FIRST] >= low + TILE:
+                break
+            widest = max(pieces[k, _VALUE_BYTES], pieces[k, _MINUS_BYTES], pieces[k, _OUT_BYTES])
+            if fast and widest == 4 and factor32[row, layer] >= SMALLEST_FACTOR:
+                _write_piece(
+                    pieces, k, row, low, x32, minus32, dead[row, layer], factor32[row, layer],
+                    noise32, scale32[row, layer],
+                )  # fmt: skip
+                continue
+            if not converted:
+                converted = True
+                for i in range(TILE):
+                    noise[i] = noise32[i]
+            _write_piece(
+                pieces, k, row, low, x, minus, dead[row, layer], factor[row, layer], noise, size
+            )
+
+
+class Pieces(NamedTuple):
+    """The tensors of a call, sorted by layer, as the kernels take them.
+
+    Attributes:
+        table: int64 [T, 8], one row a tensor; its addresses are those of `keep`.
+        bounds: int64 [L + 1], the rows of the table that belong to each layer.
+        ends: int64 [L], one past the last element of each layer that is in the table.
+        keep: Tensors that must live while the table is in use.
+    """
+
+    table: np.ndarray
+    bounds: np.ndarray
+    ends: np.ndarray
+    keep: list[Tensor]
+
+    @classmethod
+    def of_layout(
+        cls,
+        layout: Layout,
+        values: Sequence[Tensor],
+        minus: Sequence[Tensor] | None = None,
+        out: Sequence[Tensor] | None = None,
+    ) -> Pieces:
+        """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
+        keep = [*values, *(minus or ()), *(out or ())]
+        table = np.zeros((len(values), 8), np.int64)
+        table[:, _FIRST], table[:, _SIZE] = layout.offsets, layout.sizes
+        for tensors, column in ((values, _VALUE), (minus, _MINUS), (out, _OUT)):
+            if tensors is not None:
+                table[:, column] = [t.data_ptr() for t in tensors]
+                table[:, column + 1] = [t.element_size() for t in tensors]
+        bounds = np.zeros(layout.num_layers + 1, np.int64)
+        np.cumsum([len(members) for members in layout.members], out=bounds[1:])
+        order = [i for members in layout.members for i in members]
+        return cls(table[order], bounds, np.array(layout.dims, np.int64), keep)
+
+
+def native(tensor: Tensor) -> Tensor:
+    """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    return tensor.detach().contiguous()
+
+
+def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
+    """Sums of |x| (and of x^2 for p = 2) of the layers of every row: float64 [2, K, L]."""
+    layers = len(pieces.ends)
+    units = np.zeros(layers + 1, np.int64)
+    np.cumsum(np.maximum(1, -(-pieces.ends // CHUNK)), out=units[1:])
+    sums = np.zeros((2, rows, units[-1]))
+    if rows == 0:
+        return sums[:, :, :layers]
+
+    def work(begin: int, end: int) -> None:
+        sum_units(pieces.table, pieces.bounds, units, p, sums, begin, end)
+
+    spread(work, rows * int(units[-1]), elements=rows * int(pieces.ends.sum()))
+    return np.add.reduceat(sums, units[:-1], axis=2)
+
+
+def write(
+    pieces: Pieces,
+    generator: Generator,
+    clients: np.ndarray,
+    *,
+    mechanism: str,
+    form: str,
+    scale: np.ndarray,
+    factor: np.ndarray,
+    dead: np.ndarray,
+    layers: np.ndarray,
+) -> None:
+    """Write all pieces: factor * (value - reference) + scale * noise, or scale * noise.
+
+    `scale`, `factor` and `dead` (the value counts as zero) are [K, L], `layers` [L]. The table of
+    each layer begins in its first tile, or has one piece.
+    """
+    fast = form == "fast"
+    skip = np.zeros_like(pieces.ends)
+    if len(pieces.table) == 1:
+        skip[0] = pieces.table[0, _FIRST] // TILE
+    units = np.zeros(len(pieces.ends) + 1, np.int64)
+    np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
+    layer_words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
+    factor32, scale32 = _single(factor, scale)
+
+    def work(begin: int, end: int) -> None:
+        write_units(
+            pieces.table, pieces.bounds, units, skip, dead, factor, scale, factor32, scale32,
+            clients, layer_words, *generator, fast, mechanism == "gaussian", begin, end,
+        )  # fmt: skip
+
+    rows = len(clients)
+    spread(work, rows * int(units[-1]), elements=rows * int(units[-1]) * TILE)
+
+
+def _single(factor: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In float32, factors below one lowered by the rounding of a difference and of a product."""
+    lowered = np.where(factor < 1, factor * (1 - 2.0**-22), factor)
+    with np.errstate(over="ignore"):
+        factor32, scale32 = lowered.astype(np.float32), scale.astype(np.float32)
+    zero, top = np.float32(0), np.float32(np.inf)
+    factor32 = np.where(factor32 > lowered, np.nextafter(factor32, zero), factor32)
+    return factor32, np.where(scale32 < scale, np.nextafter(scale32, top), scale32)
