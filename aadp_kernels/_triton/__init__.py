@@ -1,1 +1,38 @@
-"""Triton kernels for CUDA devices. Imported with the first call that runs on one, never before."""
+"""Triton kernels for CUDA devices. Triton is imported with the first call that runs here."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+# The forms of each operation that exist here; the others run on `_torch`.
+FORMS = {"noise": ("wide", "fast"), "privatize": ("wide", "fast")}
+
+_MIN_CAPABILITY = (8, 0)
+
+
+def missing(device: torch.device) -> str | None:
+    """Why nothing can run here on `device`; None if it can. Triton's interpreter runs on a CPU."""
+    reason = _import_error()
+    if reason is not None:
+        return f"without the package triton: {reason}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY and torch.version.hip is None:
+            return f"on a device of capability {capability}, below {_MIN_CAPABILITY}"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"for tensors on {device}"
+
+
+@cache
+def _import_error() -> str | None:
+    """Why triton cannot be imported; None if it can."""
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None

@@ -11,21 +11,29 @@ made of them are those of `_torch.noise`; wide does the same float64 operations 
 approximations of the hardware.
 """
 
+# Triton's constexpr arguments, ranges and launch options have no types that fit.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from aadp_kernels._torch.noise import _ATANH as ATANH
 from aadp_kernels._torch.noise import _COS as COSINE
 from aadp_kernels._torch.noise import _SIN as SINE
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
+from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
+from aadp_kernels._triton._device import key_tensor, step_tensor
 from aadp_kernels._triton.rng import chacha, load_key, philox
 
-FORMS = ("wide", "fast")
-CHACHA_TILE = 512  # elements that the 32 blocks of a warp serve in the fast form
+TILE = 1024  # of `noise_kernel`
 
 _INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 _LN2 = tl.constexpr(math.log(2))
@@ -37,8 +45,9 @@ _ANGLE = tl.constexpr(math.pi / 4 * 2.0**-31)
 _TURN = tl.constexpr(math.pi * 2.0**-31)
 _DOMAIN = tl.constexpr(1 << LAYER_BITS)
 _GAUSSIAN, _LAPLACE = tl.constexpr(DOMAINS["gaussian"]), tl.constexpr(DOMAINS["laplace"])
-_FAST_GAUSSIAN, _FAST_LAPLACE = tl.constexpr(4), tl.constexpr(5)
-_TAIL = tl.constexpr(2)  # from the domain of a fast mechanism to that of its tail words
+_FAST_GAUSSIAN = tl.constexpr(DOMAINS["fast_gaussian"])
+_FAST_LAPLACE = tl.constexpr(DOMAINS["fast_laplace"])
+_TAIL = tl.constexpr(DOMAINS["fast_laplace_tail"] - DOMAINS["fast_laplace"])
 
 
 def parts(form: str, chacha: bool) -> int:
@@ -142,6 +151,23 @@ def _radius_words(a, b, c, d, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
+def _least(a, b, c, d, GAUSSIAN: tl.constexpr):
+    """The least word of a magnitude, uint32 of the shape of `a`."""
+    least = tl.minimum(a, c)
+    if not GAUSSIAN:
+        least = tl.minimum(least, tl.minimum(b, d))
+    return least
+
+
+@triton.jit
+def _minimum(x):
+    """The least element of a vector or matrix, without a change of its layout."""
+    if len(x.shape) == 2:
+        x = tl.min(x, axis=1)
+    return tl.min(x, axis=0)
+
+
+@triton.jit
 def _uniform(words, GAUSSIAN: tl.constexpr):
     """(n + 1/2) / 2^bits in float32, n the word (32 bits) or the word without its sign (31)."""
     if GAUSSIAN:
@@ -186,7 +212,7 @@ def _fast_philox(block, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN
     angles = _join2(b, d)
     uniform = _uniform(words, GAUSSIAN)
     # One tile in hundreds needs tail words: the branch is for the whole tile.
-    if tl.min(words) < limit:
+    if _minimum(_least(a, b, c, d, GAUSSIAN)) < limit:
         a, b, c, d = philox(block, step, client, word + _TAIL * _DOMAIN, key, ROUNDS)
         uniform = _tail_uniform(words, _radius_words(a, b, c, d, GAUSSIAN), uniform, GAUSSIAN)
     return _fast_values(words, angles, uniform, GAUSSIAN)
@@ -204,8 +230,11 @@ def _fast_chacha(block, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN
     words3 = _radius_words(w[12], w[13], w[14], w[15], GAUSSIAN)
     uniform0, uniform1 = _uniform(words0, GAUSSIAN), _uniform(words1, GAUSSIAN)
     uniform2, uniform3 = _uniform(words2, GAUSSIAN), _uniform(words3, GAUSSIAN)
-    least = tl.minimum(tl.minimum(words0, words1), tl.minimum(words2, words3))
-    if tl.min(least) < limit:
+    least = tl.minimum(
+        tl.minimum(_least(*w[0:4], GAUSSIAN), _least(*w[4:8], GAUSSIAN)),
+        tl.minimum(_least(*w[8:12], GAUSSIAN), _least(*w[12:16], GAUSSIAN)),
+    )
+    if _minimum(least) < limit:
         t = chacha(block, step, client, word + _TAIL * _DOMAIN, key, ROUNDS)
         tail = _radius_words(t[0], t[1], t[2], t[3], GAUSSIAN)
         uniform0 = _tail_uniform(words0, tail, uniform0, GAUSSIAN)
@@ -325,6 +354,21 @@ def tile_noise(
 
 
 @triton.jit
+def to_element(value, DTYPE: tl.constexpr):
+    """`value` in a tensor's dtype; 16 bits come by way of float32, as they do in torch."""
+    if DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    if _INTERPRET and DTYPE.name == "bf16":
+        # The interpreter cuts bfloat16 off; a device rounds to nearest even.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(value == value, bits, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(DTYPE)
+
+
+@triton.jit
 def _store_noise(
     out, scale, step, client, layer, key, first, low, high, TILE: tl.constexpr,
     GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
@@ -337,10 +381,10 @@ def _store_noise(
         element = first + part_index(part, TILE, FORM, CHACHA, BLOCKS)
         inside = (element >= low) & (element < high)
         value = noise[part].to(tl.float64) * scale
-        tl.store(out + (element - low), value.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + (element - low), to_element(value, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "low", "high"])
 def noise_kernel(
     out_pointer, scale_pointer, step_pointer, clients_pointer, key_pointer, layer, low, high,
     TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr,
@@ -361,3 +405,39 @@ def noise_kernel(
         out, scale, step, client, layer.to(tl.uint32), key, first, low, high, TILE, GAUSSIAN, FORM,
         CHACHA, ROUNDS, BLOCKS, PARTS,
     )  # fmt: skip
+
+
+def scaled_noise(
+    rng: str,
+    key_words: Sequence[int],
+    segment: Segment,
+    clients: Tensor,
+    *,
+    step: int | Tensor,
+    mechanism: str,
+    form: str,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Noise of a scale (a number, or float64 [K, count]) in `dtype`, [K, count]."""
+    layer, offset, count = segment
+    device = clients.device
+    if isinstance(scale, Tensor):
+        noise = scaled_noise(
+            rng, key_words, segment, clients, step=step, mechanism=mechanism, form=form, scale=1.0,
+            dtype=torch.float64,
+        )  # fmt: skip
+        return (noise * scale).to(dtype)
+    out = torch.empty((len(clients), count), dtype=dtype, device=device)
+    tiles = -(-(offset + count) // TILE) - offset // TILE
+    secure = rng.startswith("chacha")
+    if out.numel():
+        noise_kernel[(tiles, len(clients))](
+            out, torch.full((), scale, dtype=torch.float64, device=device),
+            step_tensor(step, device), clients.contiguous(), key_tensor(tuple(key_words), device),
+            layer, offset, offset + count, TILE=TILE, GAUSSIAN=mechanism == "gaussian", FORM=form,
+            CHACHA=secure, ROUNDS=int(rng[6:]),
+            BLOCKS=blocks_per_row(form, secure, dtype.itemsize), PARTS=parts(form, secure),
+            enable_fp_fusion=form == "fast",
+        )  # fmt: skip
+    return out

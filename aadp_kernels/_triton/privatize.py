@@ -1,0 +1,472 @@
+"""Norms, certified clipping and noise of a ragged list of layers in one launch."""
+
+# Triton's constexpr arguments, ranges and launch options have no types that fit.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aadp_kernels._torch.privatize import ClipStats, Noise
+from aadp_kernels._triton import noise as _noise
+from aadp_kernels._triton import plan as _plan
+from aadp_kernels._triton._device import key_tensor, sm_count, step_tensor, to_device
+from aadp_kernels._triton.noise import part_index, tile_noise, to_element
+from aadp_kernels._triton.rng import load_key
+from aadp_kernels.layout import Layout
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+_WARPS = 4
+_PROGRAMS_PER_SM = 8
+_ADDRESS_LISTS = 16
+
+# Elements of a tile by form and whether the generator is ChaCha: small, so that many programs have
+# room for their registers, but a block of ChaCha a thread in the fast form.
+_TILES = {
+    ("fast", False): 1024, ("fast", True): 2048, ("wide", False): 512, ("wide", True): 1024,
+}  # fmt: skip
+
+
+@triton.jit
+def _pointer(address, offset, FULL: tl.constexpr, DTYPE: tl.constexpr):
+    """Pointer to an element of a tensor; that of a whole tile is a multiple of 16 bytes."""
+    if FULL:
+        # The offset is a multiple already; the compiler sees it in the product, where a hint on an
+        # argument would be lost.
+        width: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + offset // width * width
+    else:
+        return address.to(tl.pointer_type(DTYPE)) + offset
+
+
+@triton.jit
+def _load(
+    address, offset, index, low, high, FULL: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr
+):
+    """Elements at `index` of a tile, zero outside [low, high), as `TO`."""
+    pointer = _pointer(address, offset, FULL, DTYPE)
+    if FULL:
+        return tl.load(pointer + index).to(TO)
+    else:
+        inside = (index >= low) & (index < high)
+        return tl.load(pointer + index, mask=inside, other=0.0).to(TO)
+
+
+@triton.jit
+def _update(
+    x, x_offset, reference, reference_offset, index, low, high, FULL: tl.constexpr,
+    X: tl.constexpr, REFERENCE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """x - reference of a tile."""
+    value = _load(x, x_offset, index, low, high, FULL, X, DTYPE)
+    if REFERENCE is not None:
+        value -= _load(reference, reference_offset, index, low, high, FULL, REFERENCE, DTYPE)
+    return value
+
+
+@triton.jit
+def _add_tile(
+    value, sum1, sum2, P: tl.constexpr,
+):  # fmt: skip
+    """Sums of |value| and value^2, the neighbours of a row in the dtype of `value`."""
+    sum1 += tl.sum(tl.abs(value), axis=1).to(tl.float64)
+    if P == 2:
+        wide = value.to(tl.float64)
+        sum2 += tl.sum(wide * wide, axis=1)
+    return sum1, sum2
+
+
+@triton.jit
+def _ordered_sum(partials, begin, end):
+    """Sum of partials[begin:end] in an order that depends on begin and end alone."""
+    lane = tl.arange(0, 128)
+    total = tl.zeros([128], tl.float64)
+    at = begin
+    while at < end:
+        total += tl.load(partials + at + lane, mask=at + lane < end, other=0.0, volatile=True)
+        at += 128
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _finish_unit(
+    unit, row, layer, total1, total2, layers, clip, clip_stride, votes_at, votes_stride,
+    norm1_out, votes_out, clipped_out, nonfinite_out, P: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a unit, and its factor in float64: NaN for a unit that is not finite."""
+    norm = tl.sqrt(total2) if P == 2 else total1
+    finite = (norm < float("inf")) & (total1 < float("inf"))
+    bound = norm * tl.load(layers + layer * 3)
+    limit = tl.load(clip + row * clip_stride + layer)
+    valid = limit >= 0
+    limit = tl.where(valid, limit, 0.0)
+    clipped = (bound > limit) & finite
+    room = limit - tl.load(layers + layer * 3 + 2)
+    room = tl.where(room > 0, room, 0.0)
+    divisor = tl.where(clipped, bound * tl.load(layers + layer * 3 + 1), 1.0)
+    factor = tl.where(clipped, room / divisor, 1.0)
+    factor = tl.where(valid, factor, 0.0)
+    vote = 0.0
+    if votes_at is not None:
+        at = tl.load(votes_at + row * votes_stride + layer)
+        vote = tl.where(total1 <= at, 0.5, -0.5)
+        vote = tl.where(finite & (at == at), vote, 0.0)
+    tl.store(norm1_out + unit, total1)
+    tl.store(votes_out + unit, vote)
+    tl.store(clipped_out + unit, clipped.to(tl.int64))
+    tl.store(nonfinite_out + unit, 1 - finite.to(tl.int64))
+    return tl.where(finite, factor, float("nan"))
+
+
+@triton.jit
+def _round_down(factor, DTYPE: tl.constexpr):
+    """The largest number of `DTYPE`, float32 or float64, that is not above `factor` >= 0."""
+    near = factor.to(DTYPE)
+    if DTYPE.primitive_bitwidth == 32:
+        bits = near.to(tl.int32, bitcast=True) - (near.to(tl.float64) > factor).to(tl.int32)
+        near = bits.to(tl.float32, bitcast=True)
+    return near
+
+
+@triton.jit
+def _store(address, offset, index, low, high, value, FULL: tl.constexpr, DTYPE: tl.constexpr):
+    pointer = _pointer(address, offset, FULL, DTYPE)
+    value = to_element(value, DTYPE)
+    if FULL:
+        tl.store(pointer + index, value)
+    else:
+        tl.store(pointer + index, value, mask=(index >= low) & (index < high))
+
+
+@triton.jit
+def _apply_tile(
+    x, reference, out, shift, shift0, element, low, high, factor, scale, step, client, layer, key,
+    FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
+    OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
+    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """out = (x - reference) * factor + scale * noise of a tile; zero * factor if that is NaN."""
+    if NOISY:
+        noise = tile_noise(
+            element, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
+        )
+    for part in tl.static_range(PARTS):
+        index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
+        value = _update(
+            x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
+            DTYPE,
+        )  # fmt: skip
+        value = tl.where(factor == factor, value * factor, 0.0)
+        if NOISY:
+            value += noise[part].to(DTYPE) * scale
+        else:
+            # A scale that no noise was drawn for must not pass for privacy.
+            value = tl.where(scale == 0, value, float("nan"))
+        _store(out, shift + element, index, low, high, value, FULL, OUT)
+
+
+@triton.jit
+def _apply_chunk(
+    x, reference, out, shift, shift0, first, low, high, whole, factor, scale, step, client, layer,
+    key, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr,
+    CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Whole tiles without masks (128-bit accesses), then the rest with them."""
+    element = first
+    while element < whole:
+        _apply_tile(
+            x, reference, out, shift, shift0, element, 0, 0, factor, scale, step, client, layer,
+            key, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS,
+            BLOCKS, PARTS,
+        )  # fmt: skip
+        element += TILE
+    while element < high:
+        begin = tl.maximum(low - element, 0).to(tl.int32)
+        end = tl.minimum(high - element, TILE).to(tl.int32)
+        _apply_tile(
+            x, reference, out, shift, shift0, element, begin, end, factor, scale, step, client,
+            layer, key, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
+            ROUNDS, BLOCKS, PARTS,
+        )  # fmt: skip
+        element += TILE
+
+
+@triton.jit(do_not_specialize=[
+    "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
+    "num_chunks", "num_units",
+])  # fmt: skip
+def privatize_kernel(
+    tickets, ticket_count, counter, chunks, units, layers, addresses, done, flags, partials,
+    factors, clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
+    key_pointer, norm1_out, votes_out, clipped_out, nonfinite_out, num_layers, num_tensors,
+    num_chunks,
+    X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
+    P: tl.constexpr, NOISY: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out = (x - reference) * factor(norm) + scale * noise, for every unit of a plan.
+
+    Persistent programs take tickets (see `plan`). A norm ticket adds |x| (and x^2) of its chunk,
+    in the dtype `DTYPE` over `WIDTH` neighbours and in float64 beyond, into a slot of its own; the
+    program that ends a unit adds its slots in order and releases the factor, which apply tickets
+    wait for. Products and sums are of the dtype `DTYPE`.
+    """
+    if NOISY:
+        key = load_key(key_pointer, CHACHA)
+        step = tl.load(step_pointer).to(tl.uint32)
+    else:
+        key, step = None, None
+    ticket = tl.atomic_add(counter, 1, sem="relaxed")
+    while ticket < ticket_count:
+        code = tl.load(tickets + ticket)
+        chunk = (code >> 2).to(tl.int64)
+        table = chunks + chunk * 8
+        tensor = tl.load(table)
+        shift = tl.load(table + 1)
+        first = tl.load(table + 2)
+        low = tl.load(table + 3)
+        high = tl.load(table + 4)
+        whole = tl.load(table + 5)
+        unit = tl.load(table + 6)
+        row = unit // num_layers
+        layer = unit % num_layers
+        begin = tl.load(units + unit * 2)
+        end = tl.load(units + unit * 2 + 1)
+        shift0 = tl.load(table + 7)
+        x = tl.load(addresses + tensor)
+        out = tl.load(addresses + num_tensors + tensor)
+        reference = x
+        if REFERENCE is not None:
+            reference = tl.load(addresses + 2 * num_tensors + tensor)
+        # The only chunk of its unit, in one launch: nobody else has or wants its factor.
+        alone = (code & 3) == 3
+        factor = tl.full([], 0.0, tl.float64)
+        if code & 1:
+            index = tl.arange(0, TILE // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            sum1 = tl.zeros([TILE // WIDTH], tl.float64)
+            sum2 = tl.zeros([TILE // WIDTH], tl.float64)
+            element = first
+            while element < whole:
+                value = _update(
+                    x, shift + element, reference, shift0 + element, index, 0, 0, True, X,
+                    REFERENCE, DTYPE,
+                )  # fmt: skip
+                sum1, sum2 = _add_tile(value, sum1, sum2, P)
+                element += TILE
+            while element < high:
+                value = _update(
+                    x, shift + element, reference, shift0 + element, index,
+                    tl.maximum(low - element, 0).to(tl.int32),
+                    tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE,
+                )  # fmt: skip
+                sum1, sum2 = _add_tile(value, sum1, sum2, P)
+                element += TILE
+            total1 = tl.sum(sum1, axis=0)
+            total2 = tl.sum(sum2, axis=0)
+            last = end - begin == 1
+            if end - begin > 1:
+                tl.store(partials + chunk, total1)
+                if P == 2:
+                    tl.store(partials + num_chunks + chunk, total2)
+                last = tl.atomic_add(done + unit, 1, sem="acq_rel") == end - begin - 1
+                if last:
+                    total1 = _ordered_sum(partials, begin, end)
+                    if P == 2:
+                        total2 = _ordered_sum(partials + num_chunks, begin, end)
+            if last:
+                factor = _finish_unit(
+                    unit, row, layer, total1, total2, layers, clip, clip_stride, votes_at,
+                    votes_stride, norm1_out, votes_out, clipped_out, nonfinite_out, P,
+                )  # fmt: skip
+                if not alone:
+                    tl.store(factors + unit, factor)
+                    tl.atomic_xchg(flags + unit, 1, sem="release")
+        if code & 2:
+            if not alone:
+                ready = tl.atomic_add(flags + unit, 0, sem="acquire")
+                while ready == 0:
+                    ready = tl.atomic_add(flags + unit, 0, sem="acquire")
+                factor = tl.load(factors + unit, volatile=True)
+            amount = tl.load(scale + row * scale_stride + layer)
+            amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
+            weight = _round_down(factor, DTYPE)
+            client = tl.load(clients + row).to(tl.uint32)
+            if NOISY and amount != 0:
+                _apply_chunk(
+                    x, reference, out, shift, shift0, first, low, high, whole, weight,
+                    amount.to(DTYPE), step, client, layer.to(tl.uint32), key, True, X, REFERENCE,
+                    OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
+                )  # fmt: skip
+            else:
+                _apply_chunk(
+                    x, reference, out, shift, shift0, first, low, high, whole, weight, amount, step,
+                    client, layer.to(tl.uint32), key, False, X, REFERENCE, OUT, DTYPE, TILE,
+                    GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
+                )  # fmt: skip
+        ticket = tl.atomic_add(counter, 1, sem="relaxed")
+
+
+def _direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel can address the tensors: contiguous, of one dtype that it has."""
+    return all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors) and (
+        tensors[0].dtype in _DTYPES
+    )
+
+
+def _addresses(plan_cache: dict, lists: tuple[Sequence[Tensor], ...], device: torch.device):
+    """int64 [lists, T] addresses on the device; a list that comes again is not copied again."""
+    name = tuple(t.data_ptr() for tensors in lists for t in tensors)
+    known = plan_cache.get(name)
+    if known is None:
+        if len(plan_cache) >= _ADDRESS_LISTS:
+            plan_cache.pop(next(iter(plan_cache)))
+        table = np.array(name, dtype=np.int64)
+        known = plan_cache[name] = to_device(table, device)
+    return known
+
+
+def _row_major(value: Tensor) -> Tensor:
+    """[K, L] whose rows are contiguous, their distance being anything."""
+    return value if value.stride(1) == 1 else value.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _layer_table(
+    dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...], error: float, device: torch.device
+) -> Tensor:
+    """float64 [L, 3] of `clip_factors`: 1 + error of the norm, 1 + eps, what underflow can add."""
+    rows = []
+    for count, dtype in zip(dims, dtypes, strict=True):
+        info = torch.finfo(dtype)
+        tiny = count * info.smallest_normal * info.eps
+        rows.append((1 + ((count + 16) * 2.0**-52 + error), 1 + info.eps, tiny))
+    return to_device(np.array(rows, dtype=np.float64), device)
+
+
+def privatize(
+    tensors: Sequence[Tensor],
+    out: Sequence[Tensor],
+    layout: Layout,
+    *,
+    clip: Tensor,
+    scale: Tensor,
+    p: int,
+    noise: Noise | None,
+    reference: Sequence[Tensor] | None,
+    votes_at: Tensor | None,
+    launches: int = 1,
+) -> ClipStats:
+    """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L].
+
+    Tensors of mixed dtypes or with gaps are copied, as float64. `launches=2` is the peer and
+    fallback that waits for the norms between two launches.
+    """
+    rows = clip.shape[0]
+    form = "wide" if noise is None else noise.form
+    eps_of = [
+        max((out[i].dtype for i in members), key=lambda d: torch.finfo(d).eps)
+        for members in layout.members
+    ]
+    values = [t.detach() for t in tensors]
+    targets = [t.detach() for t in out]
+    given = None if reference is None else [t.detach() for t in reference]
+    if not _direct(values):
+        values = [t.to(torch.float64, memory_format=torch.contiguous_format) for t in values]
+    if given is not None and not _direct(given):
+        given = [t.to(torch.float64, memory_format=torch.contiguous_format) for t in given]
+    if not _direct(targets):
+        targets = [torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in out]
+    stats = _launch(
+        values, targets, given, layout, tuple(eps_of), clip=clip, scale=scale, p=p, noise=noise,
+        form=form, votes_at=votes_at, rows=rows, launches=launches,
+    )  # fmt: skip
+    for source, target, place in zip(targets, [t.detach() for t in out], out, strict=True):
+        if source.data_ptr() != target.data_ptr():
+            target.copy_(source)
+        elif not place.is_inference():
+            torch.autograd.graph.increment_version(place)
+    return stats
+
+
+def _launch(
+    tensors: list[Tensor],
+    out: list[Tensor],
+    reference: list[Tensor] | None,
+    layout: Layout,
+    eps_of: tuple[torch.dtype, ...],
+    *,
+    clip: Tensor,
+    scale: Tensor,
+    p: int,
+    noise: Noise | None,
+    form: str,
+    votes_at: Tensor | None,
+    rows: int,
+    launches: int,
+) -> ClipStats:
+    """Launch over contiguous tensors of one dtype each."""
+    device = tensors[0].device
+    lists = (tensors, out) if reference is None else (tensors, out, reference)
+    dtypes = [group[0].dtype for group in lists]
+    itemsize = min(dtype.itemsize for dtype in dtypes)
+    wide = form != "fast" or torch.float64 in dtypes
+    rng = "philox7" if noise is None else noise.rng
+    secure = rng.startswith("chacha")
+    tile = _TILES[form, secure]
+    aligned = tuple(
+        all(t.data_ptr() % 16 == 0 for t in group) for group in zip(*lists, strict=True)
+    )
+    tables = _plan.plan(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, device=device)
+    width = 16 // itemsize
+    units, slots = rows * layout.num_layers, len(tables.chunks)
+    error = 0.0 if wide or p == 2 else width * 2.0**-24
+    layers = _layer_table(layout.dims, eps_of, error, device)
+    integers = torch.zeros(2 + 2 * units, dtype=torch.int32, device=device)
+    floats = torch.empty(2 * slots + units, dtype=torch.float64, device=device)
+    stats = ClipStats(
+        *(torch.empty((rows, layout.num_layers), dtype=torch.float64, device=device) for _ in "ab"),
+        *(torch.empty((rows, layout.num_layers), dtype=torch.int64, device=device) for _ in "ab"),
+    )
+    if rows == 0:
+        return stats
+    clip, scale = _row_major(clip), _row_major(scale)
+    votes_at = None if votes_at is None else _row_major(votes_at)
+    step = step_tensor(0 if noise is None else noise.step, device)
+    words = (0, 0) if noise is None else tuple(noise.key_words)
+    clients = torch.zeros(rows, dtype=torch.int64, device=device)
+    if noise is not None:
+        clients = noise.clients.contiguous()
+    work = [tables.tickets] if launches == 1 else [tables.norm_tickets, tables.apply_tickets]
+    for turn, tickets in enumerate(work):
+        privatize_kernel[(min(len(tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
+            tickets, len(tickets), integers[turn:], tables.chunks, tables.units, layers,
+            _addresses(tables.addresses, lists, device), integers[2:], integers[2 + units :],
+            floats, floats[2 * slots :], clip, clip.stride(0), scale, scale.stride(0), votes_at,
+            0 if votes_at is None else votes_at.stride(0), step, clients,
+            key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
+            X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
+            REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
+            DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
+            WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
+            CHACHA=secure, ROUNDS=int(rng[6:]),
+            BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
+            num_warps=_WARPS, enable_fp_fusion=form == "fast",
+        )  # fmt: skip
+    return stats
