@@ -12,7 +12,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aadp_kernels import _validate
-from aadp_kernels._torch.ghost import ClippedConv2d, ClippedLinear, Pair
+from aadp_kernels._torch.ghost import ClippedLayer
+from aadp_kernels._torch.ghost_matrix import Conv, Linear
+
+Pair = tuple[int, int]
 
 
 class UnsupportedLayerError(ValueError):
@@ -74,7 +77,7 @@ def clipped_linear(
         Karypis 2023, arXiv:2210.00038 (clipped sums in one backward pass).
     """
     _check(x, 2, clip, votes_at, p, "x must be [B, ..., in]")
-    return ClippedLinear.apply(x, weight, bias, clip, mask, votes_at, probe, p)
+    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, Linear(), p)
 
 
 def clipped_conv2d(
@@ -130,8 +133,8 @@ def clipped_conv2d(
     _check(x, 4, clip, votes_at, p, "x must be [B, in, height, width]")
     if x.dim() != 4:
         raise ValueError(f"x must be [B, in, height, width], got shape {tuple(x.shape)}")
-    spec = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    return ClippedConv2d.apply(x, weight, bias, clip, mask, votes_at, probe, spec, p)
+    rule = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def _check(x: Tensor, dims: int, clip: Tensor, votes_at: Tensor | None, p: int, want: str) -> None:

@@ -1,0 +1,202 @@
+"""What every clip-in-backward rule shares: norms of records, clip factors, counts, slices.
+
+Tensors have two leading axes, clients [K] and records [B]: `torch.func.vmap` over clients becomes
+an axis here, and a single client has K = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLICE = {"cpu": 1 << 20}
+_DEVICE_SLICE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which results a backward owes, and the norm of the clipping. All of it is public.
+
+    Weight and bias count in a record's norm if they are wanted: what gets no gradient needs none.
+    """
+
+    p: int
+    x: bool
+    weight: bool
+    bias: bool
+    counts: bool
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Clip norms [K], which records count [K, B] and vote thresholds [K] (None: no votes)."""
+
+    wanted: Wanted
+    clip: Tensor
+    mask: Tensor
+    votes_at: Tensor | None
+
+    @classmethod
+    def build(
+        cls, wanted: Wanted, clip: Tensor, mask: Tensor | None, votes_at: Tensor | None, x: Tensor
+    ) -> Terms:
+        """Terms from the arguments of an operation on x [K, B, ...]."""
+        count = x.shape[:2]
+        if mask is None:
+            live = torch.ones(count, dtype=torch.bool, device=x.device)
+        else:
+            live = (mask != 0).expand(count)
+        if not wanted.counts:
+            votes_at = None
+        elif votes_at is not None:
+            votes_at = votes_at.to(torch.float64).expand(count[0])
+            if branches_on_data(votes_at) and bool(votes_at.isnan().all()):
+                votes_at = None
+        return cls(wanted, clip.to(torch.float64).expand(count[0]), live, votes_at)
+
+    @property
+    def needs_l1(self) -> bool:
+        """Whether L1 norms are needed: to clip or to vote."""
+        return self.wanted.p == 1 or self.votes_at is not None
+
+    def part(self, clients: slice, records: slice) -> Terms:
+        """The terms of some clients' records."""
+        votes_at = None if self.votes_at is None else self.votes_at[clients]
+        return Terms(self.wanted, self.clip[clients], self.mask[clients, records], votes_at)
+
+    def settle(
+        self, norm1: Tensor | None, square: Tensor | None, finite: Tensor, slack: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Clip factors [K, B], 0 for records that do not count, and counts [K, 3].
+
+        Args:
+            norm1: L1 norms [K, B], float64; None where `needs_l1` is false.
+            square: squared L2 norms [K, B], float64; None where p is 1.
+            finite: which records are finite, bool [K, B].
+            slack: relative error bound of the norms; they are inflated by it, so that
+                factor · norm <= clip holds for the true norm.
+        """
+        norm = norm1 if square is None else square.sqrt()
+        assert norm is not None
+        norm = norm * (1 + slack)
+        live = finite & self.mask
+        over = ~(norm <= self.clip[:, None])
+        # A clip norm that is NaN or negative silences the client instead of not clipping it.
+        bound = torch.where(self.clip >= 0, self.clip * (1 - 1e-12), 0.0)
+        factor = torch.where(over, bound[:, None] / torch.where(over, norm, 1.0), 1.0)
+        factor = torch.where(live, factor, 0.0)
+        if not self.wanted.counts:
+            return factor, None
+        votes = torch.zeros_like(norm)
+        if self.votes_at is not None:
+            assert norm1 is not None
+            level = self.votes_at[:, None]
+            votes = torch.where(norm1 <= level, 0.5, -0.5).to(torch.float64)
+            votes = torch.where(live & ~level.isnan(), votes, 0.0)
+        counts = torch.stack([votes, (over & live).double(), (self.mask & ~finite).double()], -1)
+        return factor, counts.sum(1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Half precision is clipped in float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def branches_on_data(x: Tensor) -> bool:
+    """Whether Python may look at values: not on a device (it would wait) nor in a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite_records(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which records are finite [K, B], and a and g [K, B, ...] with the others set to zero.
+
+    The product of the L2 norms of a record's input and output gradient bounds each entry of its
+    weight gradient. Far below the square root of the dtype's maximum no norm can overflow.
+    """
+    norm_a, norm_g = record_norm(a, 2), record_norm(g, 2)
+    finite = norm_a * norm_g + norm_a + norm_g <= largest(a.dtype)
+    return finite, *zeroed(finite, a, g)
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Bound on the product of norms below which a record counts as finite."""
+    return torch.finfo(dtype).max ** 0.5 / 4096
+
+
+def record_norm(x: Tensor, p: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Norms of records: [K, B, ...] -> [K, B]."""
+    return torch.linalg.vector_norm(x.reshape(*x.shape[:2], -1), p, dim=-1, dtype=dtype)
+
+
+def zeroed(finite: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors [K, B, ...] with the records that are not finite set to zero."""
+    # Zeroing costs a pass over each.
+    if branches_on_data(finite) and bool(finite.all()):
+        return tensors
+    return tuple(torch.where(per_record(finite, t), t, 0.0) for t in tensors)
+
+
+def per_record(values: Tensor, like: Tensor) -> Tensor:
+    """View [K, B] so that it broadcasts against [K, B, ...]."""
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
+
+
+def piece_norms(pieces: Sequence[Tensor], terms: Terms) -> tuple[Tensor | None, Tensor | None]:
+    """L1 norms and squared L2 norms [K, B], float64, of records given in pieces [K, B, ..., n].
+
+    Each is None where the terms do not need it. Rows of n elements are summed in the pieces' dtype.
+    """
+    norm1 = square = None
+    for piece in pieces:
+        if terms.needs_l1:
+            row = torch.linalg.vector_norm(piece, 1, dim=-1).to(torch.float64)
+            norm1 = _plus(norm1, row.flatten(2).sum(-1))
+        if terms.wanted.p == 2:
+            row = torch.linalg.vector_norm(piece, dim=-1).to(torch.float64)
+            square = _plus(square, row.square().flatten(2).sum(-1))
+    return norm1, square
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def slack_of(columns: int, dtype: torch.dtype) -> float:
+    """Relative error bound of norms whose rows of so many elements were summed in a dtype."""
+    return (columns + 16) * torch.finfo(dtype).eps
+
+
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Clip factors rounded down to a dtype; 0 and 1 stay as they are."""
+    lower = (factor * (1 - 2 * torch.finfo(dtype).eps)).to(dtype)
+    return torch.where(factor == 1, factor.to(dtype), lower)
+
+
+def weighted_sum(factor: Tensor, records: Tensor) -> Tensor:
+    """Σ over records of factor [K, B] · records [K, B, n]: [K, n]."""
+    if len(factor) == 1:
+        return torch.mv(records[0].t(), factor[0])[None]
+    return torch.bmm(factor[:, None], records)[:, 0]
+
+
+def blocks(shape: Sequence[int], cost: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Rectangles (clients, records) that cover [K, B] with about SLICE elements of work memory.
+
+    Whole clients share a rectangle as long as they fit: small batches of many clients cost as few
+    launches as one large batch.
+
+    Args:
+        shape: (K, B).
+        cost: elements of work memory a record.
+        device: where the work is done; on a CPU a slice stays in the cache.
+    """
+    clients, records = shape
+    rows = max(1, SLICE.get(device.type, _DEVICE_SLICE) // max(1, cost))
+    width = max(1, min(rows, records))
+    height = max(1, rows // max(1, records)) if width == records else 1
+    for k in range(0, clients, height):
+        for b in range(0, records, width):
+            yield slice(k, k + height), slice(b, b + width)

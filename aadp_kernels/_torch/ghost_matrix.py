@@ -1,0 +1,209 @@
+"""Clip-in-backward rules of layers that are matrix products: linear layers and convolutions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aadp_kernels._torch.ghost_clip import (
+    Terms,
+    blocks,
+    compute_dtype,
+    finite_records,
+    largest,
+    narrow,
+    per_record,
+    piece_norms,
+    record_norm,
+    slack_of,
+    weighted_sum,
+    zeroed,
+)
+
+# Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not wanted.
+Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer whose weight gradient is a product over positions, g [P, out]ᵀ a [P, columns]."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The ordinary layer."""
+        raise NotImplementedError
+
+    def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        """The ordinary gradient of x [K, B, ...]; weight is [K, ...] or [1, ...]."""
+        raise NotImplementedError
+
+    def factors(self, a: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Records a, g [R, ...] as a [R·groups, P, columns] and g [R·groups, out/groups, P]."""
+        raise NotImplementedError
+
+    def patch_size(self, weight: Tensor, grad: Tensor) -> int:
+        """Elements that `factors` writes for each record."""
+        raise NotImplementedError
+
+    def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
+        """[K, *weight.shape] from [K, elements] in the order of `factors`."""
+        return flat.view(-1, *weight.shape)
+
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
+        """Clipped sums; slices of the batch keep patches and record gradients in the cache."""
+        wanted = terms.wanted
+        grad_x = self.input_grad(x, grad, weight) if wanted.x else None
+        dtype, single = compute_dtype(grad), weight[0]
+        if not (wanted.weight or wanted.bias or wanted.counts):
+            return grad_x, None, None, None
+        size = [x.shape[0], single.shape[0]]
+        sum_w = grad.new_zeros(size[0], single.numel(), dtype=dtype) if wanted.weight else None
+        sum_b = grad.new_zeros(size, dtype=dtype) if wanted.bias else None
+        counts = grad.new_zeros(size[0], 3, dtype=torch.float64) if wanted.counts else None
+        cost = single.numel() + self.patch_size(single, grad)
+        for k, b in blocks(x.shape[:2], cost, x.device):
+            finite, a, g = finite_records(x[k, b].to(dtype), grad[k, b].to(dtype))
+            parts = self._clipped(a, g, finite, single, terms.part(k, b))
+            for total, part in zip((sum_w, sum_b, counts), parts, strict=True):
+                if total is not None and part is not None:
+                    total[k] += part
+        return grad_x, None if sum_w is None else self.weight_grad(sum_w, single), sum_b, counts
+
+    def _clipped(
+        self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, terms: Terms
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
+        count, wanted = finite.shape, terms.wanted
+        left, right = self.factors(a.flatten(0, 1), g.flatten(0, 1), weight)
+        pieces = []
+        if wanted.weight:
+            pieces.append(torch.bmm(right, left).view(*count, weight.shape[0], -1))
+        if wanted.bias:
+            pieces.append(right.sum(-1).view(*count, 1, weight.shape[0]))
+        norm1, square = piece_norms(pieces, terms)
+        slack = slack_of(max(piece.shape[-1] for piece in pieces), a.dtype)
+        factor, counts = terms.settle(norm1, square, finite, slack)
+        factor = narrow(factor, a.dtype)
+        sums = [weighted_sum(factor, piece.flatten(2)) for piece in pieces]
+        return (
+            sums[0] if wanted.weight else None,
+            sums[-1] if wanted.bias else None,
+            counts,
+        )
+
+
+@dataclass(frozen=True)
+class Linear(Matrix):
+    """y = x Wᵀ + b on x [B, in] or [B, ..., in]."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(grad.dtype)
+        if len(weight) == 1:
+            return grad.matmul(weight[0]).to(x.dtype)
+        rows = grad.reshape(grad.shape[0], -1, grad.shape[-1])
+        return torch.bmm(rows, weight).view(x.shape).to(x.dtype)
+
+    def factors(self, a: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1, -2), g.flatten(1, -2).transpose(1, 2)
+
+    def patch_size(self, weight: Tensor, grad: Tensor) -> int:
+        return 0
+
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
+        wanted = terms.wanted
+        if x.dim() > 3 or not (wanted.weight or wanted.bias or wanted.counts):
+            return super().backward(x, grad, weight, terms)
+        grad_x = self.input_grad(x, grad, weight) if wanted.x else None
+        dtype = compute_dtype(grad)
+        return grad_x, *self._ghost(x.to(dtype), grad.to(dtype), terms)
+
+    def _ghost(self, a: Tensor, g: Tensor, terms: Terms) -> tuple[Tensor | None, ...]:
+        """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no record's gradient is formed."""
+        wanted = terms.wanted
+        w, b = float(wanted.weight), float(wanted.bias)
+        a2, g2 = record_norm(a, 2, torch.float64), record_norm(g, 2, torch.float64)
+        finite = a2 * g2 + a2 + g2 <= largest(a.dtype)
+        norm1 = square = None
+        if terms.needs_l1:
+            norm1 = record_norm(a, 1, torch.float64) * w + b
+            norm1 = norm1 * record_norm(g, 1, torch.float64)
+        if wanted.p == 2:
+            square = (a2.square() * w + b) * g2.square()
+        factor, counts = terms.settle(norm1, square, finite, 1e-12)
+        a, g = zeroed(finite, a, g)
+        # The extra rounding of each scaled entry is covered by a factor a little smaller.
+        factor = narrow(factor, a.dtype)
+        factor = torch.where(factor == 1, factor, factor * (1 - 4 * torch.finfo(a.dtype).eps))
+        scaled = g * per_record(factor, g)
+        sum_w = torch.bmm(scaled.transpose(1, 2), a) if wanted.weight else None
+        return sum_w, scaled.sum(1) if wanted.bias else None, counts
+
+
+@dataclass(frozen=True)
+class Conv(Matrix):
+    """Convolution of x [B, in, *size] with zero padding; one entry a spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        call = F.conv1d if len(self.stride) == 1 else F.conv2d
+        return call(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(grad.dtype)
+        if len(weight) == 1:
+            flat = self._input_grad(x.flatten(0, 1), grad.flatten(0, 1), weight[0])
+            return flat.view(x.shape).to(x.dtype)
+        rows = [self._input_grad(*row) for row in zip(x, grad, weight, strict=True)]
+        return torch.stack(rows).to(x.dtype)
+
+    def _input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        # Only the shape of x matters here.
+        like = grad.new_empty(1).expand(x.shape)
+        return torch.ops.aten.convolution_backward(
+            grad, like, weight, None, self.stride, self.padding, self.dilation, False,
+            (0,) * len(self.stride), self.groups, (True, False, False),
+        )[0]  # fmt: skip
+
+    def factors(self, a: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self._patches(a, weight.shape[2:])
+        positions, columns = patches.shape[-2:]
+        out = weight.shape[0] // self.groups
+        return patches.view(-1, positions, columns), g.reshape(-1, out, positions)
+
+    def _patches(self, a: Tensor, kernel: torch.Size) -> Tensor:
+        """Patches, copied from a strided view: faster than F.unfold.
+
+        [R, positions, kernel * in] without groups, [R, groups, positions, kernel * in/groups] with.
+        """
+        dims = len(kernel)
+        a = a.movedim(1, -1)
+        if any(self.padding):
+            a = F.pad(a, [0, 0, *(n for pad in reversed(self.padding) for n in (pad, pad))])
+        # With the channels last a copy moves (last kernel size) * in neighbours at a time.
+        view = a.contiguous()
+        for i, (size, step, gap) in enumerate(zip(kernel, self.stride, self.dilation, strict=True)):
+            view = view.unfold(i + 1, gap * (size - 1) + 1, step)[..., ::gap]
+        # view: [R, *positions, in, *kernel]
+        order = [0, *range(1, dims + 1), *range(dims + 2, 2 * dims + 2), dims + 1]
+        view = view.permute(order)
+        if self.groups == 1:
+            return view.flatten(dims + 1).flatten(1, dims)
+        view = view.unflatten(-1, (self.groups, -1)).movedim(-2, 1)
+        return view.flatten(dims + 2).flatten(2, dims + 1)
+
+    def patch_size(self, weight: Tensor, grad: Tensor) -> int:
+        return math.prod(weight.shape[1:]) * self.groups * math.prod(grad.shape[3:])
+
+    def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
+        out, channels, *kernel = weight.shape
+        return flat.view(-1, out, *kernel, channels).movedim(-1, 2)
