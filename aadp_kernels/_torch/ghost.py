@@ -118,7 +118,7 @@ class _Clients(torch.autograd.Function):
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, inner: int) -> Tensor | None:
-    """[inner or 1, ...] with a mapped axis at dim (None: not mapped) as [size · inner or 1, ...]."""
+    """[inner or 1, ...] with a mapped axis at dim to [size · inner or 1, ...]."""
     if t is None or (dim is None and t.shape[0] == 1):
         return t
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

@@ -1,0 +1,205 @@
+"""Clip-in-backward rules of embeddings, normalisation layers and biases."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aadp_kernels._torch.ghost_clip import (
+    Terms,
+    blocks,
+    compute_dtype,
+    finite_records,
+    largest,
+    narrow,
+    per_record,
+    piece_norms,
+    record_norm,
+    slack_of,
+    weighted_sum,
+    zeroed,
+)
+from aadp_kernels._torch.ghost_matrix import Results
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """y = W[x] on token indices x [B, ...]."""
+
+    padding_idx: int | None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        """The ordinary layer."""
+        return F.embedding(x, weight, self.padding_idx)
+
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
+        """Rows of equal tokens of a record add up before its norm is taken."""
+        tokens, dim = weight.shape[1:]
+        index = x.flatten(2)
+        g = grad.to(compute_dtype(grad)).reshape(*index.shape, dim)
+        if self.padding_idx is not None:
+            g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
+        sums = g.new_zeros(index.shape[0] * tokens, dim)
+        counts = g.new_zeros(index.shape[0], 3, dtype=torch.float64)
+        first = torch.arange(index.shape[0], device=x.device)[:, None, None] * tokens
+        for k, b in blocks(index.shape[:2], 2 * index.shape[2] * dim, x.device):
+            part, rows, own = g[k, b], index[k, b], terms.part(k, b)
+            finite = record_norm(part, 2) <= largest(part.dtype)
+            (part,) = zeroed(finite, part)
+            norm1, square = piece_norms([_token_sums(rows, part)], own)
+            factor, seen = own.settle(norm1, square, finite, slack_of(dim, part.dtype))
+            part = part * per_record(narrow(factor, part.dtype), part)
+            sums.index_add_(0, (rows + first[k]).flatten(), part.flatten(0, 2))
+            if seen is not None:
+                counts[k] += seen
+        wanted = terms.wanted
+        return (
+            None,
+            sums.view(-1, tokens, dim) if wanted.weight else None,
+            None,
+            counts if wanted.counts else None,
+        )
+
+
+def _token_sums(index: Tensor, g: Tensor) -> Tensor:
+    """Sums of g [K, B, T, D] over the positions of each record's equal tokens; zeros elsewhere."""
+    if index.shape[-1] <= 1:
+        return g
+    ordered, position = index.sort(dim=-1)
+    new = torch.zeros_like(ordered)
+    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    rank = torch.empty_like(new).scatter_(-1, position, new.cumsum(-1))
+    row = torch.arange(index.shape[0] * index.shape[1], device=g.device) * index.shape[-1]
+    flat = (rank + row.view(*index.shape[:2], 1)).flatten()
+    return torch.zeros_like(g).view(-1, g.shape[-1]).index_add_(0, flat, g.flatten(0, 2)).view_as(g)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = x̂ · W + b, x̂ the normalised x.
+
+    Attributes:
+        kind: "layer" and "rms" normalise over the last axes, "group" over groups of channels of
+            [B, channels, ...].
+        shape: shape of the weight.
+        groups: number of groups.
+        eps: added to the variance (mean square); None for the dtype's own with "rms".
+    """
+
+    kind: Literal["layer", "rms", "group"]
+    shape: tuple[int, ...]
+    groups: int
+    eps: float | None
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The ordinary layer."""
+        if self.kind == "rms":
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        assert self.eps is not None
+        if self.kind == "layer":
+            return F.layer_norm(x, self.shape, weight, bias, self.eps)
+        return F.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor | None, terms: Terms) -> Results:
+        """A record's gradient has the weight's own size, so the whole batch is held at once."""
+        wanted, dtype = terms.wanted, compute_dtype(grad)
+        a, g = x.to(compute_dtype(x)), grad.to(dtype)
+        h = g if weight is None or not wanted.x else g * self._spread(weight.to(dtype), g)
+        normed, grad_x = self._normalise(self._rows(a), self._rows(h), x.dtype, back=wanted.x)
+        if grad_x is not None:
+            grad_x = grad_x.view(x.shape).to(x.dtype)
+        if not (wanted.weight or wanted.bias or wanted.counts):
+            return grad_x, None, None, None
+        finite, a, g = finite_records(normed.view(x.shape).to(dtype), g)
+        pieces = [self._record_sums(a * g)] if wanted.weight else []
+        pieces += [self._record_sums(g)] if wanted.bias else []
+        sums, counts = clip_pieces(pieces, finite, terms)
+        shaped = [s.view(-1, *self.shape) for s in sums]
+        return (
+            grad_x,
+            shaped[0] if wanted.weight else None,
+            shaped[-1] if wanted.bias else None,
+            counts,
+        )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [K, B, ...] with everything that is normalised together in the last axis."""
+        if self.kind == "group":
+            return x.reshape(*x.shape[:2], self.groups, -1)
+        return x.reshape(*x.shape[: x.dim() - len(self.shape)], -1)
+
+    def _normalise(
+        self, rows: Tensor, grad: Tensor, dtype: torch.dtype, *, back: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows normalised, and their gradient from that of the normalised rows if asked for."""
+        if self.kind == "rms":
+            eps = torch.finfo(dtype).eps if self.eps is None else self.eps
+            scale = (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
+            normed = rows * scale
+            if not back:
+                return normed, None
+            return normed, scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        assert self.eps is not None
+        size = rows.shape[-1:]
+        normed, mean, scale = torch.native_layer_norm(rows, size, None, None, self.eps)
+        if not back:
+            return normed, None
+        return normed, torch.ops.aten.native_layer_norm_backward(
+            grad.to(rows.dtype), rows, size, mean, scale, None, None, (True, False, False)
+        )[0]
+
+    def _spread(self, weight: Tensor, like: Tensor) -> Tensor:
+        """The weight [K or 1, *shape] so that it broadcasts against [K, B, ...]."""
+        if self.kind == "group":
+            return weight.view(len(weight), 1, -1, *[1] * (like.dim() - 3))
+        return weight.view(len(weight), *[1] * (like.dim() - 1 - len(self.shape)), *self.shape)
+
+    def _record_sums(self, g: Tensor) -> Tensor:
+        """Sums over everything but the weight's own axes: [K, B, elements]."""
+        if self.kind == "group":
+            return g.flatten(3).sum(-1) if g.dim() > 3 else g
+        return g.reshape(*g.shape[:2], -1, math.prod(self.shape)).sum(2)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """y = x + b, b broadcast against a record.
+
+    Attributes:
+        shape: shape of b.
+    """
+
+    shape: tuple[int, ...]
+
+    def forward(self, x: Tensor, weight: None, bias: Tensor) -> Tensor:
+        """The ordinary sum."""
+        return x + bias
+
+    def backward(self, x: Tensor, grad: Tensor, weight: None, terms: Terms) -> Results:
+        """A record's gradient is that of its output, summed to the bias's shape."""
+        wanted = terms.wanted
+        grad_x = grad.to(x.dtype) if wanted.x else None
+        if not (wanted.bias or wanted.counts):
+            return grad_x, None, None, None
+        g = grad.to(compute_dtype(grad))
+        finite = record_norm(g, 2) <= largest(g.dtype)
+        (g,) = zeroed(finite, g)
+        lead = [1] * (g.dim() - 2 - len(self.shape))
+        piece = g.sum_to_size(*g.shape[:2], *lead, *self.shape).flatten(2)
+        sums, counts = clip_pieces([piece], finite, terms)
+        return grad_x, None, sums[0].view(-1, *self.shape) if wanted.bias else None, counts
+
+
+def clip_pieces(
+    pieces: list[Tensor], finite: Tensor, terms: Terms
+) -> tuple[list[Tensor], Tensor | None]:
+    """Clipped sums [K, n] of records that are given in pieces [K, B, n], and counts [K, 3]."""
+    norm1, square = piece_norms(pieces, terms)
+    slack = slack_of(max(piece.shape[-1] for piece in pieces), pieces[0].dtype)
+    factor, counts = terms.settle(norm1, square, finite, slack)
+    return [weighted_sum(narrow(factor, piece.dtype), piece) for piece in pieces], counts
