@@ -1,12 +1,16 @@
 """Per-layer clipping and secure noise for differentially private training."""
 
 from aadp_kernels.clip_sum import clip_sum_noise
+from aadp_kernels.clipping import Bias, UnsupportedLayerError, check_single_use, with_clipping
 from aadp_kernels.ghost import (
-    UnsupportedLayerError,
-    check_single_use,
+    clipped_bias,
+    clipped_conv1d,
     clipped_conv2d,
+    clipped_embedding,
+    clipped_group_norm,
+    clipped_layer_norm,
     clipped_linear,
-    with_clipping,
+    clipped_rms_norm,
 )
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import (
@@ -24,14 +28,21 @@ from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
 __all__ = [
     "FORMS",
     "MECHANISMS",
+    "Bias",
     "ClipStats",
     "Layout",
     "NoiseKey",
     "UnsupportedLayerError",
     "check_single_use",
     "clip_sum_noise",
+    "clipped_bias",
+    "clipped_conv1d",
     "clipped_conv2d",
+    "clipped_embedding",
+    "clipped_group_norm",
+    "clipped_layer_norm",
     "clipped_linear",
+    "clipped_rms_norm",
     "layer_norms",
     "max_elements",
     "noise_scales",

@@ -1,25 +1,17 @@
-"""Clip-in-backward layers: one ordinary backward pass gives clipped sums."""
+"""Clip-in-backward functions: one ordinary backward pass gives clipped sums."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from aadp_kernels import _validate
 from aadp_kernels._torch.ghost import ClippedLayer
 from aadp_kernels._torch.ghost_matrix import Conv, Linear
-
-Pair = tuple[int, int]
-
-
-class UnsupportedLayerError(ValueError):
-    """A module whose per-record gradients clip-in-backward cannot bound."""
+from aadp_kernels._torch.ghost_rules import Bias, Embedding, Norm
 
 
 def clipped_linear(
@@ -36,13 +28,14 @@ def clipped_linear(
     """`F.linear(x, weight, bias)` whose backward clips every record's gradient before the sum.
 
     With g_i record i's joint gradient of weight and bias, the gradient that arrives at them is
-    `sum_i mask_i * min(1, clip / norm_p(g_i)) * g_i`; x receives its ordinary gradient.
+    `sum_i mask_i * min(1, clip / norm_p(g_i)) * g_i`; x receives its ordinary gradient. A parameter
+    that requires no gradient is no part of g_i.
 
     Args:
         x: Input [B, in] or [B, ..., in], B records, private.
         weight: [out, in].
         bias: [out] or None.
-        clip: Clip norm C >= 0, 0-d, public; inf means no clipping.
+        clip: Clip norm C >= 0, 0-d, public; inf means no clipping, NaN or less than 0 silences.
         mask: [B] (or [1]) of 0 and 1; 0 marks padding. None: all records count.
         votes_at: 0-d; records vote 1[L1 norm <= votes_at] - 1/2. None or NaN: no votes.
         probe: [3] of zeros that requires a gradient: its "gradient" is (votes, number of clipped
@@ -56,13 +49,16 @@ def clipped_linear(
         ValueError: p not in {1, 2}, x without a batch dimension, a clip or votes_at that is not
             0-d.
         RuntimeError: Used inside a torch.func transform under torch.compile, which would silently
-            drop this backward and give unclipped gradients. Compile through plain autograd.
+            drop this backward and give unclipped gradients (compile through plain autograd); a
+            second derivative.
 
     Guarantees:
         Every record contributes at most C in norm p, in real arithmetic: norms are inflated by
         their rounding bounds and factors rounded down, but the sum is a matrix product in x's
-        dtype. The loss must be a sum over records with weights that are public; the layer must be
-        used once in a forward. Works under torch.func.grad and torch.func.vmap.
+        dtype (half precision: in float32). The loss must be a sum over records with weights that
+        are public; the layer must be used once in a forward. Works under torch.func.grad and
+        torch.func.vmap (over clients, whatever is mapped) and under autocast. No gradient of the
+        whole batch is held per record: at most a slice of it, about 4 MB on a CPU.
 
     Edge cases:
         | record | contribution | vote | counted as non-finite |
@@ -76,8 +72,60 @@ def clipped_linear(
         Goodfellow 2015, arXiv:1510.01799 (norms of linear layers' gradients); Bu, Wang, Zha,
         Karypis 2023, arXiv:2210.00038 (clipped sums in one backward pass).
     """
-    _check(x, 2, clip, votes_at, p, "x must be [B, ..., in]")
+    _check(x, x.dim() >= 2, "[B, ..., in]", clip, votes_at, p)
     return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, Linear(), p)
+
+
+def clipped_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`F.conv1d` whose backward clips every record's gradient before the sum.
+
+    Args:
+        x: Input [B, in, length], B records, private.
+        weight: [out, in/groups, k].
+        bias: [out] or None.
+        stride: As in F.conv1d; also padding (numbers only), dilation and groups.
+        padding: See stride.
+        dilation: See stride.
+        groups: See stride.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        [B, out, length'].
+
+    Raises:
+        ValueError: As `clipped_linear`; x that is not 3-D.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_linear`.
+
+    Edge cases:
+        As `clipped_linear`.
+
+    Reference:
+        As `clipped_conv2d`.
+    """
+    _check(x, x.dim() == 3, "[B, in, length]", clip, votes_at, p)
+    rule = Conv(_axes(stride, 1), _axes(padding, 1), _axes(dilation, 1), groups)
+    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_conv2d(
@@ -85,9 +133,9 @@ def clipped_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     clip: Tensor,
     mask: Tensor | None = None,
@@ -96,9 +144,6 @@ def clipped_conv2d(
     p: int = 2,
 ) -> Tensor:
     """`F.conv2d` whose backward clips every record's gradient before the sum.
-
-    The per-record gradients [B, out, in/groups * kh * kw] of this layer are held during its
-    backward.
 
     Args:
         x: Input [B, in, height, width], B records, private.
@@ -130,19 +175,259 @@ def clipped_conv2d(
     Reference:
         As `clipped_linear`; Rochette, Manoel, Tramel 2019, arXiv:1912.06015 (convolutions).
     """
-    _check(x, 4, clip, votes_at, p, "x must be [B, in, height, width]")
-    if x.dim() != 4:
-        raise ValueError(f"x must be [B, in, height, width], got shape {tuple(x.shape)}")
-    rule = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    _check(x, x.dim() == 4, "[B, in, height, width]", clip, votes_at, p)
+    rule = Conv(_axes(stride, 2), _axes(padding, 2), _axes(dilation, 2), groups)
     return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
-def _check(x: Tensor, dims: int, clip: Tensor, votes_at: Tensor | None, p: int, want: str) -> None:
+def clipped_embedding(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    padding_idx: int | None = None,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`F.embedding(x, weight, padding_idx)` whose backward clips every record's gradient.
+
+    Rows of equal tokens of a record add up before its norm is taken: the norm is exact.
+
+    Args:
+        x: Token indices [B] or [B, ...], B records, private.
+        weight: [tokens, features].
+        padding_idx: A token without a gradient, or None.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        [B, ..., features].
+
+    Raises:
+        ValueError: As `clipped_linear`; x that is not integer, padding_idx out of range.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_linear`. The gradient is dense. On a GPU its sum has no fixed order.
+
+    Edge cases:
+        As `clipped_linear`. A record of padding_idx only has norm 0 and votes so.
+
+    Reference:
+        As `clipped_linear`.
+    """
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"x must be int32 or int64, got {x.dtype}")
+    _check(x, x.dim() >= 1, "[B, ...]", clip, votes_at, p)
+    if padding_idx is not None:
+        if not -len(weight) <= padding_idx < len(weight):
+            raise ValueError(f"padding_idx must be below {len(weight)}, got {padding_idx}")
+        padding_idx %= len(weight)
+    rule = Embedding(padding_idx)
+    return ClippedLayer.apply(x, weight, None, clip, mask, votes_at, probe, rule, p)
+
+
+def clipped_layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`F.layer_norm` whose backward clips every record's gradient before the sum.
+
+    Args:
+        x: Input [B, ..., *normalized_shape], B records, private.
+        normalized_shape: Last axes of x, without the records.
+        weight: [*normalized_shape] or None.
+        bias: [*normalized_shape] or None.
+        eps: Added to the variance.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        The shape of x.
+
+    Raises:
+        ValueError: As `clipped_linear`; normalized_shape that reaches the axis of the records.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_linear`. Gradients of weight and bias are held per record, [B, elements].
+
+    Edge cases:
+        As `clipped_linear`, with the normalised input in place of the input.
+
+    Reference:
+        As `clipped_linear`.
+    """
+    rule = Norm("layer", tuple(normalized_shape), 1, eps)
+    _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
+    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+
+
+def clipped_rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor,
+    *,
+    eps: float | None = None,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`F.rms_norm` whose backward clips every record's gradient before the sum.
+
+    Args:
+        x: Input [B, ..., *normalized_shape], B records, private.
+        normalized_shape: Last axes of x, without the records.
+        weight: [*normalized_shape].
+        eps: Added to the mean square; None for the machine epsilon of x.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        The shape of x.
+
+    Raises:
+        ValueError: As `clipped_layer_norm`.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_layer_norm`.
+
+    Edge cases:
+        As `clipped_layer_norm`.
+
+    Reference:
+        As `clipped_linear`.
+    """
+    rule = Norm("rms", tuple(normalized_shape), 1, eps)
+    _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
+    return ClippedLayer.apply(x, weight, None, clip, mask, votes_at, probe, rule, p)
+
+
+def clipped_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`F.group_norm` whose backward clips every record's gradient before the sum.
+
+    Args:
+        x: Input [B, channels, ...], B records, private.
+        num_groups: Divides the number of channels; as many as channels is instance normalisation.
+        weight: [channels] or None.
+        bias: [channels] or None.
+        eps: Added to the variance.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        The shape of x.
+
+    Raises:
+        ValueError: As `clipped_linear`.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_layer_norm`.
+
+    Edge cases:
+        As `clipped_layer_norm`.
+
+    Reference:
+        As `clipped_linear`.
+    """
+    _check(x, x.dim() >= 2, "[B, channels, ...]", clip, votes_at, p)
+    rule = Norm("group", (x.shape[1],), num_groups, eps)
+    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+
+
+def clipped_bias(
+    x: Tensor,
+    bias: Tensor,
+    *,
+    clip: Tensor,
+    mask: Tensor | None = None,
+    votes_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    p: int = 2,
+) -> Tensor:
+    """`x + bias` whose backward clips every record's gradient of the bias before the sum.
+
+    Args:
+        x: Input [B, ...], B records, private.
+        bias: Any shape that broadcasts to that of a record.
+        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
+        mask: See clip.
+        votes_at: See clip.
+        probe: See clip.
+        p: See clip.
+
+    Returns:
+        The shape of x.
+
+    Raises:
+        ValueError: As `clipped_linear`; a bias that would make a record larger.
+        RuntimeError: As `clipped_linear`.
+
+    Guarantees:
+        As `clipped_linear`. Gradients of the bias are held per record, [B, elements].
+
+    Edge cases:
+        As `clipped_linear`, of the gradient alone.
+
+    Reference:
+        As `clipped_linear`.
+    """
+    _check(x, x.dim() >= 1, "[B, ...]", clip, votes_at, p)
+    record, shape = x.shape[1:], bias.shape
+    fits = len(shape) <= len(record) and all(
+        b in (1, n) for b, n in zip(reversed(shape), reversed(record), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"bias must broadcast to {tuple(record)}, got shape {tuple(shape)}")
+    rule = Bias(tuple(shape))
+    return ClippedLayer.apply(x, None, bias, clip, mask, votes_at, probe, rule, p)
+
+
+def _check(x: Tensor, fits: bool, want: str, clip: Tensor, votes_at: Tensor | None, p: int) -> None:
     """Public arguments of a clip-in-backward call."""
     _refuse_compiled_functorch()
     _validate.one_of("p", p, (1, 2))
-    if x.dim() < dims:
-        raise ValueError(f"{want}, got shape {tuple(x.shape)}")
+    if not fits:
+        raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
     if clip.dim() != 0 or (votes_at is not None and votes_at.dim() != 0):
         raise ValueError("clip and votes_at must be 0-d tensors")
 
@@ -156,187 +441,6 @@ def _refuse_compiled_functorch() -> None:
         )
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
-    """(value, value) for a number."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-class _Clipping(TypedDict):
-    """Keyword arguments of a clipped operation."""
-
-    clip: Tensor
-    votes_at: Tensor
-    mask: Tensor
-    probe: Tensor
-    p: int
-
-
-class _ClippingMixin(nn.Module):
-    """Buffers of a layer that clips in backward; a caller replaces them with functional_call."""
-
-    clip_norm: Tensor
-    votes_at: Tensor
-    mask: Tensor
-    probe: Tensor
-    norm_p: int
-
-    def add_clipping(self, p: int) -> None:
-        """Register the buffers: no clipping, no votes and no padding until they are replaced."""
-        device = next(self.parameters()).device
-        for name, value in (
-            ("clip_norm", torch.tensor(torch.inf)),
-            ("votes_at", torch.tensor(torch.nan)),
-            ("mask", torch.ones(1)),
-            ("probe", torch.zeros(3)),
-        ):
-            self.register_buffer(name, value.to(device), persistent=False)
-        self.norm_p = p
-
-    def clipping(self) -> _Clipping:
-        """The keyword arguments of the clipped operation."""
-        return {
-            "clip": self.clip_norm,
-            "votes_at": self.votes_at,
-            "mask": self.mask,
-            "probe": self.probe,
-            "p": self.norm_p,
-        }
-
-
-class _Linear(nn.Linear, _ClippingMixin):
-    """nn.Linear that clips in backward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return clipped_linear(input, self.weight, self.bias, **self.clipping())
-
-
-class _Conv2d(nn.Conv2d, _ClippingMixin):
-    """nn.Conv2d that clips in backward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return clipped_conv2d(
-            input, self.weight, self.bias, stride=_pair(self.stride), padding=_zero_padding(self),
-            dilation=_pair(self.dilation), groups=self.groups, **self.clipping(),
-        )  # fmt: skip
-
-
-_CLIPPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
-
-
-def _zero_padding(conv: nn.Conv2d) -> Pair:
-    """Padding in numbers, or an error where it is not symmetric zeros."""
-    if conv.padding_mode != "zeros":
-        raise UnsupportedLayerError(f"padding_mode must be 'zeros', got {conv.padding_mode!r}")
-    if conv.padding == "valid":
-        return (0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if any(t % 2 for t in total):
-            raise UnsupportedLayerError(
-                f"padding 'same' must be symmetric, got kernel_size {conv.kernel_size}"
-            )
-        return (total[0] // 2, total[1] // 2)
-    assert not isinstance(conv.padding, str)
-    return _pair(conv.padding)
-
-
-def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
-    """A deep copy of the model whose nn.Linear and nn.Conv2d layers clip in backward.
-
-    Each such layer keeps its parameter names and has four non-persistent buffers that a caller sets
-    through `torch.func.functional_call`: "<layer>.clip_norm" (0-d, inf at first),
-    "<layer>.votes_at" (0-d, NaN at first: no votes), "<layer>.mask" ([B], [1] of ones at first) and
-    "<layer>.probe" ([3] of zeros, see `clipped_linear`).
-
-    Args:
-        model: Any module; it is not changed.
-        p: Norm of the clipping, 1 or 2.
-
-    Returns:
-        The copy.
-
-    Raises:
-        UnsupportedLayerError: A module of another type owns a parameter, parameters or modules are
-            shared, a module mixes records (batch normalisation), or a padding is not symmetric
-            zeros.
-        ValueError: p not in {1, 2}.
-
-    Guarantees:
-        The forward is the model's own. A layer used twice in one forward is not seen here: see
-        `check_single_use`.
-
-    Edge cases:
-        A model that is itself an nn.Linear or nn.Conv2d: the buffers have no prefix.
-    """
-    _validate.one_of("p", p, (1, 2))
-    _check_modules(model)
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        kind = _CLIPPED.get(type(module))
-        if kind is not None:
-            # Changing the class keeps parameters, hooks and the place in the parent as they are.
-            module.__class__ = kind
-            assert isinstance(module, _ClippingMixin)
-            module.add_clipping(p)
-    return model
-
-
-def _check_modules(model: nn.Module) -> None:
-    """Raise unless every parameter belongs to one Linear or Conv2d, once."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        label = f"{name or '<model>'} ({type(module).__name__})"
-        if isinstance(module, _BatchNorm):
-            raise UnsupportedLayerError(f"{label} mixes the records of a batch")
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if type(module) not in _CLIPPED:
-                raise UnsupportedLayerError(
-                    f"{label} has the parameter {key!r}; only Linear and Conv2d can be clipped"
-                )
-            if id(parameter) in owners:
-                raise UnsupportedLayerError(
-                    f"{label} shares its parameter {key!r} with {owners[id(parameter)]}"
-                )
-            owners[id(parameter)] = label
-        if type(module) is nn.Conv2d:
-            try:
-                _zero_padding(module)
-            except UnsupportedLayerError as error:
-                raise UnsupportedLayerError(f"{label}: {error}") from None
-
-
-def check_single_use(model: nn.Module, example_x: Tensor) -> None:
-    """Raise if a clipped layer is called more than once in one forward.
-
-    Its uses would be clipped one by one, and a record could contribute twice the clip norm.
-
-    Args:
-        model: The result of `with_clipping`.
-        example_x: A batch [B, ...] of the model's input; its values do not matter.
-
-    Raises:
-        UnsupportedLayerError: Names the layer and the number of calls.
-
-    Guarantees:
-        Leaves the model and the global random state as they were.
-    """
-    calls: dict[str, int] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ClippingMixin):
-
-            def count(_module: nn.Module, _inputs: object, name: str = name) -> None:
-                calls[name] = calls.get(name, 0) + 1
-
-            handles.append(module.register_forward_pre_hook(count))
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            model(example_x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, number in calls.items():
-        if number > 1:
-            raise UnsupportedLayerError(
-                f"{name or '<model>'} is used {number} times in one forward"
-            )
+def _axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """One number a spatial axis."""
+    return (value,) * count if isinstance(value, int) else tuple(int(v) for v in value)

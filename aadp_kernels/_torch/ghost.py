@@ -55,20 +55,22 @@ class ClippedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
-        x, weight, bias, clip, mask, votes_at, probe = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        x, weight, _, clip, mask, votes_at, probe = saved
         needs = ctx.needs_input_grad
-        wanted = Wanted(ctx.p, *needs[:3], probe is not None and needs[6])
+        counts = probe is not None and needs[6]
+        wanted = Wanted(ctx.p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
         tensors = (x, grad, weight, clip, mask, votes_at)
         led = [None if t is None else t.unsqueeze(0) for t in tensors]
         if peek_interpreter_stack() is None or torch.compiler.is_compiling():
             results = clip_backward(ctx.rule, wanted, *led)
         else:
             results = _Clients.apply(ctx.rule, wanted, *led)
-        it = iter(results)
-        grads = [next(it)[0] if need else None for need in (*needs[:3], wanted.counts)]
-        for i, like in ((1, weight), (2, bias), (3, probe)):
-            if grads[i] is not None:
-                grads[i] = grads[i].to(like.dtype)
+        left, likes = iter(results), [saved[i] for i in (0, 1, 2, 6)]
+        grads = [
+            next(left)[0].to(like.dtype) if need else None
+            for need, like in zip((*needs[:3], counts), likes, strict=True)
+        ]
         return *grads[:3], None, None, None, grads[3], None, None
 
 
@@ -110,14 +112,14 @@ class _Clients(torch.autograd.Function):
             for t, d in zip(tensors, dims, strict=True)
             if t is not None
         )
-        folded = [_fold(t, d, size, inner) for t, d in zip(tensors, dims, strict=True)]
+        x, grad, *rest = (_fold(t, d, size, inner) for t, d in zip(tensors, dims, strict=True))
         # Records and their gradients always belong to a client.
-        folded[:2] = [t.expand(size * inner, *t.shape[1:]) for t in folded[:2]]
-        results = _Clients.apply(rule, wanted, *folded)
+        x, grad = (t.expand(size * inner, *t.shape[1:]) for t in (x, grad))
+        results = _Clients.apply(rule, wanted, x, grad, *rest)
         return tuple(t.unflatten(0, (size, inner)) for t in results), (0,) * len(results)
 
 
-def _fold(t: Tensor | None, dim: int | None, size: int, inner: int) -> Tensor | None:
+def _fold(t: Any, dim: int | None, size: int, inner: int) -> Any:
     """[inner or 1, ...] with a mapped axis at dim to [size · inner or 1, ...]."""
     if t is None or (dim is None and t.shape[0] == 1):
         return t

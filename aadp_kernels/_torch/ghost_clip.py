@@ -118,7 +118,8 @@ def finite_records(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm_a, norm_g = record_norm(a, 2), record_norm(g, 2)
     finite = norm_a * norm_g + norm_a + norm_g <= largest(a.dtype)
-    return finite, *zeroed(finite, a, g)
+    a, g = zeroed(finite, a, g)
+    return finite, a, g
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -153,10 +154,10 @@ def piece_norms(pieces: Sequence[Tensor], terms: Terms) -> tuple[Tensor | None, 
     for piece in pieces:
         if terms.needs_l1:
             row = torch.linalg.vector_norm(piece, 1, dim=-1).to(torch.float64)
-            norm1 = _plus(norm1, row.flatten(2).sum(-1))
+            norm1 = _plus(norm1, row.reshape(*row.shape[:2], -1).sum(-1))
         if terms.wanted.p == 2:
             row = torch.linalg.vector_norm(piece, dim=-1).to(torch.float64)
-            square = _plus(square, row.square().flatten(2).sum(-1))
+            square = _plus(square, row.reshape(*row.shape[:2], -1).square().sum(-1))
     return norm1, square
 
 

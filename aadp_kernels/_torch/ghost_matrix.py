@@ -26,6 +26,7 @@ from aadp_kernels._torch.ghost_clip import (
 
 # Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not wanted.
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class Matrix:
                     total[k] += part
         return grad_x, None if sum_w is None else self.weight_grad(sum_w, single), sum_b, counts
 
-    def _clipped(
-        self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, terms: Terms
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _clipped(self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, terms: Terms) -> Sums:
         """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
         count, wanted = finite.shape, terms.wanted
         left, right = self.factors(a.flatten(0, 1), g.flatten(0, 1), weight)
@@ -107,7 +106,7 @@ class Linear(Matrix):
         if len(weight) == 1:
             return grad.matmul(weight[0]).to(x.dtype)
         rows = grad.reshape(grad.shape[0], -1, grad.shape[-1])
-        return torch.bmm(rows, weight).view(x.shape).to(x.dtype)
+        return torch.bmm(rows, weight).reshape(x.shape).to(x.dtype)
 
     def factors(self, a: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return a.flatten(1, -2), g.flatten(1, -2).transpose(1, 2)
@@ -121,9 +120,10 @@ class Linear(Matrix):
             return super().backward(x, grad, weight, terms)
         grad_x = self.input_grad(x, grad, weight) if wanted.x else None
         dtype = compute_dtype(grad)
-        return grad_x, *self._ghost(x.to(dtype), grad.to(dtype), terms)
+        sums = self._ghost(x.to(dtype), grad.to(dtype), terms)
+        return grad_x, sums[0], sums[1], sums[2]
 
-    def _ghost(self, a: Tensor, g: Tensor, terms: Terms) -> tuple[Tensor | None, ...]:
+    def _ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
         """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no record's gradient is formed."""
         wanted = terms.wanted
         w, b = float(wanted.weight), float(wanted.bias)
@@ -162,7 +162,7 @@ class Conv(Matrix):
         weight = weight.to(grad.dtype)
         if len(weight) == 1:
             flat = self._input_grad(x.flatten(0, 1), grad.flatten(0, 1), weight[0])
-            return flat.view(x.shape).to(x.dtype)
+            return flat.reshape(x.shape).to(x.dtype)
         rows = [self._input_grad(*row) for row in zip(x, grad, weight, strict=True)]
         return torch.stack(rows).to(x.dtype)
 
@@ -178,7 +178,7 @@ class Conv(Matrix):
         patches = self._patches(a, weight.shape[2:])
         positions, columns = patches.shape[-2:]
         out = weight.shape[0] // self.groups
-        return patches.view(-1, positions, columns), g.reshape(-1, out, positions)
+        return patches.reshape(-1, positions, columns), g.reshape(-1, out, positions)
 
     def _patches(self, a: Tensor, kernel: torch.Size) -> Tensor:
         """Patches, copied from a strided view: faster than F.unfold.

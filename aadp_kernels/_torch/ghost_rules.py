@@ -40,7 +40,7 @@ class Embedding:
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
         """Rows of equal tokens of a record add up before its norm is taken."""
         tokens, dim = weight.shape[1:]
-        index = x.flatten(2)
+        index = x.reshape(*x.shape[:2], -1)
         g = grad.to(compute_dtype(grad)).reshape(*index.shape, dim)
         if self.padding_idx is not None:
             g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
@@ -112,10 +112,10 @@ class Norm:
         h = g if weight is None or not wanted.x else g * self._spread(weight.to(dtype), g)
         normed, grad_x = self._normalise(self._rows(a), self._rows(h), x.dtype, back=wanted.x)
         if grad_x is not None:
-            grad_x = grad_x.view(x.shape).to(x.dtype)
+            grad_x = grad_x.reshape(x.shape).to(x.dtype)
         if not (wanted.weight or wanted.bias or wanted.counts):
             return grad_x, None, None, None
-        finite, a, g = finite_records(normed.view(x.shape).to(dtype), g)
+        finite, a, g = finite_records(normed.reshape(x.shape).to(dtype), g)
         pieces = [self._record_sums(a * g)] if wanted.weight else []
         pieces += [self._record_sums(g)] if wanted.bias else []
         sums, counts = clip_pieces(pieces, finite, terms)
@@ -156,8 +156,8 @@ class Norm:
     def _spread(self, weight: Tensor, like: Tensor) -> Tensor:
         """The weight [K or 1, *shape] so that it broadcasts against [K, B, ...]."""
         if self.kind == "group":
-            return weight.view(len(weight), 1, -1, *[1] * (like.dim() - 3))
-        return weight.view(len(weight), *[1] * (like.dim() - 1 - len(self.shape)), *self.shape)
+            return weight.reshape(len(weight), 1, -1, *[1] * (like.dim() - 3))
+        return weight.reshape(len(weight), *[1] * (like.dim() - 1 - len(self.shape)), *self.shape)
 
     def _record_sums(self, g: Tensor) -> Tensor:
         """Sums over everything but the weight's own axes: [K, B, elements]."""

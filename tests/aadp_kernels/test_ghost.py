@@ -261,14 +261,23 @@ SHARED = nn.Linear(2, 2)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), r"1 \(LayerNorm\)"),
+        (nn.Sequential(nn.Linear(3, 3), nn.PReLU()), r"1 \(PReLU\)"),
         (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), "mixes the records"),
         (nn.Sequential(SHARED, SHARED), "shares"),
         (Tied(), "second .* shares"),
-        (Loose(), "Loose"),
-        (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")), "padding_mode"),
-        (nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), "symmetric"),
-        (nn.Sequential(nn.Conv1d(1, 1, 2)), "Conv1d"),
+        (Loose(), r"Loose\) has the parameter 'scale' itself.* aadp_kernels.Bias"),
+        (nn.Sequential(nn.Conv3d(1, 1, 2)), "only Conv1d and Conv2d"),
+        (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), "only Conv1d and Conv2d"),
+        (nn.Sequential(nn.GRU(2, 2)), r"0 \(GRU\) uses .* once a time step"),
+        (nn.Sequential(nn.LSTMCell(2, 2)), "once a time step"),
+        (nn.MultiheadAttention(4, 2), "build attention from nn.Linear"),
+        (nn.Bilinear(2, 2, 2), "Bilinear"),
+        (nn.EmbeddingBag(3, 2), "EmbeddingBag"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "Parametrized"),
+        (nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (nn.Embedding(3, 2, sparse=True), "sparse"),
+        (nn.InstanceNorm2d(2, track_running_stats=True), "statistics"),
     ],
 )
 def test_unsupported_models_are_named(model, message):
@@ -285,6 +294,22 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.layer(self.layer(x))
+
+
+class Outside(nn.Module):
+    """A weight used by its layer and by another operation: tied input and output embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+
+    def forward(self, x):
+        return {"logits": [self.table(x) @ self.table.weight.t()]}
+
+
+def test_a_parameter_used_outside_of_its_layer_is_refused():
+    with pytest.raises(UnsupportedLayerError, match=r"'table.weight' is used outside .* TBackward"):
+        check_single_use(with_clipping(Outside(), p=1), torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_check_single_use():
