@@ -277,7 +277,7 @@ def clip_in_backward_sums(
     ) -> tuple[Params, Tensor]:
         k, device = len(batch.x), batch.x.device
         clip = round_down(policy.clip_norm).to(device)
-        votes_at = torch.zeros_like(clip)
+        votes_at = torch.full_like(clip, torch.nan)  # no votes
         if policy.votes_at is not None:
             votes_at = policy.votes_at.to(device, torch.float32)
         constants = {f"{n}.clip_norm": clip[:, i] for i, n in enumerate(layers)}

@@ -28,7 +28,7 @@ UNEQUAL = {"shape": (1, 8, 8), "clients": 4, "partition": "dirichlet", "min_clie
 
 
 class Normalised(nn.Module):
-    """A network for which clipping in backward is not made."""
+    """A network of other layers than convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -39,6 +39,17 @@ class Normalised(nn.Module):
     def forward(self, x):
         words = x.flatten(1)[:, :5].mul(3).round().clamp(-6, 5).long() + 6
         return self.out(self.norm(self.embed(words).mean(1)))
+
+
+class Foreign(Normalised):
+    """A network for which clipping in backward is not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.PReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
 
 
 def mlp():
@@ -380,15 +391,18 @@ def test_all_ways_to_clip_agree_with_the_hand(federation, p, vectorize, max_exam
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_other_networks_fall_back_to_per_sample_gradients(federation, vectorize):
+@pytest.mark.parametrize(
+    ("make", "way"), [(Normalised, clip_in_backward_sums), (Foreign, per_sample_sums)]
+)
+def test_other_networks_fall_back_to_per_sample_gradients(federation, make, way, vectorize):
     data = federation(15, shape=(1, 8, 8), clients=1)
-    network = build(Normalised)
+    network = build(make)
     layout = Layout.build(params_of(network))
     run = clipped_sums(
         network, cross_entropy, layout,
         p=2, vectorize=vectorize, max_examples=4, example=data.x[:1],
     )  # fmt: skip
-    assert run.__qualname__.startswith(per_sample_sums.__name__)
+    assert run.__qualname__.startswith(way.__name__)
     policy = policy_for(network, data, 2)
     sums, _ = run(params_of(network), True, padded_batch(data), policy)
     want, clipped, _ = hand_clipped_sum(
