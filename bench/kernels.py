@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import measure, ours, peers
+from bench import gpu, measure, ours, peers
 from bench.cases import CASES
 from bench.contender import Contender, Local, Runner, gate, warm
 from bench.parity import ParityError
@@ -92,7 +92,9 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
     rngs = ("philox10",) if job.short else ("philox10", "chacha20")
     if not (job.short or quick):
         rngs = ("philox10", "chacha8", "chacha20")
-    sides = ours.contenders(problem, rngs)
+    slow = not quick and job.case == "cnn_100"
+    sides = ours.contenders(problem, rngs, specification_too=slow)
+    sides += gpu.contenders(problem, windows=job.case == "gpt2")
     sides += peers.contenders(problem, compile_too=job.compile_too)
     if job.short:
         sides = [s for s in sides if s.kind != "peer" or s.name == EAGER]

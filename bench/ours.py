@@ -39,7 +39,7 @@ def _runs(function: Callable, impl: str, form: str, device: torch.device) -> boo
     return True
 
 
-def _privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
+def privatize_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     key = NoiseKey.from_seed(SEED, rng)
     clients = None
     if problem.rows is not None:
@@ -73,7 +73,7 @@ def _clip_sum_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     return body
 
 
-def _specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]:
+def specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]:
     """Noise of scale one of a tensor, by the plain-torch specification and an equal key."""
 
     def noise(problem: Problem, index: int, step: int) -> Tensor:
@@ -91,14 +91,15 @@ def _specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]
     return noise
 
 
-def contenders(problem: Problem, rngs: tuple[str, ...]) -> list[Contender]:
-    """Every form, generator and implementation; the specification itself on small problems."""
+def contenders(
+    problem: Problem, rngs: tuple[str, ...], *, specification_too: bool = True
+) -> list[Contender]:
+    """Every form, generator and implementation; the specification itself only where asked for."""
     function = clip_sum_noise if problem.summed else privatize_
-    make = _clip_sum_body if problem.summed else _privatize_body
-    small = problem.elements <= 3_000_000
+    make = _clip_sum_body if problem.summed else privatize_body
     found = []
     for (each, form), rng in product(variants(function, problem.device), rngs):
-        if each == "torch" and not (small and rng == rngs[0]):
+        if each == "torch" and not (specification_too and rng == rngs[0]):
             continue
 
         def build(problem: Problem, rng=rng, form=form, impl=each) -> Runner:
@@ -106,6 +107,6 @@ def contenders(problem: Problem, rngs: tuple[str, ...]) -> list[Contender]:
 
         name = f"ours, {form}, {rng}" + (f", {each}" if each else "")
         # The grid rounds the clipped values too: its own tests compare it bit by bit.
-        spec = None if form == "grid" else _specification(rng, form)
+        spec = None if form == "grid" else specification(rng, form)
         found.append(Contender(name, "ours", "layer", build, form=form, spec=spec))
     return found
