@@ -11,7 +11,7 @@ from torch import Tensor
 from aadp_kernels import Layout
 from bench.cases import Case
 
-SIZE = 1e-2  # of the values; also the scale of the noise
+SIZE = 1e-2  # standard deviation of the values
 LEVELS = ("layer", "tensor", "all")
 
 
@@ -75,8 +75,10 @@ class Problem:
         dims = torch.tensor(layout.dims, dtype=torch.float64)
         norm = dims * SIZE * (2 / torch.pi) ** 0.5 if p == 1 else SIZE * dims.sqrt()
         start_at = [0.1 * t[0] if lead else 0.1 * t for t in tensors] if reference else None
+        # As large as a typical element of the result, which all forms of noise can hold.
+        scale = SIZE * (rows**0.5 if summed and rows else 1.0)
         return cls(
-            layout, tensors, rows, p, mechanism, SIZE, (0.7 * norm).to(device), start_at, summed
+            layout, tensors, rows, p, mechanism, scale, (0.7 * norm).to(device), start_at, summed
         )
 
     @property
