@@ -14,6 +14,8 @@ from bench.contender import Contender, Local, Runner, gate, warm
 from bench.parity import ParityError
 from bench.problem import Problem
 
+LARGE = 5e7  # elements; on a CPU only the eager loop and the default generator go on from here
+GATE_ELEMENTS = 1_500_000  # compared; layers are taken from both ends
 EAGER = "eager loop, torch.distributions"
 
 
@@ -52,7 +54,11 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
     """What is compared on a device."""
     gpu = device.type == "cuda"
     found = [
-        Job(name, compile_too=name == "cnn_100" or (gpu and case.elements < 2e8))
+        Job(
+            name,
+            compile_too=name == "cnn_100" or (gpu and case.elements < 2e8),
+            short=not gpu and case.elements > LARGE,
+        )
         for name, case in CASES.items()
         if (gpu or not case.gpu_only) and (case.quick or not quick)
     ]
@@ -89,8 +95,10 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
         case, device, p=job.p, mechanism=job.mechanism, dtype=getattr(torch, job.dtype),
         reference=job.reference, rows=job.rows, summed=job.rows is not None,
     )  # fmt: skip
-    rngs = ("philox10",) if job.short else ("philox10", "chacha20")
-    if not (job.short or quick):
+    rngs = ("philox10", "chacha20")
+    if job.short and problem.elements < LARGE:
+        rngs = ("philox10",)
+    elif job.case in ("cnn_100", "resnet18") and not (job.short or quick):
         rngs = ("philox10", "chacha8", "chacha20")
     slow = not quick and job.case == "cnn_100"
     sides = ours.contenders(problem, rngs, specification_too=slow)
@@ -133,7 +141,7 @@ def prepare(side: Contender, problem: Problem) -> tuple[Runner | None, dict]:
     try:
         runner = side.build(problem)
         entry["first_call"] = measure.first_call(runner.run, problem.device)
-        entry["gate"] = gate(side, runner, problem, budget=4_000_000)
+        entry["gate"] = gate(side, runner, problem, budget=GATE_ELEMENTS)
         warm(runner, 0.0)
         return runner, entry
     except ParityError as error:

@@ -59,6 +59,7 @@ def record(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "device": device.type,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

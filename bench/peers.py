@@ -32,7 +32,6 @@ def _eager(problem: Problem) -> Body:
     clips = problem.clip.to(problem.tensors[0].dtype)
 
     def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
-        noise = kind(0.0, scale) if scale else None
         for row in range(problem.rows or 1):
             for layer, members in enumerate(problem.layout.members):
                 parts = [tensors[i][row] if problem.rows else tensors[i] for i in members]
@@ -40,7 +39,9 @@ def _eager(problem: Problem) -> Body:
                     for i, part in zip(members, parts, strict=True):
                         part.sub_(problem.reference[i])
                 _clip_in_place(parts, clips[layer], problem.p)
-                if noise is not None:
+                if scale:
+                    # Each layer has a scale of its own in general, so a distribution of its own.
+                    noise = kind(0.0, scale)
                     for part in parts:
                         part.add_(noise.sample(part.shape).to(part))
         return tensors
