@@ -66,8 +66,8 @@ def _clip_sum_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     def body(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
         return clip_sum_noise(
             tensors, layout=problem.layout, clip=problem.clip,
-            scale=torch.full_like(problem.clip, scale) if scale else None, p=problem.p, mechanism=problem.mechanism,
-            key=key, step=step, form=form, **options,
+            scale=torch.full_like(problem.clip, scale) if scale else None, p=problem.p,
+            mechanism=problem.mechanism, key=key, step=step, form=form, **options,
         )[0]  # fmt: skip
 
     return body

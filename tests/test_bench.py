@@ -303,6 +303,45 @@ def test_a_gpu_machine_needs_little_more_than_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_gpu_contenders_pass_under_the_interpreter() -> None:
+    """Two launches and another window give the specification's numbers."""
+    pytest.importorskip("triton")
+    code = (
+        "import torch\n"
+        "from bench import cases, gpu\n"
+        "from bench.contender import Contender, gate\n"
+        "from bench.ours import specification\n"
+        "from bench.problem import Problem\n"
+        "case = cases.Case('small', lambda: {'a.weight': (30, 50), 'b.bias': (300,)}, clients=2)\n"
+        "problem = Problem.build(case, torch.device('cpu'), p=1, mechanism='laplace')\n"
+        "spec = specification('philox10', 'fast')\n"
+        "for build in (gpu._two_launches, lambda q: gpu._window(q, 8)):\n"
+        "    side = Contender('x', 'peer', 'layer', build, form='fast', spec=spec)\n"
+        "    assert gate(side, build(problem), problem, 10**6) == 'specification'\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_all_parts_run_on_a_gpu(tmp_path: Path) -> None:
+    """Every contender of this package passes its gate, CUDA graphs and windows included."""
+    command = ["bench", *report.PARTS, "--device", "cuda", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*_quick.json")
+    for part in json.loads(path.read_text()).values():
+        for case in part["results"].values():
+            sides = case["sides"]
+            assert not [n for n, s in sides.items() if s["kind"] == "ours" and "skipped" in s]
+
+
 @pytest.mark.parametrize("part", report.PARTS)
 def test_readme_tables_are_current(part: str) -> None:
     begin, end = report.between(part)
