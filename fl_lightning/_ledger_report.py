@@ -13,6 +13,7 @@ from typing import Any
 
 from fl_lightning.ledger import LedgerError, Release, read, verify
 from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.release import ALL_CLIENTS
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ def report_clients(
     """Every client's account; clients that the header lists and that released nothing included."""
     grouped: dict[int, list[Release]] = {client: [] for client in range(_num_clients(header))}
     for release in releases:
-        grouped.setdefault(release.client, []).append(release)
+        if release.client == ALL_CLIENTS:
+            for own in grouped.values():
+                own.append(release)
+        else:
+            grouped.setdefault(release.client, []).append(release)
     return {client: _report_one(header, client, grouped[client]) for client in sorted(grouped)}
 
 

@@ -284,7 +284,7 @@ def _round_row(pl_module: Any, validation: dict[str, float]) -> list[Any]:
     spent = _epsilons(pl_module)
     return [
         result.round,
-        len(result.cohort),
+        result.participants,
         *([f"{e:.6g}" for e in spent] if spent else [""] * 3),
         validation.get("sim_only/val_accuracy", ""),
         validation.get("sim_only/val_loss", ""),

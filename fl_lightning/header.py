@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aadp_kernels import tail_cutoff
+from fl_lightning.pooled import make_pool
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
@@ -20,11 +21,18 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         run_id: public name of the run's secret.
     """
     privacy, data, budget = module.privacy, module.data, module.budget
+    pool = make_pool(
+        privacy,
+        data.client_sizes,
+        clients_per_round=module.clients_per_round,
+        weighting=module.weighting,
+        clients_at_once=1,
+    )
     return {
         "run_id": run_id,
         "setting": privacy.setting,
         "privacy_unit": privacy.unit,
-        "trust": "local" if privacy.guarantee else "none",
+        "trust": privacy.trust,
         "adjacency": privacy.resolved_adjacency,
         "mechanism": privacy.mechanism,
         "delta": budget.delta.tolist(),
@@ -35,6 +43,8 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         "arithmetic": "float32 gradients, float64 noise; proofs in real arithmetic",
         "thresholds": privacy.resolved_thresholds,
         "allocation": privacy.resolved_allocation,
+        "min_survivors": pool.survivors if pool else None,
+        "cohort_rate": pool.rate if pool else None,
         "dataset": data.dataset_name,
         "client_sizes": data.client_sizes.tolist(),
         "planned_steps": budget.planned_steps.tolist(),

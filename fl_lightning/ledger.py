@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from fl_lightning._ledger_report import ClientReport
 
 FILE_NAME = "ledger.jsonl"
-SETTINGS = ("record+local", "client+local", "abstract", "none")
+SETTINGS = (
+    "record+local",
+    "client+local",
+    "client+aggregator",
+    "client+secure_sum",
+    "abstract",
+    "none",
+)
 REQUIRED_FACTS = (
     "setting",
     "privacy_unit",

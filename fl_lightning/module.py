@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.client import bytes_per_example, faster_execution
 from fl_lightning.cohort import cohort_schedule
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.faults import Faults
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.pooled import make_pool
 from fl_lightning.population import ClientPopulation, LocalTraining
 from fl_lightning.preflight import check_network, check_run, check_training
 from fl_lightning.privacy.budget import Budget
@@ -70,7 +72,11 @@ class FederatedModule(pl.LightningModule):
         execution: whether the clients of a cohort are trained together under vmap, one after
             another in a loop, or in whichever way is measured to be faster (auto).
         memory_budget: memory for the activations of clients trained together, in GiB.
-        seed: public seed of the cohort schedule and of shuffled minibatches.
+        dropout: probability that a client of the cohort fails in a round before it releases
+            anything, in [0, 1); simulated from the public seed. It is not charged then.
+        deadline: virtual time after which an upload is not used, in medians of the clients' times;
+            null: none. A late upload was released all the same and is charged.
+        seed: public seed of the cohort schedule, of shuffled minibatches and of faults.
         loss: loss of each record, (outputs, labels) → [B]; null: cross entropy.
         run_dir: folder of the run: ledger, secret, statement. Null: the Trainer's
             default_root_dir.
@@ -96,6 +102,8 @@ class FederatedModule(pl.LightningModule):
         planned_rounds: int | None = None,
         execution: Literal["auto", "vmap", "loop"] = "auto",
         memory_budget: float = 1.0,
+        dropout: float = 0.0,
+        deadline: float | None = None,
         seed: int = 0,
         loss: nn.Module | None = None,
         run_dir: str | None = None,
@@ -117,6 +125,7 @@ class FederatedModule(pl.LightningModule):
         self.planned_rounds = planned_rounds
         self.execution = execution
         self.memory_budget = memory_budget
+        self.faults = Faults(dropout, deadline, seed)
         self.seed = seed
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss or cross_entropy
         self.run_dir = run_dir
@@ -146,19 +155,21 @@ class FederatedModule(pl.LightningModule):
         )
         params = self._global_params()
         mean, released = WeightedMean(self.layout), []
-        for clients in cohort.split(self.clients_at_once) if len(cohort) else ():
+        for clients in self._groups(cohort):
             # Clip norms and shares from released history, local training, clipping, noise,
             # ledger: after this line everything is public.
             update = self.clients.release(clients, params, self.current_epoch, context)
-            mean.add(update.update, self._weights(update))
             released.append(update)
-        if any(len(update.clients) for update in released):
+            in_time = self._in_time(update)
+            mean.add(in_time.update, self._weights(in_time))
+        if mean.weight.any():
             mean.write_gradient(self.network)
             self._server_step()
         spent = self.budget.epsilon_spent() if self.privacy.private else None
         self.result = RoundResult.of(
             self.current_epoch,
             released,
+            participants=self.clients.participants(cohort),
             epsilon_spent=np.full(self.data.num_clients, np.inf) if spent is None else spent,
             seconds=time.perf_counter() - started,
         )
@@ -167,9 +178,25 @@ class FederatedModule(pl.LightningModule):
 
     def cohort(self, round: int) -> Tensor:
         """Clients that take part in a round: those on the schedule that can still pay, [m]."""
-        scheduled = self.schedule[round].tolist()
-        ids = [client for client in scheduled if self.clients.may_release(client, round)]
+        scheduled = self.schedule[round]
+        there = scheduled[~self.faults.failing(scheduled, round)]
+        if self.privacy.pooled:
+            there = there[~self.faults.late(there, round)]  # a sum does not wait
+        ids = [client for client in there.tolist() if self.clients.may_release(client, round)]
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _groups(self, cohort: Tensor) -> Sequence[Tensor]:
+        """Clients that release together: as many as fit into memory, or the whole sum."""
+        if self.privacy.pooled or not len(cohort):
+            return [cohort] if len(cohort) else []
+        return cohort.split(self.clients_at_once)
+
+    def _in_time(self, update: PrivateUpdate) -> PrivateUpdate:
+        """The part of a release that the server waits for."""
+        if self.privacy.pooled:
+            return update
+        late = self.faults.late(update.clients.numpy(), self.current_epoch)
+        return update.select(np.flatnonzero(~late).tolist()) if late.any() else update
 
     def _nobody_is_left(self) -> bool:
         """Whether no client can pay for another round and none that is paid for is left to repeat.
@@ -185,6 +212,8 @@ class FederatedModule(pl.LightningModule):
         return {name: parameters[name].detach() for name in self.layout.names}
 
     def _weights(self, update: PrivateUpdate) -> Tensor:
+        if self.privacy.pooled:
+            return torch.ones(len(update.clients), self.layout.num_layers, dtype=torch.float64)
         return client_weights(
             self.weighting,
             client_sizes=self.data.client_sizes[update.clients],
@@ -247,9 +276,9 @@ class FederatedModule(pl.LightningModule):
         data, resumed = self.data, self._resumed
         planned = self.planned_rounds or self.trainer.max_epochs
         assert planned is not None
-        self.schedule = cohort_schedule(
-            data.num_clients, self.clients_per_round or data.num_clients, planned, self.seed
-        )
+        everyone, size = data.num_clients, self.clients_per_round or data.num_clients
+        poisson = self.privacy.poisson_cohort and size < everyone
+        self.schedule = cohort_schedule(everyone, everyone if poisson else size, planned, self.seed)
         training = LocalTraining(
             lr=self.client_lr,
             momentum=self.client_momentum,
@@ -261,11 +290,13 @@ class FederatedModule(pl.LightningModule):
         )
         record = self.privacy.unit == "record"
         participations = np.bincount(self.schedule.ravel(), minlength=data.num_clients)
-        self.history = ReleasedHistory(self.privacy, data.num_clients, self.layout.dims)
+        histories = 1 if self.privacy.pooled else data.num_clients
+        self.history = ReleasedHistory(self.privacy, histories, self.layout.dims)
+        rate = self.sampling_rate if record else size / everyone if poisson else None
         self.budget = Budget(
             self.privacy,
             (participations * (training.noised_steps if record else 1)).tolist(),
-            self.sampling_rate if record and self.sampling_rate else 1.0,
+            rate or 1.0,
             self.layout.dims,
         )
         if resumed is None and self.privacy.private:
@@ -313,7 +344,7 @@ class FederatedModule(pl.LightningModule):
                 f"knows of {resumed['releases']}: lines were lost, the run cannot go on"
             )
         for release in self.ledger:
-            self.budget.spent[release.client] += release.steps
+            self.budget.spend(release)
             self._last_paid_round = max(self._last_paid_round, release.round)
 
     def _promise(self) -> dict[str, Any]:
@@ -321,6 +352,8 @@ class FederatedModule(pl.LightningModule):
         promise = asdict(self.privacy) | {"data": self._records}
         if self.privacy.unit == "record":
             promise["sampling_rate"] = self.sampling_rate
+        if self.privacy.pooled:
+            promise |= {"clients_per_round": self.clients_per_round, "weighting": self.weighting}
         return promise
 
     def _check_promise(self, promised: dict[str, Any]) -> None:
@@ -339,6 +372,17 @@ class FederatedModule(pl.LightningModule):
             1, int(self.memory_budget * 2**30 / bytes_per_example(self.network, example))
         )
 
+        rate = self.sampling_rate
+        width = self.batch_size or math.ceil((rate or 1.0) * int(data.client_sizes.max()))
+        self.clients_at_once = max(1, self._max_examples // width)
+        pool = make_pool(
+            self.privacy,
+            data.client_sizes,
+            clients_per_round=self.clients_per_round,
+            weighting=self.weighting,
+            clients_at_once=self.clients_at_once,
+        )
+
         def population(vectorize: bool) -> ClientPopulation:
             return ClientPopulation(
                 data,
@@ -353,13 +397,11 @@ class FederatedModule(pl.LightningModule):
                 ledger=self.ledger,
                 vectorize=vectorize,
                 max_examples=self._max_examples,
+                pool=pool,
             )
 
         self.vectorize = self._choose_execution(population)
         self.clients = population(self.vectorize)
-        rate = self.sampling_rate
-        width = self.batch_size or math.ceil((rate or 1.0) * int(data.client_sizes.max()))
-        self.clients_at_once = max(1, self._max_examples // width)
 
     def _choose_execution(self, population: Callable[[bool], ClientPopulation]) -> bool:
         if self._resumed is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey
-from fl_lightning import secrets
+from fl_lightning import pooled, secrets
 from fl_lightning.client import (
     Batch,
     CohortGradient,
@@ -32,7 +32,7 @@ from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums, release_updates
-from fl_lightning.release import Release
+from fl_lightning.release import ALL_CLIENTS, Release
 from fl_lightning.types import Params, PrivateUpdate
 
 
@@ -71,6 +71,7 @@ class ClientPopulation:
         ledger: where releases are written before they leave; None without privacy.
         vectorize: train clients under one vmap, or one after another.
         max_examples: records computed at once.
+        pool: how a cohort is drawn and weighted, for the settings that release a sum.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ClientPopulation:
         ledger: Ledger | None,
         vectorize: bool,
         max_examples: int,
+        pool: pooled.Pool | None = None,
     ) -> None:
         self.data = data
         self.network = network
@@ -101,9 +103,10 @@ class ClientPopulation:
         self.ledger = ledger
         self.vectorize = vectorize
         self.max_examples = max_examples
+        self.pool = pool
         device = next(network.parameters()).device
         example = data.x[:1].to(device)
-        self._plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
+        self.plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
         if privacy.unit == "record":
             self._clipped = clipped_sums(
                 network,
@@ -135,7 +138,13 @@ class ClientPopulation:
         if not self.privacy.private:
             return True
         assert self.ledger is not None
-        return self.budget.can_release(client, self.steps) or bool(self.ledger.find(client, round))
+        paid = self.ledger.find(client, round) or self.ledger.find(ALL_CLIENTS, round)
+        return self.budget.can_release(client, self.steps) or bool(paid)
+
+    def participants(self, cohort: Tensor) -> int:
+        """Clients of a round as far as that is public: their expected number if coins decide."""
+        rate = None if self.pool is None else self.pool.rate
+        return len(cohort) if rate is None else round(rate * len(cohort))
 
     def release(self, clients: Tensor, params: Params, round: int, context: str) -> PrivateUpdate:
         """Train, clip, add noise, and write the ledger before anything is handed out.
@@ -156,6 +165,8 @@ class ClientPopulation:
         """
         if not self.privacy.private:
             return self._without_privacy(clients, params, round)
+        if self.privacy.pooled:
+            return pooled.release(self, clients, params, round, context)
         before = self.history.rows(clients)
         try:
             return self._charged_release(clients, params, round, context, before)
@@ -203,7 +214,7 @@ class ClientPopulation:
         fresh = [entries[i] for i in keep if not paid[i]]
         self.ledger.append(fresh)
         for entry in fresh:
-            self.budget.spent[entry.client] += entry.steps
+            self.budget.spend(entry)
         return update.select(keep) if left else update
 
     def rehearse(self, params: Params, examples: int = 1024) -> None:
@@ -230,7 +241,7 @@ class ClientPopulation:
                 policy = self.history.policy(clients, self.budget.multiplier[clients])
                 self._clipped(params, shared, batch, policy)
             else:
-                self._plain(params, batch, shared=shared)
+                self.plain(params, batch, shared=shared)
 
     def _private_update(
         self, clients: Tensor, params: Params, key: NoiseKey, round: int
@@ -247,11 +258,11 @@ class ClientPopulation:
                 clients=clients,
                 multiplier=multiplier,
             )
-            update = self._train(clients, params, hook, coins, round)
+            update = self.train(clients, params, hook, coins, round)
             assert self.training.sampling_rate is not None
             return hook.private_update(update, self.training.sampling_rate)
         policy = self.history.policy(clients, multiplier)
-        update = self._train(clients, params, plain_gradient(self._plain), coins, round)
+        update = self.train(clients, params, plain_gradient(self.plain), coins, round)
         return release_updates(
             update,
             policy,
@@ -264,7 +275,7 @@ class ClientPopulation:
 
     def _without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
         coins = self.key.derive("round", round, "coins")
-        update = self._train(clients, params, plain_gradient(self._plain), coins, round)
+        update = self.train(clients, params, plain_gradient(self.plain), coins, round)
         finite = torch.stack([v.flatten(1).isfinite().all(1) for v in update.values()]).all(0)
         return PrivateUpdate(
             clients=clients,
@@ -275,9 +286,10 @@ class ClientPopulation:
             sim_only={"nonfinite": (~finite).cpu().float()},
         )
 
-    def _train(
+    def train(
         self, clients: Tensor, params: Params, hook: GradientHook, coins: NoiseKey, round: int
     ) -> Params:
+        """Local training of some clients; private."""
         torch_seed = int(secrets.public_name(coins.derive("torch"))[:15], 16)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(torch_seed)  # dropout and the like

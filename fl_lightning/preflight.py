@@ -136,6 +136,7 @@ def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
             f"clients_per_round={module.clients_per_round} is more than num_clients={k}"
         )
     _check_privacy(module, sizes)
+    _check_pool(module, k)
     _check_forward(module, data)
 
 
@@ -155,6 +156,21 @@ def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:
                 f"delta={delta} of client {client} is not below 1/{units} ({what}): such a δ "
                 "allows to publish one of them outright"
             )
+
+
+def _check_pool(module: FederatedModule, num_clients: int) -> None:
+    """Whether enough clients stay for their shares to be the whole noise."""
+    if module.privacy.setting != "client+secure_sum":
+        return
+    size, least = module.clients_per_round or num_clients, module.privacy.min_survivors
+    if least is not None and least > size:
+        raise ValueError(f"min_survivors={least} is more than the {size} clients of a round")
+    faults = module.faults
+    if least is None and (faults.dropout or faults.deadline is not None):
+        raise ValueError(
+            f"min_survivors=null needs the whole cohort, but dropout={faults.dropout} and deadline="
+            f"{faults.deadline} make clients fail: give the number whose shares are to be enough"
+        )
 
 
 def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:

@@ -10,13 +10,17 @@ from typing import Any
 from fl_lightning import _chain
 from fl_lightning.privacy.accounting import NoiseEvent
 
+ALL_CLIENTS = -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
     """One release of one client: public facts of the mechanism, never data.
 
     Args:
-        client, round, attempt: whose, when, and the how-manyth try (0 is the first).
+        client, round, attempt: whose, when, and the how-manyth try (0 is the first). Client
+            `ALL_CLIENTS` stands for every client of the population: one sum that each of them
+            could have been in, at the same cost.
         first_step: index of the first noised step in the client's stream.
         steps: noised events inside this release (local steps, or 1 a participation), >= 1.
         mechanism, noise_multiplier, sampling_rate, adjacency: as in `NoiseEvent`; the multiplier is
@@ -58,6 +62,7 @@ class Release:
     def __post_init__(self) -> None:
         for name in ("client", "round", "attempt", "first_step", "steps", "num_layers"):
             value, least = getattr(self, name), 1 if name in ("steps", "num_layers") else 0
+            least = ALL_CLIENTS if name == "client" else least
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
         for name in ("clip_norm", "shares"):

@@ -82,6 +82,7 @@ class RoundResult:
         clip_norm, shares, contribution, noise_scale: policy of the last step, [m, L].
         clipped_fraction: sim_only, fraction of units whose layer was clipped, [m, L].
         nonfinite: sim_only, number of units or layers zeroed as non-finite.
+        participants: clients of the round as far as that is public.
         epsilon_spent: upper bound of ε of every client of the population so far, [K].
         seconds: wall-clock time of the round.
     """
@@ -94,6 +95,7 @@ class RoundResult:
     noise_scale: np.ndarray
     clipped_fraction: np.ndarray
     nonfinite: int
+    participants: int
     epsilon_spent: np.ndarray
     seconds: float
 
@@ -103,6 +105,7 @@ class RoundResult:
         round: int,
         released: list[PrivateUpdate],
         *,
+        participants: int,
         epsilon_spent: np.ndarray,
         seconds: float,
     ) -> RoundResult:
@@ -123,6 +126,7 @@ class RoundResult:
             noise_scale=column("noise_scale"),
             clipped_fraction=np.concatenate(clipped) if clipped else np.zeros((0, 0)),
             nonfinite=int(sum(float(u.sim_only["nonfinite"].sum()) for u in released)),
+            participants=participants,
             epsilon_spent=epsilon_spent,
             seconds=seconds,
         )

@@ -17,6 +17,7 @@ from fl_lightning.privacy.exactness import (
     noise_streams,
 )
 from fl_lightning.privacy.mechanism import noise_event
+from fl_lightning.release import ALL_CLIENTS, Release
 
 UNLIMITED = 2**62
 
@@ -102,6 +103,15 @@ class Budget:
         """What each noised step of a client costs beyond its event."""
         event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
         return self._extra(event, float(self.delta[client]))
+
+    def extra_of(self, event: NoiseEvent, client: int) -> Extra:
+        """What a noised step costs a client beyond the given event."""
+        return self._extra(event, float(self.delta[client]))
+
+    def spend(self, release: Release) -> None:
+        """Count a release that stands in the ledger."""
+        whose = slice(None) if release.client == ALL_CLIENTS else release.client
+        self.spent[whose] += release.steps
 
     def can_release(self, client: int, steps: int) -> bool:
         """Whether `steps` more noised steps keep the client within its ε."""

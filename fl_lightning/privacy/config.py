@@ -12,10 +12,20 @@ Setting = Literal[
 Thresholds = Literal["default", "quantile", "released", "fixed", "raw"]
 Allocation = Literal["default", "uniform", "abstract", "mse", "contribution"]
 
-UNIT_OF = {"record+local": "record", "client+local": "client", "abstract": "none", "none": "none"}
+UNIT_OF = {
+    "record+local": "record",
+    "client+local": "client",
+    "client+aggregator": "client",
+    "client+secure_sum": "client",
+    "abstract": "none",
+    "none": "none",
+}
+POOLED = ("client+aggregator", "client+secure_sum")
 ADJACENCY_OF = {
     "record+local": "zero_out",
     "client+local": "replace_one",
+    "client+aggregator": "zero_out",
+    "client+secure_sum": "zero_out",
     "abstract": "replace_one",
     "none": "zero_out",
 }
@@ -28,10 +38,13 @@ class PrivacyConfig:
     Args:
         setting: Who is protected from whom. ``record+local``: one record of one client, from
             everyone but that client. ``client+local``: a whole client, from everyone else.
+            ``client+aggregator``: a whole client, from everyone but a trusted server that adds
+            the noise once. ``client+secure_sum``: a whole client, from a server that sees only
+            the sum of updates, each with a share of the noise.
             ``abstract``: the published rule on raw history, no guarantee. ``none``: no noise.
         mechanism: Noise shape, ``gaussian`` (L2 clip) or ``laplace`` (L1 clip).
-        adjacency: ``default`` takes the one of the setting: zero_out for record+local,
-            replace_one for client+local.
+        adjacency: ``default`` takes the one of the setting: replace_one for client+local,
+            zero_out for the others.
         epsilon: Target ε of the whole run; one number, or one a client (a shorter list is
             repeated over the clients). The noise multiplier is calibrated to it. Null: no
             target, give noise_multiplier.
@@ -55,6 +68,13 @@ class PrivacyConfig:
         allocation: How the budget is divided over the layers: ``uniform``, ``abstract``,
             ``mse`` or ``contribution``. ``default``: contribution, or abstract under abstract.
         share_floor: Part α of the budget that is divided evenly, in (0, 1].
+        cohort_sampling: Who takes part in a round. ``fixed``: a public, balanced schedule.
+            ``poisson``: every client by itself with probability clients_per_round over the number
+            of clients, by secret coins that only a trusted aggregator knows. ``default``: poisson
+            under client+aggregator, else fixed.
+        min_survivors: Under client+secure_sum, fewest clients of a cohort that stay and are honest;
+            their shares alone are the whole noise, and a round with fewer is given up before
+            anything is revealed. Null: the whole cohort.
         seed: Null: noise keys and coins come from the operating system. A number makes the run
             reproducible and therefore *simulated*: it protects nobody.
         rng: Stream cipher or generator of noise and coins; chacha20 is what a privacy claim
@@ -80,6 +100,8 @@ class PrivacyConfig:
     history: int = 10
     allocation: Allocation = "default"
     share_floor: float = 0.1
+    cohort_sampling: Literal["default", "fixed", "poisson"] = "default"
+    min_survivors: int | None = None
     seed: int | None = None
     rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
 
@@ -97,7 +119,29 @@ class PrivacyConfig:
     @property
     def guarantee(self) -> bool:
         """Whether ε is proven (never under ``abstract``)."""
-        return self.setting in ("record+local", "client+local")
+        return self.setting in ("record+local", "client+local", *POOLED)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether one noised sum is released instead of noised updates."""
+        return self.setting in POOLED
+
+    @property
+    def trust(self) -> str:
+        """Who sees what is not noised yet: local (the client alone), aggregator, secure_sum."""
+        return self.setting.partition("+")[2] or "none"
+
+    @property
+    def poisson_cohort(self) -> bool:
+        """Whether secret coins decide who takes part in a round."""
+        if self.cohort_sampling == "default":
+            return self.setting == "client+aggregator"
+        return self.cohort_sampling == "poisson"
+
+    @property
+    def votes(self) -> float:
+        """Part of the budget that votes on norms cost."""
+        return self.vote_share if self.private and self.resolved_thresholds == "quantile" else 0.0
 
     @property
     def unit(self) -> str:
@@ -118,7 +162,7 @@ class PrivacyConfig:
             return self.thresholds
         if self.setting == "abstract":
             return "raw"
-        if self.setting == "record+local" and self.mechanism == "gaussian":
+        if self.setting != "client+local" and self.mechanism == "gaussian":
             return "quantile"
         return "released"
 
@@ -153,11 +197,23 @@ def _check_choices(config: PrivacyConfig) -> None:
 
 
 def _check_setting(config: PrivacyConfig) -> None:
-    if config.setting in ("client+aggregator", "client+secure_sum"):
+    if config.pooled and config.adjacency == "replace_one":
         raise ValueError(
-            f"setting='{config.setting}' is not available yet: use 'record+local' or "
-            "'client+local', which trust nobody but the client"
+            f"adjacency='replace_one' with setting='{config.setting}' is not available: a sum "
+            "protects a client by zero_out; use 'default'"
         )
+    if config.cohort_sampling == "poisson" and config.setting != "client+aggregator":
+        raise ValueError(
+            f"cohort_sampling='poisson' with setting='{config.setting}': who takes part is seen "
+            "there, so secret coins would protect nobody; only 'client+aggregator' can use them"
+        )
+    if config.min_survivors is not None and config.setting != "client+secure_sum":
+        raise ValueError(
+            f"min_survivors={config.min_survivors} with setting='{config.setting}': only "
+            "'client+secure_sum' has shares of noise"
+        )
+    if config.min_survivors is not None and config.min_survivors < 1:
+        raise ValueError(f"min_survivors={config.min_survivors} must be at least 1")
     if config.setting == "record+local" and config.adjacency == "replace_one":
         raise ValueError(
             "adjacency='replace_one' with setting='record+local' is not available yet: its "

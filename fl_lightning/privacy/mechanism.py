@@ -41,7 +41,7 @@ def noise_event(config: PrivacyConfig, multiplier: float, sampling_rate: float) 
     return NoiseEvent(
         mechanism=config.mechanism,
         noise_multiplier=multiplier,
-        sampling_rate=sampling_rate if config.unit == "record" else 1.0,
+        sampling_rate=sampling_rate,
         adjacency=config.resolved_adjacency,
     )
 

@@ -27,14 +27,27 @@ _ADVERSARY = {
         "ledger."
     ),
 }
+_ADVERSARY["client+aggregator"] = (
+    "Everybody except the client itself and the server, which is trusted: it sees every update, "
+    "adds the noise and keeps to itself who took part. The adversary sees the model after every "
+    "round, the public facts below and this ledger; all other clients may work together with it."
+)
+_ADVERSARY["client+secure_sum"] = (
+    "Everybody except the client itself, the server included: it knows who takes part and sees the "
+    "sum of each round, noise included, but no single update. Clients other than the assumed "
+    "honest survivors may work together with it."
+)
 _UNIT = {
     "record+local": "one record of one client",
     "client+local": "all records of one client together",
+    "client+aggregator": "all records of one client together",
+    "client+secure_sum": "all records of one client together",
 }
 _ADJACENCY = {
     "zero_out": (
         "zero_out: the unit's contribution is replaced by zero; the number of records of the "
-        "client is public and stays the same. Sensitivity: the clip norm."
+        "client is public and stays the same. Sensitivity: the clip norm (times the client's "
+        "public weight where a sum is weighted)."
     ),
     "replace_one": (
         "replace_one: the unit is replaced by any other unit. Sensitivity: twice the clip norm; "
@@ -150,7 +163,18 @@ def _assumptions(header: Mapping[str, Any], ledger: Ledger) -> str:
             "not even in its last bits."
         )
     if any(r.sampling_rate < 1 for r in ledger.releases):
-        lines.append("- Poisson sampling: nobody learns which records took part in a step.")
+        whom = (
+            "records took part in a step"
+            if "record" in header["setting"]
+            else ("clients took part in a round (but the trusted server)")
+        )
+        lines.append(f"- Poisson sampling: nobody learns which {whom}.")
+    if header["setting"] == "client+secure_sum":
+        lines.append(
+            f"- Secure aggregation: only sums are seen, and at least {header['min_survivors']} "
+            "clients of every round are honest and stay; their shares alone are the whole noise. "
+            "Here the protocol itself is simulated."
+        )
     if header.get("tail_cutoff") is not None:
         lines.append(
             f"- The sampler's largest draw is {show_number(float(header['tail_cutoff']))} noise "

@@ -85,7 +85,8 @@ def population(tmp_path):
             local_epochs=1,
             seed=0,
         )
-        budget = Budget(config, [100] * data.num_clients, sampling_rate, layout.dims)
+        rate = sampling_rate if config.unit == "record" else 1.0
+        budget = Budget(config, [100] * data.num_clients, rate, layout.dims)
         if config.private:
             budget.calibrate(training.noised_steps if config.unit == "record" else 1)
         header = {"setting": config.setting, "simulated": True, "delta": 1e-5, "epsilon": None}

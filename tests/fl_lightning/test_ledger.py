@@ -125,7 +125,7 @@ def test_header_refusals(tmp_path: Path, changes: dict, word: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("client", -1),
+        ("client", -2),
         ("steps", 0),
         ("round", 1.5),
         ("clip_norm", (1.0,)),

@@ -26,6 +26,8 @@ RECORD = {"noise_multiplier": 1.0, "epsilon": None, "clip_norm": 1.0}
 SETTINGS = {
     "record+local": RECORD | {"setting": "record+local", "thresholds": "quantile"},
     "client+local": RECORD | {"setting": "client+local", "thresholds": "released", "delta": 0.1},
+    "client+aggregator": RECORD | {"setting": "client+aggregator", "delta": 0.1},
+    "client+secure_sum": RECORD | {"setting": "client+secure_sum", "delta": 0.1},
     "none": {"setting": "none"},
 }
 

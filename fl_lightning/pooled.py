@@ -1,0 +1,236 @@
+"""One release of a whole cohort: the noised weighted sum of clipped client updates.
+
+Under ``client+aggregator`` a trusted server adds the noise, once, and keeps the cohort secret;
+under ``client+secure_sum`` every client adds a share and only the sum of them is ever seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import NoiseKey, poisson_mask
+from fl_lightning import secrets
+from fl_lightning.client import plain_gradient
+from fl_lightning.privacy.accounting import NoiseEvent
+from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.pooled_sum import PooledSum
+from fl_lightning.privacy.weights import event_multiplier, pooled_weights
+from fl_lightning.release import ALL_CLIENTS, Release
+from fl_lightning.types import Params, PrivateUpdate
+
+if TYPE_CHECKING:
+    from fl_lightning.population import ClientPopulation
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Public rules of a noised sum over a cohort.
+
+    Args:
+        weights: weights asked for, of every client [K].
+        rate: Poisson rate of a client in a round, drawn secretly; None: the cohort is public.
+        survivors: fewest clients whose shares must be the whole noise; None: noise from one hand.
+        clients_at_once: clients trained together.
+    """
+
+    weights: Tensor
+    rate: float | None
+    survivors: int | None
+    clients_at_once: int
+
+
+def make_pool(
+    privacy: PrivacyConfig,
+    client_sizes: Tensor,
+    *,
+    clients_per_round: int | None,
+    weighting: str,
+    clients_at_once: int,
+) -> Pool | None:
+    """The rules of a run's sums; None for the settings that release client by client."""
+    if not privacy.pooled:
+        return None
+    everyone = len(client_sizes)
+    size = clients_per_round or everyone
+    weights = client_sizes.double() if weighting == "records" else torch.ones(everyone).double()
+    survivors = None
+    if privacy.setting == "client+secure_sum":
+        survivors = privacy.min_survivors or size
+    poisson = privacy.poisson_cohort and size < everyone
+    return Pool(weights, size / everyone if poisson else None, survivors, clients_at_once)
+
+
+_ROW = torch.zeros(1, dtype=torch.int64)  # the cohort has one released history
+
+
+def release(
+    population: ClientPopulation, candidates: Tensor, params: Params, round: int, context: str
+) -> PrivateUpdate:
+    """Draw the cohort, train, clip, sum, add noise, and write the ledger before anything is seen.
+
+    Args:
+        population: the clients.
+        candidates: ids that may take part: all that can pay under Poisson sampling, else the cohort
+            itself (survivors of the round).
+        params: global model.
+        round: round number.
+        context: digest of everything else that local training depends on.
+
+    Returns:
+        The mean update as one row [1, ...], of client `ALL_CLIENTS`; no row where too few clients
+        survive for their shares to be enough noise.
+    """
+    privacy, history, ledger = population.privacy, population.history, population.ledger
+    pool = population.pool
+    assert ledger is not None
+    assert pool is not None
+    if len(candidates) < (pool.survivors or 1):
+        return _nothing(population, params)
+    z, weights = pooled_weights(
+        pool.weights[candidates],
+        population.budget.multiplier[candidates],
+        mechanism=privacy.mechanism,
+        vote_share=privacy.votes,
+    )
+    before = history.rows(_ROW)
+    bound = secrets.digest(
+        [context, round, candidates, weights, z, *params.values(), *before.values()]
+    )
+    redraw = 0
+    try:
+        while True:
+            key = population.key.derive("round", bound, redraw)
+            update = _noised_mean(population, candidates, weights, z, params, key, round)
+            entries = _entries(population, update, candidates, weights, z, round, key)
+            known = [ledger.find(entry.client, round) for entry in entries]
+            paid = [
+                any(old.digest == entry.digest for old in lines)
+                for entry, lines in zip(entries, known, strict=True)
+            ]
+            same_noise = any(
+                old.binding == entry.binding and old.digest != entry.digest
+                for entry, lines in zip(entries, known, strict=True)
+                for old in lines
+            )
+            if not same_noise:
+                break
+            history.restore(_ROW, before)
+            redraw += 1
+        fresh = [entry for entry, done in zip(entries, paid, strict=True) if not done]
+        ledger.append(fresh)
+    except BaseException:
+        history.restore(_ROW, before)
+        raise
+    for entry in fresh:
+        population.budget.spend(entry)
+    return update
+
+
+def _noised_mean(
+    population: ClientPopulation,
+    candidates: Tensor,
+    weights: Tensor,
+    z: float,
+    params: Params,
+    key: NoiseKey,
+    round: int,
+) -> PrivateUpdate:
+    coins = key.derive("coins")
+    pool = population.pool
+    assert pool is not None
+    taking_part, rate = torch.ones(len(candidates), dtype=torch.bool), pool.rate
+    if rate is not None:
+        everyone = len(population.data.client_sizes)
+        taking_part = poisson_mask(everyone, rate, key=coins.derive("cohort"), step=0)[candidates]
+    total = PooledSum(
+        population.history,
+        population.layout,
+        multiplier=z,
+        survivors=pool.survivors,
+        key=key.derive("noise"),
+    )
+    hook = plain_gradient(population.plain)
+    cohort, own = candidates[taking_part], weights[taking_part]
+    groups = zip(cohort.split(pool.clients_at_once), own.split(pool.clients_at_once), strict=True)
+    for clients, weight in groups if len(cohort) else ():
+        total.add(population.train(clients, params, hook, coins, round), clients, weight)
+    # Public denominators: what was expected, not who came.
+    expected = 1.0 if rate is None else rate
+    return total.release(
+        divisor=expected * float(weights.sum()), expected_votes=expected * len(candidates)
+    )
+
+
+def _entries(
+    population: ClientPopulation,
+    update: PrivateUpdate,
+    candidates: Tensor,
+    weights: Tensor,
+    z: float,
+    round: int,
+    key: NoiseKey,
+) -> list[Release]:
+    """A ledger line for whoever could have been in the sum; one for all where all are equal."""
+    privacy, policy, ledger = population.privacy, update.policy, population.ledger
+    assert policy is not None
+    assert ledger is not None
+    assert population.pool is not None
+    rate = population.pool.rate
+    multipliers = event_multiplier(
+        weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes
+    )
+    sent = [value[0] for value in update.update.values()]
+    votes = policy.vote_noise_scale
+    line = Release(
+        client=ALL_CLIENTS,
+        round=round,
+        steps=1,
+        mechanism=privacy.mechanism,
+        noise_multiplier=float(multipliers[0]),
+        sampling_rate=1.0 if rate is None else rate,
+        adjacency=privacy.resolved_adjacency,
+        vote_noise_scale=None if votes is None else float(votes[0]),
+        num_layers=population.layout.num_layers,
+        clip_norm=tuple(policy.clip_norm[0].tolist()),
+        shares=tuple(policy.shares[0].tolist()),
+        binding=secrets.public_name(key),
+        digest=secrets.digest([*sent, population.history.l1_norm[0]]),
+        guarantee=privacy.guarantee,
+    )
+
+    def of(client: int, multiplier: float) -> Release:
+        event = NoiseEvent(line.mechanism, multiplier, line.sampling_rate, line.adjacency)
+        extra = population.budget.extra_of(event, max(client, 0))
+        return replace(
+            line,
+            client=client,
+            attempt=len(ledger.find(client, round)),
+            first_step=int(population.budget.spent[max(client, 0)]),
+            noise_multiplier=multiplier,
+            epsilon_inflation=extra.epsilon,
+            tail_delta=extra.delta,
+        )
+
+    everyone = len(candidates) == len(population.data.client_sizes)
+    budget = population.budget
+    alike = bool((multipliers == multipliers[0]).all()) and len(set(budget.delta.tolist())) == 1
+    if everyone and alike and len(set(budget.spent.tolist())) == 1:
+        return [of(ALL_CLIENTS, float(multipliers[0]))]
+    return [of(k, m) for k, m in zip(candidates.tolist(), multipliers.tolist(), strict=True)]
+
+
+def _nothing(population: ClientPopulation, params: Params) -> PrivateUpdate:
+    """A round that was given up before anything was revealed."""
+    layers = population.layout.num_layers
+    return PrivateUpdate(
+        clients=torch.empty(0, dtype=torch.int64),
+        update={name: value.new_empty(0, *value.shape) for name, value in params.items()},
+        events=[],
+        steps=1,
+        policy=population.history.policy(_ROW[:0], torch.empty(0, dtype=torch.float64)),
+        sim_only={"clipped_fraction": torch.empty(0, layers), "nonfinite": torch.empty(0)},
+    )

@@ -1,0 +1,294 @@
+"""Sums of a cohort: one noise from a trusted server, or shares of it under secure aggregation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from aadp_kernels import Layout, NoiseKey
+from fl_lightning import PrivacyConfig
+from fl_lightning._ledger_report import report_clients
+from fl_lightning.models import MLP
+from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.pooled_sum import PooledSum
+from fl_lightning.privacy.shares import noise_share
+from fl_lightning.privacy.weights import event_multiplier, pooled_weights
+from fl_lightning.release import ALL_CLIENTS
+
+REFERENCE = {"gaussian": stats.norm, "laplace": stats.laplace}
+POOLED = ("client+aggregator", "client+secure_sum")
+
+
+def accepts(sample: torch.Tensor, mechanism: str, scale: float) -> bool:
+    return stats.kstest(sample.numpy().ravel(), REFERENCE[mechanism](scale=scale).cdf).pvalue > 1e-4
+
+
+# --- shares ---
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("survivors", [1, 2, 7])
+def test_enough_shares_are_the_whole_noise(mechanism: str, survivors: int) -> None:
+    shares = noise_share(
+        (20_000,), mechanism=mechanism, scale=0.7, survivors=survivors, key=NoiseKey.from_seed(1),
+        clients=torch.arange(survivors), layer=3,
+    )  # fmt: skip
+    total = shares.sum(0)
+    assert accepts(total, mechanism, 0.7)
+    assert not accepts(total, mechanism, 0.7 * 2 / 3)
+    assert not accepts(total, mechanism, 0.7 * 3 / 2)
+    if survivors > 1:
+        assert not accepts(shares[1:].sum(0), mechanism, 0.7)
+        assert abs(float(np.corrcoef(shares[0], shares[1])[0, 1])) < 0.04
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_more_shares_are_more_noise_and_layers_are_independent(mechanism: str) -> None:
+    key = NoiseKey.from_seed(2)
+    arguments = {"mechanism": mechanism, "scale": 1.0, "survivors": 4, "key": key}
+    shares = noise_share((20_000,), clients=torch.arange(8), layer=0, **arguments).sum(0)
+    whole = 2.0 if mechanism == "laplace" else 1.0
+    assert abs(float(shares.var()) / (2 * whole) - 1) < 0.06
+    other = noise_share((20_000,), clients=torch.arange(8), layer=1, **arguments).sum(0)
+    assert abs(float(np.corrcoef(shares, other)[0, 1])) < 0.04
+
+
+def test_no_noise_and_no_survivors() -> None:
+    arguments = {"mechanism": "laplace", "key": NoiseKey.from_seed(1), "layer": 0}
+    none = noise_share((3,), scale=0.0, survivors=2, clients=torch.arange(2), **arguments)
+    assert not none.any()
+    with pytest.raises(ValueError, match="survivors=0"):
+        noise_share((3,), scale=1.0, survivors=0, clients=torch.arange(2), **arguments)
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+def test_weights_keep_every_client_within_its_own_multiplier(mechanism: str, rho: float) -> None:
+    base = torch.tensor([10.0, 40.0, 20.0, 40.0])
+    needed = torch.tensor([2.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+    z, w = pooled_weights(base, needed, mechanism=mechanism, vote_share=rho)
+    assert z == 2.0
+    assert w[:2].tolist() == [0.25, 1.0]
+    got = event_multiplier(w, z, mechanism=mechanism, vote_share=rho)
+    assert (got >= needed).all()
+    assert float(got[3]) == pytest.approx(5.0, rel=1e-9)
+    assert float(got[0]) > 4.0
+    # The definition, from sensitivities: the sum moves by w·C, the votes by their whole half.
+    clip, sums, votes = 1.7, z / (1 - rho), math.inf
+    if mechanism == "gaussian":
+        sums = z / math.sqrt(1 - rho)
+        votes = z / math.sqrt(rho) if rho else math.inf
+        joint = ((w * clip / (sums * clip)) ** 2 + (1 / votes) ** 2).rsqrt()
+    else:
+        votes = z / rho if rho else math.inf
+        joint = 1 / (w * clip / (sums * clip) + 1 / votes)
+    torch.testing.assert_close(got, joint)
+
+
+def test_votes_that_cost_the_strictest_client_too_much_are_refused() -> None:
+    needed = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"vote_share=0\.05"):
+        pooled_weights(torch.ones(2), needed, mechanism="gaussian", vote_share=0.05)
+    z, w = pooled_weights(torch.ones(2), 0 * needed, mechanism="gaussian", vote_share=0.05)
+    assert (z, w.tolist()) == (0.0, [1.0, 1.0])
+
+
+# --- the sum ---
+
+
+def pooled_sum(setting: str, mechanism: str, *, clients: int, multiplier: float, **options: object):
+    config = PrivacyConfig(
+        setting=setting, mechanism=mechanism, epsilon=None, noise_multiplier=multiplier,
+        clip_norm=[0.5, 2.0], allocation="uniform", **options,
+    )  # fmt: skip
+    layout = Layout.build({"a.w": torch.empty(4000), "b.w": torch.empty(3, 2000)})
+    history = ReleasedHistory(config, 1, layout.dims)
+    total = PooledSum(
+        history,
+        layout,
+        multiplier=multiplier,
+        survivors=clients if setting == "client+secure_sum" else None,
+        key=NoiseKey.from_seed(4),
+    )
+    return total, layout, history
+
+
+@pytest.mark.parametrize("setting", POOLED)
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("thresholds", ["fixed", "quantile"])
+def test_the_noise_of_a_sum_has_the_scale_that_is_charged(
+    setting: str, mechanism: str, thresholds: str
+) -> None:
+    multiplier, rho = 1.5, 0.05 if thresholds == "quantile" else 0.0
+    total, layout, history = pooled_sum(
+        setting, mechanism, clients=3, multiplier=multiplier, thresholds=thresholds
+    )
+    clip = total.policy.clip_norm[0]
+    update = {n: torch.zeros(3, *s) for n, s in zip(layout.names, layout.shapes, strict=True)}
+    before = history.l1_norm.clone()
+    total.add(update, torch.arange(3), torch.ones(3))
+    release = total.release(divisor=2.0, expected_votes=3.0)
+    for layer, name in enumerate(layout.names):
+        if mechanism == "gaussian":
+            scale = multiplier / math.sqrt(1 - rho) * float(clip[layer]) * math.sqrt(2)
+        else:
+            scale = multiplier / (1 - rho) * float(clip[layer]) * 2
+        noise = release.update[name] * 2.0
+        assert accepts(noise, mechanism, scale)
+        assert not accepts(noise, mechanism, scale * 2 / 3)
+        assert not accepts(noise, mechanism, scale * 3 / 2)
+    assert (history.l1_norm != before).all()
+    assert release.clients.tolist() == [ALL_CLIENTS]
+
+
+@pytest.mark.parametrize("setting", POOLED)
+def test_without_noise_a_sum_is_clipped_weighted_and_divided(setting: str) -> None:
+    total, layout, _ = pooled_sum(
+        setting, "gaussian", clients=3, multiplier=0.0, thresholds="fixed"
+    )
+    generator = torch.Generator().manual_seed(0)
+    update = {
+        n: torch.randn(3, *s, generator=generator)
+        for n, s in zip(layout.names, layout.shapes, strict=True)
+    }
+    update["a.w"][2] *= 1e-4  # below its clip norm
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    want = {}
+    for name, clip in zip(layout.names, (0.5, 2.0), strict=True):
+        norm = update[name].flatten(1).double().norm(dim=1)
+        factor = (clip / norm).clamp(max=1) * weights
+        want[name] = (update[name].double() * factor.view(-1, *[1] * (update[name].ndim - 1))).sum(
+            0
+        ) / 1.75
+    for part in (slice(0, 2), slice(2, 3)):
+        total.add(
+            {n: v[part].clone() for n, v in update.items()}, torch.arange(3)[part], weights[part]
+        )
+    release = total.release(divisor=1.75, expected_votes=3.0)
+    for name, value in want.items():
+        torch.testing.assert_close(release.update[name][0].double(), value, rtol=1e-5, atol=1e-7)
+    assert release.sim_only["clipped_fraction"][0].tolist() == pytest.approx([2 / 3, 1.0])
+
+
+# --- runs ---
+
+
+def network() -> MLP:
+    torch.manual_seed(0)
+    return MLP(8, 3, hidden=(4,))
+
+
+def test_a_poisson_cohort_is_charged_to_everyone_with_amplification(federation, fit) -> None:
+    data = federation(60, clients=10)
+    module = fit(
+        data, network(), rounds=4, setting="client+aggregator", noise_multiplier=1.3, delta=0.01,
+        module_kwargs={"clients_per_round": 3, "weighting": "uniform"},
+    )  # fmt: skip
+    assert len(module.ledger) == 4
+    assert {line.client for line in module.ledger} == {ALL_CLIENTS}
+    event = NoiseEvent("gaussian", 1.3, 0.3, "zero_out")
+    reports = report_clients(module.ledger.header, module.ledger.releases)
+    want = compose_epsilon({event: 4}, 0.01 - sum(r.tail_delta for r in module.ledger))
+    assert [r.epsilon for r in reports.values()] == pytest.approx([want] * 10)
+    assert module.budget.spent.tolist() == [4] * 10
+    assert module.result.participants == 3
+
+
+def test_a_fixed_cohort_is_charged_without_amplification(federation, fit) -> None:
+    data = federation(60, clients=6)
+    for setting in POOLED:
+        module = fit(
+            data, network(), rounds=3, setting=setting, noise_multiplier=2.0, delta=0.01,
+            cohort_sampling="fixed", module_kwargs={"clients_per_round": 2},
+        )  # fmt: skip
+        assert {line.sampling_rate for line in module.ledger} == {1.0}
+        charged = np.bincount([line.client for line in module.ledger], minlength=6)
+        assert charged.tolist() == np.bincount(module.schedule.ravel(), minlength=6).tolist()
+        assert module.budget.spent.tolist() == charged.tolist()
+
+
+def test_personal_epsilons_become_weights(federation, fit) -> None:
+    data = federation(80, clients=4)
+    module = fit(
+        data, network(), rounds=2, setting="client+aggregator", epsilon=[2.0, 4.0], delta=0.01,
+        thresholds="fixed", module_kwargs={"weighting": "uniform"},
+    )  # fmt: skip
+    reports = report_clients(module.ledger.header, module.ledger.releases)
+    spent = [reports[k].epsilon for k in range(4)]
+    assert spent[0] == pytest.approx(2.0, rel=0.02)
+    assert spent[1] == pytest.approx(4.0, rel=0.02)
+    assert max(spent[0], spent[2]) <= 2.0
+    assert max(spent) <= 4.0
+
+
+def test_small_clients_of_a_weighted_sum_spend_less(federation, fit) -> None:
+    data = federation(80, clients=3, partition="quantity", alpha=0.5, min_client_size=4)
+    module = fit(
+        data, network(), rounds=2, setting="client+secure_sum", noise_multiplier=3.0, delta=0.01,
+        thresholds="fixed", module_kwargs={"weighting": "records"},
+    )  # fmt: skip
+    for line in module.ledger:
+        weight = float(data.client_sizes[line.client] / data.client_sizes.max())
+        assert line.noise_multiplier == pytest.approx(3.0 / weight)
+
+
+def test_dropouts_are_not_charged_and_too_few_survivors_reveal_nothing(federation, fit) -> None:
+    data = federation(60, clients=6)
+    options = {"setting": "client+secure_sum", "noise_multiplier": 2.0, "delta": 0.01}
+    module = fit(
+        data, network(), rounds=8, min_survivors=4, **options,
+        module_kwargs={"dropout": 0.4, "seed": 2},
+    )  # fmt: skip
+    survivors = [int((~module.faults.failing(np.arange(6), round)).sum()) for round in range(8)]
+    assert min(survivors) < 4 <= max(survivors)
+    per_round = np.bincount([line.round for line in module.ledger], minlength=8)
+    lines = [0 if s < 4 else 1 if s == 6 else s for s in survivors]
+    assert per_round.tolist() == lines
+    with pytest.raises(ValueError, match="min_survivors=null needs the whole cohort"):
+        fit(data, network(), **options, module_kwargs={"dropout": 0.4})
+    with pytest.raises(ValueError, match="min_survivors=7 is more than the 6 clients"):
+        fit(data, network(), min_survivors=7, **options)
+
+
+def test_late_uploads_are_charged_and_not_used(federation, fit) -> None:
+    data = federation(60, clients=6)
+    options = {"setting": "client+local", "noise_multiplier": 0.0, "clip_norm": math.inf}
+    options |= {"thresholds": "fixed"}
+    patient = fit(data, network(), rounds=1, **options)
+    hurried = fit(data, network(), rounds=1, **options, module_kwargs={"deadline": 1.0})
+    late = hurried.faults.late(np.arange(6), 0)
+    assert 0 < late.sum() < 6
+    assert len(hurried.ledger) == 6
+    assert hurried.result.participants == 6
+    a, b = (torch.cat([p.flatten() for p in m.network.parameters()]) for m in (patient, hurried))
+    assert not torch.allclose(a, b)
+
+
+def test_all_late_leaves_the_model_alone(federation, fit) -> None:
+    data, start = federation(60, clients=3), network()
+    module = fit(data, network(), rounds=1, setting="none", module_kwargs={"deadline": 1e-9})
+    for name, value in start.state_dict().items():
+        assert torch.equal(module.network.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cohort_sampling": "poisson", "setting": "client+secure_sum"}, "cohort_sampling='poi"),
+        ({"cohort_sampling": "poisson", "setting": "client+local"}, "cohort_sampling='poisson'"),
+        ({"adjacency": "replace_one", "setting": "client+aggregator"}, "adjacency='replace_one'"),
+        ({"min_survivors": 2, "setting": "client+aggregator"}, "min_survivors=2 with setting"),
+        ({"min_survivors": 0, "setting": "client+secure_sum"}, "min_survivors=0"),
+    ],
+)
+def test_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrivacyConfig(**options)
