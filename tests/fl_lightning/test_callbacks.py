@@ -55,7 +55,7 @@ class Rounds(pl.LightningModule):
             noise_scale=table + 4,
             clipped_fraction=table + 5,
             nonfinite=r,
-            participants=K,
+            participants=3,
             epsilon_spent=np.linspace(r, r + 1, K),
             seconds=0.25,
         )
