@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _validate
+from aadp_kernels import _dispatch, _ops, _validate
 from aadp_kernels._torch.grid import quantum
 from aadp_kernels._torch.privatize import ClipStats
 from aadp_kernels.layout import Layout
@@ -26,7 +26,7 @@ def clip_sum_noise(
     mechanism: str = "gaussian",
     key: NoiseKey | None = None,
     step: int | Tensor = 0,
-    client: int = 0,
+    client: int | Tensor = 0,
     mask: Tensor | None = None,
     votes_at: Tensor | None = None,
     accumulate: Sequence[Tensor] | None = None,
@@ -49,7 +49,7 @@ def clip_sum_noise(
         mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
         key: Secret key; None only without noise.
         step: Step of the release, in [0, 2^32); also a 0-d int64 tensor.
-        client: Client id, in [0, 2^32).
+        client: Client id, in [0, 2^32); also a 0-d int64 tensor.
         mask: [B] of 0 and 1; 0 marks padding. Private.
         votes_at: L1 thresholds [L] of the votes, or None.
         accumulate: Sums that earlier micro-batches of this step returned with `last=False`; they
@@ -84,6 +84,12 @@ def clip_sum_noise(
         Abadi et al. 2016, arXiv:1607.00133, algorithm 1; per layer: McMahan et al. 2018,
         arXiv:1812.06210.
     """
+    if _ops.tracing():
+        return _ops.traced_clip_sum_noise(
+            per_sample, layout, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key,
+            step=step, client=client, mask=mask, votes_at=votes_at, accumulate=accumulate,
+            last=last, form=form, impl=impl,
+        )  # fmt: skip
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     _validate.one_of("form", form, FORMS)
     _validate.one_of("p", p, (1, 2))

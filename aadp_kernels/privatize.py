@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _validate
+from aadp_kernels import _dispatch, _ops, _validate
 from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels.layout import Layout
@@ -88,6 +88,11 @@ def privatize_(
         Dwork, McSherry, Nissim, Smith 2006 (Laplace); Abadi et al. 2016, arXiv:1607.00133
         (clipping).
     """
+    if _ops.tracing():
+        return _ops.traced_privatize_(
+            tensors, layout, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key, step=step,
+            clients=clients, reference=reference, out=out, votes_at=votes_at, form=form, impl=impl,
+        )  # fmt: skip
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     _validate.one_of("form", form, FORMS)
     _validate.one_of("p", p, (1, 2))
@@ -144,6 +149,8 @@ def layer_norms(
     Raises:
         ValueError: p not in {1, 2}, or shapes that do not fit the layout.
     """
+    if _ops.tracing():
+        return _ops.traced_layer_norms(tensors, layout, p, reference, cohort)
     _validate.one_of("p", p, (1, 2))
     lead = tuple(tensors[0].shape[:1]) if cohort and len(tensors) else ()
     check_tensors("tensors", tensors, layout, lead)
