@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from aadp_kernels import Layout, NoiseKey, sample_noise, with_clipping
+from aadp_kernels import Layout, NoiseKey, privatize_, with_clipping
 from bench.ours import SEED
 from fl_lightning.models import CNN, MLP
 
@@ -180,7 +180,7 @@ def plain(setup: Setup) -> Built:
 
 
 def ours(setup: Setup, form: str, rng: str) -> Built:
-    """Clip-in-backward layers, then noise added in float64."""
+    """Clip-in-backward layers, then noise."""
     model = with_clipping(setup.model, p=setup.p)
     modules = dict(model.named_modules())
     for name, clip in zip(setup.layout.layer_names, setup.clips["layer"], strict=True):
@@ -189,21 +189,22 @@ def ours(setup: Setup, form: str, rng: str) -> Built:
         # Counters of votes and of clipped records are not wanted here.
         module.votes_at = module.probe = module.mask = None
     key, layout, number = NoiseKey.from_seed(SEED, rng), setup.layout, [0]
-    mechanism = "gaussian" if setup.p == 2 else "laplace"
+    like = {"dtype": torch.float64, "device": setup.device}
+    unlimited = torch.full((layout.num_layers,), torch.inf, **like)
+    scales: dict[float, Tensor] = {}
 
     def step(scale: float) -> list[Tensor]:
         number[0] += 1
+        if scale not in scales:
+            scales[scale] = torch.full((layout.num_layers,), scale, **like)
         model.zero_grad()
         losses(model(setup.x), setup.y).sum().backward()
-        gradients = []
-        for i, parameter in enumerate(model.parameters()):
-            noise = sample_noise(
-                layout.shapes[i], mechanism=mechanism, scale=scale, key=key, step=number[0],
-                layer=layout.layer_of[i], offset=layout.offsets[i], dtype=torch.float64,
-                device=setup.device, form=form,
-            )  # fmt: skip
-            assert parameter.grad is not None
-            gradients.append(noise.add_(parameter.grad).to(parameter.dtype))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # The sums are clipped already: this adds the noise of all layers in one call.
+        privatize_(
+            gradients, layout=layout, clip=unlimited, scale=scales[scale], p=setup.p,
+            mechanism="gaussian" if setup.p == 2 else "laplace", key=key, step=number[0], form=form,
+        )  # fmt: skip
         return descend(model, gradients, setup.size)
 
     return model, step
