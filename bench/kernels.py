@@ -42,7 +42,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        what = f"{'L1' if self.p == 1 else 'L2'} {self.mechanism}"
+        what = f"{'L1' if self.p == 1 else 'L2'} {self.mechanism.title()}"
         extra = "" if self.dtype == "float32" else f", {self.dtype}"
         extra += ", less a reference" if self.reference else ""
         table = CASES[self.case].title

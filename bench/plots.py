@@ -1,4 +1,4 @@
-"""Bars of the committed results; Matplotlib is imported here alone."""
+"""Plots of the committed results; Matplotlib is imported here alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = 2
 
 
 def draw(part: str, results: dict, path: Path) -> None:
-    """One panel a case: time of each side relative to the base, p20 to p80 as a line."""
+    """One panel a case."""
     cases = list(results.items())
     rows = -(-len(cases) // COLUMNS)
     heights = [
@@ -43,25 +43,32 @@ def draw(part: str, results: dict, path: Path) -> None:
 
 
 def panel(axis: plt.Axes, part: str, title: str, case: dict) -> None:
-    """Bars of one case, fastest at the top."""
+    """One case on a logarithmic axis, fastest at the top: median as a dot, p20 to p80 as a line."""
     sides = report.timed(case)
     start = report.base_of(case)
-    values = {
-        name: ratios(side["seconds"], sides[start]["seconds"]) for name, side in sides.items()
-    }
+    values = {n: ratios(side["seconds"], sides[start]["seconds"]) for n, side in sides.items()}
     order = sorted(values, key=lambda name: -values[name][0])
     for y, name in enumerate(order):
         middle, low, high = values[name]
         colour = COLOURS["floor" if name == start and part == "dp_step" else sides[name]["kind"]]
-        axis.barh(y, middle, color=colour, height=0.72)
-        axis.plot([low, high], [y, y], color="black", linewidth=1)
-        axis.text(max(high, middle) * 1.04, y, f"{middle:.3g}", va="center", fontsize=8)
+        axis.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+        axis.plot(middle, y, "o", color=colour, markersize=7)
+        axis.annotate(
+            f"{middle:.3g}", (high, y), (8, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axis.set_yticks(range(len(order)), order, fontsize=8)
     axis.set_title(title, fontsize=10, loc="left")
-    axis.axvline(1.0, color="black", linewidth=0.6)
+    axis.axvline(1.0, color="black", linewidth=0.6, zorder=0)
     axis.set_xlabel(f"time ÷ {start}", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    if part == "kernels":
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.margins(x=0.12)
+    axis.grid(axis="x", color="#e5e5e5", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set_xscale("log")
+    axis.margins(x=0.12, y=0.08)
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which(FuncFormatter(_tick))
+
+
+def _tick(value: float, _position: object) -> str:
+    """1, 2, 3 and 5 of every decade."""
+    return f"{value:g}" if f"{value:e}"[0] in "1235" else ""

@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One row of positions a record: per-sample rules want a batch dimension everywhere.
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape).contiguous()
         return self.head(self.norm(self.blocks(self.token(x) + self.place(places))))
 
 
