@@ -19,7 +19,7 @@ Body = Callable[[list[Tensor], float, int], Sequence[Tensor]]
 
 
 class Runner(Protocol):
-    """A contender with its data in place."""
+    """A contender with its data in place; one that is not `Local` also has a `version`."""
 
     def run(self) -> object: ...
 

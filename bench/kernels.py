@@ -140,6 +140,8 @@ def prepare(side: Contender, problem: Problem) -> tuple[Runner | None, dict]:
     entry: dict = {"kind": side.kind, "clips": side.level}
     try:
         runner = side.build(problem)
+        if not isinstance(runner, Local):
+            entry["version"] = runner.version
         entry["first_call"] = measure.first_call(runner.run, problem.device)
         entry["gate"] = gate(side, runner, problem, budget=GATE_ELEMENTS)
         warm(runner, 0.0)

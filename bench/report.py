@@ -162,7 +162,8 @@ def full_table(part: str, case: dict) -> list[str]:
             continue
         ratio, low, high = ratios(side["seconds"], case["sides"][start]["seconds"])
         covers = {"all": "all tensors"}.get(side["clips"], side["clips"])
-        row = [name, covers, milliseconds(side), f"{ratio:.3g} ({low:.3g}–{high:.3g})"]
+        label = f"{name} {side['version']}" if "version" in side else name
+        row = [label, covers, milliseconds(side), f"{ratio:.3g} ({low:.3g}–{high:.3g})"]
         if kernels:
             copied = 2 * case["bytes_in"]
             share = quantiles(floor)[0] / quantiles(side["seconds"])[0] if floor else None
