@@ -49,10 +49,11 @@ class NoiseEvent:
         noise_multiplier: noise scale / sensitivity of the whole joint release (standard deviation
             over L2 sensitivity, or b over L1 sensitivity), votes included. 0 means no noise.
         sampling_rate: Poisson rate q of the units, 0 < q <= 1; 1 is "every unit, no coins".
-        adjacency: "zero_out" or "replace_one" (the latter without sampling only).
+        adjacency: "zero_out" or "replace_one". A sampled Gaussian under replace_one is analysed as
+            such, by the pair of mixtures that the two units give; a sampled Laplace is not.
 
     Raises:
-        ValueError: a value outside its range, or `replace_one` with sampling.
+        ValueError: a value outside its range, or a sampled Laplace under `replace_one`.
     """
 
     mechanism: str
@@ -71,22 +72,33 @@ class NoiseEvent:
             )
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
-        if self.adjacency == "replace_one" and self.sampling_rate < 1:
+        if self.sampled_replacement and self.mechanism == "laplace":
             raise ValueError(
-                f"adjacency 'replace_one' with sampling_rate {self.sampling_rate} < 1 is not "
-                "supported yet; use sampling_rate 1 or adjacency 'zero_out'"
+                f"adjacency 'replace_one' with mechanism 'laplace' and sampling_rate "
+                f"{self.sampling_rate} < 1 has no proven analysis here; use sampling_rate 1, "
+                "adjacency 'zero_out' or mechanism 'gaussian'"
             )
 
+    @property
+    def sampled_replacement(self) -> bool:
+        """Whether two units are exchanged that secret coins may both leave out."""
+        return self.adjacency == "replace_one" and self.sampling_rate < 1
+
     def dp_event(self) -> dp_accounting.DpEvent:
-        """The event in dp-accounting's vocabulary (`NonPrivateDpEvent` without noise)."""
+        """The event in dp-accounting's vocabulary (`NonPrivateDpEvent` without noise).
+
+        For its relation REPLACE_SPECIAL; a sampled Gaussian under `replace_one` is for REPLACE_ONE,
+        whose multiplier is relative to one unit, not to the difference of two.
+        """
         import dp_accounting as dpa
 
         if self.noise_multiplier == 0:
             return dpa.NonPrivateDpEvent()
+        scale = self.noise_multiplier * (2 if self.sampled_replacement else 1)
         inner = (
-            dpa.GaussianDpEvent(self.noise_multiplier)
+            dpa.GaussianDpEvent(scale)
             if self.mechanism == "gaussian"
-            else dpa.LaplaceDpEvent(self.noise_multiplier)
+            else dpa.LaplaceDpEvent(scale)
         )
         return (
             inner
@@ -194,12 +206,17 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
 def _pld_epsilon(key: tuple[tuple[NoiseEvent, int], ...], delta: float, guess: float) -> float:
     """Composed pessimistic PLD on a grid of 1e-4 (many steps: 1e-5) of the expected epsilon."""
+    import dp_accounting as dpa
     from dp_accounting.pld import pld_privacy_accountant as pld
 
     steps = sum(count for _, count in key)
     fine = max(1e-2, min(1.0, 1e4 / steps)) ** 0.5
     interval = 1e-4 * 2.0 ** round(math.log2(max(guess, 1e-2) * fine))
-    accountant = pld.PLDAccountant(value_discretization_interval=interval)
+    replaced = any(event.sampled_replacement for event, _ in key)
+    if replaced and not all(event.sampled_replacement for event, _ in key):
+        raise ValueError("counts must not mix sampled and unsampled events under replace_one")
+    relation = {"neighboring_relation": dpa.NeighboringRelation.REPLACE_ONE} if replaced else {}
+    accountant = pld.PLDAccountant(value_discretization_interval=interval, **relation)
     with np.errstate(all="ignore"):
         for event, count in key:
             accountant.compose(event.dp_event(), count)
@@ -209,6 +226,8 @@ def _pld_epsilon(key: tuple[tuple[NoiseEvent, int], ...], delta: float, guess: f
 @lru_cache(maxsize=4096)
 def _rdp(event: NoiseEvent) -> np.ndarray:
     """Renyi divergences of one step at `_ORDERS`; inf at orders left out."""
+    if event.sampled_replacement:
+        return _replacement_rdp(event.sampling_rate, 0.5 / event.noise_multiplier)
     result = np.full(_ORDERS.shape, np.inf)
     chosen = np.ones(_ORDERS.shape, dtype=bool)
     q, z = event.sampling_rate, event.noise_multiplier
@@ -226,6 +245,29 @@ def _rdp(event: NoiseEvent) -> np.ndarray:
             result[chosen] = accountant.rdp
     # A negative divergence is rounding of a vanishing one; NaN is overflow.
     result = np.where(np.isnan(result), np.inf, np.maximum(result, 0.0))
+    result.setflags(write=False)
+    return result
+
+
+def _replacement_rdp(rate: float, shift: float) -> np.ndarray:
+    """Divergences of (1-q) N(0) + q N(shift) from (1-q) N(0) + q N(-shift), unit variances.
+
+    Both directions are the same. The trapezoid rule is exact to rounding for such smooth functions
+    at steps of a twentieth of a standard deviation.
+    """
+    from scipy import special
+
+    result = np.full(_ORDERS.shape, np.inf)
+    for i, order in enumerate(_ORDERS):
+        reach = 14 + 2 * (order + 1) * shift
+        if reach > 5000:
+            continue
+        x = np.arange(-reach, reach, 0.05)
+        stay = math.log1p(-rate) - x**2 / 2
+        p, q = (np.logaddexp(stay, math.log(rate) - (x - s) ** 2 / 2) for s in (shift, -shift))
+        total = special.logsumexp(order * p + (1 - order) * q)
+        moment = total + math.log(0.05) - math.log(2 * math.pi) / 2
+        result[i] = max(moment, 0.0) / (order - 1)
     result.setflags(write=False)
     return result
 

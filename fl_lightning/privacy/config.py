@@ -214,10 +214,14 @@ def _check_setting(config: PrivacyConfig) -> None:
         )
     if config.min_survivors is not None and config.min_survivors < 1:
         raise ValueError(f"min_survivors={config.min_survivors} must be at least 1")
-    if config.setting == "record+local" and config.adjacency == "replace_one":
+    if (
+        config.setting == "record+local"
+        and config.adjacency == "replace_one"
+        and (config.mechanism == "laplace")
+    ):
         raise ValueError(
-            "adjacency='replace_one' with setting='record+local' is not available yet: its "
-            "accounting under Poisson sampling comes with a later version; use 'zero_out'"
+            "adjacency='replace_one' with mechanism='laplace' and setting='record+local': sampled "
+            "Laplace noise has no proven analysis under replace_one here; use 'zero_out'"
         )
     if config.setting == "client+local" and config.adjacency == "zero_out":
         raise ValueError(

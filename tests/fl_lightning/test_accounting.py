@@ -104,7 +104,10 @@ def test_edge_cases() -> None:
         ({"sampling_rate": 0.0}, "sampling_rate"),
         ({"sampling_rate": 1.5}, "sampling_rate"),
         ({"adjacency": "add_remove"}, "adjacency"),
-        ({"adjacency": "replace_one", "sampling_rate": 0.5}, "not supported"),
+        (
+            {"mechanism": "laplace", "adjacency": "replace_one", "sampling_rate": 0.5},
+            "no proven analysis",
+        ),
     ],
 )
 def test_event_refusals(kwargs: dict, word: str) -> None:
@@ -334,3 +337,62 @@ def test_one_laplace_dominates_by_pld(split: list[float], total: float) -> None:
     for epsilon in GRID * total:
         # The lower estimate is off by at most one cell of 2e-5 in the loss.
         assert layers.get_delta_for_epsilon(epsilon) <= one.get_delta_for_epsilon(epsilon) + 3e-5
+
+
+# --- replace_one under Poisson sampling ---
+
+
+def test_sampled_replace_one_is_not_a_doubled_zero_out() -> None:
+    # sigma = 2 C: multiplier 1 relative to the difference of two records.
+    event = NoiseEvent("gaussian", 1.0, 0.2, "replace_one")
+    exact = compose_epsilon({event: 60}, DELTA)
+    assert exact == pytest.approx(7.24, abs=0.01)
+    doubled = compose_epsilon({NoiseEvent("gaussian", 1.0, 0.2): 60}, DELTA)
+    assert doubled == pytest.approx(11.10, abs=0.01)
+    single = compose_epsilon({NoiseEvent("gaussian", 2.0, 0.2): 60}, DELTA)
+    assert single < exact < doubled
+
+
+def test_sampled_replace_one_tends_to_the_unsampled_one() -> None:
+    near = compose_epsilon({NoiseEvent("gaussian", 2.0, 1 - 1e-9, "replace_one"): 10}, DELTA)
+    whole = compose_epsilon({NoiseEvent("gaussian", 2.0, 1.0, "replace_one"): 10}, DELTA)
+    assert near == pytest.approx(whole, rel=2e-3)
+
+
+@pytest.mark.parametrize(("m", "q", "steps"), [(1.0, 0.2, 60), (3.0, 0.05, 400), (0.7, 0.5, 5)])
+def test_renyi_bound_of_sampled_replace_one_is_above_and_close(
+    m: float, q: float, steps: int
+) -> None:
+    event = NoiseEvent("gaussian", m, q, "replace_one")
+    tight = compose_epsilon({event: steps}, DELTA)
+    loose = compose_epsilon({event: steps}, DELTA, accountant="rdp")
+    assert tight <= loose <= 1.35 * tight + 0.3
+
+
+def test_replacement_divergence_by_direct_integration() -> None:
+    from scipy import integrate, stats
+
+    from fl_lightning.privacy.accounting import _ORDERS, _replacement_rdp
+
+    q, shift, order = 0.3, 0.8, 3.0
+
+    def mixture(x: float, s: float) -> float:
+        return (1 - q) * stats.norm.pdf(x) + q * stats.norm.pdf(x - s)
+
+    moment, _ = integrate.quad(
+        lambda x: mixture(x, shift) ** order * mixture(x, -shift) ** (1 - order), -20, 20
+    )
+    got = _replacement_rdp(q, shift)[list(_ORDERS).index(order)]
+    assert got == pytest.approx(math.log(moment) / (order - 1), rel=1e-8)
+
+
+def test_calibration_under_sampled_replace_one() -> None:
+    m = calibrate(
+        mechanism="gaussian", sampling_rate=0.2, steps=60, epsilon=4.0, delta=DELTA,
+        adjacency="replace_one",
+    )  # fmt: skip
+    event = NoiseEvent("gaussian", m, 0.2, "replace_one")
+    assert 3.96 <= compose_epsilon({event: 60}, DELTA) <= 4.0
+    mixed = {event: 1, NoiseEvent("gaussian", m, 1.0, "replace_one"): 1}
+    with pytest.raises(ValueError, match="must not mix"):
+        compose_epsilon(mixed, DELTA)
