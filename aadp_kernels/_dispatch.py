@@ -69,6 +69,6 @@ def backend(
 ) -> ModuleType:
     """The module of the chosen implementation; numba or triton is imported here."""
     name = choose(impl, operation, device=device, elements=elements, form=form)
-    module = "noise" if operation == "coins" else operation
+    module = {"coins": "noise", "norms": "privatize"}.get(operation, operation)
     module = "grid" if (operation, form) == ("noise", "grid") else module
     return import_module(f"aadp_kernels.{_PACKAGES[name]}.{module}")

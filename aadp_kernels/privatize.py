@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import _dispatch, _ops, _validate
-from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address
@@ -133,6 +132,7 @@ def layer_norms(
     p: int = 1,
     reference: Sequence[Tensor] | None = None,
     cohort: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Norm of each layer of an update, `torch.cat([...]).norm(p)` in float64. PRIVATE.
 
@@ -142,12 +142,14 @@ def layer_norms(
         p: 1 or 2.
         reference: What to subtract first, of the layout's shapes, or None.
         cohort: Whether the tensors have a leading cohort dimension.
+        impl: As for `privatize_`.
 
     Returns:
         float64 [L], or [K, L] for a cohort; NaN or inf where a layer is not finite.
 
     Raises:
-        ValueError: p not in {1, 2}, or shapes that do not fit the layout.
+        ValueError: p not in {1, 2}, shapes that do not fit the layout, or an `impl` that is unknown
+            or cannot run here.
     """
     if _ops.tracing():
         return _ops.traced_layer_norms(tensors, layout, p, reference, cohort)
@@ -156,11 +158,10 @@ def layer_norms(
     check_tensors("tensors", tensors, layout, lead)
     if reference is not None:
         check_tensors("reference", reference, layout, ())
-    columns = [
-        _torch.norms(_torch.update_parts(tensors, reference, layout, layer), p)
-        for layer in range(layout.num_layers)
-    ]
-    result = torch.stack(columns, -1)
+    backend = _dispatch.backend(
+        impl, "norms", device=tensors[0].device, elements=sum(layout.sizes), form="wide"
+    )
+    result = backend.layer_norms(tensors, layout, p, reference)
     return result if cohort else result[0]
 
 

@@ -11,7 +11,13 @@ from functools import cache
 import torch
 
 # The forms of each operation that exist here; the others run on `_torch`.
-FORMS = {"noise": ("wide", "fast"), "coins": ("wide",), "privatize": ("wide", "fast")}
+FORMS = {
+    "noise": ("wide", "fast"),
+    "coins": ("wide",),
+    "privatize": ("wide", "fast"),
+    "norms": ("wide",),
+    "clip_sum": ("wide", "fast"),
+}
 
 
 def missing(device: torch.device) -> str | None:

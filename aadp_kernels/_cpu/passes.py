@@ -23,24 +23,33 @@ from aadp_kernels.layout import Layout
 CHUNK = 1 << 16
 SMALLEST_FACTOR = 2.0**-100  # below it float32 products would underflow
 
+SCRATCH = 5 * 8 * TILE
+NATIVE = (torch.float32, torch.float64)
+
 # Columns of the table of pieces: the layer's element that it begins with, its elements, then the
 # address and the bytes an element of the value, of what is subtracted and of the output.
 _FIRST, _SIZE, _VALUE, _VALUE_BYTES, _MINUS, _MINUS_BYTES, _OUT, _OUT_BYTES = range(8)
 
 
+@jit_inline
+def _array(address, dtype, count):
+    """An array without a reference count; numba also lets no index of it count from the end."""
+    return carray(pointer(address, dtype), (count,))
+
+
 @jit
 def _load(x, address, bytes_each, start, count):
     if bytes_each == 4:
-        single = carray(pointer(address + 4 * start, np.float32), (count,))
+        single = _array(address + 4 * start, np.float32, count)
         for i in range(count):
             x[i] = single[i]
     else:
-        double = carray(pointer(address + 8 * start, np.float64), (count,))
+        double = _array(address + 8 * start, np.float64, count)
         for i in range(count):
             x[i] = double[i]
 
 
-@jit
+@jit_inline
 def _load_difference(x, minus, pieces, k, row, start, count):
     """x = value - reference of the elements start .. start + count - 1 of a row."""
     at = row * pieces[k, _SIZE] + start
@@ -66,60 +75,59 @@ def _combine(out, count, x, factor, noise, scale, mode):
 
 
 @jit
-def _write_piece(pieces, k, row, low, x, minus, dead, factor, noise, scale):
-    """The elements low .. low + 511 of the layer, as far as the piece has them."""
+def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scale):
+    """The elements low .. low + 511 of the layer, as far as the piece has them.
+
+    `x`, `minus` (scratch) and `noise` are addresses of 512 numbers of `dtype`.
+    """
     first, size = pieces[k, _FIRST], pieces[k, _SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
-    count, at, bytes_each = stop - start, row * size + start, pieces[k, _OUT_BYTES]
+    count, bytes_each = stop - start, pieces[k, _OUT_BYTES]
+    value = _array(x, dtype, count)
     mode = 1 if scale > 0 else 0
     if pieces[k, _VALUE] == 0:
         mode = 2
     elif dead:
-        x[:count] = 0
+        for i in range(count):
+            value[i] = 0
     else:
-        _load_difference(x, minus, pieces, k, row, start, count)
-    # An array from a pointer, since numba lets an index from the end into any other sum.
-    skipped = np.int64(noise.ctypes.data) + (first + start - low) * noise.itemsize
-    part = carray(pointer(skipped, noise.dtype), (count,))
-    address = pieces[k, _OUT] + at * bytes_each
+        _load_difference(value, _array(minus, dtype, count), pieces, k, row, start, count)
+    drawn = _array(noise + (first + start - low) * value.itemsize, dtype, count)
+    address = pieces[k, _OUT] + (row * size + start) * bytes_each
     if bytes_each == 4:
-        single = carray(pointer(address, np.float32), (count,))
-        _combine(single, count, x, factor, part, scale, mode)
+        _combine(_array(address, np.float32, count), count, value, factor, drawn, scale, mode)
     else:
-        double = carray(pointer(address, np.float64), (count,))
-        _combine(double, count, x, factor, part, scale, mode)
+        _combine(_array(address, np.float64, count), count, value, factor, drawn, scale, mode)
 
 
 @jit
 def _add_up(x, count, p, lanes):
+    """Into 32 running sums of |x|, for p = 2 then 32 of x^2; count is a multiple of 128."""
     for at in range(0, count, 128):
+        part = _array(x + 8 * at, np.float64, 128)
         for j in range(32):
-            a, b, c, d = x[at + j], x[at + 32 + j], x[at + 64 + j], x[at + 96 + j]
+            a, b, c, d = part[j], part[32 + j], part[64 + j], part[96 + j]
             lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))
-    if p == 2:
-        for at in range(0, count, 128):
-            for j in range(32):
-                a, b, c, d = x[at + j], x[at + 32 + j], x[at + 64 + j], x[at + 96 + j]
+            if p == 2:
                 lanes[32 + j] += (a * a + b * b) + (c * c + d * d)
 
 
 @jit
-def sum_units(pieces, bounds, units, p, sums, begin, end):
+def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
     """Sums of |x| (and of x^2 for p = 2) of units of CHUNK elements of a layer: sums [2, K, units].
 
-    32 running sums a unit, added up in order.
+    32 running sums a unit, added up in order. `scratch` is the address of SCRATCH bytes.
     """
-    x, minus, lanes = np.empty(TILE), np.empty(TILE), np.empty(64)
+    x, minus = _array(scratch, np.float64, TILE), _array(scratch + 4096, np.float64, TILE)
+    lanes = _array(scratch + 8192, np.float64, 64)
     per_row = units[len(units) - 1]
-    layer = 0
-    for unit in range(begin, end):
-        row, column = unit // per_row, unit % per_row
-        if column == 0:
-            layer = 0
+    row, column, layer = begin // per_row, begin % per_row, 0
+    for _ in range(begin, end):
         while column >= units[layer + 1]:
             layer += 1
         low = (column - units[layer]) * CHUNK
-        lanes[:] = 0.0
+        for j in range(64):
+            lanes[j] = 0.0
         for k in range(bounds[layer], bounds[layer + 1]):
             stop = min(low + CHUNK - pieces[k, _FIRST], pieces[k, _SIZE])
             for start in range(max(0, low - pieces[k, _FIRST]), stop, TILE):
@@ -128,51 +136,51 @@ def sum_units(pieces, bounds, units, p, sums, begin, end):
                 while count % 128:
                     x[count] = 0.0
                     count += 1
-                _add_up(x, count, p, lanes)
+                _add_up(scratch, count, p, lanes)
         for half in range(2):
             total = 0.0
             for j in range(32):
                 total += lanes[32 * half + j]
             sums[half, row, column] = total
+        column += 1
+        if column == per_row:
+            row, column, layer = row + 1, 0, 0
 
 
 @jit
 def write_units(
     pieces, bounds, units, skip, dead, factor, scale, factor32, scale32, clients, layer_words,
-    state, rounds, blocks, fast, gaussian, begin, end,
+    state, rounds, blocks, fast, gaussian, scratch, begin, end,
 ):  # fmt: skip
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
     Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
     float64; in the fast form it is float32 where all tensors are. Without a value: scale * noise.
-    Where `dead`, the value counts as zero; a scale of zero draws nothing.
+    Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` is the address
+    of SCRATCH bytes; `state` changes.
     """
-    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    noise32, x32 = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    minus32 = np.empty(TILE, np.float32)
-    noise, x, minus, rows = np.zeros(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE // 2)
-    state = state.copy()
+    x, minus, spare = scratch, scratch + 4096, scratch + 8192
+    noise, noise32 = scratch + 12288, scratch + 16384
+    words, tails = _array(x, np.uint32, WORDS), _array(minus, np.uint32, WORDS)
+    rows = _array(spare, np.float64, TILE // 2)
+    drawn, drawn32 = _array(noise, np.float64, TILE), _array(noise32, np.float32, TILE)
     per_row = units[len(units) - 1]
-    layer = nearest = 0
-    for unit in range(begin, end):
-        row, column = unit // per_row, unit % per_row
-        if column == 0:
-            layer, nearest = 0, bounds[0]
+    row, column, layer = begin // per_row, begin % per_row, 0
+    nearest = bounds[0]
+    for _ in range(begin, end):
         while column >= units[layer + 1]:
             layer += 1
             nearest = bounds[layer]
         tile = skip[layer] + column - units[layer]
-        low = tile * TILE
-        size = scale[row, layer]
+        low, stop, size = tile * TILE, bounds[layer + 1], scale[row, layer]
         if size > 0:
             state[2] = np.uint32(clients[row])
             state[3] = np.uint32(layer_words[layer])
             if fast:
-                fast_tile(noise32, words, spare, state, rounds, blocks, tile, gaussian)
+                fast_tile(drawn32, words, tails, state, rounds, blocks, tile, gaussian)
             else:
-                wide_tile(noise, words, rows, state, rounds, blocks, tile, gaussian)
+                wide_tile(drawn, words, rows, state, rounds, blocks, tile, gaussian)
         converted = not fast
-        stop = bounds[layer + 1]
         while nearest < stop and pieces[nearest, _FIRST] + pieces[nearest, _SIZE] <= low:
             nearest += 1
         for k in range(nearest, stop):
@@ -181,17 +189,49 @@ def write_units(
             widest = max(pieces[k, _VALUE_BYTES], pieces[k, _MINUS_BYTES], pieces[k, _OUT_BYTES])
             if fast and widest == 4 and factor32[row, layer] >= SMALLEST_FACTOR:
                 _write_piece(
-                    pieces, k, row, low, x32, minus32, dead[row, layer], factor32[row, layer],
-                    noise32, scale32[row, layer],
+                    pieces, k, row, low, x, minus, dead[row, layer], np.float32,
+                    factor32[row, layer], noise32, scale32[row, layer],
                 )  # fmt: skip
                 continue
             if not converted:
                 converted = True
                 for i in range(TILE):
-                    noise[i] = noise32[i]
+                    drawn[i] = drawn32[i]
             _write_piece(
-                pieces, k, row, low, x, minus, dead[row, layer], factor[row, layer], noise, size
-            )
+                pieces, k, row, low, x, minus, dead[row, layer], np.float64, factor[row, layer],
+                noise, size,
+            )  # fmt: skip
+        column += 1
+        if column == per_row:
+            row, column, layer = row + 1, 0, 0
+            nearest = bounds[0]
+
+
+@jit
+def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
+    """Add factor * record, where `live`, to the float64 outputs, in units of a tile of a layer.
+
+    Rows of the pieces are records; live and factor are [B, L]. Records are added in order.
+    """
+    layer = 0
+    for unit in range(begin, end):
+        while unit >= units[layer + 1]:
+            layer += 1
+        low = (unit - units[layer]) * TILE
+        for k in range(bounds[layer], bounds[layer + 1]):
+            first, size = pieces[k, _FIRST], pieces[k, _SIZE]
+            start, stop = max(0, low - first), min(low + TILE - first, size)
+            if start >= stop:
+                continue
+            count, bytes_each = stop - start, pieces[k, _VALUE_BYTES]
+            x = _array(scratch, np.float64, count)
+            total = _array(pieces[k, _OUT] + 8 * start, np.float64, count)
+            for row in range(len(live)):
+                if live[row, layer]:
+                    _load(x, pieces[k, _VALUE], bytes_each, row * size + start, count)
+                    weight = factor[row, layer]
+                    for i in range(count):
+                        total[i] += x[i] * weight
 
 
 class Pieces(NamedTuple):
@@ -233,9 +273,28 @@ class Pieces(NamedTuple):
 
 def native(tensor: Tensor) -> Tensor:
     """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
-    if tensor.dtype not in (torch.float32, torch.float64):
+    if tensor.dtype not in NATIVE:
         tensor = tensor.float()
-    return tensor.detach().contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def target(tensor: Tensor) -> Tensor:
+    """What to write for `tensor`: itself where it is native, else new memory."""
+    if tensor.dtype in NATIVE and tensor.is_contiguous():
+        return tensor
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.empty(tensor.shape, dtype=dtype)
+
+
+def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy what was not written to `out` itself; autograd learns of what was."""
+    written = []
+    for made, tensor in zip(targets, out, strict=True):
+        if made is not tensor:
+            tensor.copy_(made)
+        elif not tensor.is_inference():
+            written.append(tensor)
+    torch.autograd.graph.increment_version(written)
 
 
 def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
@@ -248,10 +307,25 @@ def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
         return sums[:, :, :layers]
 
     def work(begin: int, end: int) -> None:
-        sum_units(pieces.table, pieces.bounds, units, p, sums, begin, end)
+        scratch = np.empty(SCRATCH, np.uint8)
+        sum_units(pieces.table, pieces.bounds, units, p, sums, scratch.ctypes.data, begin, end)
 
     spread(work, rows * int(units[-1]), elements=rows * int(pieces.ends.sum()))
     return np.add.reduceat(sums, units[:-1], axis=2)
+
+
+def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
+    """Add the clipped records to the float64 outputs of `pieces`; live and factor are [B, L]."""
+    units = np.zeros(len(pieces.ends) + 1, np.int64)
+    np.cumsum(-(-pieces.ends // TILE), out=units[1:])
+
+    def work(begin: int, end: int) -> None:
+        scratch = np.empty(SCRATCH, np.uint8)
+        add_records(
+            pieces.table, pieces.bounds, units, live, factor, scratch.ctypes.data, begin, end
+        )
+
+    spread(work, int(units[-1]), elements=len(live) * int(pieces.ends.sum()))
 
 
 def write(
@@ -281,9 +355,11 @@ def write(
     factor32, scale32 = _single(factor, scale)
 
     def work(begin: int, end: int) -> None:
+        scratch, state = np.empty(SCRATCH, np.uint8), generator.state.copy()
         write_units(
             pieces.table, pieces.bounds, units, skip, dead, factor, scale, factor32, scale32,
-            clients, layer_words, *generator, fast, mechanism == "gaussian", begin, end,
+            clients, layer_words, state, generator.rounds, generator.blocks, fast,
+            mechanism == "gaussian", scratch.ctypes.data, begin, end,
         )  # fmt: skip
 
     rows = len(clients)

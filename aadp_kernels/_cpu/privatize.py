@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu.passes import Pieces, layer_sums, native, write
+from aadp_kernels._cpu.passes import Pieces, deliver, layer_sums, native, target, write
 from aadp_kernels._cpu.rng import Generator
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
 from aadp_kernels.layout import Layout
@@ -21,23 +21,30 @@ from aadp_kernels.layout import Layout
 
 def coarsest(tensors: Sequence[Tensor], layout: Layout) -> Precision:
     """The precision of the coarsest dtype of each layer's tensors."""
-    infos = [
-        max((torch.finfo(tensors[i].dtype) for i in members), key=lambda info: info.eps)
-        for members in layout.members
-    ]
+    known = {dtype: torch.finfo(dtype) for dtype in {t.dtype for t in tensors}}
+    if len(known) == 1:
+        infos = [*known.values()] * layout.num_layers
+    else:
+        each = [known[t.dtype] for t in tensors]
+        infos = [max((each[i] for i in m), key=lambda info: info.eps) for m in layout.members]
     eps = torch.tensor([info.eps for info in infos], dtype=torch.float64)
     tiny = torch.tensor([info.smallest_normal for info in infos], dtype=torch.float64)
     return Precision(eps, tiny)
 
 
-def norms(
-    tensors: Sequence[Tensor], layout: Layout, rows: int, p: int, reference: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """L1 norms and norms of order p of the layers of every row, float64 [K, L]."""
-    minus = None if reference is None else [native(t) for t in reference]
-    pieces = Pieces.of_layout(layout, [native(t) for t in tensors], minus)
+def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
+    """L1 norms, and norms of order p, of the layers of every row: float64 [K, L]."""
     sums = torch.from_numpy(layer_sums(pieces, rows, p))
     return sums[0], sums[0] if p == 1 else sums[1].sqrt()
+
+
+def layer_norms(
+    tensors: Sequence[Tensor], layout: Layout, p: int, reference: Sequence[Tensor] | None
+) -> Tensor:
+    """`_torch.privatize.layer_norms`: float64 [K, L]."""
+    minus = None if reference is None else [native(t) for t in reference]
+    rows = tensors[0].shape[0] if tensors[0].dim() > len(layout.shapes[0]) else 1
+    return norms(Pieces.of_layout(layout, [native(t) for t in tensors], minus), rows, p)[1]
 
 
 def privatize(
@@ -55,11 +62,10 @@ def privatize(
     """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
     rows, layers = clip.shape
     minus = None if reference is None else [native(t) for t in reference]
-    targets = [native(t) for t in out]
-    pieces = Pieces.of_layout(layout, [native(t) for t in tensors], minus, targets)
-    sums = torch.from_numpy(layer_sums(pieces, rows, p))
-    norm1 = sums[0]
-    norm = norm1 if p == 1 else sums[1].sqrt()
+    values = [native(t) for t in tensors]
+    targets = values if out is tensors else [target(t) for t in out]
+    pieces = Pieces.of_layout(layout, values, minus, targets)
+    norm1, norm = norms(pieces, rows, p)
     finite = torch.isfinite(norm) & torch.isfinite(norm1)
     factor, clipped = clip_factors(
         norm, clip, finite, torch.tensor(layout.dims, dtype=torch.float64), coarsest(out, layout)
@@ -71,10 +77,6 @@ def privatize(
         mechanism=noise.mechanism, form=noise.form, scale=scale.contiguous().numpy(),
         factor=factor.numpy(), dead=~finite.numpy(), layers=np.arange(layers),
     )  # fmt: skip
-    for target, tensor in zip(targets, out, strict=True):
-        if target.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(target)
-        elif not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    deliver(targets, out)
     votes = ballots(norm1, votes_at, finite)
     return ClipStats(norm1, votes, clipped.to(torch.int64), (~finite).to(torch.int64))

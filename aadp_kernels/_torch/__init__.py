@@ -8,6 +8,7 @@ FORMS = {
     "noise": ("wide", "fast", "grid"),
     "coins": ("wide",),
     "privatize": ("wide", "fast", "grid"),
+    "norms": ("wide",),
     "clip_sum": ("wide", "fast", "grid"),
 }
 

@@ -136,6 +136,16 @@ def update_parts(
     return parts
 
 
+def layer_norms(
+    tensors: Sequence[Tensor], layout: Layout, p: int, reference: Sequence[Tensor] | None
+) -> Tensor:
+    """Norms of the layers of every row, float64 [K, L]."""
+    layers = range(layout.num_layers)
+    return torch.stack(
+        [norms(update_parts(tensors, reference, layout, layer), p) for layer in layers], -1
+    )
+
+
 def privatize(
     tensors: Sequence[Tensor],
     out: Sequence[Tensor],

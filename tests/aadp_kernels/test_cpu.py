@@ -478,8 +478,9 @@ def test_no_wide_kernel_contracts_floating_point():
 
     lines = numba.float64[::1]
     small = (numba.int32[::1], lines)
-    piece = (numba.int64[:, ::1], *(numba.int64,) * 3, lines, lines, numba.bool_, numba.float64,
-             lines, numba.float64)  # fmt: skip
+    piece = (numba.int64[:, ::1], *(numba.int64,) * 5, numba.bool_,
+             numba.types.NumberClass(numba.float64), numba.float64, numba.int64,
+             numba.float64)  # fmt: skip
     for kernel, signature in (
         (transform._wide_gaussian, small), (transform._wide_laplace, small),
         (passes._write_piece, piece),
