@@ -27,7 +27,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     """
     options = {**_OPTIONS, **options}
     try:
-        kernel = numba.njit(cache=True, **options)(function)
+        kernel: Any = numba.njit(cache=True, **options)(function)
         # Numba itself looks at the file of the kernel only, not at those of kernels that it calls.
         index = kernel._cache._cache_file
         if not hasattr(index, "_source_stamp"):

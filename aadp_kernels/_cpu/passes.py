@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, spread
