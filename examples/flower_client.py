@@ -1,17 +1,8 @@
-"""Client-level privacy for a federated server, on scikit-learn's digits, without Flower installed.
+"""Client-level privacy for a federated server, on digits: `python examples/flower_client.py`.
 
-`python examples/flower_client.py`. The deltas are lists of numpy arrays, as Flower has them. In a
-Flower server the two marked lines go into a strategy:
-
-    class PrivateFedAvg(flwr.serverapp.strategy.FedAvg):
-        def aggregate_train(self, server_round, replies):
-            replies = list(replies)
-            deltas = [delta_of(r.content) for r in replies]       # new - sent, lists of arrays
-            mean, release = mean_of_deltas(deltas, round=server_round, **PRIVACY)   # (1)
-            ...                                                   # sent + mean -> ArrayRecord
-
-or, where the server is not trusted, `privatize_delta` goes into the client before it answers (2).
-FedAvg's own weights by number of examples are private: `mean_of_deltas` has none.
+The deltas are lists of numpy arrays, as a Flower server or one's own holds them; Flower need not be
+installed. `flower_strategy` is the same as a Flower strategy (tried with flwr 1.41.0). Where the
+server is not trusted, `privatize_delta` goes into the client before it answers.
 """
 
 from __future__ import annotations
@@ -39,6 +30,31 @@ def local_delta(weights: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> list
         w -= 0.5 * x.T @ error
         b -= 0.5 * error.sum(0)
     return [w - weights[0], b - weights[1]]
+
+
+def flower_strategy(**privacy):
+    """FedAvg with `mean_of_deltas`: `flower_strategy(clip_norm=..., ...).start(grid, arrays)`.
+
+    FedAvg's weights by number of examples and the clients' metrics are private: neither is used.
+    """
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp.strategy import FedAvg
+
+    class PrivateFedAvg(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            self.names, self.sent = list(arrays), arrays.to_numpy_ndarrays()
+            return super().configure_train(server_round, arrays, config, grid)
+
+        def aggregate_train(self, server_round, replies):
+            valid, _ = self._check_and_log_replies(replies, is_train=True)
+            answers = [r.content[self.arrayrecord_key].to_numpy_ndarrays() for r in valid]
+            deltas = [[a - s for a, s in zip(x, self.sent, strict=True)] for x in answers]
+            mean, release = mean_of_deltas(deltas, like=self.sent, round=server_round, **privacy)
+            print(f"round {server_round}: {release}")
+            new = [Array(s + m) for s, m in zip(self.sent, mean, strict=True)]
+            return ArrayRecord(dict(zip(self.names, new, strict=True))), None
+
+    return PrivateFedAvg()
 
 
 def main() -> float:

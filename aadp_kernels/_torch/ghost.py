@@ -76,6 +76,12 @@ class ClippedLayer(torch.autograd.Function):
 
 def clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:
     """The wanted results of a rule's backward, in order; all tensors have a client axis."""
+    if x.shape[1] == 0:
+        # An empty Poisson batch: one record of padding is easier than zero records.
+        one = [t.new_zeros((t.shape[0], 1, *t.shape[2:])) for t in (x, grad)]
+        nobody = clip.new_zeros((x.shape[0], 1))
+        first, *others = clip_backward(rule, wanted, *one, weight, clip, nobody, votes_at)
+        return (first[:, :0] if wanted.x else first, *others)
     terms = Terms.build(wanted, clip, mask, votes_at, x)
     device = x.device.type
     if torch.is_autocast_enabled(device):

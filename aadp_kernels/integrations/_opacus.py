@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from aadp_kernels.clip_sum import clip_sum_noise
-from aadp_kernels.ghost import with_clipping
+from aadp_kernels.clipping import with_clipping
 from aadp_kernels.integrations._watch import Watch
 from aadp_kernels.integrations.optim import add_noise_, set_clip_norms
 from aadp_kernels.integrations.release import amplified, compose_pure, equal_scales

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from aadp_kernels.ghost import UnsupportedLayerError
+from aadp_kernels.clipping import UnsupportedLayerError
 
 
 class Watch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from aadp_kernels import Layout, NoiseKey, UnsupportedLayerError, with_clipping
+from aadp_kernels import Bias, Layout, NoiseKey, UnsupportedLayerError, with_clipping
 from aadp_kernels.integrations import clients, optim
 from aadp_kernels.integrations.release import (
     Release,
@@ -355,3 +356,29 @@ def test_amplification() -> None:
         arguments = {"unit": "client", name: value}
         with pytest.raises(ValueError, match=name):
             Release("laplace", 1.0, adjacency="zero_out", **arguments)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 3), (4,)),
+        (nn.Linear(4, 3), (5, 4)),
+        (nn.Conv1d(2, 3, 3), (2, 9)),
+        (nn.Conv2d(2, 4, 3, groups=2), (2, 8, 8)),
+        (nn.LayerNorm((3, 4)), (5, 3, 4)),
+        (nn.RMSNorm(4), (4,)),
+        (nn.GroupNorm(2, 4), (4, 6)),
+        (nn.InstanceNorm2d(3, affine=True), (3, 6, 6)),
+        (Bias(4), (4,)),
+        (nn.Embedding(7, 4), None),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_an_empty_poisson_batch_has_sums_of_zero(layer: nn.Module, shape: Any, p: int) -> None:
+    model = with_clipping(nn.Sequential(layer), p=p)
+    x = torch.zeros(0, 5, dtype=torch.long) if shape is None else torch.randn(0, *shape)
+    x.requires_grad_(shape is not None)
+    model(x).sum().backward()
+    assert x.grad is None or x.grad.shape == x.shape
+    assert all(q.grad is not None and not q.grad.any() for q in model.parameters())
