@@ -32,19 +32,14 @@ MEASURED = ("kernels", "dp_step")
 PARTS = (*MEASURED, "headline", "cohort", "report", "all")
 
 
-def seconds(device: torch.device, quick: bool) -> float:
-    """Time of a part, without compiling and gates, which take about as long again."""
-    if quick:
-        return 75.0
-    return 200.0 if device.type == "cuda" else 900.0
-
-
-def measure_part(part: str, device: torch.device, *, quick: bool, out: Path) -> None:
-    """Run a part and write it beside the other parts of the day."""
+def measure_part(
+    part: str, device: torch.device, *, quick: bool, budget: float, out: Path
+) -> list[str]:
+    """Run a part and write it beside the other parts of the day; sides of ours that failed."""
     found = machine.record(device)
     start = time.perf_counter()
     module = importlib.import_module(f"bench.{part}")
-    results = module.run(device, quick=quick, budget=seconds(device, quick))
+    results = module.run(device, quick=quick, budget=budget)
     found["seconds"] = round(time.perf_counter() - start, 1)
     name = f"{machine.slug(found)}_{found['date']}{'_quick' if quick else ''}.json"
     path = out / name
@@ -53,6 +48,12 @@ def measure_part(part: str, device: torch.device, *, quick: bool, out: Path) -> 
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{part}: {found['seconds']} s, {path}", flush=True)
+    return [
+        f"{title}: {name}: {side['failed']}"
+        for title, case in results.items()
+        for name, side in case["sides"].items()
+        if "failed" in side
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,20 +65,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="under five minutes on two cores")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--budget", type=float, help="seconds a part, beside what has begun")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
     # Peers warn about their own hooks; what matters here raises.
     warnings.simplefilter("ignore")
+    default = 75.0 if options.quick else 200.0 if device.type == "cuda" else 900.0
+    budget = default if options.budget is None else options.budget
+    failed = []
     for part in MEASURED if "all" in options.parts else options.parts:
         if part in MEASURED:
-            measure_part(part, device, quick=options.quick, out=options.out)
+            failed += measure_part(
+                part, device, quick=options.quick, budget=budget, out=options.out
+            )
         elif part == "report":
             importlib.import_module("bench.report").report()
         else:
             module = importlib.import_module(f"bench.{part}")
             module.run(None) if part == "headline" else module.run_all()
+    if failed:
+        raise SystemExit("\n".join(["", "failed:", *failed]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +12,10 @@ from torch import Tensor
 from bench import measure, parity
 from bench.problem import Problem
 
-L2_CACHE = 128 << 20  # bytes of buffers to rotate through, over twice the largest cache
 # (tensors, scale, step) -> results; in place, or sums.
 Body = Callable[[list[Tensor], float, int], Sequence[Tensor]]
+# (problem, tensor, step, count) -> noise of scale one of the last elements of each row.
+Specification = Callable[[Problem, int, int, int], Tensor]
 
 
 class Runner(Protocol):
@@ -40,9 +40,8 @@ class Contender:
         level: What one norm covers: "layer", "tensor" or "all".
         build: Makes a runner; may raise ImportError or RuntimeError, which skips it.
         form: Of our noise: "wide", "fast", "grid"; None for others.
-        exact: Whether noise is compared number by number with the specification.
         clips: False for a mere copy.
-        spec: For an exact one: noise of scale one of a tensor at a step, by the specification.
+        spec: Noise of scale one to compare with number by number, or None.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Contender:
     build: Callable[[Problem], Runner]
     form: str | None = None
     clips: bool = True
-    spec: Callable[[Problem, int, int], Tensor] | None = None
+    spec: Specification | None = None
 
 
 class Local:
@@ -59,11 +58,7 @@ class Local:
 
     def __init__(self, problem: Problem, body: Body) -> None:
         self.problem, self.body, self.turn = problem, body, 0
-        size = sum(t.nbytes for t in problem.tensors)
-        copies = 1
-        if problem.device.type == "cuda":
-            copies = min(64, 1 + L2_CACHE // max(size, 1))
-        self.buffers = [[t.clone() for t in problem.tensors] for _ in range(copies)]
+        self.buffers = problem.buffers
 
     def run(self) -> Sequence[Tensor]:
         self.problem.step += 1
@@ -101,26 +96,23 @@ def gate(contender: Contender, runner: Runner, problem: Problem, budget: int) ->
     # Norms that others add up in float32 are off by 1e-4 on a few million elements.
     rtol = (1e-5 if contender.kind == "ours" else 1e-3) + 4 * torch.finfo(dtype).eps
     parity.check_clip(dict(enumerate(runner.results(0.0))), expected, rtol)
-    first, second = (runner.results(problem.scale) for _ in range(2))
-    pairs = [
-        torch.stack([(r[i].double() - want).flatten() for r in (first, second)])
-        for i, want in expected.items()
+    ends = {i: problem.end(want, budget) for i, want in expected.items()}
+    del expected
+    results = []
+    for _ in range(2):
+        drawn = runner.results(problem.scale)
+        results.append({i: problem.end(drawn[i], budget) for i in ends})
+        del drawn
+    step = problem.step
+    noises = [
+        torch.cat([(result[i].double() - want).flatten() for i, want in ends.items()])
+        for result in results
     ]
-    z = torch.cat(pairs, 1) / problem.scale
-    parity.check_noise(z[1], problem.mechanism)
-    parity.independent(z[0], z[1], "two calls")
+    parity.check_noise(noises[1] / problem.scale, problem.mechanism)
+    parity.independent(noises[0], noises[1], "two calls")
     if contender.spec is None:
         return "statistics"
-    step = problem.step
-    for i, want in expected.items():
-        noise = contender.spec(problem, i, step).view_as(want)
-        parity.check_same(second[i], want + problem.scale * noise, noise, problem.scale)
+    for i, want in ends.items():
+        noise = contender.spec(problem, i, step, want.shape[-1]).view_as(want)
+        parity.check_same(results[1][i], want, noise, problem.scale)
     return "specification"
-
-
-def warm(runner: Runner, seconds: float) -> None:
-    """Run until caches, clocks and compilers have settled."""
-    runner.run()
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        runner.run()

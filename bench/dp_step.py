@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from aadp_kernels import UnsupportedLayerError
 from bench import measure, parity, steps
+from bench.kernels import note_failure
 from bench.steps import Setup
 
 
@@ -107,12 +107,8 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
             entry["first_call"] = measure.first_call(runner.run, setup.device)
             entry["gate"] = gate(runner, level)
             passed[name] = runner
-        except Exception as error:  # a peer may raise anything; the others are still compared
-            missing = isinstance(error, ImportError | UnsupportedLayerError)
-            if kind == "ours" and not missing:
-                raise
-            entry["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            print(f"  {name}: skipped, {entry['skipped']}", flush=True)
+        except Exception as error:
+            note_failure(name, entry, error)
     timers = {
         name: measure.timer(r.run, setup.device, before=r.restore) for name, r in passed.items()
     }

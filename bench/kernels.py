@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from aadp_kernels import UnsupportedLayerError
 from bench import gpu, measure, ours, peers
 from bench.cases import CASES
-from bench.contender import Contender, Local, Runner, gate, warm
+from bench.child import Child
+from bench.contender import Contender, Local, Runner, gate
 from bench.parity import ParityError
 from bench.problem import Problem
 
 LARGE = 5e7  # elements; on a CPU only the eager loop and the default generator go on from here
+BOTH = ("default", "reduce-overhead")
+GPU_MODES = {"cnn_100": BOTH, "resnet18": BOTH, "gpt2": ("default",)}
 GATE_ELEMENTS = 1_500_000  # compared; layers are taken from both ends
 EAGER = "eager loop, torch.distributions"
 
@@ -27,7 +31,7 @@ class Job:
         case: Key of `bench.cases.CASES`.
         p, mechanism, dtype, reference: What is asked.
         rows: Samples of a batch: the operation is then clip, sum, noise; None: whole updates.
-        compile_too: Whether torch.compile takes part; it needs a compiler and minutes.
+        modes: Of torch.compile; each needs a compiler and up to minutes.
         short: Only the default generator and only the eager loop, for an axis by itself.
     """
 
@@ -37,7 +41,7 @@ class Job:
     dtype: str = "float32"
     reference: bool = False
     rows: int | None = None
-    compile_too: bool = False
+    modes: tuple[str, ...] = ()
     short: bool = False
 
     @property
@@ -56,7 +60,7 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
     found = [
         Job(
             name,
-            compile_too=name == "cnn_100" or (gpu and case.elements < 2e8),
+            modes=GPU_MODES.get(name, ()) if gpu else ("default",) if name == "cnn_100" else (),
             short=not gpu and case.elements > LARGE,
         )
         for name, case in CASES.items()
@@ -100,10 +104,10 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
         rngs = ("philox10",)
     elif job.case in ("cnn_100", "resnet18") and not (job.short or quick):
         rngs = ("philox10", "chacha8", "chacha20")
-    slow = not quick and job.case == "cnn_100"
+    slow = not quick and job == Job("cnn_100", modes=job.modes)
     sides = ours.contenders(problem, rngs, specification_too=slow)
     sides += gpu.contenders(problem, windows=job.case == "gpt2")
-    sides += peers.contenders(problem, compile_too=job.compile_too)
+    sides += peers.contenders(problem, modes=job.modes)
     if job.short:
         sides = [s for s in sides if s.kind != "peer" or s.name == EAGER]
     print(f"\n{job.title}: {problem.elements:,} elements", flush=True)
@@ -126,36 +130,42 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
         "elements": problem.elements, "tensors": len(problem.tensors),
         "layers": problem.layout.num_layers, "bytes": problem.least_bytes(),
         "bytes_in": sum(t.nbytes for t in problem.tensors),
-        "job": {k: v for k, v in vars(job).items() if k not in ("compile_too", "short")},
+        "job": {k: v for k, v in vars(job).items() if k not in ("modes", "short")},
         "sides": entries,
     }  # fmt: skip
 
 
 def prepare(side: Contender, problem: Problem) -> tuple[Runner | None, dict]:
-    """Build and gate one contender: its runner, or None and the reason.
+    """Build and gate one contender: its runner, or None and in the entry why there is none.
 
-    Raises:
-        ParityError: It is one of ours.
+    A peer is "skipped" whatever its library raises; one of ours has "failed" unless a package is
+    missing.
     """
     entry: dict = {"kind": side.kind, "clips": side.level}
+    runner: Runner | None = None
     try:
         runner = side.build(problem)
         if not isinstance(runner, Local):
             entry["version"] = runner.version
         entry["first_call"] = measure.first_call(runner.run, problem.device)
         entry["gate"] = gate(side, runner, problem, budget=GATE_ELEMENTS)
-        warm(runner, 0.0)
+        runner.run()
         return runner, entry
-    except ParityError as error:
-        if side.kind == "ours":
-            raise ParityError(f"{side.name}: {error}") from error
-        entry["skipped"] = f"wrong result: {error}"
-    except Exception as error:  # whatever a peer's library raises, the others are still compared
-        if side.kind == "ours" and not isinstance(error, ImportError | NotImplementedError):
-            raise
-        entry["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    print(f"  {side.name}: skipped, {entry['skipped']}", flush=True)
+    except Exception as error:
+        if isinstance(runner, Child):
+            runner.close()
+        note_failure(side.name, entry, error)
     return None, entry
+
+
+def note_failure(name: str, entry: dict, error: Exception) -> None:
+    """Say why a side has no figure."""
+    reason = str(error).splitlines()[0][:200] if str(error) else ""
+    missing = isinstance(error, ImportError | NotImplementedError | UnsupportedLayerError)
+    word = "failed" if entry["kind"] == "ours" and not missing else "skipped"
+    wrong = isinstance(error, ParityError)
+    entry[word] = f"{'wrong result' if wrong else type(error).__name__}: {reason}"
+    print(f"  {name}: {word}, {entry[word]}", flush=True)
 
 
 def footprint(runner: Local, device: torch.device) -> dict:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import FORMS, Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
-from bench.contender import Body, Contender, Local, Runner
+from bench.contender import Body, Contender, Local, Runner, Specification
 from bench.problem import Problem
 
 SEED = 11
@@ -73,18 +73,18 @@ def _clip_sum_body(problem: Problem, rng: str, form: str, impl: str) -> Body:
     return body
 
 
-def specification(rng: str, form: str) -> Callable[[Problem, int, int], Tensor]:
-    """Noise of scale one of a tensor, by the plain-torch specification and an equal key."""
+def specification(rng: str, form: str) -> Specification:
+    """Noise of scale one, by the plain-torch specification and an equal key."""
 
-    def noise(problem: Problem, index: int, step: int) -> Tensor:
+    def noise(problem: Problem, index: int, step: int, count: int) -> Tensor:
         cohort = problem.rows is not None and not problem.summed
         layout: Layout = problem.layout
-        shape = layout.shapes[index]
         client = torch.arange(problem.rows or 1, device=problem.device) if cohort else 0
         return sample_noise(
-            (problem.rows, *shape) if cohort else shape, mechanism=problem.mechanism,
+            (problem.rows or 1, count) if cohort else (count,), mechanism=problem.mechanism,
             scale=1.0, key=NoiseKey.from_seed(SEED, rng), step=step, client=client,
-            layer=layout.layer_of[index], offset=layout.offsets[index], dtype=torch.float64,
+            layer=layout.layer_of[index],
+            offset=layout.offsets[index] + layout.sizes[index] - count, dtype=torch.float64,
             device=problem.device, impl="torch", form=form,
         )  # fmt: skip
 
@@ -98,8 +98,12 @@ def contenders(
     function = clip_sum_noise if problem.summed else privatize_
     make = _clip_sum_body if problem.summed else privatize_body
     found = []
-    for (each, form), rng in product(variants(function, problem.device), rngs):
-        if each == "torch" and not (specification_too and rng == rngs[0]):
+    every = variants(function, problem.device)
+    for (each, form), rng in product(every, rngs):
+        alone = (
+            problem.summed and form != "grid" and {i for i, f in every if f == form} == {"torch"}
+        )
+        if each == "torch" and (rng != rngs[0] or not (specification_too or alone)):
             continue
 
         def build(problem: Problem, rng=rng, form=form, impl=each) -> Runner:

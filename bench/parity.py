@@ -27,14 +27,15 @@ class ParityError(Exception):
 
 
 def check_clip(got: Mapping[int, Tensor], expected: Mapping[int, Tensor], rtol: float) -> None:
-    """Every element is that of the clipped update, to `rtol` of it and one part in 10^6 of all.
+    """Every element is that of the clipped update: to `rtol`, 10^-6 of the largest, a subnormal.
 
     Raises:
         ParityError: Names the first tensor that differs.
     """
     for i, want in expected.items():
         have = got[i].double()
-        allowed = rtol * want.abs() + 1e-6 * want.abs().max().clamp(min=1e-30)
+        info = torch.finfo(got[i].dtype)
+        allowed = rtol * want.abs() + 1e-6 * want.abs().max() + 2 * info.smallest_normal * info.eps
         off = (have - want).abs() > allowed
         if bool(off.any()) or have.shape != want.shape:
             worst = float(((have - want).abs() / want.abs().max()).max())
@@ -72,16 +73,17 @@ def independent(a: Tensor, b: Tensor, what: str) -> None:
         raise ParityError(f"noise: {what} have correlation {correlation:.3f}")
 
 
-def check_same(got: Tensor, want: Tensor, noise: Tensor, scale: float) -> None:
-    """Equal up to the accuracy that a faster form may have.
+def check_same(got: Tensor, clipped: Tensor, noise: Tensor, scale: float) -> None:
+    """clipped + scale * noise, up to the accuracy that a faster form may have.
 
-    |difference| <= scale * 2^-18 * (1 + |noise|) + 4 units in the last place.
+    |difference| <= scale * 2^-18 * (1 + |noise|) + 4 units in the last place of both terms.
 
     Raises:
         ParityError: Elsewhere.
     """
-    ulp = torch.finfo(got.dtype).eps * want.abs()
+    added = scale * noise
+    ulp = torch.finfo(got.dtype).eps * (clipped.abs() + added.abs())
     allowed = scale * 2.0**-18 * (1 + noise.abs()) + 4 * ulp
-    off = (got.double() - want).abs() > allowed
+    off = (got.double() - clipped - added).abs() > allowed
     if bool(off.any()):
         raise ParityError(f"specification: {int(off.sum())} of {off.numel()} elements differ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from aadp_kernels import Layout
 from bench.cases import Case
 
 SIZE = 1e-2  # standard deviation of the values
+L2_CACHE = 128 << 20  # bytes, over twice the largest cache
+ENOUGH = 10_000  # results to check noise with, even beyond a budget
 LEVELS = ("layer", "tensor", "all")
 
 
@@ -81,6 +84,18 @@ class Problem:
             layout, tensors, rows, p, mechanism, scale, (0.7 * norm).to(device), start_at, summed
         )
 
+    @cached_property
+    def buffers(self) -> list[list[Tensor]]:
+        """Copies to work on, shared by all sides; on a GPU so many that together they are cold."""
+        size = sum(t.nbytes for t in self.tensors)
+        copies = min(64, 1 + L2_CACHE // max(size, 1)) if self.device.type == "cuda" else 1
+        return [[t.clone() for t in self.tensors] for _ in range(copies)]
+
+    def end(self, value: Tensor, budget: int) -> Tensor:
+        """[rows, n]: the last elements of each row of a result, about `budget` in all."""
+        rows = 1 if self.rows is None or self.summed else self.rows
+        return value.reshape(rows, -1)[:, -max(1, budget // rows) :].clone()
+
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
@@ -135,7 +150,7 @@ class Problem:
         for g in order:
             indices, clip = groups[g]
             size = sum(self.tensors[i].numel() for i in indices)
-            if found and taken + size > budget:
+            if sum(map(Tensor.numel, found.values())) >= ENOUGH and taken + size > budget:
                 continue
             parts = self.updates(indices)
             norms = torch.stack([part.norm(self.p, dim=1) for part in parts])

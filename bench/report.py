@@ -158,7 +158,8 @@ def full_table(part: str, case: dict) -> list[str]:
     floor = case["sides"].get("copy_", {}).get("seconds")
     for name, side in case["sides"].items():
         if "seconds" not in side:
-            lines.append(f"| {name} | skipped: {side['skipped']}{' |' * (len(head) - 1)}")
+            reason = f"skipped: {side['skipped']}" if "skipped" in side else side["failed"]
+            lines.append(f"| {name} | {reason}{' |' * (len(head) - 1)}")
             continue
         ratio, low, high = ratios(side["seconds"], case["sides"][start]["seconds"])
         covers = {"all": "all tensors"}.get(side["clips"], side["clips"])

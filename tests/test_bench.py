@@ -90,7 +90,7 @@ def test_clip_and_specification_checks_reject() -> None:
     with pytest.raises(parity.ParityError, match="tensor 0"):
         parity.check_clip({0: 1.001 * x}, {0: x.double()}, 1e-5)
     zero = torch.zeros(50, dtype=torch.float64)
-    parity.check_same(x, x.double(), zero, 0.0)
+    parity.check_same(x, x.double(), zero, 0.1)
     with pytest.raises(parity.ParityError, match="specification"):
         parity.check_same(x + 1e-5, x.double(), zero, 0.1)
 
@@ -131,8 +131,9 @@ def test_gate_rejects_a_wrong_peer(p: int, change: dict[str, float]) -> None:
     runner, entry = kernels.prepare(bad, problem)
     assert runner is None
     assert entry["skipped"].startswith("wrong result")
-    with pytest.raises(parity.ParityError, match="eager"):
-        kernels.prepare(Contender("eager", "ours", "layer", bad.build), problem)
+    runner, entry = kernels.prepare(Contender("eager", "ours", "layer", bad.build), problem)
+    assert runner is None
+    assert entry["failed"].startswith("wrong result")
 
 
 def test_gate_knows_what_one_norm_covers() -> None:
@@ -156,7 +157,7 @@ def test_ours_and_the_plain_peers_pass(summed: bool, mechanism: str, reference: 
     mine = ours.contenders(problem, ("philox10", "chacha20"))
     names = {side.name.split(",")[1].strip() for side in mine}
     assert {"wide", "fast"} <= names
-    plain = [s for s in peers.contenders(problem, compile_too=False) if "eager" in s.name]
+    plain = [s for s in peers.contenders(problem) if "eager" in s.name]
     for side in [*mine, *plain]:
         compared = gate(side, side.build(problem), problem, 10**6)
         assert (compared == "specification") == (side.spec is not None)
@@ -165,7 +166,7 @@ def test_ours_and_the_plain_peers_pass(summed: bool, mechanism: str, reference: 
 def test_foreach_peer_passes() -> None:
     torch.manual_seed(2)
     problem = Problem.build(SMALL, CPU, p=1, mechanism="laplace", reference=True)
-    side = next(s for s in peers.contenders(problem, compile_too=False) if s.name == "foreach")
+    side = next(s for s in peers.contenders(problem) if s.name == "foreach")
     assert gate(side, side.build(problem), problem, 10**6) == "statistics"
 
 
@@ -205,7 +206,7 @@ def test_time_memory_and_launches_of_a_call() -> None:
 def test_a_missing_environment_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "PYTHON", Path("/nowhere/bin/python"))
     problem = Problem.build(SMALL, CPU, p=1, mechanism="laplace")
-    side = next(s for s in peers.contenders(problem, compile_too=False) if "pfl" in s.name)
+    side = next(s for s in peers.contenders(problem) if "pfl" in s.name)
     runner, entry = kernels.prepare(side, problem)
     assert runner is None
     assert "make bench-peers" in entry["skipped"]
@@ -339,7 +340,7 @@ def test_all_parts_run_on_a_gpu(tmp_path: Path) -> None:
     for part in json.loads(path.read_text()).values():
         for case in part["results"].values():
             sides = case["sides"]
-            assert not [n for n, s in sides.items() if s["kind"] == "ours" and "skipped" in s]
+            assert not [n for n, s in sides.items() if s["kind"] == "ours" and "seconds" not in s]
 
 
 @pytest.mark.parametrize("part", report.PARTS)
@@ -362,8 +363,8 @@ def test_committed_results_passed_their_gates() -> None:
     for parts in report.latest().values():
         for part in parts.values():
             for case in part["results"].values():
-                for side in report.timed(case).values():
-                    assert side["gate"]
+                assert all(side["gate"] for side in report.timed(case).values())
+                assert not any("failed" in side for side in case["sides"].values())
                 assert any(side["kind"] == "ours" for side in report.timed(case).values())
 
 
