@@ -12,11 +12,11 @@ import torch
 
 # The forms of each operation that exist here; the others run on `_torch`.
 FORMS = {
-    "noise": ("wide", "fast"),
+    "noise": ("wide", "fast", "grid"),
     "coins": ("wide",),
-    "privatize": ("wide", "fast"),
+    "privatize": ("wide", "fast", "grid"),
     "norms": ("wide",),
-    "clip_sum": ("wide", "fast"),
+    "clip_sum": ("wide", "fast", "grid"),
 }
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadp_kernels._cpu.grid import GridNoise
 from aadp_kernels._cpu.passes import Pieces, clipped_sums, native, target, write
 from aadp_kernels._cpu.privatize import norms
 from aadp_kernels._cpu.rng import Generator
+from aadp_kernels._torch import clip_sum as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise, ballots, clip_factors
 from aadp_kernels.layout import Layout
 
@@ -28,7 +30,10 @@ def clip_sum(
 ) -> ClipStats:
     """Add the clipped records to the float64 `sums` in place; clip and votes_at are [L]."""
     if quanta is not None:
-        raise NotImplementedError("the grid form has no numba implementation")
+        return _torch.clip_sum(
+            per_sample, layout, clip=clip, p=p, mask=mask, votes_at=votes_at, sums=sums,
+            quanta=quanta,
+        )  # fmt: skip
     batch = len(mask)
     pieces = Pieces.of_layout(layout, [native(t) for t in per_sample], None, sums)
     norm1, norm = norms(pieces, batch, p)
@@ -55,7 +60,8 @@ def finish(
 ) -> list[Tensor]:
     """The sums with noise, in the dtypes of the records."""
     if quanta is not None:
-        raise NotImplementedError("the grid form has no numba implementation")
+        noise = None if noise is None else GridNoise(*noise)
+        return _torch.finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes, quanta=quanta)
     results = [torch.empty(s.shape, dtype=d) for s, d in zip(sums, dtypes, strict=True)]
     if noise is None:
         return [result.copy_(value) for result, value in zip(results, sums, strict=True)]

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadp_kernels._cpu.grid import GridNoise
 from aadp_kernels._cpu.passes import Pieces, deliver, layer_sums, native, target, write
 from aadp_kernels._cpu.rng import Generator
+from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
 from aadp_kernels.layout import Layout
 
@@ -60,6 +62,11 @@ def privatize(
     votes_at: Tensor | None,
 ) -> ClipStats:
     """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
+    if noise is not None and noise.form == "grid":
+        return _torch.privatize(
+            tensors, out, layout, clip=clip, scale=scale, p=p, noise=GridNoise(*noise),
+            reference=reference, votes_at=votes_at,
+        )  # fmt: skip
     rows, layers = clip.shape
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]

@@ -31,7 +31,7 @@ _COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9))
 
 
 @jit_inline
-def _log(x):
+def log(x):
     bits = np.float64(x).view(np.int64)
     exponent = (bits - _SQRT_HALF_BITS) >> 52
     m = np.int64(bits - (exponent << 52)).view(np.float64)
@@ -74,7 +74,7 @@ def _wide_laplace(words, rows):
             u = np.float64(words[w + t]) + 2.0**31
             u += (np.float64(np.int32(low >> np.int32(1))) + (2.0**30 + 1)) * 2.0**-31
             sign = np.float64(np.int32((low & np.int32(1)) * np.int32(2) - np.int32(1)))
-            rows[z + t] = _log(u * 2.0**-32) * sign
+            rows[z + t] = log(u * 2.0**-32) * sign
 
 
 @jit
@@ -86,7 +86,7 @@ def _wide_gaussian(words, rows):
         for t in range(n):
             u = np.float64(words[w + t]) + 2.0**31
             u += (np.float64(words[w + n + t]) + (2.0**31 + 1)) * 2.0**-32
-            rows[z + t] = math.sqrt(_log(u * 2.0**-32) * -2.0)
+            rows[z + t] = math.sqrt(log(u * 2.0**-32) * -2.0)
         for t in range(n):
             low = words[w + 3 * n + t]
             phi = np.float64(words[w + 2 * n + t]) + 0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._torch import grid
-from aadp_kernels._torch.noise import standard_noise
+from aadp_kernels._torch.noise import Segment, standard_noise
 from aadp_kernels.layout import Layout
 
 
@@ -53,15 +53,23 @@ class Noise(NamedTuple):
         drawn: list[Tensor | None] = [None] * layout.num_layers
         if layers and len(self.clients):
             segments = [(i, 0, layout.dims[i]) for i in layers]
-            address = (self.rng, self.key_words, segments, self.clients)
-            keywords = {"step": self.step, "mechanism": self.mechanism}
             if self.form == "grid":
-                values = grid.integer_noise(*address, **keywords)
+                values = self.integers(segments)
             else:
-                values = standard_noise(*address, **keywords, form=self.form)
+                values = standard_noise(
+                    self.rng, self.key_words, segments, self.clients, step=self.step,
+                    mechanism=self.mechanism, form=self.form,
+                )  # fmt: skip
             for i, value in zip(layers, values, strict=True):
                 drawn[i] = value
         return drawn
+
+    def integers(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Noise in quanta of the segments, int64 [K, count] each."""
+        return grid.integer_noise(
+            self.rng, self.key_words, segments, self.clients, step=self.step,
+            mechanism=self.mechanism,
+        )  # fmt: skip
 
 
 def norms(parts: Sequence[Tensor], p: int) -> Tensor:
