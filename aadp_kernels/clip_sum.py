@@ -118,9 +118,14 @@ def clip_sum_noise(
         if device.type == "cpu" and bool(((scale == 0) & (clip > 0)).any()):
             raise ValueError("scale must be positive with form='grid' (or None), got 0")
         quanta = quantum(scale, mechanism)
-    sums = _running_sums(
-        accumulate, layout, device, torch.float64 if quanta is None else torch.int64
-    )
+    kind = torch.float64 if quanta is None else torch.int64
+    if hasattr(backend, "clip_sum_noise"):
+        running = None if accumulate is None else _running_sums(accumulate, layout, device, kind)
+        return backend.clip_sum_noise(
+            per_sample, layout, clip=clip, scale=scale, p=p, noise=noise, mask=live,
+            votes_at=votes_at, accumulate=running, last=last, quanta=quanta,
+        )  # fmt: skip
+    sums = _running_sums(accumulate, layout, device, kind)
     stats = backend.clip_sum(
         per_sample,
         layout,

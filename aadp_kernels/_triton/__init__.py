@@ -8,7 +8,11 @@ from functools import cache
 import torch
 
 # The forms of each operation that exist here; the others run on `_torch`.
-FORMS = {"noise": ("wide", "fast"), "privatize": ("wide", "fast")}
+FORMS = {
+    "noise": ("wide", "fast"),
+    "privatize": ("wide", "fast"),
+    "clip_sum": ("wide", "fast", "grid"),
+}
 
 _MIN_CAPABILITY = (8, 0)
 
