@@ -102,7 +102,9 @@ def clip_factors(
     clipped = (bound > clip) & finite
     room = (clip - count * info.smallest_normal * info.eps).clamp(min=0)
     factor = torch.where(clipped, room / torch.where(clipped, bound * (1 + info.eps), 1.0), 1.0)
-    return torch.where(finite & (clip >= 0), factor, 0.0), clipped
+    # A subnormal factor has lost the digits that the bound counts on.
+    normal = factor >= torch.finfo(torch.float64).tiny
+    return torch.where(finite & (clip >= 0) & normal, factor, 0.0), clipped
 
 
 def ballots(norm1: Tensor, votes_at: Tensor | None, counts: Tensor) -> Tensor:
