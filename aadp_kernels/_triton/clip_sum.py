@@ -172,7 +172,7 @@ def _clip(plan, layout, tensors, factors, clip, mask, votes_at, quanta, p) -> Cl
                 votes_at.contiguous() if votes else clip, clip if quanta is None else quanta, slots,
                 factors, slots if norm1 is None else norm1, counts, batch, plan.num_slots,
                 num_layers, GRID=quanta is not None, P=p, VOTES=votes,
-                **norm_constants(group.dtype),
+                **norm_constants(group.dtype), enable_fp_fusion=False,
             )  # fmt: skip
     vote, clipped, bad = counts[: 3 * num_layers].view(3, -1)
     return ClipStats(norm1, vote.to(torch.float64) / 2, clipped, bad)
@@ -186,13 +186,22 @@ def _sum(plan, tensors, factors, scale, draw, flags) -> None:
         if len(group.tiles):
             kernel[(len(group.tiles),)](
                 group.tiles, plan.statics, tensors, factors, scale.contiguous(), *pointers,
-                factors.shape[1], DTYPE=TRITON_DTYPES[group.dtype],
-                ITEMSIZE=group.dtype.itemsize, **flags, **constants,
+                factors.shape[1], **flags, **constants,
                 BLOCKS=blocks_per_row(
                     constants["FORM"], constants["CHACHA"], group.dtype.itemsize
                 ),
-                enable_fp_fusion=False, maxnreg=160 if flags["GRID"] else 128,
+                **sum_constants(group.dtype, grid=flags["GRID"]),
             )  # fmt: skip
+
+
+def sum_constants(dtype: torch.dtype, *, grid: bool) -> dict[str, Any]:
+    """Constants and options of the second launch; more registers than these would only idle."""
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ITEMSIZE": dtype.itemsize,
+        "enable_fp_fusion": False,
+        "maxnreg": 160 if grid else 128,
+    }
 
 
 def _draw(noise: Noise | None, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:

@@ -127,13 +127,14 @@ def sum_slots(slots_ptr, l1_ptr, l2sq_ptr, slots, BLOCK: tl.constexpr):
     tl.store(l2sq_ptr + record, tl.sum(acc2))
 
 
-def options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tile of a program; small layers get small tiles. One static choice: nothing is tuned."""
     return {
         "BLOCK_ROWS": min(_BLOCK, max(16, triton.next_power_of_2(rows))),
         "BLOCK_COLUMNS": min(_BLOCK, max(16, triton.next_power_of_2(columns))),
         "BLOCK_LENGTH": 16 if dtype == torch.float32 else 32,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        "enable_fp_fusion": True,
         "WIDEN": triton.knobs.runtime.interpret,  # pyright: ignore[reportAttributeAccessIssue]
     }
 
@@ -251,7 +252,9 @@ def _norms(
         total: Any = sum_slots
         with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
             kernel[(batch * per_record,)](a, g, slots, *numbers, **options)
-            total[(batch,)](slots, l1, l2sq, per_record, BLOCK=_SLOTS_AT_ONCE)
+            total[(batch,)](
+                slots, l1, l2sq, per_record, BLOCK=_SLOTS_AT_ONCE, enable_fp_fusion=False
+            )
     return l1, l2sq
 
 
