@@ -47,7 +47,7 @@ def clip_sum_noise(
             grid form needs all of them in every micro-batch, > 0 where clip > 0. Public.
         p: Norm of the clipping, 1 or 2.
         mechanism: "gaussian" or "laplace". Laplace noise asks for p = 1.
-        key: Secret key; None only without noise.
+        key: Secret key; None only without noise, or with `last=False`.
         step: Step of the release, in [0, 2^32); also a 0-d int64 tensor.
         client: Client id, in [0, 2^32); also a 0-d int64 tensor.
         mask: [B] of 0 and 1; 0 marks padding. Private.
@@ -109,7 +109,7 @@ def clip_sum_noise(
             raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
         live = mask.to(device) != 0
     ids = _validate.client_ids(client, device)
-    noise = noise_source(key, scale, mechanism, form, p, step, ids)
+    noise = noise_source(key, scale, mechanism, form, p, step, ids) if last else None
     backend = _dispatch.backend(
         impl, "clip_sum", device=device, elements=sum(layout.sizes), form=form
     )

@@ -31,9 +31,10 @@ from fl_lightning.client import (
 )
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
+from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums
+from fl_lightning.privacy.mechanism import PrivateRecordGradient
 
 RESULTS = ROOT / "bench" / "results" / "cohort.json"
 BEGIN, END = "<!-- cohort table: generated -->", "<!-- end of cohort table -->"

@@ -86,6 +86,33 @@ def _epsilon(counts: Mapping[NoiseEvent, int], releases: list[Release], delta: f
     return compose_epsilon(counts, left) + math.fsum(r.epsilon_inflation for r in releases)
 
 
+def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
+    """Releases that charge less for inexact noise than their form, recomputed, costs.
+
+    A ledger whose header states no noise form or layer sizes cannot be checked: [].
+    """
+    if "noise_form" not in header or "dims" not in header:
+        return []
+    from fl_lightning.privacy.exactness import inexact_noise, noise_streams
+
+    problems = []
+    for line, release in enumerate(releases, 2):
+        extra = inexact_noise(
+            release.event,
+            header["noise_form"],
+            streams=noise_streams(header["dims"], votes=release.vote_noise_scale is not None),
+            delta=_of_client(header["delta"], release.client) or 0.0,
+        )
+        for name, cost in (("epsilon_inflation", extra.epsilon), ("tail_delta", extra.delta)):
+            charged = getattr(release, name)
+            if charged < release.steps * cost * (1 - 1e-9):
+                problems.append(
+                    f"line {line} charges {name} {charged:.3g} for {release.steps} steps of form "
+                    f"{header['noise_form']}, which cost {release.steps * cost:.3g}"
+                )
+    return problems
+
+
 def _of_client(value: Any, client: int) -> float | None:
     """A header's per-client number: one for all, or a list."""
     if isinstance(value, list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,12 @@ from fl_lightning.pooled import make_pool
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
+
+_ARITHMETIC = {
+    "wide": "float32 gradients, float64 noise",
+    "fast": "float32 gradients and noise",
+    "grid": "float32 gradients, whole-number sums and noise",
+}
 
 
 def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
@@ -28,6 +35,7 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         weighting=module.weighting,
         clients_at_once=1,
     )
+    cutoff = tail_cutoff(privacy.mechanism, privacy.noise_form)
     return {
         "run_id": run_id,
         "setting": privacy.setting,
@@ -39,8 +47,9 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         "epsilon": budget.target.tolist(),
         "simulated": privacy.seed is not None,
         "rng": privacy.rng,
-        "tail_cutoff": tail_cutoff(privacy.mechanism),
-        "arithmetic": "float32 gradients, float64 noise; proofs in real arithmetic",
+        "noise_form": privacy.noise_form,
+        "tail_cutoff": cutoff if math.isfinite(cutoff) else None,
+        "arithmetic": _ARITHMETIC[privacy.noise_form],
         "thresholds": privacy.resolved_thresholds,
         "allocation": privacy.resolved_allocation,
         "min_survivors": pool.survivors if pool else None,

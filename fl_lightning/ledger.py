@@ -335,15 +335,18 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
 def verify(path: str | os.PathLike[str]) -> list[str]:
     """Problems of a ledger, each with its line number; [] if there are none.
 
-    A torn last line that never counted is no problem (a crash leaves it, `Ledger.open` removes it).
+    The chain, and that every release charges what the form of its noise costs. A torn last line
+    that never counted is no problem (a crash leaves it, `Ledger.open` removes it).
 
     Raises:
         FileNotFoundError: no ledger there.
     """
+    from fl_lightning._ledger_report import undercharged
+
     scan = _chain.scan(_resolve(path), _parse)
     if not scan.problems and not scan.entries:
         return ["line 1 is missing: the file has no header"]
-    return scan.problems
+    return scan.problems or undercharged(scan.entries[0], scan.entries[1:])
 
 
 def report(path: str | os.PathLike[str]) -> dict[int, ClientReport]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aadp_kernels import Layout, NoiseKey
+from aadp_kernels import Layout, NoiseKey, grid
 from fl_lightning import pooled, secrets
 from fl_lightning.client import (
     Batch,
@@ -29,9 +29,10 @@ from fl_lightning.client import (
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import Ledger
 from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums, release_updates
+from fl_lightning.privacy.mechanism import PrivateRecordGradient, release_updates
 from fl_lightning.release import ALL_CLIENTS, Release
 from fl_lightning.types import Params, PrivateUpdate
 
@@ -116,6 +117,7 @@ class ClientPopulation:
                 vectorize=vectorize,
                 max_examples=max_examples,
                 example=example,
+                grid=privacy.mechanism if privacy.noise_form == "grid" else None,
             )
 
     @property
@@ -353,12 +355,19 @@ class ClientPopulation:
                     shares=tuple(policy.shares[i].tolist()),
                     binding=binding,
                     digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
+                    quantum=self._quantum(policy.noise_scale[i]),
                     epsilon_inflation=update.steps * extra.epsilon,
                     tail_delta=update.steps * extra.delta,
                     guarantee=self.privacy.guarantee,
                 )
             )
         return entries
+
+    def _quantum(self, noise_scale: Tensor) -> float | None:
+        """Coarsest grid of a release, None where it is not on a grid."""
+        if self.privacy.noise_form != "grid":
+            return None
+        return float(grid.quantum(noise_scale, self.privacy.mechanism).max())
 
 
 def _same_noise_other_bytes(entry: Release, known: list[Release]) -> bool:

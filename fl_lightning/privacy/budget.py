@@ -97,7 +97,7 @@ class Budget:
                     )
 
     def _extra(self, event: NoiseEvent, delta: float) -> Extra:
-        return inexact_noise(event, streams=self.streams, delta=delta)
+        return inexact_noise(event, self.config.noise_form, streams=self.streams, delta=delta)
 
     def extra(self, client: int) -> Extra:
         """What each noised step of a client costs beyond its event."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 Setting = Literal[
@@ -20,6 +20,7 @@ UNIT_OF = {
     "abstract": "none",
     "none": "none",
 }
+_LATER = ("noise_form", "cohort_sampling", "min_survivors")
 POOLED = ("client+aggregator", "client+secure_sum")
 ADJACENCY_OF = {
     "record+local": "zero_out",
@@ -77,6 +78,10 @@ class PrivacyConfig:
             anything is revealed. Null: the whole cohort.
         seed: Null: noise keys and coins come from the operating system. A number makes the run
             reproducible and therefore *simulated*: it protects nobody.
+        noise_form: How noise is computed. ``wide``: float64 from 64 bits an element; ``fast``:
+            float32 from 32 bits; both are proven in real arithmetic. ``grid``: whole numbers,
+            proven in floating point as computed, which δ = 0 asks for; under record+local it needs
+            every record's gradient by itself, which is slower.
         rng: Stream cipher or generator of noise and coins; chacha20 is what a privacy claim
             wants, philox10 is faster.
 
@@ -103,7 +108,17 @@ class PrivacyConfig:
     cohort_sampling: Literal["default", "fixed", "poisson"] = "default"
     min_survivors: int | None = None
     seed: int | None = None
+    noise_form: Literal["wide", "fast", "grid"] = "wide"
     rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
+
+    def __repr__(self) -> str:
+        # Seeded noise is bound to this text: options that came later show where they are used.
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in _LATER or getattr(self, f.name) != f.default
+        }
+        return f"PrivacyConfig({', '.join(f'{n}={v!r}' for n, v in values.items())})"
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -197,6 +212,11 @@ def _check_choices(config: PrivacyConfig) -> None:
 
 
 def _check_setting(config: PrivacyConfig) -> None:
+    if config.pooled and config.noise_form != "wide":
+        raise ValueError(
+            f"noise_form='{config.noise_form}' with setting='{config.setting}' is not available "
+            "yet: use 'wide'"
+        )
     if config.pooled and config.adjacency == "replace_one":
         raise ValueError(
             f"adjacency='replace_one' with setting='{config.setting}' is not available: a sum "
@@ -248,9 +268,20 @@ def _check_numbers(config: PrivacyConfig) -> None:
             raise ValueError(f"delta={delta} must be in [0, 1)")
         if delta == 0 and config.mechanism == "gaussian" and config.private:
             raise ValueError("delta=0 is only possible with mechanism='laplace'")
+        if delta == 0 and config.noise_form != "grid" and config.private:
+            raise ValueError(
+                f"delta=0 with noise_form='{config.noise_form}': its largest draw and its rounding "
+                "cost a delta above 0; use noise_form='grid'"
+            )
     for multiplier in _as_list(config.noise_multiplier):
         if not (multiplier >= 0 and math.isfinite(multiplier)):
             raise ValueError(f"noise_multiplier={multiplier} must be finite and at least 0")
+    multipliers = _as_list(config.noise_multiplier)
+    if config.noise_form == "grid" and 0 in multipliers and any(multipliers):
+        raise ValueError(
+            f"noise_multiplier={config.noise_multiplier} with noise_form='grid': all clients need "
+            "noise, or none"
+        )
     if config.private and config.epsilon is not None and 0 in _as_list(config.noise_multiplier):
         raise ValueError(
             f"noise_multiplier={config.noise_multiplier} adds no noise, so epsilon="

@@ -21,6 +21,13 @@ with ideal noise is (epsilon, delta) DP with the noise that is drawn, and (1 - m
   h(s) = exp(-(c - s)²/2) - exp(-c²/2), which is convex with h(0) = 0 for s <= c - 1. So
   sum_i h(s_i) <= sum_i s_i·h(S)/S <= sqrt(n)·h(S).
 
+The grid form has no cut to speak of, but probabilities that are off by a factor within exp(±eta)
+an element, for a Gaussian up to a cutoff c of single elements. Where both neighbours' noise is
+within it, the density ratio is off by at most exp(2·N·eta) a step, and delta by exp(N·eta): an
+inflation of epsilon by 2·N·eta and of delta by delta·N·eta a step. The rest has a probability of at
+most N·2·Q(c) + sum_i (Q(c - |v_i|) - Q(c)) <= tail + sqrt(N)·(Q(c - S) - Q(c)), Q the Gaussian
+tail, convex up to c. Laplace noise has no cutoff: with delta 0 its epsilon alone is inflated.
+
 Reference:
     Bun and Steinke 2016, arXiv:1605.02065 (truncated noise costs a delta); the bounds above are
     derived here.
@@ -58,17 +65,22 @@ def noise_streams(dims: Sequence[int], *, votes: bool) -> tuple[int, ...]:
     return (*dims, *([len(dims)] if votes else []))
 
 
-def inexact_noise(event: NoiseEvent, *, streams: tuple[int, ...], delta: float) -> Extra:
+def inexact_noise(event: NoiseEvent, form: str, *, streams: tuple[int, ...], delta: float) -> Extra:
     """What a step costs beyond its event.
 
     Args:
         event: the step.
+        form: form of the noise, "wide", "fast" or "grid".
         streams: see `noise_streams`.
         delta: the client's delta.
     """
-    from aadp_kernels import tail_cutoff
+    from aadp_kernels import grid, tail_cutoff
 
-    return cut_tails(event, cutoff=tail_cutoff(event.mechanism), streams=streams, delta=delta)
+    cutoff = tail_cutoff(event.mechanism, form)
+    if form != "grid":
+        return cut_tails(event, cutoff=cutoff, streams=streams, delta=delta)
+    inflation, tail = grid.inexactness(event.mechanism, sum(streams))
+    return grid_errors(event, inflation, tail, cutoff=cutoff, elements=sum(streams), delta=delta)
 
 
 def cut_tails(event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], delta: float) -> Extra:
@@ -103,6 +115,38 @@ def cut_tails(event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], del
     return Extra(0.0, min(1.0, leaves + delta * missing))
 
 
+def grid_errors(
+    event: NoiseEvent,
+    inflation: float,
+    tail: float,
+    *,
+    cutoff: float,
+    elements: int,
+    delta: float,
+) -> Extra:
+    """What whole-number noise costs in one step.
+
+    Args:
+        event: the step.
+        inflation: 2·N·eta, from `aadp_kernels.grid.inexactness`, with eta the largest
+            |ln(probability drawn / probability charged)| of an element with noise up to the cutoff.
+        tail: probability of noise beyond the cutoff.
+        cutoff: noise scales within which eta holds; infinite for Laplace.
+        elements: N.
+        delta: the client's delta.
+
+    Edge cases:
+        delta 0 with Laplace noise: nothing is taken from delta.
+    """
+    if event.noise_multiplier == 0:
+        return Extra()
+    leaves, shift = 0.0, 1 / event.noise_multiplier
+    if math.isfinite(cutoff):
+        gain = math.erfc((cutoff - shift) / math.sqrt(2)) - math.erfc(cutoff / math.sqrt(2))
+        leaves = (math.sqrt(elements) if shift <= cutoff else elements) * gain / 2
+    return Extra(inflation, min(1.0, (tail + leaves) * math.exp(inflation) + delta * inflation / 2))
+
+
 def charged_epsilon(event: NoiseEvent, steps: int, delta: float, extra: Extra) -> float:
     """Epsilon of `steps` equal steps at `delta`, with what each costs beyond its event."""
     left = delta - steps * extra.delta
@@ -133,7 +177,7 @@ def calibrate_charged(
     Raises:
         ValueError: the extras alone cost more than epsilon or delta.
     """
-    left, rest = epsilon, delta
+    left, rest, cost = epsilon, delta, Extra()
     for _ in range(8):
         multiplier = calibrate(
             mechanism=event.mechanism,

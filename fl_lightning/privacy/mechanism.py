@@ -7,33 +7,28 @@ together with what it must be charged for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
 from aadp_kernels import (
     Layout,
     NoiseKey,
-    UnsupportedLayerError,
-    check_single_use,
     clip_sum_noise,
+    grid,
     layer_norms,
     privatize_,
     sample_noise,
-    with_clipping,
 )
 from fl_lightning import secrets
-from fl_lightning.client import Batch, CohortGradient, Loss, columns, per_row
+from fl_lightning.client import Batch, columns, per_row
 from fl_lightning.privacy.accounting import NoiseEvent
+from fl_lightning.privacy.clipping import ClippedSums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.types import LayerPolicy, Params, PrivateUpdate
 
-# (params, shared, batch, policy) -> clipped sums [k, ...] and, a layer, votes, clipped and
-# non-finite counts [k, L, 3]: all private.
-ClippedSums = Callable[[Params, bool, Batch, LayerPolicy], tuple[Params, Tensor]]
+# Where aadp_kernels.grid clamps sums before and after the noise, in quanta: 4096 octaves.
+VOTE_LIMIT = 4096 << 30
 
 
 def noise_event(config: PrivacyConfig, multiplier: float, sampling_rate: float) -> NoiseEvent:
@@ -84,26 +79,14 @@ class PrivateRecordGradient:
         self.nonfinite = torch.zeros(len(clients), layout.num_layers)
 
     def __call__(self, step: int, params: Params, shared: bool, batch: Batch) -> Params:
-        config = self.history.config
         self.policy = policy = self.history.policy(self.clients, self.multiplier)
         sums, counts = self.clipped_sums(params, shared, batch, policy)
         # Other values can never meet the same noise, whatever else was forgotten in the key.
         values = secrets.digest([*sums.values(), counts, policy.noise_scale])
         key = self.key.derive("values", step, values)
-        released = self._noised(sums, policy.noise_scale, step, params, key)
+        released = self._noised(sums, policy, step, params, key)
         if policy.votes_at is not None:
-            assert policy.vote_noise_scale is not None
-            noise = sample_noise(
-                (len(self.clients), self.layout.num_layers),
-                mechanism=config.mechanism,
-                scale=policy.vote_noise_scale[:, None],
-                key=key,
-                step=step,
-                client=self.clients,
-                layer=self.layout.num_layers,
-                dtype=torch.float64,
-            )
-            votes = (counts[..., 0].double().cpu() + noise).float()
+            votes = self._noised_votes(counts[..., 0].double().cpu(), policy, step, key)
             self.history.observe_votes(self.clients, votes, batch.divisor.cpu())
         else:
             _observe(self.history, self.layout, self.clients, released, policy)
@@ -115,17 +98,18 @@ class PrivateRecordGradient:
         return {name: per_row(g, batch.divisor.reciprocal()) for name, g in released.items()}
 
     def _noised(
-        self, sums: Params, scale: Tensor, step: int, like: Params, key: NoiseKey
+        self, sums: Params, policy: LayerPolicy, step: int, like: Params, key: NoiseKey
     ) -> Params:
+        config, layout = self.history.config, self.layout
+        if any(value.dtype == torch.int64 for value in sums.values()):
+            return self._noised_quanta(sums, policy, step, like, key)
         released = {}
-        for name, layer, offset in zip(
-            self.layout.names, self.layout.layer_of, self.layout.offsets, strict=True
-        ):
+        for name, layer, offset in zip(layout.names, layout.layer_of, layout.offsets, strict=True):
             value = sums[name]
             noise = sample_noise(
                 value.shape,
-                mechanism=self.history.config.mechanism,
-                scale=columns(scale[:, layer].to(value.device), value),
+                mechanism=config.mechanism,
+                scale=columns(policy.noise_scale[:, layer].to(value.device), value),
                 key=key,
                 step=step,
                 client=self.clients,
@@ -133,10 +117,70 @@ class PrivateRecordGradient:
                 offset=offset,
                 dtype=torch.float64,
                 device=value.device,
+                form=config.noise_form,
             )
             # Added in float64 and rounded once: rounded noise on a rounded sum shows the sum.
             released[name] = (value.double() + noise).to(like[name].dtype)
         return released
+
+    def _noised_quanta(
+        self, sums: Params, policy: LayerPolicy, step: int, like: Params, key: NoiseKey
+    ) -> Params:
+        """The grid form: sums are whole numbers, one client's at a time."""
+        config, layout = self.history.config, self.layout
+        rows = []
+        for i, client in enumerate(self.clients.tolist()):
+            noised, _ = clip_sum_noise(
+                [
+                    sums[n].new_empty((0, *sums[n].shape[1:]), dtype=like[n].dtype)
+                    for n in layout.names
+                ],
+                layout=layout,
+                clip=policy.clip_norm[i],
+                scale=policy.noise_scale[i],
+                p=config.p,
+                mechanism=config.mechanism,
+                key=key,
+                step=step,
+                client=client,
+                accumulate=[sums[n][i] for n in layout.names],
+                form="grid",
+            )
+            rows.append(noised)
+        return {n: torch.stack([r[j] for r in rows]) for j, n in enumerate(layout.names)}
+
+    def _noised_votes(self, votes: Tensor, policy: LayerPolicy, step: int, key: NoiseKey) -> Tensor:
+        """Vote sums [k, L] (multiples of 1/2) with noise, float32.
+
+        Grid form: with the quantum q of the votes' noise every single vote of ±1/2 becomes ±h
+        quanta, h = floor(1/2 / q). So the sum of votes v is the whole number 2v·h, exactly, and a
+        unit moves it by at most 1/2 / q in each layer: what the noise is scaled to, in quanta. What
+        is released is a function of that number plus whole-number noise. (Cutting v / q itself
+        would let a unit move it by up to 1/2 / q + 1.) A vote counts for h·q, more than 1/2 - q.
+        """
+        assert policy.vote_noise_scale is not None
+        config, scale = self.history.config, policy.vote_noise_scale
+        gridded = config.noise_form == "grid" and bool((scale > 0).all())
+        noise = sample_noise(
+            votes.shape,
+            mechanism=config.mechanism,
+            scale=1.0 if gridded else scale[:, None],
+            key=key,
+            step=step,
+            client=self.clients,
+            layer=self.layout.num_layers,
+            dtype=torch.int64 if gridded else torch.float64,
+            form=config.noise_form,
+        )
+        if not gridded:
+            return (votes + noise).float()
+        step_size = grid.quantum(scale, config.mechanism)[:, None]
+        # The margin is wider than the rounding of the division: h·q <= 1/2 for certain.
+        each = (0.5 / step_size * (1 - 2.0**-50)).floor().to(torch.int64)
+        total = (2 * votes).to(torch.int64) * each
+        noised = (total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise).clamp(-VOTE_LIMIT, VOTE_LIMIT)
+        middle = 0.5 if config.mechanism == "laplace" else 0.0
+        return ((noised.double() + middle) * step_size).float()
 
     def private_update(self, update: Params, sampling_rate: float) -> PrivateUpdate:
         """The release of all local steps: `update` is computed from released gradients only."""
@@ -188,6 +232,7 @@ def release_updates(
         key=key.derive("values", values),
         step=0,
         clients=clients,
+        form=config.noise_form,
     )
     if config.resolved_thresholds == "raw":
         # A client that is not finite sends nothing and counts as a norm of zero.
@@ -217,134 +262,3 @@ def _observe(
     tensors = [released[name] for name in layout.names]
     mean_abs = layer_norms(tensors, layout=layout, p=1, cohort=True).double().cpu() / history.dims
     history.observe_release(clients, mean_abs, policy.noise_scale)
-
-
-def clipped_sums(
-    network: nn.Module,
-    loss: Loss,
-    layout: Layout,
-    *,
-    p: int,
-    vectorize: bool,
-    max_examples: int,
-    example: Tensor,
-) -> ClippedSums:
-    """Clip in backward where every layer can; per-sample gradients otherwise."""
-    try:
-        if any("." not in name for name in layout.names):
-            raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
-        clipped = with_clipping(network, p=p)
-        check_single_use(clipped, example)
-    except UnsupportedLayerError:
-        return per_sample_sums(
-            network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples
-        )
-    clipped.to(example.device)
-    return clip_in_backward_sums(
-        clipped, loss, layout, vectorize=vectorize, max_examples=max_examples
-    )
-
-
-def round_down(clip_norm: Tensor) -> Tensor:
-    """Clip norms in float32, never above what the noise is scaled to."""
-    rounded = clip_norm.float()
-    below = torch.nextafter(rounded, torch.zeros_like(rounded))
-    return torch.where(rounded.double() > clip_norm, below, rounded)
-
-
-def clip_in_backward_sums(
-    clipped: nn.Module, loss: Loss, layout: Layout, *, vectorize: bool, max_examples: int
-) -> ClippedSums:
-    """Sums of clipped gradients from one backward pass; no per-sample gradient is kept.
-
-    Args:
-        clipped: result of `aadp_kernels.with_clipping`.
-        loss: loss of each record.
-        layout: layers, named like the modules.
-        vectorize, max_examples: see `CohortGradient`.
-    """
-    layers = layout.layer_names
-    gradient = CohortGradient(
-        clipped,
-        loss,
-        vectorize=vectorize,
-        max_examples=max_examples,
-        mask_names=tuple(f"{name}.mask" for name in layers),
-    )
-
-    def run(
-        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
-    ) -> tuple[Params, Tensor]:
-        k, device = len(batch.x), batch.x.device
-        clip = round_down(policy.clip_norm).to(device)
-        votes_at = torch.full_like(clip, torch.nan)  # no votes
-        if policy.votes_at is not None:
-            votes_at = policy.votes_at.to(device, torch.float32)
-        constants = {f"{n}.clip_norm": clip[:, i] for i, n in enumerate(layers)}
-        constants |= {f"{n}.votes_at": votes_at[:, i] for i, n in enumerate(layers)}
-        probes = {f"{n}.probe": torch.zeros(k, 3, device=device) for n in layers}
-        sums, seen = gradient(params, batch, shared=shared, probes=probes, constants=constants)
-        return sums, torch.stack([seen[f"{n}.probe"] for n in layers], 1)
-
-    return run
-
-
-def per_sample_sums(
-    network: nn.Module, loss: Loss, layout: Layout, *, p: int, vectorize: bool, max_examples: int
-) -> ClippedSums:
-    """Sums of clipped gradients for any network without batch statistics, by per-sample gradients.
-
-    One vmap over the records of a client, or a loop over them if the network cannot be vmapped.
-    Memory grows with records × parameters; `max_examples` bounds the records held at once.
-    """
-
-    def record_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(network, params, (x[None],)), y[None]).sum()
-
-    per_sample = vmap(grad(record_loss), in_dims=(None, 0, 0), randomness="different")
-
-    def looped(params: Params, x: Tensor, y: Tensor) -> Params:
-        rows = []
-        for one_x, one_y in zip(x, y, strict=True):
-            leaves = {n: v.detach().requires_grad_() for n, v in params.items()}
-            with torch.enable_grad():
-                value = record_loss(leaves, one_x, one_y)
-            rows.append(
-                torch.autograd.grad(
-                    value, list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
-            )
-        return {n: torch.stack(c) for n, c in zip(params, zip(*rows, strict=True), strict=True)}
-
-    def run(
-        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
-    ) -> tuple[Params, Tensor]:
-        sums, counts = [], []
-        for i in range(len(batch.x)):
-            own = params if shared else {n: v[i] for n, v in params.items()}
-            total: list[Tensor] | None = None
-            seen = torch.zeros(layout.num_layers, 3)
-            for start in range(0, batch.x.shape[1], max_examples):
-                part = slice(start, start + max_examples)
-                grads = (per_sample if vectorize else looped)(
-                    own, batch.x[i, part], batch.y[i, part]
-                )
-                total, stats = clip_sum_noise(
-                    [grads[n] for n in layout.names],
-                    layout=layout,
-                    clip=policy.clip_norm[i],
-                    scale=None,
-                    p=p,
-                    mask=batch.mask[i, part],
-                    votes_at=None if policy.votes_at is None else policy.votes_at[i],
-                    accumulate=total,
-                    last=False,
-                )
-                seen += torch.stack([stats.votes, stats.clipped, stats.nonfinite], 1).cpu()
-            assert total is not None
-            sums.append(total)
-            counts.append(seen)
-        stacked = {n: torch.stack([s[j] for s in sums]) for j, n in enumerate(layout.names)}
-        return stacked, torch.stack(counts)
-
-    return run

@@ -175,7 +175,7 @@ def _assumptions(header: Mapping[str, Any], ledger: Ledger) -> str:
             "clients of every round are honest and stay; their shares alone are the whole noise. "
             "Here the protocol itself is simulated."
         )
-    if header.get("tail_cutoff") is not None:
+    if header.get("tail_cutoff") is not None and header.get("noise_form") != "grid":
         lines.append(
             f"- The sampler's largest draw is {show_number(float(header['tail_cutoff']))} noise "
             "scales; its cut tails are charged."
@@ -189,7 +189,7 @@ def _arithmetic(header: Mapping[str, Any]) -> str:
     if form == "grid":
         return (
             "- Floating point: noise form `grid`. What is released is a public multiple of whole "
-            "numbers: every contribution is cut to whole numbers first, then clipped, summed and "
+            "numbers: every contribution is clipped and cut to whole numbers, which are summed and "
             "noised exactly. The guarantee is of the numbers as the computer has them, given that "
             "the generator's words are uniform; how far the sampler's probabilities are off is "
             "charged."

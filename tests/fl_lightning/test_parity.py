@@ -13,13 +13,9 @@ from fl_lightning import PrivacyConfig
 from fl_lightning.client import gather, train_cohort
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
+from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums, per_sample_sums
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import (
-    PrivateRecordGradient,
-    clip_in_backward_sums,
-    clipped_sums,
-    per_sample_sums,
-)
+from fl_lightning.privacy.mechanism import PrivateRecordGradient
 from fl_lightning.types import LayerPolicy
 
 CPU = torch.device("cpu")

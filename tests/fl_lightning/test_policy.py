@@ -163,6 +163,31 @@ def test_released_clip_norms_keep_the_total_and_the_proportions(p):
     assert float(got.norm(p=p)) == pytest.approx(1.0)
 
 
+def test_a_released_clip_norm_moves_by_at_most_two_from_the_last():
+    """From norms that call for far more, and from the last round's value, not the first."""
+    norms = tensor([[1.0, 1e6, 1e6]])
+    previous = tensor([[0.5, 0.01, 0.02]])
+    got = released_clip_norms(norms, DIMS, p=1, total=tensor(1.0), previous=previous)
+    torch.testing.assert_close(got, tensor([[0.25, 0.02, 0.04]]))
+    past = history(setting="client+local", clip_norm=[1.0, 1.0])
+    ids = torch.tensor([1])
+    for round in range(1, 4):
+        past.observe_norms(ids, tensor([[1.0, 1e6]]))
+        clip = past.policy(ids, torch.ones(1).double()).clip_norm
+        assert float(clip[0, 0]) == pytest.approx(max(0.5**round, math.sqrt(0.05 * 2)))
+        past.observe_clip_norms(ids, clip)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_released_clip_norms_have_the_public_total(p):
+    """A total of L2 norms is the norm of all layers together, not their sum."""
+    past = history(setting="client+local", clip_norm=3.0, clip_order=p)
+    ids = torch.tensor([0])
+    past.observe_norms(ids, past.initial_l1_norm[None])
+    clip = past.policy(ids, torch.ones(1).double()).clip_norm
+    assert float(clip.norm(p=p)) == pytest.approx(3.0)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_released_clip_norms_of_nothing_are_even(p):
     even = initial_clip_norms(2.0, 3, p)

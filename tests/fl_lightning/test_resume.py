@@ -28,6 +28,9 @@ SETTINGS = {
     "client+local": RECORD | {"setting": "client+local", "thresholds": "released", "delta": 0.1},
     "client+aggregator": RECORD | {"setting": "client+aggregator", "delta": 0.1},
     "client+secure_sum": RECORD | {"setting": "client+secure_sum", "delta": 0.1},
+    "record+local grid": RECORD | {"thresholds": "quantile", "noise_form": "grid"},
+    "client+local grid": RECORD
+    | {"setting": "client+local", "mechanism": "laplace", "noise_form": "grid", "delta": 0.0},
     "none": {"setting": "none"},
 }
 
@@ -294,6 +297,7 @@ def test_one_client_leaves_while_the_others_go_on(tmp_path):
         ("noise_multiplier", 0.5),
         ("delta", 1e-9),
         ("setting", "abstract"),
+        ("noise_form", "fast"),
     ],
 )
 def test_what_was_promised_cannot_be_changed(tmp_path, option, value):

@@ -1,0 +1,190 @@
+"""Sums of clipped per-record gradients of a group of clients: what noise is then added to.
+
+Everything here is private. Clip-in-backward needs one backward pass and keeps no per-record
+gradient, but adds up in floating point (matrix products); whole-number sums, which a proof in
+floating point needs, are made of per-sample gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from aadp_kernels import (
+    Layout,
+    UnsupportedLayerError,
+    check_single_use,
+    clip_sum_noise,
+    with_clipping,
+)
+from fl_lightning.client import Batch, CohortGradient, Loss
+from fl_lightning.types import LayerPolicy, Params
+
+# (params, shared, batch, policy) -> clipped sums [k, ...] and, a layer, votes, clipped and
+# non-finite counts [k, L, 3]: all private.
+ClippedSums = Callable[[Params, bool, Batch, LayerPolicy], tuple[Params, Tensor]]
+
+
+def clipped_sums(
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    vectorize: bool,
+    max_examples: int,
+    example: Tensor,
+    grid: str | None = None,
+) -> ClippedSums:
+    """Clip in backward where every layer can; per-sample gradients otherwise.
+
+    Args:
+        network, loss, layout: what is trained.
+        p: norm of the clipping.
+        vectorize, max_examples: see `CohortGradient`.
+        example: some records, for their shape.
+        grid: mechanism whose whole-number noise is added to the sums, or None. Such sums are made
+            of per-sample gradients.
+    """
+    if grid is not None:
+        logging.getLogger("pytorch_lightning").info(
+            "noise_form=grid: every record's gradient is computed by itself, since sums in "
+            "floating point cannot be proven; this is slower than clipping in backward"
+        )
+        return per_sample_sums(
+            network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples, grid=grid
+        )
+    try:
+        if any("." not in name for name in layout.names):
+            raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
+        clipped = with_clipping(network, p=p)
+        check_single_use(clipped, example)
+    except UnsupportedLayerError:
+        return per_sample_sums(
+            network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples
+        )
+    clipped.to(example.device)
+    return clip_in_backward_sums(
+        clipped, loss, layout, vectorize=vectorize, max_examples=max_examples
+    )
+
+
+def round_down(clip_norm: Tensor) -> Tensor:
+    """Clip norms in float32, never above what the noise is scaled to."""
+    rounded = clip_norm.float()
+    below = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return torch.where(rounded.double() > clip_norm, below, rounded)
+
+
+def clip_in_backward_sums(
+    clipped: nn.Module, loss: Loss, layout: Layout, *, vectorize: bool, max_examples: int
+) -> ClippedSums:
+    """Sums of clipped gradients from one backward pass; no per-sample gradient is kept.
+
+    Args:
+        clipped: result of `aadp_kernels.with_clipping`.
+        loss: loss of each record.
+        layout: layers, named like the modules.
+        vectorize, max_examples: see `CohortGradient`.
+    """
+    layers = layout.layer_names
+    gradient = CohortGradient(
+        clipped,
+        loss,
+        vectorize=vectorize,
+        max_examples=max_examples,
+        mask_names=tuple(f"{name}.mask" for name in layers),
+    )
+
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        k, device = len(batch.x), batch.x.device
+        clip = round_down(policy.clip_norm).to(device)
+        votes_at = torch.full_like(clip, torch.nan)  # no votes
+        if policy.votes_at is not None:
+            votes_at = policy.votes_at.to(device, torch.float32)
+        constants = {f"{n}.clip_norm": clip[:, i] for i, n in enumerate(layers)}
+        constants |= {f"{n}.votes_at": votes_at[:, i] for i, n in enumerate(layers)}
+        probes = {f"{n}.probe": torch.zeros(k, 3, device=device) for n in layers}
+        sums, seen = gradient(params, batch, shared=shared, probes=probes, constants=constants)
+        return sums, torch.stack([seen[f"{n}.probe"] for n in layers], 1)
+
+    return run
+
+
+def per_sample_sums(
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    vectorize: bool,
+    max_examples: int,
+    grid: str | None = None,
+) -> ClippedSums:
+    """Sums of clipped gradients for any network without batch statistics, by per-sample gradients.
+
+    One vmap over the records of a client, or a loop over them if the network cannot be vmapped.
+    Memory grows with records × parameters; `max_examples` bounds the records held at once. With
+    `grid` each clipped record is cut to whole quanta of that mechanism's noise and the sums are
+    int64, unless there is no noise.
+    """
+
+    def record_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(network, params, (x[None],)), y[None]).sum()
+
+    per_sample = vmap(grad(record_loss), in_dims=(None, 0, 0), randomness="different")
+
+    def looped(params: Params, x: Tensor, y: Tensor) -> Params:
+        rows = []
+        for one_x, one_y in zip(x, y, strict=True):
+            leaves = {n: v.detach().requires_grad_() for n, v in params.items()}
+            with torch.enable_grad():
+                value = record_loss(leaves, one_x, one_y)
+            rows.append(
+                torch.autograd.grad(
+                    value, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            )
+        return {n: torch.stack(c) for n, c in zip(params, zip(*rows, strict=True), strict=True)}
+
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        sums, counts = [], []
+        noisy = grid is not None and bool((policy.noise_scale > 0).any())
+        for i in range(len(batch.x)):
+            own = params if shared else {n: v[i] for n, v in params.items()}
+            total: list[Tensor] | None = None
+            seen = torch.zeros(layout.num_layers, 3)
+            for start in range(0, batch.x.shape[1], max_examples):
+                part = slice(start, start + max_examples)
+                grads = (per_sample if vectorize else looped)(
+                    own, batch.x[i, part], batch.y[i, part]
+                )
+                total, stats = clip_sum_noise(
+                    [grads[n] for n in layout.names],
+                    layout=layout,
+                    clip=policy.clip_norm[i],
+                    scale=policy.noise_scale[i] if noisy else None,
+                    p=p,
+                    mechanism=grid or "gaussian",
+                    form="grid" if noisy else "wide",
+                    mask=batch.mask[i, part],
+                    votes_at=None if policy.votes_at is None else policy.votes_at[i],
+                    accumulate=total,
+                    last=False,
+                )
+                seen += torch.stack([stats.votes, stats.clipped, stats.nonfinite], 1).cpu()
+            assert total is not None
+            sums.append(total)
+            counts.append(seen)
+        stacked = {n: torch.stack([s[j] for s in sums]) for j, n in enumerate(layout.names)}
+        return stacked, torch.stack(counts)
+
+    return run
