@@ -361,3 +361,72 @@ def test_a_quantised_record_never_counts_more_quanta_than_the_clip_norm(values, 
     quantum = Fraction(float(torch.tensor(3 * clip).double())) / 2**30
     assert sum(Fraction(abs(n)) ** p for n in counts) <= (Fraction(clip) / quantum) ** p
     assert any(counts) == any(abs(v) * 2**29 > clip for v in values)
+
+
+def assert_same(a, b):
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["wide", "fast", "grid"])
+def test_a_device_gives_the_same_bits_every_time(form):
+    grads, mask = dirty(torch.float32)
+    scale = torch.tensor([0.5, 2.0, 1.0, 1.0])
+    arguments = {"scale": scale, "form": form, "mask": mask, "votes_at": VOTES}
+    first, stat = run("triton", grads, **arguments)
+    for _ in range(20):
+        again, repeated = run("triton", grads, **arguments)
+        assert_same(first, again)
+        assert torch.equal(stat.l1_norm.nan_to_num(), repeated.l1_norm.nan_to_num())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["wide", "fast"])
+def test_the_host_never_waits_for_the_device(form):
+    grads = gradients(5)
+    scale = SCALE.double().to(DEVICE)
+    noise = run_noise("gaussian", form)
+    call(grads, scale=scale, noise=noise)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(grads, scale=scale, noise=noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_replays_of_a_graph_differ_with_the_step():
+    grads = gradients(5)
+    scale = torch.ones(4, dtype=torch.float64, device=DEVICE)
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    noise = run_noise("gaussian", step=step)
+    call(grads, scale=scale, noise=noise)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(grads, scale=scale, noise=noise)[0]
+        step.add_(1)
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append([s.clone() for s in captured])
+    assert not torch.equal(replays[0][0], replays[1][0])
+    for i, replay in enumerate(replays):
+        assert_same(replay, call(grads, scale=scale, noise=run_noise("gaussian", step=i))[0])
+
+
+@pytest.mark.gpu
+def test_two_streams_in_contention_agree_with_one():
+    grads = [torch.randn(64, 50_000, device=DEVICE) for _ in range(2)]
+    layout = Layout.build([torch.zeros(50_000)])
+    clip = torch.tensor([100.0])
+    want = [run("triton", [g], layout=layout, clip=clip)[0][0] for g in grads]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in grads]
+    got = []
+    for _ in range(5):
+        for stream, g in zip(streams, grads, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run("triton", [g], layout=layout, clip=clip)[0][0])
+    torch.cuda.synchronize()
+    for i, value in enumerate(got):
+        assert torch.equal(value, want[i % 2])

@@ -1,13 +1,8 @@
 """Ghost norms in Triton against per-record gradients that are written, in float64."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.importorskip("triton")
 from aadp_kernels._triton.ghost import conv_ghost_norms, ghost_norms
@@ -158,3 +153,12 @@ def test_bad_arguments():
         conv_ghost_norms(x, g, (3, 3), (1, 1), (0, 0), (1, 1), 4)
     with pytest.raises(ValueError, match="must be"):
         conv_ghost_norms(x, g[:1], (3, 3), (1, 1), (0, 0), (1, 1), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_products_on_a_device(dtype):
+    a, g = sequences(8, 200, 512, 384, dtype)
+    got = ghost_norms(a, g)
+    assert_norms(got, expected(a, g), 1e-4)
+    assert all(torch.equal(x, y) for x, y in zip(got, ghost_norms(a, g), strict=True))
