@@ -11,7 +11,12 @@ from torch import Tensor
 
 from aadp_kernels import _validate
 from aadp_kernels.clip_sum import clip_sum_noise
-from aadp_kernels.integrations.release import Release, equal_scales, layer_clips
+from aadp_kernels.integrations.release import (
+    Release,
+    equal_scales,
+    form_of_release,
+    layer_clips,
+)
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey
 from aadp_kernels.privatize import privatize_
@@ -32,6 +37,7 @@ def mean_of_deltas(
     layers: Sequence[int] | None = None,
     like: Arrays | None = None,
     poisson_rate: float = 1.0,
+    form: str = "wide",
 ) -> tuple[list[Any], Release]:
     """Clip every client's delta layer by layer, add them up, add noise once, divide.
 
@@ -52,6 +58,8 @@ def mean_of_deltas(
         like: Arrays of the shapes of a delta, needed only where no client answered.
         poisson_rate: Rate of the secret independent coins that chose the clients. Flower's
             `fraction_train` draws a fixed number, which is not that: leave it at 1.
+        form: Form of the noise. "grid" quantises every delta and sums integers, so that the claim
+            holds for the floating-point numbers that are written; the sum is then divided here.
 
     Returns:
         (mean, release). The mean has the kind and dtypes of the first delta.
@@ -80,20 +88,22 @@ def mean_of_deltas(
     scales = equal_scales(
         clips, mechanism=mechanism, noise_multiplier=noise_multiplier, adjacency=adjacency
     )
+    silent: dict[str, Any] = {"layout": layout, "clip": clips, "scale": None, "p": p}
+    noise = silent | {
+        "scale": scales, "mechanism": mechanism, "key": key, "step": round, "form": form,
+    }  # fmt: skip
     sums: list[Tensor] | None = None
     for delta in deltas:
         rows = [tensor.unsqueeze(0) for tensor in _tensors(delta)]
         sums, _ = clip_sum_noise(
-            rows, layout=layout, clip=clips, scale=None, p=p, accumulate=sums, last=False
+            rows, accumulate=sums, last=False, **(noise if form == "grid" else silent)
         )
     nobody = [tensor.new_empty((0, *tensor.shape)) for tensor in _tensors(example)]
-    total, _ = clip_sum_noise(
-        nobody, layout=layout, clip=clips, scale=scales, p=p, mechanism=mechanism, key=key,
-        step=round, accumulate=sums,
-    )  # fmt: skip
+    total, _ = clip_sum_noise(nobody, accumulate=sums, **noise)
     release = Release(
-        mechanism, noise_multiplier, unit="client", adjacency=adjacency, poisson_rate=poisson_rate
-    )
+        mechanism, noise_multiplier, unit="client", adjacency=adjacency,
+        poisson_rate=poisson_rate, **form_of_release(form, mechanism, layout),
+    )  # fmt: skip
     return _like(example, [tensor / expected_clients for tensor in total]), release
 
 
@@ -107,6 +117,7 @@ def privatize_delta(
     round: int,
     mechanism: str = "gaussian",
     layers: Sequence[int] | None = None,
+    form: str = "wide",
 ) -> tuple[list[Any], Release]:
     """Clip one client's delta and add noise on the client, before anybody sees it.
 
@@ -115,13 +126,15 @@ def privatize_delta(
 
     Args:
         delta: The client's arrays, numpy or tensors, floating point. Private; not changed.
-        clip_norm: As for `mean_of_deltas`; also noise_multiplier, mechanism and layers.
+        clip_norm: As for `mean_of_deltas`; also noise_multiplier, mechanism,
+            layers and form.
         noise_multiplier: See clip_norm.
         adjacency: "replace_one" is what the local model usually means: any two deltas look alike.
         key: The client's own secret key.
         round: Address of the noise; a round is released once.
         mechanism: See clip_norm.
         layers: See clip_norm.
+        form: See clip_norm.
 
     Returns:
         (noisy delta, release). The client's own accountant charges the release.
@@ -146,11 +159,12 @@ def privatize_delta(
     out = [torch.empty_like(tensor) for tensor in tensors]
     privatize_(
         tensors, out=out, layout=layout, clip=clips, scale=scales, p=p, mechanism=mechanism,
-        key=key, step=round,
+        key=key, step=round, form=form,
     )  # fmt: skip
     release = Release(
-        mechanism, noise_multiplier, unit="client", adjacency=adjacency, seen_by="server"
-    )
+        mechanism, noise_multiplier, unit="client", adjacency=adjacency, seen_by="server",
+        **form_of_release(form, mechanism, layout),
+    )  # fmt: skip
     return _like(delta, out), release
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aadp_kernels import _validate
+from aadp_kernels.grid import inexactness
 from aadp_kernels.layout import Layout
 from aadp_kernels.sensitivity import noise_scales
 
@@ -33,6 +35,8 @@ class Release:
             Shuffled or fixed-size batches are not Poisson: their rate is 1 here.
         arithmetic: "real" (proven for real numbers; floating point leaks in its low bits) or
             "grid" (proven for the numbers that were written).
+        epsilon_inflation: What the grid form adds to epsilon, see `grid.inexactness`.
+        tail_delta: What its cut tails add to delta (see there).
     """
 
     mechanism: str
@@ -42,6 +46,8 @@ class Release:
     seen_by: str = "public"
     poisson_rate: float = 1.0
     arithmetic: str = "real"
+    epsilon_inflation: float = 0.0
+    tail_delta: float = 0.0
 
     def __post_init__(self) -> None:
         _validate.one_of("unit", self.unit, UNITS)
@@ -66,7 +72,7 @@ class Release:
         if self.mechanism != "laplace" or self.noise_multiplier == 0:
             return math.inf
         rate = self.poisson_rate if self.adjacency == "zero_out" else 1.0
-        return amplified(1 / self.noise_multiplier, rate)
+        return amplified(1 / self.noise_multiplier + self.epsilon_inflation, rate)
 
 
 def amplified(epsilon: float, poisson_rate: float) -> float:
@@ -122,6 +128,14 @@ def _response_rdp(epsilon: float, order: float) -> float:
     yes, no = -math.log1p(math.exp(-epsilon)), -epsilon - math.log1p(math.exp(-epsilon))
     high, low = order * yes + (1 - order) * no, order * no + (1 - order) * yes
     return (high + math.log1p(math.exp(low - high))) / (order - 1)
+
+
+def form_of_release(form: str, mechanism: str, layout: Layout) -> dict[str, Any]:
+    """The fields of a Release that follow from the form of its noise."""
+    if form != "grid":
+        return {"arithmetic": "real"}
+    inflation, tail = inexactness(mechanism, sum(layout.sizes))
+    return {"arithmetic": "grid", "epsilon_inflation": inflation, "tail_delta": tail}
 
 
 def layer_clips(clip_norm: float | Sequence[float] | Tensor, layout: Layout, p: int) -> Tensor:

@@ -179,6 +179,24 @@ def test_layers_that_do_not_see_the_records_once_raise(twice: bool, match: str) 
             model(torch.zeros(6, 4))
 
 
+class Tied(nn.Module):
+    """Uses a weight outside of its layer, where nothing would clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.fc(x), self.fc.weight)
+
+
+def test_weights_used_outside_of_their_layer_raise() -> None:
+    model = with_clipping(Tied(), p=2)
+    private(model)
+    with pytest.raises(UnsupportedLayerError, match="outside"):
+        model(torch.zeros(6, 4))
+
+
 def test_release_of_the_optimizer() -> None:
     release = private(network(), noise_multiplier=1.5).release(poisson_rate=0.25)
     assert release == Release("gaussian", 1.5, "record", "zero_out", poisson_rate=0.25)
@@ -255,6 +273,30 @@ def test_noise_of_deltas_has_its_scale(mechanism: str, adjacency: str) -> None:
             assert stats.kstest(noise / (wrong * scale), cdf).pvalue < 1e-4
     assert release.seen_by == "server"
     assert not np.array_equal(together[0], local[0])
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_grid_form_of_deltas(mechanism: str) -> None:
+    """The sum is that of the wide form but for the noise, a multiple of a quantum, and charged."""
+    options = {"mechanism": mechanism, "noise_multiplier": 3e-4, "form": "grid"}
+    values = [[a.astype(np.float64) for a in delta] for delta in deltas(5)]
+    grid, release = mean(values, **options, expected_clients=1.0)
+    wide, _ = mean(values, mechanism=mechanism, expected_clients=1.0)
+    for a, b in zip(grid, wide, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.01)
+        assert not np.array_equal(a, b)
+    scale = 3e-4 * (math.hypot(1, 0.5) if mechanism == "gaussian" else 1.5)
+    step = scale * (math.log(2) if mechanism == "laplace" else 1) / 2**30
+    counts = grid[2] / step - (0.5 if mechanism == "laplace" else 0)
+    np.testing.assert_allclose(counts, np.round(counts), rtol=0, atol=1e-3)
+    assert release.arithmetic == "grid"
+    assert 0 < release.epsilon_inflation < 1e-9
+    assert (release.tail_delta > 0) == (mechanism == "gaussian")
+    local, release = clients.privatize_delta(
+        values[0], clip_norm=1.0, adjacency="replace_one", key=key(), round=0, **options
+    )
+    assert "grid arithmetic" in str(release)
+    assert local[0].dtype == np.float64
 
 
 def test_a_bad_client_contributes_zeros() -> None:

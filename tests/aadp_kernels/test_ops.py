@@ -208,7 +208,6 @@ def test_accumulated_sums_are_updated_in_place() -> None:
 @pytest.mark.parametrize("rng", ["chacha20", "philox10"])
 def test_no_secret_is_a_constant_of_a_graph(rng: str) -> None:
     """Neither the code of the graph nor what it holds contains a key word; an input does."""
-    secret = key(0, rng)
     graphs: list[torch.fx.GraphModule] = []
     inputs: list[Any] = []
 
@@ -217,7 +216,8 @@ def test_no_secret_is_a_constant_of_a_graph(rng: str) -> None:
         inputs.extend(example)
         return graph.forward
 
-    for case in CASES:
+    for seed, case in enumerate(CASES):
+        secret = key(seed, rng)
         torch._dynamo.reset()
         graphs.clear()
         inputs.clear()
