@@ -9,8 +9,8 @@ import torch
 
 # The forms of each operation that exist here; the others run on `_torch`.
 FORMS = {
-    "noise": ("wide", "fast"),
-    "privatize": ("wide", "fast"),
+    "noise": ("wide", "fast", "grid"),
+    "privatize": ("wide", "fast", "grid"),
     "clip_sum": ("wide", "fast", "grid"),
 }
 

@@ -203,17 +203,39 @@ def _fast_values(words, angles, uniform, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def _fast_philox(block, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN: tl.constexpr):
+def _philox_rows(
+    start, step, client, word, key, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """The 4 words of the blocks of a tile, from block `start` on: [ROWS], or [ROWS, BLOCKS]."""
+    row = tl.arange(0, ROWS).to(tl.uint32)
+    if BLOCKS == 1:
+        return philox(start + row, step, client, word, key, ROUNDS)
+    elif BLOCKS == 2:
+        # Joined, both blocks of a row are in one thread, as its elements will be.
+        a = philox(start + 2 * row, step, client, word, key, ROUNDS)
+        b = philox(start + 2 * row + 1, step, client, word, key, ROUNDS)
+        return tl.join(a[0], b[0]), tl.join(a[1], b[1]), tl.join(a[2], b[2]), tl.join(a[3], b[3])
+    else:
+        block = start + row[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :].to(tl.uint32)
+        return philox(block, step, client, word, key, ROUNDS)
+
+
+@triton.jit
+def _fast_philox(
+    start, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     domain: tl.constexpr = _FAST_GAUSSIAN if GAUSSIAN else _FAST_LAPLACE
     limit: tl.constexpr = 4096 if GAUSSIAN else 8192
     word = layer + domain * _DOMAIN
-    a, b, c, d = philox(block, step, client, word, key, ROUNDS)
+    a, b, c, d = _philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
     words = _radius_words(a, b, c, d, GAUSSIAN)
     angles = _join2(b, d)
     uniform = _uniform(words, GAUSSIAN)
     # One tile in hundreds needs tail words: the branch is for the whole tile.
     if _minimum(_least(a, b, c, d, GAUSSIAN)) < limit:
-        a, b, c, d = philox(block, step, client, word + _TAIL * _DOMAIN, key, ROUNDS)
+        word += _TAIL * _DOMAIN
+        a, b, c, d = _philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
         uniform = _tail_uniform(words, _radius_words(a, b, c, d, GAUSSIAN), uniform, GAUSSIAN)
     return _fast_values(words, angles, uniform, GAUSSIAN)
 
@@ -303,17 +325,6 @@ def _wide_pair(a, b, c, d, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def _blocks(first, PER_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Block indices of a tile, uint32 [ROWS], or [ROWS, BLOCKS]."""
-    start = (first // PER_BLOCK).to(tl.uint32)
-    if BLOCKS == 1:
-        return start + tl.arange(0, ROWS).to(tl.uint32)
-    else:
-        index = tl.arange(0, ROWS)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-        return start + index.to(tl.uint32)
-
-
-@triton.jit
 def tile_noise(
     first, step, client, layer, key, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
     FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -330,16 +341,18 @@ def tile_noise(
     """
     if FORM == "fast":
         if CHACHA:
-            block = _blocks(first, 16, TILE // 16, 1)
+            block = (first // 16).to(tl.uint32) + tl.arange(0, TILE // 16).to(tl.uint32)
             return _fast_chacha(block, step, client, layer, key, ROUNDS, GAUSSIAN)
         else:
-            block = _blocks(first, 4, TILE // (4 * BLOCKS), BLOCKS)
-            return (_fast_philox(block, step, client, layer, key, ROUNDS, GAUSSIAN),)
+            rows: tl.constexpr = TILE // (4 * BLOCKS)
+            start = (first // 4).to(tl.uint32)
+            return (_fast_philox(start, step, client, layer, key, ROUNDS, GAUSSIAN, rows, BLOCKS),)
     else:
         domain: tl.constexpr = _GAUSSIAN if GAUSSIAN else _LAPLACE
         word = layer + domain * _DOMAIN
         if CHACHA:
-            w = chacha(_blocks(first, 8, TILE // 8, 1), step, client, word, key, ROUNDS)
+            block = (first // 8).to(tl.uint32) + tl.arange(0, TILE // 8).to(tl.uint32)
+            w = chacha(block, step, client, word, key, ROUNDS)
             pair0 = _wide_pair(w[0], w[1], w[2], w[3], GAUSSIAN)
             pair1 = _wide_pair(w[4], w[5], w[6], w[7], GAUSSIAN)
             pair2 = _wide_pair(w[8], w[9], w[10], w[11], GAUSSIAN)
@@ -348,9 +361,10 @@ def tile_noise(
             # [rows, element, upper bit of the pair, lower bit]: the pair comes before the element.
             return (tl.reshape(tl.permute(quads, [0, 2, 3, 1]), [TILE // 8, 8]),)
         else:
-            block = _blocks(first, 2, TILE // (2 * BLOCKS), BLOCKS)
-            w = philox(block, step, client, word, key, ROUNDS)
-            return (_wide_pair(w[0], w[1], w[2], w[3], GAUSSIAN),)
+            rows: tl.constexpr = TILE // (2 * BLOCKS)
+            start = (first // 2).to(tl.uint32)
+            a, b, c, d = _philox_rows(start, step, client, word, key, ROUNDS, rows, BLOCKS)
+            return (_wide_pair(a, b, c, d, GAUSSIAN),)
 
 
 @triton.jit

@@ -20,6 +20,15 @@ from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import key_tensor, sm_count, step_tensor, to_device
+from aadp_kernels._triton.grid import (
+    grid_index,
+    grid_noise,
+    quantise,
+    quantum,
+    quantum_weight,
+    release,
+    threshold_tensor,
+)
 from aadp_kernels._triton.noise import part_index, tile_noise, to_element
 from aadp_kernels._triton.rng import load_key
 from aadp_kernels.layout import Layout
@@ -30,14 +39,17 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-_WARPS = 4
+_NORMAL = tl.constexpr(torch.finfo(torch.float64).tiny)
+
+WARPS = 4
 _PROGRAMS_PER_SM = 8
 _ADDRESS_LISTS = 16
 
 # Elements of a tile by form and whether the generator is ChaCha: small, so that many programs have
 # room for their registers, but a block of ChaCha a thread in the fast form.
-_TILES = {
+TILES = {
     ("fast", False): 1024, ("fast", True): 2048, ("wide", False): 512, ("wide", True): 1024,
+    ("grid", False): 256, ("grid", True): 256,
 }  # fmt: skip
 
 
@@ -104,22 +116,28 @@ def _ordered_sum(partials, begin, end):
 
 @triton.jit
 def _finish_unit(
-    unit, row, layer, total1, total2, layers, clip, clip_stride, votes_at, votes_stride,
-    norm1_out, votes_out, clipped_out, nonfinite_out, P: tl.constexpr,
+    unit, row, layer, total1, total2, layers, clip, clip_stride, scale, scale_stride, votes_at,
+    votes_stride, norm1_out, votes_out, clipped_out, nonfinite_out, P: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a unit, and its factor in float64: NaN for a unit that is not finite."""
     norm = tl.sqrt(total2) if P == 2 else total1
     finite = (norm < float("inf")) & (total1 < float("inf"))
-    bound = norm * tl.load(layers + layer * 3)
+    bound = norm * tl.load(layers + layer * 5)
+    # What is cut to integers is rounded in float64, whatever the dtype of the tensors.
+    rounding = layers + layer * 5 + 1
+    if FORM == "grid":
+        rounding += 2 * (tl.load(scale + row * scale_stride + layer) != 0).to(tl.int32)
     limit = tl.load(clip + row * clip_stride + layer)
     valid = limit >= 0
     limit = tl.where(valid, limit, 0.0)
     clipped = (bound > limit) & finite
-    room = limit - tl.load(layers + layer * 3 + 2)
+    room = limit - tl.load(rounding + 1)
     room = tl.where(room > 0, room, 0.0)
-    divisor = tl.where(clipped, bound * tl.load(layers + layer * 3 + 1), 1.0)
+    divisor = tl.where(clipped, bound * tl.load(rounding), 1.0)
     factor = tl.where(clipped, room / divisor, 1.0)
-    factor = tl.where(valid, factor, 0.0)
+    # A subnormal factor has lost the digits that the bound counts on.
+    factor = tl.where(valid & (factor >= _NORMAL), factor, 0.0)
     vote = 0.0
     if votes_at is not None:
         at = tl.load(votes_at + row * votes_stride + layer)
@@ -155,27 +173,41 @@ def _store(address, offset, index, low, high, value, FULL: tl.constexpr, DTYPE: 
 @triton.jit
 def _apply_tile(
     x, reference, out, shift, shift0, element, low, high, factor, scale, step, client, layer, key,
-    FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
+    thresholds, FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
     OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
     FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out = (x - reference) * factor + scale * noise of a tile; zero * factor if that is NaN."""
-    if NOISY:
+    """out = (x - reference) * factor + scale * noise of a tile; no product if the factor is NaN.
+
+    In the grid form `factor` turns elements into quanta and `scale` is the quantum.
+    """
+    if NOISY and FORM == "grid":
+        noise = (
+            grid_noise(
+                element, step, client, layer, key, thresholds, TILE, GAUSSIAN, CHACHA, ROUNDS
+            ),
+        )
+    elif NOISY:
         noise = tile_noise(
             element, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
         )
     for part in tl.static_range(PARTS):
-        index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
+        if FORM == "grid":
+            index = grid_index(TILE, GAUSSIAN, CHACHA)
+        else:
+            index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
         value = _update(
             x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
             DTYPE,
         )  # fmt: skip
-        value = tl.where(factor == factor, value * factor, 0.0)
-        if NOISY:
-            value += noise[part].to(DTYPE) * scale
+        if NOISY and FORM == "grid":
+            value = release(quantise(value, factor), noise[part], scale, GAUSSIAN)
+        elif NOISY:
+            value = tl.where(factor == factor, value * factor, 0.0) + noise[part].to(DTYPE) * scale
         else:
             # A scale that no noise was drawn for must not pass for privacy.
+            value = tl.where(factor == factor, value * factor, 0.0)
             value = tl.where(scale == 0, value, float("nan"))
         _store(out, shift + element, index, low, high, value, FULL, OUT)
 
@@ -183,17 +215,18 @@ def _apply_tile(
 @triton.jit
 def _apply_chunk(
     x, reference, out, shift, shift0, first, low, high, whole, factor, scale, step, client, layer,
-    key, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr,
-    CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    key, thresholds, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
+    OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
+    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Whole tiles without masks (128-bit accesses), then the rest with them."""
     element = first
     while element < whole:
         _apply_tile(
             x, reference, out, shift, shift0, element, 0, 0, factor, scale, step, client, layer,
-            key, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS,
-            BLOCKS, PARTS,
+            key, thresholds, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
+            ROUNDS, BLOCKS, PARTS,
         )  # fmt: skip
         element += TILE
     while element < high:
@@ -201,21 +234,21 @@ def _apply_chunk(
         end = tl.minimum(high - element, TILE).to(tl.int32)
         _apply_tile(
             x, reference, out, shift, shift0, element, begin, end, factor, scale, step, client,
-            layer, key, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
-            ROUNDS, BLOCKS, PARTS,
+            layer, key, thresholds, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM,
+            CHACHA, ROUNDS, BLOCKS, PARTS,
         )  # fmt: skip
         element += TILE
 
 
 @triton.jit(do_not_specialize=[
     "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
-    "num_chunks", "num_units",
+    "num_chunks",
 ])  # fmt: skip
 def privatize_kernel(
     tickets, ticket_count, counter, chunks, units, layers, addresses, done, flags, partials,
     factors, clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
     key_pointer, norm1_out, votes_out, clipped_out, nonfinite_out, num_layers, num_tensors,
-    num_chunks,
+    num_chunks, thresholds,
     X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, NOISY: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
     GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
@@ -292,8 +325,9 @@ def privatize_kernel(
                         total2 = _ordered_sum(partials + num_chunks, begin, end)
             if last:
                 factor = _finish_unit(
-                    unit, row, layer, total1, total2, layers, clip, clip_stride, votes_at,
-                    votes_stride, norm1_out, votes_out, clipped_out, nonfinite_out, P,
+                    unit, row, layer, total1, total2, layers, clip, clip_stride, scale,
+                    scale_stride, votes_at, votes_stride, norm1_out, votes_out, clipped_out,
+                    nonfinite_out, P, FORM,
                 )  # fmt: skip
                 if not alone:
                     tl.store(factors + unit, factor)
@@ -307,18 +341,23 @@ def privatize_kernel(
             amount = tl.load(scale + row * scale_stride + layer)
             amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
             weight = _round_down(factor, DTYPE)
+            unit_scale = amount.to(DTYPE)
+            if FORM == "grid":
+                unit_scale = quantum(amount, GAUSSIAN)
+                if amount != 0:
+                    weight = quantum_weight(factor, unit_scale)
             client = tl.load(clients + row).to(tl.uint32)
             if NOISY and amount != 0:
                 _apply_chunk(
                     x, reference, out, shift, shift0, first, low, high, whole, weight,
-                    amount.to(DTYPE), step, client, layer.to(tl.uint32), key, True, X, REFERENCE,
-                    OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
+                    unit_scale, step, client, layer.to(tl.uint32), key, thresholds, True, X,
+                    REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
                 )  # fmt: skip
             else:
                 _apply_chunk(
-                    x, reference, out, shift, shift0, first, low, high, whole, weight, amount, step,
-                    client, layer.to(tl.uint32), key, False, X, REFERENCE, OUT, DTYPE, TILE,
-                    GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
+                    x, reference, out, shift, shift0, first, low, high, whole, weight, amount,
+                    step, client, layer.to(tl.uint32), key, thresholds, False, X, REFERENCE, OUT,
+                    DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
                 )  # fmt: skip
         ticket = tl.atomic_add(counter, 1, sem="relaxed")
 
@@ -351,12 +390,15 @@ def _row_major(value: Tensor) -> Tensor:
 def _layer_table(
     dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...], error: float, device: torch.device
 ) -> Tensor:
-    """float64 [L, 3] of `clip_factors`: 1 + error of the norm, 1 + eps, what underflow can add."""
+    """float64 [L, 5] of `clip_factors`: 1 + error of the norm; 1 + eps and what underflow can
+    add, of the dtype and of float64.
+    """
     rows = []
     for count, dtype in zip(dims, dtypes, strict=True):
-        info = torch.finfo(dtype)
-        tiny = count * info.smallest_normal * info.eps
-        rows.append((1 + ((count + 16) * 2.0**-52 + error), 1 + info.eps, tiny))
+        row = [1 + ((count + 16) * 2.0**-52 + error)]
+        for info in (torch.finfo(dtype), torch.finfo(torch.float64)):
+            row += [1 + info.eps, count * info.smallest_normal * info.eps]
+        rows.append(row)
     return to_device(np.array(rows, dtype=np.float64), device)
 
 
@@ -429,7 +471,7 @@ def _launch(
     wide = form != "fast" or torch.float64 in dtypes
     rng = "philox7" if noise is None else noise.rng
     secure = rng.startswith("chacha")
-    tile = _TILES[form, secure]
+    tile = TILES[form, secure]
     aligned = tuple(
         all(t.data_ptr() % 16 == 0 for t in group) for group in zip(*lists, strict=True)
     )
@@ -438,7 +480,9 @@ def _launch(
     units, slots = rows * layout.num_layers, len(tables.chunks)
     error = 0.0 if wide or p == 2 else width * 2.0**-24
     layers = _layer_table(layout.dims, eps_of, error, device)
-    integers = torch.zeros(2 + 2 * units, dtype=torch.int32, device=device)
+    # Offsets are multiples of 16 bytes, or every number of units would compile a kernel of its own.
+    flags = 8 + -(-units // 4) * 4
+    integers = torch.zeros(flags + units, dtype=torch.int32, device=device)
     floats = torch.empty(2 * slots + units, dtype=torch.float64, device=device)
     stats = ClipStats(
         *(torch.empty((rows, layout.num_layers), dtype=torch.float64, device=device) for _ in "ab"),
@@ -456,17 +500,18 @@ def _launch(
     work = [tables.tickets] if launches == 1 else [tables.norm_tickets, tables.apply_tickets]
     for turn, tickets in enumerate(work):
         privatize_kernel[(min(len(tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
-            tickets, len(tickets), integers[turn:], tables.chunks, tables.units, layers,
-            _addresses(tables.addresses, lists, device), integers[2:], integers[2 + units :],
+            tickets, len(tickets), integers[4 * turn :], tables.chunks, tables.units, layers,
+            _addresses(tables.addresses, lists, device), integers[8:], integers[flags:],
             floats, floats[2 * slots :], clip, clip.stride(0), scale, scale.stride(0), votes_at,
             0 if votes_at is None else votes_at.stride(0), step, clients,
             key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
+            threshold_tensor(device) if form == "grid" else None,
             X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
             REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
             DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
             WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
             CHACHA=secure, ROUNDS=int(rng[6:]),
             BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
-            num_warps=_WARPS, enable_fp_fusion=form == "fast",
+            num_warps=WARPS, enable_fp_fusion=form == "fast",
         )  # fmt: skip
     return stats

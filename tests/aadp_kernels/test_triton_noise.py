@@ -5,11 +5,16 @@ import math
 import pytest
 import torch
 
+from aadp_kernels import NoiseKey, sample_noise
+from aadp_kernels._torch import grid as grid_spec
 from aadp_kernels._torch import noise as spec
 from aadp_kernels._torch.rng import key_words_needed, random_words, signed32
 
-pytest.importorskip("triton")
-from aadp_kernels._triton import noise
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from aadp_kernels._triton import grid, noise  # noqa: E402
+from aadp_kernels._triton.rng import load_key  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = [(w * 0x9E3779B9) & 0xFFFFFFFF for w in range(11, 19)]
@@ -17,7 +22,7 @@ CLIENTS = torch.tensor([5, 2**32 - 3])
 STEP, LAYER = 2**32 - 2, 2**24 - 1
 
 
-def draw(rng, form, mechanism, *, low=5, count=1200, tile=512, blocks=1, key=KEY):
+def draw(rng, form, mechanism, *, low=5, count=1200, tile=2048, blocks=1, key=KEY):
     """Noise [2, count] of scale one in float64, from `noise_kernel`."""
     secure = rng.startswith("chacha")
     words = torch.tensor([signed32(w) for w in key], dtype=torch.int32, device=DEVICE)
@@ -127,3 +132,75 @@ def test_tail_words_are_used(rng, mechanism):
     magnitude = expected.view(2, -1, 2).norm(dim=2) if mechanism == "gaussian" else expected.abs()
     assert 1 <= (magnitude > cut).sum() < 40
     assert ((out - expected).abs() <= fast_tolerance(mechanism, expected)).all()
+
+
+def grid_case(rng, mechanism, count):
+    words = KEY[: key_words_needed(rng)]
+    options = {"step": STEP, "mechanism": mechanism, "form": "grid", "scale": 0.5}
+    return (rng, words, (LAYER, 5, count), CLIENTS.to(DEVICE)), options | {"dtype": torch.int64}
+
+
+GRID = [
+    pytest.param("philox10", "laplace", 300),
+    *(
+        pytest.param(rng, mechanism, 300, marks=pytest.mark.slow)
+        for rng in ("philox7", "chacha8")
+        for mechanism in MECHANISMS
+    ),
+]
+
+
+@pytest.mark.parametrize(("rng", "mechanism", "count"), GRID)
+def test_grid_noise_is_that_of_the_specification(rng, mechanism, count):
+    arguments, options = grid_case(rng, mechanism, count)
+    out = grid.scaled_noise(*arguments, **options)
+    assert torch.equal(out.cpu(), grid_spec.scaled_noise(*arguments, **options).cpu())
+    size = options | {"dtype": torch.float64}
+    assert torch.equal(
+        grid.scaled_noise(*arguments, **size), grid_spec.scaled_noise(*arguments, **size)
+    )
+
+
+@triton.jit
+def octaves_kernel(out, key_pointer, CHACHA: tl.constexpr):
+    key = load_key(key_pointer, CHACHA)
+    first = tl.full([], 32, tl.int64)
+    index = grid.grid_index(16, False, CHACHA)
+    step, client, layer = first.to(tl.uint32), (first + 1).to(tl.uint32), (first + 2).to(tl.uint32)
+    start = tl.where(index % 2 == 0, 63, 5).to(tl.int64)
+    octaves = grid.more_octaves(start, first, step, client, layer, key, 16, CHACHA, 8)
+    tl.store(out + index, octaves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("secure", [False, True])
+def test_octaves_that_63_bits_cannot_tell_go_on_in_the_tail_words(secure):
+    words = torch.tensor([signed32(w) for w in KEY], dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(16, dtype=torch.int64, device=DEVICE)
+    octaves_kernel[(1,)](out, words, CHACHA=secure)
+    rng = "chacha8" if secure else "philox8"
+    for e in range(16):
+        blocks = torch.tensor([(32 + e) // 2] if secure else [2 * (32 + e), 2 * (32 + e) + 1])
+        address = torch.stack([blocks.int(), *(blocks.int() * 0 + v for v in (32, 33, 34))])
+        tail = list(grid_spec._tail_words(rng, KEY if secure else KEY[:2], address))
+        if secure:
+            half = 8 * (e % 2)
+            tail = [w for b in range(0, len(tail), 16) for w in tail[b + half : b + half + 8]]
+        assert out[e] == (5 if e % 2 else grid_spec.more_octaves(tail))
+
+
+@pytest.mark.parametrize("form", ["wide", "fast", "grid"])
+def test_sample_noise_draws_here(form):
+    address = {"mechanism": "laplace", "step": 9, "client": CLIENTS.to(DEVICE), "form": form}
+    address |= {"offset": 100, "layer": 3}
+    scale = torch.tensor([0.5, 2.0, 0.0], device=DEVICE)
+    for size in (1.5, scale):
+        draws = [
+            sample_noise((2, 3), impl=impl, key=NoiseKey.from_seed(1, "philox7"), scale=size,
+                         device=DEVICE, **address)
+            for impl in ("triton", "torch")
+        ]  # fmt: skip
+        assert draws[0].dtype == torch.float32
+        assert torch.allclose(*draws, rtol=0 if form != "fast" else 1e-5, atol=1e-5)
+        if form != "fast":
+            assert torch.equal(*draws)

@@ -17,6 +17,13 @@ CLIP, SCALE = [20.0, 1.0, math.inf, 100.0], [0.5, 1.0, 0.0, 2.0]
 LAYOUT = Layout.build([torch.empty(s) for s in SHAPES], GROUPS)
 
 
+@pytest.fixture(autouse=True)
+def fewer_tiles(monkeypatch):
+    """The interpreter takes its time for a tile, not for its elements."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(privatize, "TILES", dict.fromkeys(privatize.TILES, 1024))
+
+
 def values(dtype=torch.float32, rows=None, seed=0, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
     lead = () if rows is None else (rows,)
@@ -43,7 +50,7 @@ def run(impl, tensors, *, rng="philox10", rows=None, votes=True, layout=LAYOUT, 
 def assert_meets(out, expected, *, form, scale=SCALE, groups=GROUPS):
     """Equal bits (wide) or within what the fast form may differ by."""
     for value, wanted, layer in zip(out, expected, groups, strict=True):
-        if form == "wide":
+        if form != "fast":
             assert torch.equal(value, wanted) or torch.allclose(
                 value, wanted, rtol=2 * torch.finfo(value.dtype).eps, atol=0
             )
@@ -68,9 +75,8 @@ QUICK = [
     ("philox10", "fast", torch.float32, "laplace", 1),
     ("philox7", "fast", torch.bfloat16, "gaussian", 2),
     ("chacha8", "fast", torch.float32, "gaussian", 2),
-    ("chacha8", "wide", torch.bfloat16, "laplace", 1),
-    ("philox10", "fast", torch.float64, "laplace", 1),
     ("philox10", "wide", torch.float16, "gaussian", 2),
+    ("philox7", "grid", torch.float32, "laplace", 1),
 ]
 ALL = [
     (rng, form, dtype, mechanism, p)
@@ -78,6 +84,10 @@ ALL = [
     for form in ("wide", "fast")
     for dtype in DTYPES
     for mechanism, p in (("laplace", 1), ("gaussian", 1), ("gaussian", 2))
+] + [
+    ("philox7", "grid", torch.bfloat16, "laplace", 1),
+    ("chacha8", "grid", torch.float32, "laplace", 1),
+    ("philox10", "grid", torch.float64, "gaussian", 2),
 ]
 MARKED = [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in QUICK)]
 
@@ -94,7 +104,7 @@ def test_meets_the_specification(rng, form, dtype, mechanism, p):
     assert_same_stats(stats, wanted)
 
 
-@pytest.mark.parametrize("form", ["wide", "fast"])
+@pytest.mark.parametrize("form", ["wide", pytest.param("fast", marks=pytest.mark.slow)])
 def test_reference_and_out(form):
     tensors, reference = values(rows=3), values(seed=5)
     target = [torch.full_like(t, math.nan) for t in tensors]
@@ -118,7 +128,7 @@ def test_one_update_without_votes_is_row_zero_of_a_cohort():
     assert not stats.votes.any()
 
 
-@pytest.mark.parametrize("form", ["wide", "fast"])
+@pytest.mark.parametrize("form", [pytest.param("wide", marks=pytest.mark.slow), "fast"])
 def test_two_launches_give_the_bits_of_one(form, monkeypatch):
     tensors = values(rows=2)
     one = run("triton", tensors, rows=2, form=form)
@@ -129,8 +139,9 @@ def test_two_launches_give_the_bits_of_one(form, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
 
 
-@pytest.mark.parametrize("form", ["wide", "fast"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("form", "bad"), [("wide", -math.inf), ("fast", math.nan), ("fast", math.inf)]
+)
 def test_a_layer_that_is_not_finite_gives_zeros_and_noise_only_there(form, bad):
     tensors = values(rows=2)
     tensors[4][1, 1699] = bad
@@ -161,7 +172,7 @@ def test_scale_zero_and_no_clipping_keep_every_bit(form):
 def test_the_norm_of_the_output_is_at_most_the_clip_norm(form, dtype, p):
     layout = Layout.build([torch.empty(4000)])
     worst = 0.0
-    for seed in range(6):
+    for seed in range(3):
         (x,) = values(dtype, seed=seed, shapes=[(4000,)])
         clip = torch.tensor([float(x.double().norm(p)) * (0.9999999, 0.7, 1e-3)[seed % 3]])
         key = NoiseKey.from_seed(3, "philox10")
@@ -176,6 +187,18 @@ def test_the_norm_of_the_output_is_at_most_the_clip_norm(form, dtype, p):
         assert stats.clipped.item() == 1
         worst = max(worst, norm / float(clip))
     assert worst > 1 - 2.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("form", ["wide", "fast"])
+def test_a_factor_too_small_to_be_exact_is_zero(form):
+    x = torch.tensor([6.55172607892521e16, 37583350398976.0], device=DEVICE)
+    clip = torch.tensor([2.53686876683007e-301], dtype=torch.float64, device=DEVICE)
+    out, stats = run(
+        "triton", [x], layout=Layout.build([x]), clip=clip, scale=0 * clip, votes=False, form=form,
+        key=NoiseKey.from_seed(1, "philox7"),
+    )  # fmt: skip
+    assert not out[0].any()
+    assert stats.clipped.item() == 1
 
 
 def test_views_strides_and_mixed_dtypes_are_copied_in_and_out():

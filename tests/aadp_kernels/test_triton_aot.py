@@ -1,0 +1,79 @@
+"""Gates on the machine code of the kernels, built for sm_80 and sm_90 without a GPU.
+
+The builds run in a process of their own: Triton's interpreter, which the other tests use, and
+ahead-of-time builds cannot share one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("triton_aot.py")
+
+# Instructions an element of the apply loop over whole tiles, measured and rounded up a little.
+BUDGETS = {
+    ("philox10", "fast"): 26,
+    ("chacha8", "fast"): 44,
+    ("chacha20", "fast"): 92,
+    ("philox10", "wide"): 110,
+    ("chacha8", "wide"): 160,
+    ("chacha20", "wide"): 240,
+}
+MAX_REGISTERS = 128
+
+QUICK = ["philox10,fast,laplace,fp32,1,90"]
+SLOW = [
+    f"{rng},{form},{mechanism},{dtype},{p},{capability}"
+    for rng in ("philox10", "chacha8", "chacha20")
+    for form in ("fast", "wide")
+    for mechanism, p in (("laplace", 1), ("gaussian", 2))
+    for dtype in ("fp32", "bf16")
+    for capability in (80, 90)
+]
+
+
+def measure(cases):
+    """Reports of the cases, built in another process."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *cases], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(report):
+    rng, form, _, dtype, *_ = report["case"].split(",")
+    assert report["spills"] == report["stack"] == report["local"] == 0, report
+    assert report["registers"] <= MAX_REGISTERS, report
+    assert report["wide_norm_loops"] >= 1, report
+    assert report["apply"] is not None, report
+    assert report["other_loads"] == 0, report
+    moved = 16 * report["loads128"] + 8 * report["loads64"]
+    assert moved == report["bytes"] == 16 * report["stores128"] + 8 * report["stores64"], report
+    if dtype == "fp32" or rng.startswith("philox"):
+        assert report["loads64"] == report["stores64"] == 0, report
+    if dtype == "fp32":
+        # A row of the wide form of ChaCha is two vectors: it goes through shared memory.
+        assert report["shuffles"] == 0 or (rng.startswith("chacha") and form == "wide"), report
+        assert report["apply"] <= BUDGETS[rng, form], report
+
+
+def test_gates_of_the_common_cases():
+    for report in measure(QUICK):
+        check(report)
+
+
+@pytest.mark.slow
+def test_gates_of_all_cases():
+    reports = measure(SLOW)
+    for report in reports:
+        check(report)
+    assert len(reports) == len(SLOW)

@@ -1,0 +1,136 @@
+"""Builds `privatize_kernel` ahead of time and prints what the machine code looks like, as JSON.
+
+Run as `python tests/aadp_kernels/triton_aot.py CASE ...` in a process of its own, without
+TRITON_INTERPRET; a case is rng,form,mechanism,dtype,p,capability. No GPU is needed: ptxas and the
+disassemblers come with Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aadp_kernels._triton import privatize
+from aadp_kernels._triton.noise import blocks_per_row, parts
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    "ticket_count": "i32", "clip_stride": "i32", "scale_stride": "i32", "votes_stride": "i32",
+    "num_layers": "i32", "num_tensors": "i32", "num_chunks": "i32", "chunks": "*i64",
+    "addresses": "*i64", "step_pointer": "*i64", "clients": "*i64", "clipped_out": "*i64",
+    "nonfinite_out": "*i64", "layers": "*fp64", "partials": "*fp64", "factors": "*fp64",
+    "clip": "*fp64", "scale": "*fp64", "votes_at": "*fp64", "norm1_out": "*fp64",
+    "votes_out": "*fp64", "thresholds": "*i64",
+}  # fmt: skip
+
+
+def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: int):
+    """The compiled kernel, with votes and without a reference, and its elements a thread."""
+    kernel, secure, element = privatize.privatize_kernel, rng.startswith("chacha"), tl.dtype(dtype)
+    itemsize = element.primitive_bitwidth // 8
+    narrow = form == "fast" and itemsize < 8
+    tile, warps = privatize.TILES[form, secure], privatize.WARPS
+    constants = {
+        "X": element, "REFERENCE": None, "OUT": element, "P": p, "NOISY": True, "TILE": tile,
+        "DTYPE": tl.float32 if narrow else tl.float64, "WIDTH": 16 // itemsize, "FORM": form,
+        "GAUSSIAN": mechanism == "gaussian", "CHACHA": secure, "ROUNDS": int(rng[6:]),
+        "BLOCKS": blocks_per_row(form, secure, itemsize), "PARTS": parts(form, secure),
+    } | ({} if form == "grid" else {"thresholds": None})  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, "*i32")
+        for name in kernel.arg_names
+    }
+    built = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": form == "fast"},
+    )
+    return built, tile // (32 * warps)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Standard output of one of Triton's tools."""
+    command = [str(BIN / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and where the labels stand among them."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if match := re.match(r"(\.L\w+):", line):
+            labels[match.group(1)] = len(code)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(match.group(1).strip())
+    return code, labels
+
+
+def innermost_loops(code: list[str], labels: dict[str, int]) -> list[tuple[int, int, int]]:
+    """(begin, end, instructions that a pass takes when it jumps over rare branches)."""
+    jumps = [
+        (at, labels[match.group(1)])
+        for at, line in enumerate(code)
+        if (match := re.search(r"BRA.*?\(?(\.L\w+)\)?$", line.replace("`", "").rstrip(")")))
+        and match.group(1) in labels
+    ]
+    loops = [(to, at + 1) for at, to in jumps if to <= at]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    result = []
+    for begin, end in inner:
+        skipped = sum(to - at - 1 for at, to in jumps if begin <= at < to < end)
+        result.append((begin, end, end - begin - skipped))
+    return result
+
+
+def report(case: str) -> dict[str, object]:
+    """Registers, memory, access widths and instructions an element of one case."""
+    rng, form, mechanism, dtype, p, capability = case.split(",")
+    built, per_thread = build(rng, form, mechanism, dtype, int(p), int(capability))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        code, labels = instructions(tool("nvdisasm", "-c", file.name))
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loops = innermost_loops(code, labels)
+
+    def count(span: tuple[int, int, int], *names: str) -> int:
+        return sum(any(name in line for name in names) for line in code[span[0] : span[1]])
+
+    stores = ("STG.E.128", "STG.E.64")
+    whole = [s for s in loops if count(s, *stores) and not count(s, "STG.E ", "STG.E.U16")]
+    apply = max(whole, key=lambda s: s[2], default=None)
+    if apply is None:
+        noisy = [s for s in loops if count(s, "STG")]
+        apply = max(noisy, key=lambda s: s[2], default=None)
+    norm = [s for s in loops if count(s, "LDG.E.128") and not count(s, "STG", "STRONG")]
+    result: dict[str, object] = {
+        "case": case, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
+        "shared": found["SHARED"], "instructions": len(code),
+        "spills": sum("LDL" in line or "STL" in line for line in code),
+        "wide_norm_loops": len(norm), "apply": None,
+    }  # fmt: skip
+    if apply is not None:
+        result |= {
+            "apply": round(apply[2] / per_thread, 1),
+            "loads128": count(apply, "LDG.E.128"), "stores128": count(apply, "STG.E.128"),
+            "loads64": count(apply, "LDG.E.64"), "stores64": count(apply, "STG.E.64"),
+            "other_loads": count(apply, "LDG.E "), "shuffles": count(apply, "STS.", "LDSM"),
+            "bytes": per_thread * tl.dtype(dtype).primitive_bitwidth // 8,
+        }  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(json.dumps(report(name)), flush=True)
