@@ -255,8 +255,6 @@ def _replacement_rdp(rate: float, shift: float) -> np.ndarray:
     Both directions are the same. The trapezoid rule is exact to rounding for such smooth functions
     at steps of a twentieth of a standard deviation.
     """
-    from scipy import special
-
     result = np.full(_ORDERS.shape, np.inf)
     for i, order in enumerate(_ORDERS):
         reach = 14 + 2 * (order + 1) * shift
@@ -265,7 +263,8 @@ def _replacement_rdp(rate: float, shift: float) -> np.ndarray:
         x = np.arange(-reach, reach, 0.05)
         stay = math.log1p(-rate) - x**2 / 2
         p, q = (np.logaddexp(stay, math.log(rate) - (x - s) ** 2 / 2) for s in (shift, -shift))
-        total = special.logsumexp(order * p + (1 - order) * q)
+        terms = order * p + (1 - order) * q
+        total = float(np.log(np.exp(terms - terms.max()).sum()) + terms.max())
         moment = total + math.log(0.05) - math.log(2 * math.pi) / 2
         result[i] = max(moment, 0.0) / (order - 1)
     result.setflags(write=False)
