@@ -21,7 +21,9 @@ from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
 from aadp_kernels.layout import Layout
 
 CHUNK = 1 << 16
-SMALLEST_FACTOR = 2.0**-100  # below it float32 products would underflow
+# In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
+# of a product, and a scale is never below its float64 value. Smaller factors would underflow.
+LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
 SCRATCH = 5 * 8 * TILE
 NATIVE = (torch.float32, torch.float64)
@@ -137,7 +139,7 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
                     x[count] = 0.0
                     count += 1
                 _add_up(scratch, count, p, lanes)
-        for half in range(2):
+        for half in range(p):
             total = 0.0
             for j in range(32):
                 total += lanes[32 * half + j]
@@ -149,8 +151,8 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
 
 @jit
 def write_units(
-    pieces, bounds, units, skip, dead, factor, scale, factor32, scale32, clients, layer_words,
-    state, rounds, blocks, fast, gaussian, scratch, begin, end,
+    pieces, bounds, units, skip, dead, factor, scale, clients, layer_words, state, rounds, blocks,
+    fast, gaussian, scratch, begin, end,
 ):  # fmt: skip
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
@@ -172,7 +174,8 @@ def write_units(
             layer += 1
             nearest = bounds[layer]
         tile = skip[layer] + column - units[layer]
-        low, stop, size = tile * TILE, bounds[layer + 1], scale[row, layer]
+        low, stop = tile * TILE, bounds[layer + 1]
+        zero, weight, size = dead[row, layer], factor[row, layer], scale[row, layer]
         if size > 0:
             state[2] = np.uint32(clients[row])
             state[3] = np.uint32(layer_words[layer])
@@ -187,20 +190,18 @@ def write_units(
             if pieces[k, _FIRST] >= low + TILE:
                 break
             widest = max(pieces[k, _VALUE_BYTES], pieces[k, _MINUS_BYTES], pieces[k, _OUT_BYTES])
-            if fast and widest == 4 and factor32[row, layer] >= SMALLEST_FACTOR:
+            if fast and widest == 4 and weight >= SMALLEST_FACTOR:
+                lowered = np.float32(weight * LOWER if weight < 1 else weight)
+                raised = np.float32(size * RAISE)
                 _write_piece(
-                    pieces, k, row, low, x, minus, dead[row, layer], np.float32,
-                    factor32[row, layer], noise32, scale32[row, layer],
-                )  # fmt: skip
+                    pieces, k, row, low, x, minus, zero, np.float32, lowered, noise32, raised
+                )
                 continue
             if not converted:
                 converted = True
                 for i in range(TILE):
                     drawn[i] = drawn32[i]
-            _write_piece(
-                pieces, k, row, low, x, minus, dead[row, layer], np.float64, factor[row, layer],
-                noise, size,
-            )  # fmt: skip
+            _write_piece(pieces, k, row, low, x, minus, zero, np.float64, weight, noise, size)
         column += 1
         if column == per_row:
             row, column, layer = row + 1, 0, 0
@@ -352,25 +353,14 @@ def write(
     units = np.zeros(len(pieces.ends) + 1, np.int64)
     np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
     layer_words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
-    factor32, scale32 = _single(factor, scale)
 
     def work(begin: int, end: int) -> None:
         scratch, state = np.empty(SCRATCH, np.uint8), generator.state.copy()
         write_units(
-            pieces.table, pieces.bounds, units, skip, dead, factor, scale, factor32, scale32,
-            clients, layer_words, state, generator.rounds, generator.blocks, fast,
-            mechanism == "gaussian", scratch.ctypes.data, begin, end,
+            pieces.table, pieces.bounds, units, skip, dead, factor, scale, clients, layer_words,
+            state, generator.rounds, generator.blocks, fast, mechanism == "gaussian",
+            scratch.ctypes.data, begin, end,
         )  # fmt: skip
 
     rows = len(clients)
     spread(work, rows * int(units[-1]), elements=rows * int(units[-1]) * TILE)
-
-
-def _single(factor: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In float32, factors below one lowered by the rounding of a difference and of a product."""
-    lowered = np.where(factor < 1, factor * (1 - 2.0**-22), factor)
-    with np.errstate(over="ignore"):
-        factor32, scale32 = lowered.astype(np.float32), scale.astype(np.float32)
-    zero, top = np.float32(0), np.float32(np.inf)
-    factor32 = np.where(factor32 > lowered, np.nextafter(factor32, zero), factor32)
-    return factor32, np.where(scale32 < scale, np.nextafter(scale32, top), scale32)
