@@ -1,5 +1,6 @@
 """Per-layer clipping and secure noise for differentially private training."""
 
+from aadp_kernels._reuse import ReusedNoiseError
 from aadp_kernels.clip_sum import clip_sum_noise
 from aadp_kernels.clipping import Bias, UnsupportedLayerError, check_single_use, with_clipping
 from aadp_kernels.ghost import (
@@ -32,6 +33,7 @@ __all__ = [
     "ClipStats",
     "Layout",
     "NoiseKey",
+    "ReusedNoiseError",
     "UnsupportedLayerError",
     "check_single_use",
     "clip_sum_noise",

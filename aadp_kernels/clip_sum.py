@@ -12,7 +12,7 @@ from aadp_kernels._torch.grid import quantum
 from aadp_kernels._torch.privatize import ClipStats
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey
-from aadp_kernels.privatize import check_tensors, noise_source, per_layer
+from aadp_kernels.privatize import check_tensors, claim_layers, noise_source, per_layer
 
 
 @torch.no_grad()
@@ -66,6 +66,7 @@ def clip_sum_noise(
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
             key; an `impl` that is unknown, cannot run here or lacks the form.
+        ReusedNoiseError: Noise that this key object has drawn before, see `NoiseKey`.
 
     Guarantees:
         Each record's float64 contribution has a norm of at most C; below C its factor is exactly
@@ -119,13 +120,15 @@ def clip_sum_noise(
             raise ValueError("scale must be positive with form='grid' (or None), got 0")
         quanta = quantum(scale, mechanism)
     kind = torch.float64 if quanta is None else torch.int64
+    running = None if accumulate is None else _running_sums(accumulate, layout, device, kind)
+    if last:
+        claim_layers(key, noise, client, layout, scale)
     if hasattr(backend, "clip_sum_noise"):
-        running = None if accumulate is None else _running_sums(accumulate, layout, device, kind)
         return backend.clip_sum_noise(
             per_sample, layout, clip=clip, scale=scale, p=p, noise=noise, mask=live,
             votes_at=votes_at, accumulate=running, last=last, quanta=quanta,
         )  # fmt: skip
-    sums = _running_sums(accumulate, layout, device, kind)
+    sums = running or _running_sums(None, layout, device, kind)
     stats = backend.clip_sum(
         per_sample,
         layout,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import _dispatch, _ops, _validate
+from aadp_kernels._reuse import Segment, UsedNoise
 from aadp_kernels._torch import noise as _noise
 from aadp_kernels._torch.rng import RNGS, key_words_needed, words_per_block
 
@@ -44,8 +45,18 @@ class NoiseKey:
 
     Guarantees:
         Keys with different generators share no stream, nor do keys derived with different contexts.
-        A (key, step, client, layer) must be used for one release only: the same noise on two
-        different sums reveals their difference. The caller sees to that.
+        The same noise on two different sums reveals their difference. So a key object remembers,
+        for each (mechanism, form, layer, client), its last step and the elements drawn in it: to
+        draw an element twice, or for a step lower than the last, is a ReusedNoiseError. Disjoint
+        elements of one step (shards) may be drawn one after another, by several threads too.
+        Drawing the same noise again on purpose takes a new key object.
+
+    Edge cases:
+        | not seen by a key object | who sees to it |
+        |---|---|
+        | other objects with its secret (other processes, `derive` of one context twice) | caller |
+        | step or client ids on an accelerator, which are never read | caller |
+        | coins: the same coins twice reveal nothing new | nobody |
     """
 
     def __init__(self, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> None:
@@ -56,6 +67,7 @@ class NoiseKey:
         self._secret = bytes(secret)
         self._rng = rng
         self._simulated = bool(simulated)
+        self._used = UsedNoise()
         # A tensor is an input of a compiled graph; a tuple of numbers would be a constant in it.
         self.word_tensor = torch.tensor(self.words)
         _OWNERS[self.word_tensor.data_ptr()] = self
@@ -231,6 +243,7 @@ def sample_noise(
         ValueError: A scale that is negative or not finite, an address out of range, a shape that
             does not begin with K, an `impl` that is unknown, cannot run here or lacks
             the form.
+        ReusedNoiseError: Noise that this key object has drawn before, see `NoiseKey`.
 
     Guarantees:
         Element i of the flattened result (of the row) depends on (key, step, client, layer,
@@ -274,9 +287,11 @@ def sample_noise(
         scale = _validate.finite_nonnegative("scale", scale)
     if shape.numel() == 0 or (not isinstance(scale, Tensor) and scale == 0):
         return torch.zeros(shape, dtype=dtype, device=place)
+    segment = (layer, offset, count)
+    claim(key, mechanism, form, step, client, [segment])
     return backend.scaled_noise(
-        key.rng, key.words, (layer, offset, count), clients, step=step, mechanism=mechanism,
-        form=form, scale=scale, dtype=dtype,
+        key.rng, key.words, segment, clients, step=step, mechanism=mechanism, form=form,
+        scale=scale, dtype=dtype,
     ).reshape(shape)  # fmt: skip
 
 
@@ -352,6 +367,29 @@ def check_address(key: NoiseKey, *, step: int | Tensor, layer: int) -> int | Ten
             return step
         step = int(step)
     return _validate.integer_below("step", step, _MAX_STEP)
+
+
+def claim(
+    key: NoiseKey,
+    mechanism: str,
+    form: str,
+    step: int | Tensor,
+    client: int | Tensor,
+    segments: Sequence[Segment],
+) -> None:
+    """Note what a release draws, before it is drawn; a ReusedNoiseError if it was drawn before.
+
+    Nothing is read from an accelerator.
+    """
+    if isinstance(step, Tensor):
+        return
+    if isinstance(client, Tensor):
+        if client.device.type != "cpu":
+            return
+        client = client.reshape(-1).tolist()
+    else:
+        client = [client]
+    key._used.claim(f"{form} {mechanism}", step, client, segments)
 
 
 def _scale_device(scale: float | Tensor) -> torch.device:

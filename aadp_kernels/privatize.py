@@ -10,7 +10,7 @@ from torch import Tensor
 from aadp_kernels import _dispatch, _ops, _validate
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address
+from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
 
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
@@ -65,6 +65,7 @@ def privatize_(
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
             key; an `impl` that is unknown, cannot run here or lacks the form. Values of clip, scale
             and step that lie on an accelerator are not read.
+        ReusedNoiseError: Noise that this key object has drawn before, see `NoiseKey`.
 
     Guarantees:
         The float64 norm of a clipped layer is at most C, also after it is rounded to the dtype of
@@ -112,9 +113,9 @@ def privatize_(
         ids = _validate.client_ids(clients, device)
     noise = noise_source(key, scale, mechanism, form, p, step, ids)
     elements = sum(layout.sizes)
-    stats = _dispatch.backend(
-        impl, "privatize", device=device, elements=elements, form=form
-    ).privatize(
+    backend = _dispatch.backend(impl, "privatize", device=device, elements=elements, form=form)
+    claim_layers(key, noise, 0 if clients is None else clients, layout, scale)
+    stats = backend.privatize(
         tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
         votes_at=votes_at,
     )  # fmt: skip
@@ -219,3 +220,17 @@ def noise_source(
         raise ValueError("p must be 1 with laplace noise, got 2: an L2 bound does not bound L1")
     step = check_address(key, step=step, layer=0)
     return Noise(key.rng, key.words, mechanism, form, step, clients)
+
+
+def claim_layers(
+    key: NoiseKey | None,
+    noise: Noise | None,
+    client: int | Tensor,
+    layout: Layout,
+    scale: Tensor,
+) -> None:
+    """Note the noise of whole layers, or raise if it was drawn before."""
+    if key is None or noise is None:
+        return
+    segments = [(i, 0, layout.dims[i]) for i in noise.noisy_layers(layout, scale)]
+    claim(key, noise.mechanism, noise.form, noise.step, client, segments)

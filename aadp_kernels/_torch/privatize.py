@@ -40,16 +40,20 @@ class Noise(NamedTuple):
     step: int | Tensor
     clients: Tensor
 
+    def noisy_layers(self, layout: Layout, scale: Tensor) -> list[int]:
+        """Layers where somebody's scale is positive; all on an accelerator, where none is read."""
+        noisy = [True] * layout.num_layers
+        if scale.device.type == "cpu":
+            noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
+        return [i for i in range(layout.num_layers) if noisy[i] and layout.dims[i]]
+
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.
 
         In the grid form it is in quanta, int64. All layers come from one call, since small layers
-        cost only dispatch. On an accelerator the scales are not read, and every layer draws.
+        cost only dispatch.
         """
-        noisy = [True] * layout.num_layers
-        if scale.device.type == "cpu":
-            noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
-        layers = [i for i in range(layout.num_layers) if noisy[i] and layout.dims[i]]
+        layers = self.noisy_layers(layout, scale)
         drawn: list[Tensor | None] = [None] * layout.num_layers
         if layers and len(self.clients):
             segments = [(i, 0, layout.dims[i]) for i in layers]

@@ -9,11 +9,15 @@ from scipy import stats
 from aadp_kernels import Layout, NoiseKey, clip_sum_noise, sample_noise
 from aadp_kernels._torch import clip_sum as spec
 
-KEY = NoiseKey.from_seed(12)
 LAYOUT = Layout.build(
     {"a.weight": torch.zeros(5, 3), "a.bias": torch.zeros(5), "b.weight": torch.zeros(7)}
 )
 CLIP = torch.tensor([4.0, 2.0])
+
+
+def key():
+    """The same key, which remembers nothing."""
+    return NoiseKey.from_seed(12)
 
 
 def gradients(batch=9, seed=0):
@@ -63,17 +67,19 @@ def test_equals_the_formula(p, clip, rows, monkeypatch):
 def test_micro_batches_equal_one_batch_and_noise_goes_in_once():
     grads = gradients(10)
     arguments = {"layout": LAYOUT, "clip": CLIP, "scale": torch.tensor([0.5, 0.0]), "p": 2,
-                 "key": KEY, "step": 3, "client": 8}  # fmt: skip
-    whole, _ = clip_sum_noise(grads, **arguments)
+                 "step": 3, "client": 8}  # fmt: skip
+    whole, _ = clip_sum_noise(grads, key=key(), **arguments)
+    micro = key()
     running = None
     for start in (0, 4, 8):
         part = [g[start : start + 4] for g in grads]
-        running, _ = clip_sum_noise(part, accumulate=running, last=start == 8, **arguments)
+        running, _ = clip_sum_noise(part, accumulate=running, last=start == 8, key=micro,
+                                    **arguments)  # fmt: skip
         assert running[0].dtype == (torch.float32 if start == 8 else torch.float64)
     for a, b in zip(whole, running, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    clean, _ = clip_sum_noise(grads, **{**arguments, "scale": None, "key": None})
-    noise = sample_noise((20,), mechanism="gaussian", scale=0.5, key=KEY, step=3, client=8)
+    clean, _ = clip_sum_noise(grads, **{**arguments, "scale": None})
+    noise = sample_noise((20,), mechanism="gaussian", scale=0.5, key=key(), step=3, client=8)
     torch.testing.assert_close(whole[0] - clean[0], noise[:15].view(5, 3), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole[1] - clean[1], noise[15:], rtol=1e-5, atol=1e-5)
     assert torch.equal(whole[2], clean[2])
@@ -107,7 +113,7 @@ def test_noise_has_the_scale_and_no_other(mechanism):
     grads = [torch.zeros(2, 20_000)]
     sums, _ = clip_sum_noise(
         grads, layout=Layout.build([grads[0][0]]), clip=torch.ones(1), scale=torch.tensor([0.7]),
-        p=1, mechanism=mechanism, key=KEY,
+        p=1, mechanism=mechanism, key=key(),
     )  # fmt: skip
     law = stats.norm if mechanism == "gaussian" else stats.laplace
     assert stats.kstest(sums[0].numpy(), law(scale=0.7).cdf).pvalue > 1e-3
@@ -129,6 +135,6 @@ def test_noise_has_the_scale_and_no_other(mechanism):
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = {"layout": LAYOUT, "clip": CLIP, "scale": None, "p": 2, "key": KEY, **change}
+    arguments = {"layout": LAYOUT, "clip": CLIP, "scale": None, "p": 2, "key": key(), **change}
     with pytest.raises(ValueError, match=message):
         clip_sum_noise(gradients(), **arguments)

@@ -35,7 +35,12 @@ LN2 = Decimal(2).ln()
 
 def draw(shape, mechanism, key=KEY, **kwargs):
     kwargs = {"scale": 1.0, "step": 3, "dtype": torch.int64, **kwargs}
-    return sample_noise(shape, mechanism=mechanism, key=key, form="grid", **kwargs)
+    return sample_noise(shape, mechanism=mechanism, key=again(key), form="grid", **kwargs)
+
+
+def again(key):
+    """An equal key that remembers nothing."""
+    return NoiseKey.from_bytes(key._secret, key.rng, key.simulated)
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +274,7 @@ def one_record(x, clip, scale, p, mechanism="laplace"):
     """The integers of one record and the quantum."""
     sums, stat = clip_sum_noise(
         [x[None]], layout=Layout.build([x]), clip=torch.tensor([clip], dtype=torch.float64),
-        scale=torch.tensor([scale], dtype=torch.float64), p=p, mechanism=mechanism, key=KEY,
+        scale=torch.tensor([scale], dtype=torch.float64), p=p, mechanism=mechanism, key=again(KEY),
         form="grid", last=False,
     )  # fmt: skip
     assert sums[0].dtype == torch.int64
@@ -315,7 +320,7 @@ def test_huge_ratios_and_long_sums_stay_in_range():
     start = torch.tensor([(1 << 63) - 5])
     sums, _ = clip_sum_noise(
         [torch.ones(2, 1)], layout=layout, clip=torch.tensor([math.inf]),
-        scale=torch.tensor([1e-30]), p=1, mechanism="laplace", key=KEY, form="grid",
+        scale=torch.tensor([1e-30]), p=1, mechanism="laplace", key=again(KEY), form="grid",
         accumulate=[start], last=False,
     )  # fmt: skip
     assert sums[0].item() == spec.SUM_LIMIT + 2 * spec.LIMIT
@@ -341,17 +346,20 @@ def test_clip_sum_adds_the_integers_of_the_records(p, mechanism):
     grads, clip, scale = tensors(9), torch.tensor([4.0, 2.0]), torch.tensor([0.5, 3.0])
     grads[0][2, 0, 0], grads[2][3, 1] = math.nan, math.inf
     arguments = {"layout": LAYOUT, "clip": clip, "scale": scale, "p": p, "mechanism": mechanism,
-                 "key": KEY, "step": 3, "form": "grid"}  # fmt: skip
+                 "step": 3, "form": "grid"}  # fmt: skip
     singles = [
-        clip_sum_noise([g[i : i + 1] for g in grads], last=False, **arguments)[0] for i in range(9)
+        clip_sum_noise([g[i : i + 1] for g in grads], last=False, key=again(KEY), **arguments)[0]
+        for i in range(9)
     ]
     expected = [sum(parts) for parts in zip(*singles, strict=True)]
     running = None
     for start in (0, 4, 8):
         part = [g[start : start + 4] for g in grads]
-        running, _ = clip_sum_noise(part, accumulate=running, last=False, **arguments)
+        running, _ = clip_sum_noise(
+            part, accumulate=running, last=False, key=again(KEY), **arguments
+        )
     assert all(torch.equal(a, b) for a, b in zip(running, expected, strict=True))
-    sums, stat = clip_sum_noise(grads, **arguments)
+    sums, stat = clip_sum_noise(grads, key=again(KEY), **arguments)
     assert stat.nonfinite.tolist() == [1, 1]
     q, offset = grid.quantum(scale, mechanism), 0.5 if mechanism == "laplace" else 0.0
     for i, (total, exact) in enumerate(zip(sums, expected, strict=True)):
@@ -374,10 +382,11 @@ def test_privatize_equals_the_formula_and_clients_one_by_one(p, mechanism):
     clip = torch.tensor([[4.0, 2.0], [100.0, math.inf], [1.0, 0.0]])
     scale = torch.tensor([[0.5, 0.0], [1.0, 2.0], [0.0, 1.0]])
     clients = torch.tensor([7, 1, 3])
-    arguments = {"layout": LAYOUT, "p": p, "mechanism": mechanism, "key": KEY, "step": 3,
+    arguments = {"layout": LAYOUT, "p": p, "mechanism": mechanism, "step": 3,
                  "reference": reference}  # fmt: skip
-    privatize_(cohort, clip=clip, scale=scale, clients=clients, form="grid", **arguments)
-    privatize_(clean, clip=clip, scale=torch.zeros(2), clients=clients, **arguments)
+    privatize_(cohort, clip=clip, scale=scale, clients=clients, form="grid", key=again(KEY),
+               **arguments)  # fmt: skip
+    privatize_(clean, clip=clip, scale=torch.zeros(2), clients=clients, key=None, **arguments)
     q, offset = grid.quantum(scale, mechanism), 0.5 if mechanism == "laplace" else 0.0
     for i, layer in enumerate(LAYOUT.layer_of):
         k = draw((3, LAYOUT.sizes[i]), mechanism, client=clients, layer=layer,
@@ -389,17 +398,18 @@ def test_privatize_equals_the_formula_and_clients_one_by_one(p, mechanism):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
         silent = scale[:, layer] == 0
         assert torch.equal(got[silent], clean[i].double().view(3, -1)[silent])
+    alone = again(KEY)
     for k in range(3):
         own = {"clip": clip[k], "scale": scale[k], "clients": clients[k : k + 1]}
-        privatize_(single[k], form="grid", **own, **arguments)
+        privatize_(single[k], form="grid", key=alone, **own, **arguments)
         assert all(torch.equal(a[k], b[0]) for a, b in zip(cohort, single[k], strict=True))
 
 
 def test_what_is_not_finite_gives_noise_only():
     x = tensors()
     x[1][2] = math.nan
-    stat = privatize_(x, layout=LAYOUT, clip=torch.ones(2), scale=torch.ones(2), key=KEY, step=3,
-                      form="grid")  # fmt: skip
+    stat = privatize_(x, layout=LAYOUT, clip=torch.ones(2), scale=torch.ones(2), key=again(KEY),
+                      step=3, form="grid")  # fmt: skip
     assert stat.nonfinite.tolist() == [1, 0]
     noise = draw((20,), "laplace", dtype=torch.float32)
     assert torch.equal(torch.cat([x[0].flatten(), x[1]]), noise)
@@ -521,7 +531,7 @@ def test_inexactness_grows_with_the_elements():
 )
 def test_bad_arguments(change, message):
     arguments = {"layout": LAYOUT, "clip": torch.ones(2), "scale": torch.ones(2), "p": 1,
-                 "mechanism": "laplace", "key": KEY, "form": "grid", **change}  # fmt: skip
+                 "mechanism": "laplace", "key": again(KEY), "form": "grid", **change}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         clip_sum_noise(tensors(4), **arguments)
 
@@ -529,7 +539,7 @@ def test_bad_arguments(change, message):
 def test_a_layer_of_clip_norm_zero_needs_no_noise():
     sums, _ = clip_sum_noise(
         tensors(4), layout=LAYOUT, clip=torch.tensor([1.0, 0.0]), scale=torch.tensor([1.0, 0.0]),
-        p=1, mechanism="laplace", key=KEY, form="grid",
+        p=1, mechanism="laplace", key=again(KEY), form="grid",
     )  # fmt: skip
     assert not sums[2].any()
     assert sums[0].any()

@@ -10,7 +10,6 @@ from scipy import stats
 
 from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
 
-KEY = NoiseKey.from_seed(11)
 LAYOUT = Layout.build(
     {
         "a.weight": torch.zeros(5, 3),
@@ -21,13 +20,18 @@ LAYOUT = Layout.build(
 )
 
 
+def key():
+    """The same key, which remembers nothing."""
+    return NoiseKey.from_seed(11)
+
+
 def updates(*lead, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn((*lead, *s), generator=generator).to(dtype) for s in LAYOUT.shapes]
 
 
 def run(tensors, clip=math.inf, scale=0.0, **kwargs):
-    kwargs = {"key": KEY, "step": 2, "p": 1, **kwargs}
+    kwargs = {"key": key(), "step": 2, "p": 1, **kwargs}
     clip, scale = (torch.as_tensor(v, dtype=torch.float64).expand(3) for v in (clip, scale))
     return privatize_(tensors, layout=LAYOUT, clip=clip, scale=scale, **kwargs)
 
@@ -46,7 +50,7 @@ def test_equals_the_formula_with_reference_noise_and_cohort(p):
     clip, scale = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.3, 0.0, 0.2])
     votes_at = torch.tensor([15.0, 6.0, 1.0])
     stat = privatize_(
-        before, layout=LAYOUT, clip=clip, scale=scale, p=p, mechanism=mechanism, key=KEY, step=5,
+        before, layout=LAYOUT, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key(), step=5,
         clients=clients, reference=reference, out=out, votes_at=votes_at,
     )  # fmt: skip
     for layer, members in enumerate(LAYOUT.members):
@@ -55,7 +59,7 @@ def test_equals_the_formula_with_reference_noise_and_cohort(p):
         expected = update * (clip[layer] / norm).clamp(max=1)[:, None]
         for k, client in enumerate(clients.tolist()):
             expected[k] += sample_noise(
-                (LAYOUT.dims[layer],), mechanism=mechanism, scale=scale[layer].item(), key=KEY,
+                (LAYOUT.dims[layer],), mechanism=mechanism, scale=scale[layer].item(), key=key(),
                 step=5, client=client, layer=layer, dtype=torch.float64,
             )  # fmt: skip
         torch.testing.assert_close(rows(out, members, (4,)), expected, rtol=1e-6, atol=1e-6)
@@ -71,12 +75,14 @@ def test_cohort_equals_clients_one_by_one():
     single = [[t[k].clone() for t in together] for k in range(3)]
     clip = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.1, 0.2], [math.inf, 0.0, 1.0]])
     scale = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.0, 0.1], [1.0, 1.0, 1.0]])
-    arguments = {"layout": LAYOUT, "key": KEY, "step": 1}
-    privatize_(together, clip=clip, scale=scale, clients=torch.tensor([7, 8, 9]), **arguments)
+    arguments = {"layout": LAYOUT, "step": 1}
+    privatize_(together, clip=clip, scale=scale, clients=torch.tensor([7, 8, 9]), key=key(),
+               **arguments)  # fmt: skip
+    alone = key()
     for k in range(3):
         own = [t[None] for t in single[k]]
         ids = torch.tensor([7 + k])
-        privatize_(own, clip=clip[k], scale=scale[k], clients=ids, **arguments)
+        privatize_(own, clip=clip[k], scale=scale[k], clients=ids, key=alone, **arguments)
         assert all(torch.equal(a[k], b[0]) for a, b in zip(together, own, strict=True))
 
 
@@ -152,7 +158,7 @@ def test_nonfinite_layer_gives_zeros_and_spreads_nowhere(bad):
     noised = updates(1)
     noised[0][0, 0, 0] = bad
     run(noised, clip=1.0, scale=0.5, clients=torch.tensor([6]))
-    noise = sample_noise((15,), mechanism="laplace", scale=0.5, key=KEY, step=2, client=6)
+    noise = sample_noise((15,), mechanism="laplace", scale=0.5, key=key(), step=2, client=6)
     assert torch.equal(noised[0].flatten(), noise)
 
 
@@ -160,9 +166,9 @@ def test_strided_and_empty_tensors():
     base = torch.randn(6, 4)
     view, copy = base.t()[::2], base.t()[::2].clone()
     layout = Layout.build([view, torch.zeros(0, 3)])
-    arguments = {"layout": layout, "clip": torch.ones(2), "scale": torch.ones(2), "key": KEY}
-    privatize_([view, torch.zeros(0, 3)], step=0, **arguments)
-    privatize_([copy, torch.zeros(0, 3)], step=0, **arguments)
+    arguments = {"layout": layout, "clip": torch.ones(2), "scale": torch.ones(2)}
+    privatize_([view, torch.zeros(0, 3)], step=0, key=key(), **arguments)
+    privatize_([copy, torch.zeros(0, 3)], step=0, key=key(), **arguments)
     assert torch.equal(view, copy)
 
 
@@ -170,7 +176,7 @@ def test_strided_and_empty_tensors():
 def test_noise_has_the_scale_and_no_other(mechanism):
     x = torch.zeros(20_000)
     privatize_([x], layout=Layout.build([x]), clip=torch.ones(1), scale=torch.tensor([0.7]),
-               mechanism=mechanism, key=KEY, step=0)  # fmt: skip
+               mechanism=mechanism, key=key(), step=0)  # fmt: skip
     law = stats.norm if mechanism == "gaussian" else stats.laplace
     assert stats.kstest(x.numpy(), law(scale=0.7).cdf).pvalue > 1e-3
     for wrong in (2 / 3, 3 / 2):

@@ -1,0 +1,96 @@
+"""Remembers which noise a key has drawn, so that none is drawn for two releases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+
+Spans = tuple[tuple[int, int], ...]  # sorted, disjoint, not touching: [start, stop)
+Segment = tuple[int, int, int]  # layer, first element, number of elements
+
+
+class ReusedNoiseError(ValueError):
+    """Noise that this key has drawn before: two releases with it reveal their difference."""
+
+
+class _Stream:
+    """The last step of every client in one (domain, layer), and the elements drawn in it."""
+
+    __slots__ = ("last", "newest")
+
+    def __init__(self) -> None:
+        self.newest = -1
+        self.last: dict[int, tuple[int, Spans]] = {}
+
+    def conflict(self, step: int, clients: Sequence[int], start: int, stop: int) -> int | None:
+        """A client whose elements may have been drawn: at a later step, or in this one."""
+        if step <= self.newest:
+            for client in clients:
+                if client in self.last:
+                    last, spans = self.last[client]
+                    if step < last or (step == last and _overlap(spans, start, stop)):
+                        return client
+        return None
+
+    def record(self, step: int, clients: Sequence[int], start: int, stop: int) -> None:
+        """Note elements that do not conflict."""
+        pieces = {}
+        if step <= self.newest:
+            for client in clients:
+                if client in self.last and self.last[client][0] == step:
+                    pieces[client] = (step, _joined(self.last[client][1], start, stop))
+        self.last.update(dict.fromkeys(clients, (step, ((start, stop),))))
+        self.last.update(pieces)
+        self.newest = max(self.newest, step)
+
+
+def _overlap(spans: Spans, start: int, stop: int) -> bool:
+    return any(start < end and begin < stop for begin, end in spans)
+
+
+def _joined(spans: Spans, start: int, stop: int) -> Spans:
+    """The spans with a disjoint one more; those that touch become one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted((*spans, (start, stop))):
+        if joined and joined[-1][1] == begin:
+            begin = joined.pop()[0]
+        joined.append((begin, end))
+    return tuple(joined)
+
+
+class UsedNoise:
+    """What one key object has drawn: a last step for each (domain, layer, client) and its elements.
+
+    Steps of a stream must not decrease; elements of one step may come in disjoint pieces.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._streams: dict[tuple[str, int], _Stream] = {}
+
+    def claim(
+        self, domain: str, step: int, clients: Sequence[int], segments: Sequence[Segment]
+    ) -> None:
+        """Note the elements of the segments for all clients, or raise and note nothing.
+
+        Raises:
+            ReusedNoiseError: Elements that were drawn in this step, a step lower than the last, or
+                a client that appears twice.
+        """
+        if len(set(clients)) < len(clients):
+            raise ReusedNoiseError("client must hold every id once: rows with one id share noise")
+        with self._lock:
+            wanted = [
+                (self._streams.setdefault((domain, layer), _Stream()), layer, start, start + count)
+                for layer, start, count in segments
+                if count
+            ]
+            for stream, layer, start, stop in wanted:
+                client = stream.conflict(step, clients, start, stop)
+                if client is not None:
+                    raise ReusedNoiseError(
+                        f"step {step} of client {client}, layer {layer} must be released once: "
+                        "this key has drawn its noise, or that of a later step, before"
+                    )
+            for stream, _, start, stop in wanted:
+                stream.record(step, clients, start, stop)
