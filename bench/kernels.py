@@ -66,6 +66,8 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
         for name, case in CASES.items()
         if (gpu or not case.gpu_only) and (case.quick or not quick)
     ]
+    # Tables that take longest come last, in case the time runs out.
+    found, large = [j for j in found if not j.short], [j for j in found if j.short]
     found += [Job("cnn_100", p=2, mechanism="gaussian"), Job("cnn_100", reference=True, short=True)]
     found += [Job("mlp_100", p=2, mechanism="gaussian", rows=500)]
     if not quick:
@@ -73,7 +75,7 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
         found += [Job("resnet18", p=2, mechanism="gaussian"), Job("resnet18", reference=True)]
         found += [Job("resnet18", dtype=d, short=True) for d in ("bfloat16", "float16")]
         found += [Job("resnet18", p=2, mechanism="gaussian", rows=8)]
-    return found
+    return found + large
 
 
 def run(device: torch.device, *, quick: bool, budget: float) -> dict:

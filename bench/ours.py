@@ -103,7 +103,13 @@ def contenders(
         alone = (
             problem.summed and form != "grid" and {i for i, f in every if f == form} == {"torch"}
         )
-        if each == "torch" and (rng != rngs[0] or not (specification_too or alone)):
+        if each == "torch" and (
+            form == "grid" or rng != rngs[0] or not (specification_too or alone)
+        ):
+            continue
+        # The grid form wants a secure generator, and on a CPU it is too slow for large tables.
+        large = problem.device.type == "cpu" and problem.elements > 2e7
+        if form == "grid" and (rng != rngs[-1] or large):
             continue
 
         def build(problem: Problem, rng=rng, form=form, impl=each) -> Runner:
