@@ -32,19 +32,24 @@ MEASURED = ("kernels", "dp_step")
 PARTS = (*MEASURED, "headline", "cohort", "report", "all")
 
 
-def measure_part(
-    part: str, device: torch.device, *, quick: bool, budget: float, out: Path
-) -> list[str]:
-    """Run a part and write it beside the other parts of the day; sides of ours that failed."""
+def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:
+    """Run a part and write it beside the other results of the day; sides of ours that failed."""
     found = machine.record(device)
     start = time.perf_counter()
     module = importlib.import_module(f"bench.{part}")
-    results = module.run(device, quick=quick, budget=budget)
+    default = 75.0 if options.quick else 200.0 if device.type == "cuda" else 900.0
+    budget = default if options.budget is None else options.budget
+    results = module.run(device, quick=options.quick, budget=budget, only=options.only)
+    for case in results.values():
+        case["commit"] = found["commit"] + ("+" if found["dirty"] else "")
     found["seconds"] = round(time.perf_counter() - start, 1)
+    quick, out = options.quick, options.out
     name = f"{machine.slug(found)}_{found['date']}{'_quick' if quick else ''}.json"
     path = out / name
     data = json.loads(path.read_text()) if path.exists() else {}
-    data[part] = {"machine": found, "results": results}
+    # Cases that are measured alone join those that were measured before.
+    before = data[part]["results"] if options.only and part in data else {}
+    data[part] = {"machine": found, "results": before | results}
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{part}: {found['seconds']} s, {path}", flush=True)
@@ -66,20 +71,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--budget", type=float, help="seconds a part, beside what has begun")
+    parser.add_argument("--only", default="", help="cases whose title contains this")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
     # Peers warn about their own hooks; what matters here raises.
     warnings.simplefilter("ignore")
-    default = 75.0 if options.quick else 200.0 if device.type == "cuda" else 900.0
-    budget = default if options.budget is None else options.budget
     failed = []
     for part in MEASURED if "all" in options.parts else options.parts:
         if part in MEASURED:
-            failed += measure_part(
-                part, device, quick=options.quick, budget=budget, out=options.out
-            )
+            failed += measure_part(part, device, options)
         elif part == "report":
             importlib.import_module("bench.report").report()
         else:

@@ -27,6 +27,11 @@ def jobs(quick: bool, gpu: bool) -> list[tuple[str, int, int]]:
     return found
 
 
+def title_of(name: str, size: int, p: int) -> str:
+    """How tables call a comparison."""
+    return f"{name}, batch {size}" + (", L1 clip and Laplace" if p == 1 else "")
+
+
 class StepRunner:
     """One side with a model of its own, put back before every step."""
 
@@ -78,16 +83,16 @@ def gate(runner: StepRunner, level: str) -> str:
     return "equal clipped gradients"
 
 
-def run(device: torch.device, *, quick: bool, budget: float) -> dict:
-    """Every comparison; `budget` seconds for all of them together."""
-    todo = jobs(quick, device.type == "cuda")
+def run(device: torch.device, *, quick: bool, budget: float, only: str = "") -> dict:
+    """Every comparison, or those that are named; `budget` seconds for all of them together."""
+    todo = [job for job in jobs(quick, device.type == "cuda") if only in title_of(*job)]
     results, start = {}, time.perf_counter()
     for i, (name, size, p) in enumerate(todo):
         left = budget - (time.perf_counter() - start)
         if left < 0:
             print(f"dp_step: no time left for {todo[i:]}", flush=True)
             break
-        title = f"{name}, batch {size}" + (", L1 clip and Laplace" if p == 1 else "")
+        title = title_of(name, size, p)
         print(f"\n{title}", flush=True)
         setup = Setup.build(name, size, device, p)
         results[title] = measure_setup(setup, left / (len(todo) - i), quick)

@@ -143,8 +143,10 @@ def machine_line(part: dict) -> str:
     m = part["machine"]
     where = m.get("gpu") or f"{m['cpu']}, {m['capability']}, {m['threads']} of {m['cores']} cores"
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-    dirty = " with changes" if m["dirty"] else ""
-    return f"{where}; {versions}; commit {m['commit'][:10]}{dirty}, {m['date']}."
+    commits = dict.fromkeys(case["commit"] for case in part["results"].values())
+    names = ", ".join(c[:10] + (" with changes" if c.endswith("+") else "") for c in commits)
+    busy = f", load {m['load']:.0f}" if (m.get("load") or 0) >= 1.5 else ""
+    return f"{where}{busy}; {versions}; commit {names}, {m['date']}."
 
 
 def full_table(part: str, case: dict) -> list[str]:
