@@ -70,5 +70,5 @@ def panel(axis: plt.Axes, part: str, title: str, case: dict) -> None:
 
 
 def _tick(value: float, _position: object) -> str:
-    """1, 2, 3 and 5 of every decade."""
-    return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+    """1, 2 and 5 of every decade."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
