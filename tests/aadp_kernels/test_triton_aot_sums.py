@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_aot_sums.py")
-MAX_REGISTERS = {"norms": 128, "sums": 128, "grid": 160, "ghost": 128, "conv": 168}
+MAX_REGISTERS = {"norms": 128, "sums": 128, "grid": 160, "ghost": 128, "conv": 224}
 
 QUICK = ["norms,1,votes,fp32,90", "sums,philox10,fast,laplace,fp32,90", "ghost,fp32,90"]
 SLOW = [
