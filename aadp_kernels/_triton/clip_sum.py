@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aadp_kernels._torch.clip_sum import finish
 from aadp_kernels._torch.privatize import ClipStats, Noise
+from aadp_kernels._triton import grid
 from aadp_kernels._triton._device import key_tensor, step_tensor, to_device
 from aadp_kernels._triton.clip_sum_kernels import (
     TRITON_DTYPES,
@@ -49,6 +50,25 @@ class _Plan:
     layers: Tensor
     statics: Tensor
     num_slots: int
+
+
+class _GridNoise:
+    """The integers of a `Noise` of the grid form, drawn by Triton: one launch a layer."""
+
+    def __init__(self, noise: Noise) -> None:
+        self.noise, self.mechanism = noise, noise.mechanism
+
+    def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
+        """Per layer, noise in quanta, int64 [1, d_l]."""
+        noise = self.noise
+        return [
+            grid.scaled_noise(
+                noise.rng, tuple(noise.key_words), (layer, 0, dim), noise.clients, step=noise.step,
+                mechanism=noise.mechanism, form="grid", scale=1.0, dtype=torch.int64,
+            )
+            if dim else None
+            for layer, dim in enumerate(layout.dims)
+        ]  # fmt: skip
 
 
 def _upload(rows: Sequence[Any], device: torch.device) -> Tensor:
@@ -129,7 +149,8 @@ def clip_sum_noise(
         flags = {"FRESH": accumulate is None, "LAST": noised, "GRID": quanta is not None}
         _sum(plan, tensors, factors, scale, draw, flags)
     if last and not noised:
-        results = finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes, quanta=quanta)
+        drawn: Any = None if noise is None else _GridNoise(noise)
+        results = finish(sums, layout, scale=scale, noise=drawn, dtypes=dtypes, quanta=quanta)
     return results, stats
 
 
