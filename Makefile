@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: fit test test-slow test-gpu lint tables bench bench-peers clean
+.PHONY: fit test test-slow test-gpu lint tables bench bench-peers mutate clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ bench: $(VENV)/installed  ## kernels and private steps against peers, about an h
 bench-peers:  ## peers that need other versions than ours, in .venv-peers
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -r bench/requirements-peers.txt
+
+mutate: $(VENV)/installed  ## one mistake at a time, and whether the tests notice; minutes
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """privatize_ and layer_norms against plain float64 arithmetic."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
+from aadp_kernels._torch.privatize import clip_factors
 
 LAYOUT = Layout.build(
     {
@@ -214,3 +216,31 @@ def test_bad_arguments(change, message):
         run(updates(), **change)
     with pytest.raises(ValueError, match="floating"):
         run([t.long() for t in updates()])
+
+
+def test_the_factor_covers_the_error_of_the_norm():
+    """A norm that is too small by its whole error bound still leads to at most the clip norm."""
+    count = 4096
+    norm = torch.linspace(1.001, 3, 500, dtype=torch.float64)
+    every = torch.ones(500, dtype=torch.bool)
+    factor, clipped = clip_factors(norm, torch.ones(500), every, count, torch.float64)
+    assert bool(clipped.all())
+    worst = 1 + Fraction(count, 2**52)
+    for f, n in zip(factor.tolist(), norm.tolist(), strict=True):
+        assert Fraction(f) * Fraction(n) * worst <= 1
+        assert f * n > 1 - 1e-11
+
+
+@pytest.mark.parametrize("impl", ["torch", "numba"])
+def test_a_norm_at_the_threshold_votes_for_it(impl):
+    if impl == "numba":
+        pytest.importorskip("numba")
+    layout = Layout.build([torch.zeros(128)])
+    update = torch.full((128,), 0.5)
+    options = {"clip": torch.tensor([1.0]), "scale": torch.tensor([0.0]), "key": None, "step": 0}
+    for threshold, vote in ((64.0, 0.5), (math.nextafter(64.0, 0.0), -0.5)):
+        seen = privatize_(
+            [update.clone()], layout=layout, impl=impl,
+            votes_at=torch.tensor([threshold], dtype=torch.float64), **options,
+        )  # fmt: skip
+        assert seen.votes.item() == vote

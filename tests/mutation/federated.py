@@ -1,0 +1,153 @@
+"""Mistakes in the rules, the accounting and the mechanism of fl_lightning."""
+
+from __future__ import annotations
+
+from tests.mutation.mutations import group
+
+POLICY = "tests/fl_lightning/test_policy.py"
+MECHANISM = "tests/fl_lightning/test_mechanism.py"
+SCALES = f"{MECHANISM}::test_releases_are_the_unnoised_update_plus_exactly_scaled_noise"
+CHARGED = f"{MECHANISM}::test_the_ledger_charges_what_the_noise_is_worth"
+PARITY = "tests/fl_lightning/test_parity.py"
+ACCOUNTING = "tests/fl_lightning/test_accounting.py"
+EXACTNESS = "tests/fl_lightning/test_exactness.py"
+
+THRESHOLDS = group(
+    "fl_lightning/privacy/thresholds.py",
+    POLICY,
+    ("total not divided over the layers", "clip_norm / (num_layers if p == 1", "clip_norm / (1 if p == 1"),
+    ("L2 total divided by L", "else math.sqrt(num_layers))", "else num_layers)"),
+    ("first clip norm 3/2", "torch.full((num_layers,), total,", "torch.full((num_layers,), 1.5 * total,"),
+    ("L2 clip norm 2/3", "return factor * math.sqrt(math.pi / 2) * l1_norm / dims.sqrt()", "return factor * 2 / 3 * math.sqrt(math.pi / 2) * l1_norm / dims.sqrt()"),
+    ("d instead of its root", "* l1_norm / dims.sqrt()", "* l1_norm / dims"),
+    ("quantile rule moves the wrong way", "torch.exp(-lr * (below - quantile))", "torch.exp(lr * (below - quantile))"),
+    ("quantile ignored", "torch.exp(-lr * (below - quantile))", "torch.exp(-lr * (below - 0.5))"),
+    ("votes not centred", "expected_batch[:, None] + 0.5).clamp", "expected_batch[:, None]).clamp"),
+    ("noisy fraction not held in [0, 1]", "+ 0.5).clamp(0.0, 1.0)", "+ 0.5)"),
+    ("tracked norm unbounded above", "initial * NORM_RANGE)", "initial * float('inf'))"),
+    ("noise of a Gaussian not taken off", "mean_abs.square() - 2 * noise_scale.square() / math.pi", "mean_abs.square()"),
+    ("noise of a Gaussian taken off by 2/3", "mean_abs.square() - 2 * noise_scale.square() / math.pi", "mean_abs.square() - 2 * (2 / 3 * noise_scale).square() / math.pi"),
+    ("noise of a Laplace taken off by 3/2", "excess = (mean_abs - noise_scale)", "excess = (mean_abs - 1.5 * noise_scale)"),
+    ("Laplace estimate doubled", "noise_scale)).sqrt()) / 2", "noise_scale)).sqrt())"),
+    ("L2 proportions like L1", "l1_norm if p == 1 else l1_norm.square() / dims", "l1_norm if p == 1 else l1_norm.square()"),
+    ("no even part", "(1 - CLIP_FLOOR) * normalized(size) + CLIP_FLOOR / size.shape[-1]", "normalized(size)"),
+    ("released clip norm can jump up", ", previous * MAX_CHANGE)", ", previous * 1e9)"),
+    ("released clip norm can drop", "previous / MAX_CHANGE)", "previous / 1e9)"),
+)  # fmt: skip
+
+ALLOCATION = group(
+    "fl_lightning/privacy/allocation.py",
+    POLICY,
+    ("mse without the square of C", "dims * clip_norm.square()", "dims * clip_norm"),
+    ("contribution without d", '"contribution": dims * contribution', '"contribution": contribution'),
+    ("abstract like uniform", '"abstract": contribution', '"abstract": torch.ones_like(contribution)'),
+    ("root dropped for Gaussian", "size = size.sqrt() if mechanism", "size = size if mechanism"),
+    ("square root for Laplace", "size.pow(1 / 3)", "size.pow(1 / 2)"),
+    ("no floor", "(1 - floor) * normalized(size) + floor / size.shape[-1]", "normalized(size)"),
+    ("shares sum to more than one", "(1 - floor) * normalized(size)", "normalized(size)"),
+)  # fmt: skip
+
+HISTORY = group(
+    "fl_lightning/privacy/history.py",
+    f"{POLICY} {CHARGED} "
+    f"{MECHANISM}::test_personal_multipliers_scale_the_noise_of_their_own_clients",
+    ("window of another client", "self.window[clients, slot] = l1_norm.double()", "self.window[0, slot] = l1_norm.double()"),
+    ("window never moves on", "self.releases[clients] += 1", "pass"),
+    ("window mean over its length", "filled = self.releases[clients].clamp(max=self.window.shape[1])", "filled = torch.full_like(self.releases[clients], self.window.shape[1])"),
+    ("votes cost nothing", "sums, vote_scale = multiplier * for_sums, multiplier * for_votes", "sums, vote_scale = multiplier, multiplier * for_votes"),
+    ("vote noise 2/3", "multiplier * for_sums, multiplier * for_votes", "multiplier * for_sums, multiplier * for_votes * 2 / 3"),
+    ("one multiplier for all", "noise_multiplier=sums,", "noise_multiplier=sums[0],"),
+    ("sensitivity of the other adjacency", "            noise_multiplier=sums,\n            adjacency=config.resolved_adjacency,", "            noise_multiplier=sums,\n            adjacency='zero_out',"),
+    ("total of the L2 clip is its sum", "else self.initial_clip_norm.norm()", "else self.initial_clip_norm.sum()"),
+    ("clip norms forget the last round", "previous=self.clip_norm[clients],", "previous=first,"),
+)  # fmt: skip
+
+MECHANISM_PLACES = group(
+    "fl_lightning/privacy/mechanism.py",
+    f"{SCALES} {CHARGED} {MECHANISM}::test_released_votes_carry_exactly_scaled_noise "
+    f"{MECHANISM}::test_noise_is_fresh_in_every_step_round_and_for_every_input "
+    f"{MECHANISM}::test_tensors_layers_and_clients_share_no_noise "
+    f"{MECHANISM}::test_personal_multipliers_scale_the_noise_of_their_own_clients "
+    f"{MECHANISM}::test_other_private_values_never_meet_the_same_noise",
+    ("accountant told of less sampling", "sampling_rate=sampling_rate,", "sampling_rate=sampling_rate / 2,"),
+    ("noise of the wrong layer", "scale=columns(policy.noise_scale[:, layer].to(value.device), value)", "scale=columns(policy.noise_scale[:, 0].to(value.device), value)"),
+    ("client dropped from the address", "                client=self.clients,\n                layer=layer,", "                client=torch.zeros_like(self.clients),\n                layer=layer,"),
+    ("tensors of a layer share their noise", "                offset=offset,\n", "                offset=0,\n"),
+    ("noise subtracted twice its size", "(value.double() + noise).to(like[name].dtype)", "(value.double() - 2 * noise).to(like[name].dtype)"),
+    ("noise not bound to the values", 'key = self.key.derive("values", step, values)', 'key = self.key.derive("values", step)'),
+    ("votes without noise", "return (votes + noise).float()", "return votes.float()"),
+    ("noise of an update not bound to its values", 'key=key.derive("values", values)', 'key=key.derive("values", 0)'),
+    ("accountant told of 3/2 the noise", "noise_multiplier=multiplier,\n        sampling_rate", "noise_multiplier=1.5 * multiplier,\n        sampling_rate"),
+)  # fmt: skip
+
+GRID_PLACES = group(
+    "fl_lightning/privacy/mechanism.py",
+    "tests/fl_lightning/test_noise_forms.py",
+    ("a vote of one quantum more", "(0.5 / step_size * (1 - 2.0**-50)).floor()", "(0.5 / step_size).floor().add(1)"),
+    ("half votes in quanta", "total = (2 * votes).to(torch.int64) * each", "total = votes.to(torch.int64) * each"),
+    ("votes without grid noise", "total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise)", "total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + 0 * noise)"),
+    ("grid sums of the first client", "accumulate=[sums[n][i] for n in layout.names]", "accumulate=[sums[n][0].clone() for n in layout.names]"),
+    ("grid scale of the first client", "                scale=policy.noise_scale[i],\n", "                scale=policy.noise_scale[0] * 1.5,\n"),
+)  # fmt: skip
+
+ACCOUNTING_PLACES = group(
+    "fl_lightning/privacy/accounting.py",
+    f"{ACCOUNTING}::test_known_values {ACCOUNTING}::test_edge_cases "
+    f"{ACCOUNTING}::test_two_events_compose {ACCOUNTING}::test_unsampled_gaussian_is_exact "
+    f"{ACCOUNTING}::test_sampled_laplace_rdp {ACCOUNTING}::test_curve "
+    f"{ACCOUNTING}::test_calibrate_pure {ACCOUNTING}::test_affordable_steps "
+    f"{ACCOUNTING}::test_pld_is_below_rdp {ACCOUNTING}::test_affordable_steps_edges "
+    f"{ACCOUNTING}::test_curve_edges",
+    ("sampling ignored", "if self.sampling_rate == 1\n            else", "if True\n            else"),
+    ("Laplace taken for a Gaussian", "else dpa.LaplaceDpEvent(scale)", "else dpa.GaussianDpEvent(scale)"),
+    ("pure epsilon inverted", "return 1 / self.noise_multiplier", "return self.noise_multiplier"),
+    ("pure epsilon amplified twice", "return _log_mix(self.sampling_rate, 1 / self.noise_multiplier)", "return _log_mix(self.sampling_rate**2, 1 / self.noise_multiplier)"),
+    ("no noise costs nothing", "        return math.inf\n    pure = sum(", "        return 0.0\n    pure = sum("),
+    ("pure epsilon counted once", "event.pure_epsilon() * count for event, count in key", "event.pure_epsilon() for event, count in key"),
+    ("RDP counted once", "np.sum([_rdp(event) * count for event, count in key], axis=0)", "np.sum([_rdp(event) for event, count in key], axis=0)"),
+    ("multipliers add up", "sum(count / event.noise_multiplier**2 for", "sum(count / event.noise_multiplier for"),
+    ("PLD composes once", "accountant.compose(event.dp_event(), count)", "accountant.compose(event.dp_event(), 1)"),
+    ("order off by one", "np.log(delta * _ORDERS) / (_ORDERS - 1)", "np.log(delta * _ORDERS) / _ORDERS"),
+    ("sampled Laplace without its second term", "np.log((high - 1) / (2 * high - 1)) - high / scale", "np.full_like(high, -np.inf)"),
+    ("curve one step short", "counts = np.arange(1, steps + 1, dtype=np.float64)", "counts = np.arange(0, steps, dtype=np.float64)"),
+    ("affordable steps one too many", "        halve = not halve\n    return low", "        halve = not halve\n    return high"),
+)  # fmt: skip
+
+EXACTNESS_PLACES = group(
+    "fl_lightning/privacy/exactness.py",
+    EXACTNESS,
+    ("Laplace tail 2/3", "math.expm1(min(shift, 2 * cutoff)) / 2", "math.expm1(min(shift, 2 * cutoff)) / 3"),
+    ("missing mass not charged", "leaves + delta * missing)", "leaves)"),
+    ("pairs counted as elements", "pairs = sum(-(-count // 2) for count in streams)", "pairs = sum(streams)"),
+    ("Gaussian tail of one pair", "leaves = math.sqrt(pairs) *", "leaves = 1.0 *"),
+    ("shift inverted", "    shift = 1 / event.noise_multiplier\n", "    shift = event.noise_multiplier\n"),
+    ("tails charged once for all steps", "left = delta - steps * extra.delta\n", "left = delta - extra.delta\n"),
+    ("inflation charged once for all steps", "compose_epsilon({event: steps}, left) + steps * extra.epsilon", "compose_epsilon({event: steps}, left) + extra.epsilon"),
+    ("calibration ignores the extras", "if charged_epsilon(calibrated, steps, delta, cost) <= epsilon:", "if True:"),
+    ("affordable steps ignore the extras", "if charged_epsilon(event, steps, delta, extra) <= epsilon:", "if True:"),
+    ("votes draw no noise", "return (*dims, *([len(dims)] if votes else []))", "return tuple(dims)"),
+)  # fmt: skip
+
+BUDGET = group(
+    "fl_lightning/privacy/budget.py",
+    f"{EXACTNESS} {MECHANISM}::test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history "
+    "tests/fl_lightning/test_resume.py::test_clients_that_cannot_pay_leave_and_the_run_ends",
+    ("one step beyond the budget", "self.spent[client] + steps <= self.affordable[client]", "self.spent[client] + steps - 1 <= self.affordable[client]"),
+    ("displayed inflation missing", "known = known + extra.epsilon * np.arange(length + 1)", "known = known + 0"),
+)  # fmt: skip
+
+POPULATION = group(
+    "fl_lightning/population.py",
+    f"{MECHANISM} {EXACTNESS}",
+    ("steps charged once", "                    steps=update.steps,", "                    steps=1,"),
+    ("tails not written down", "tail_delta=update.steps * extra.delta", "tail_delta=0.0"),
+    ("nothing remembered as spent", "self.budget.spend(entry)", "pass"),
+    ("a replay is charged again", "fresh = [entries[i] for i in keep if not paid[i]]", "fresh = [entries[i] for i in keep]"),
+    ("noise not bound to the model", "[context, round, clients, multiplier, *params.values(), *before.values()]", "[context, round, clients, multiplier, *before.values()]", "the noise is bound once more to the values it is added to, which follow from the model"),
+    ("noise not bound to the round", "[context, round, clients, multiplier,", "[context, clients, multiplier,"),
+)  # fmt: skip
+
+MUTATIONS = [
+    *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
+    *BUDGET, *POPULATION,
+]  # fmt: skip

@@ -1,0 +1,215 @@
+"""Mistakes in aadp_kernels."""
+
+from __future__ import annotations
+
+from tests.mutation.mutations import group
+
+RNG = "tests/aadp_kernels/test_rng.py"
+NOISE = "tests/aadp_kernels/test_noise.py"
+FAST = "tests/aadp_kernels/test_fast.py"
+GRID = "tests/aadp_kernels/test_grid.py"
+PRIVATIZE = "tests/aadp_kernels/test_privatize.py"
+CLIP_SUM = "tests/aadp_kernels/test_clip_sum.py"
+SENSITIVITY = "tests/aadp_kernels/test_sensitivity.py"
+CPU = "tests/aadp_kernels/test_cpu.py"
+GHOST = "tests/aadp_kernels/test_ghost.py"
+LAUNCH = "tests/aadp_kernels/test_triton_privatize.py::test_meets_the_specification"
+TRITON_NOISE = "tests/aadp_kernels/test_triton_noise.py"
+
+WORDS = group(
+    "aadp_kernels/_torch/rng.py",
+    RNG,
+    ("rotation by 15", "_rotate_add(d, 16, scratch)", "_rotate_add(d, 15, scratch)"),
+    ("one double round less", "for _ in range(rounds // 2):", "for _ in range(rounds // 2 - 1):"),
+    ("key not added at the end", "torch.add(columns[1], head[4:8], out=words[4:8])", "words[4:8] = columns[1]"),
+    ("first round key in every round", "odd.bitwise_xor_(keys[r])", "odd.bitwise_xor_(keys[0])"),
+    ("outputs do not cross over", "even = even.flip(0).bitwise_xor_(odd)", "even = even.bitwise_xor_(odd)"),
+)  # fmt: skip
+
+STANDARD_NOISE = group(
+    "aadp_kernels/_torch/noise.py",
+    f"{NOISE} {FAST}",
+    ("step dropped from the address", "isinstance(step, Tensor) else signed32(step)", "isinstance(step, Tensor) else 0"),
+    ("client dropped from the address", "counters[2] = clients.to(torch.int32)[:, None]", "counters[2] = 0"),
+    ("layer dropped from the address", "word = signed32(layer + (domain << LAYER_BITS))", "word = signed32(domain << LAYER_BITS)"),
+    ("mechanisms share their words", "word = signed32(layer + (domain << LAYER_BITS))", "word = signed32(layer)"),
+    ("block dropped from the address", "counters[0] = block\n", "counters[0] = 0\n"),
+    ("offset ignored", "skip = offset % per_tile", "skip = 0"),
+    ("Gaussian radius 3/2", "radius = _sqrt_(_uniform_log(quads[:, 0], quads[:, 1], 32).mul_(-2))", "radius = _sqrt_(_uniform_log(quads[:, 0], quads[:, 1], 32).mul_(-4.5))"),
+    ("only positive cosines", "cosine.mul_(low.bitwise_and(2).neg_().add_(1))", "cosine.mul_(1)"),
+    ("pairs are equal", "torch.where(swap, cosine, sine, out=out[:, 1])", "torch.where(swap, sine, cosine, out=out[:, 1])"),
+    ("Laplace always positive", "return magnitude.mul_(low.bitwise_and(1).mul_(2).sub_(1))", "return magnitude.mul_(-1)"),
+    ("Laplace scale 2/3", "return magnitude.mul_(low.bitwise_and(1).mul_(2).sub_(1))", "return magnitude.mul_(low.bitwise_and(1).mul_(2).sub_(1)).mul_(2 / 3)"),
+    ("fast Laplace scale 2/3", "return log_(u.mul_(2.0**-31)).mul_(word", "return log_(u.mul_(2.0**-31)).mul_(2 / 3).mul_(word"),
+    ("fast Gaussian scale 3/2", "radius = _sqrt_(log_(u.mul_(2.0**-32)).mul_(-2))", "radius = _sqrt_(log_(u.mul_(2.0**-32)).mul_(-4.5))"),
+    ("tail words not used", "u[small] = n[small].to(torch.float64).add_(tail, alpha=2.0**-32)", "pass"),
+    ("coins for the wrong side", "return (bits.bitwise_and(whole - 1) < limit) | always", "return (bits.bitwise_and(whole - 1) >= limit) | always"),
+)  # fmt: skip
+
+UPDATES = group(
+    "aadp_kernels/_torch/privatize.py",
+    f"{PRIVATIZE} {CLIP_SUM}",
+    ("norm of the first tensor only (L1)", "return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))", "return parts[0].abs().sum(1)"),
+    ("norm of the first tensor only (L2)", "return sum(squares[1:], squares[0]).sqrt()", "return squares[0].sqrt()"),
+    ("signed sum for the L1 norm", "return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))", "return sum((part.sum(1) for part in parts[1:]), parts[0].sum(1))"),
+    ("clip dropped", "clipped = (bound > clip) & finite", "clipped = (bound > clip) & finite & (bound < 0)"),
+    ("clip doubled", "room = (clip - count", "room = (2 * clip - count"),
+    ("clip 2/3", "room = (clip - count", "room = (2 / 3 * clip - count"),
+    ("norm not inflated by its rounding", "bound = norm * (1 + (count + 16) * 2.0**-52)", "bound = norm"),
+    ("rounding of the output not covered", "bound * (1 + info.eps), 1.0)", "bound, 1.0)"),
+    ("a vote at the threshold is against", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 < votes_at, 0.5, -0.5)"),
+    ("votes turned round", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, -0.5, 0.5)"),
+    ("votes of 1 and 0", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, 1.0, 0.0)"),
+    ("who is not finite votes", "return torch.where(counts & ~torch.isnan(votes_at), vote, 0.0)", "return torch.where(~torch.isnan(votes_at), vote, 0.0)"),
+    ("noise scale 2/3", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 2 / 3, value)"),
+    ("noise scale 3/2", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 1.5, value)"),
+    ("noise twice", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + 2 * noise * scale, value)"),
+    ("reference added", "value = value - reference[i]", "value = value + reference[i]"),
+    ("clip norm of the first layer", "size, rows = scale[:, layer], (norm, clip[:, layer], finite", "size, rows = scale[:, layer], (norm, clip[:, 0], finite"),
+    ("noise scale of the first layer", "size, rows = scale[:, layer], (norm", "size, rows = scale[:, 0], (norm"),
+    ("tensors of a layer share their noise", "piece = piece[:, start : start + part.shape[1]]", "piece = piece[:, : part.shape[1]]"),
+    ("noise missing in the last layer", "return [i for i in range(layout.num_layers) if noisy[i]", "return [i for i in range(layout.num_layers - 1) if noisy[i]"),
+    ("what is not finite stays", "finite = torch.isfinite(norm) & torch.isfinite(norm1)", "finite = torch.ones_like(norm, dtype=torch.bool)"),
+    ("votes of the first layer's threshold", "None if votes_at is None else votes_at[:, layer]", "None if votes_at is None else votes_at[:, 0]"),
+)  # fmt: skip
+
+SUMS = group(
+    "aadp_kernels/_torch/clip_sum.py",
+    f"{CLIP_SUM} {GRID}::test_clip_sum_adds_the_integers_of_the_records",
+    ("mask ignored", "live = finite & mask[piece]", "live = finite"),
+    ("records summed unclipped", "total.add_(torch.mv(kept.t(), factor))", "total.add_(kept.sum(0))"),
+    ("integers not summed", ".add_(counts.sum(0))", ".add_(counts[0])"),
+    ("counts of clipped records include padding", "norm, clip[layer], live, layout.dims", "norm, clip[layer], finite, layout.dims"),
+    ("noise of a tensor from the layer's beginning", "piece = piece[0, start : start + layout.sizes[i]]", "piece = piece[0, : layout.sizes[i]]"),
+    ("noise missing", "noised = add_noise(value, piece, scale[layer])", "noised = value"),
+)  # fmt: skip
+
+SUM_INTERFACE = group(
+    "aadp_kernels/clip_sum.py",
+    f"{CLIP_SUM} {GRID}::test_clip_sum_adds_the_integers_of_the_records",
+    ("sums so far forgotten", "return list(accumulate)", "return [torch.zeros_like(t) for t in accumulate]"),
+    ("padding counted", "live = mask.to(device) != 0", "live = mask.to(device) == mask.to(device)"),
+)  # fmt: skip
+
+GRID_NOISE = group(
+    "aadp_kernels/_torch/grid.py",
+    GRID,
+    ("quantum 2/3", "step = (scale * factor).clamp", "step = (scale * factor * 2 / 3).clamp"),
+    ("ln 2 missing", '(_LN2_UP if mechanism == "laplace" else 1.0)', "1.0"),
+    ("rounded to the nearest", ".nan_to_num(0.0).trunc()", ".nan_to_num(0.0).round()"),
+    ("no offset", "(noised.to(torch.float64) + OFFSETS[mechanism]) * step)", "noised.to(torch.float64) * step)"),
+    ("magnitude for the negative", "return torch.where(negative, -1 - magnitude, magnitude)", "return torch.where(negative, -magnitude, magnitude)"),
+    ("always positive", "return torch.where(negative, -1 - magnitude, magnitude)", "return magnitude"),
+    ("a digit is off by one", "digit = torch.searchsorted(table, number, right=True)", "digit = torch.searchsorted(table, number, right=True) + 1"),
+    ("digits in the wrong order", "remainder.bitwise_left_shift_(DIGIT_BITS).add_(digit)", "remainder.add_(digit << (DIGIT_BITS * j))"),
+    ("sign bit counted as an octave", "_leading_zeros(first.bitwise_left_shift(1)).clamp_(max=63)", "_leading_zeros(first).clamp_(max=63)"),
+    ("acceptance without ln 2", ".mul_(2.0**-OCTAVE_BITS).sub_(_LN2)", ".mul_(2.0**-OCTAVE_BITS)"),
+    ("acceptance of another width", "x.mul_(x).mul_(0.5)", "x.mul_(x).mul_(0.75)"),
+    ("zero drawn twice", "good = _accepts(own, magnitude) & ~(negative & (magnitude == 0))", "good = _accepts(own, magnitude)", "the mass of zero is 2^-31: no sample of a test can show it"),
+    ("rejected draws kept", "waiting = waiting[~good]", "waiting = waiting[:0]"),
+    ("every attempt the same words", "again[3] += attempt << LAYER_BITS", "pass"),
+    ("sum not clamped after the noise", "(total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)", "total.clamp(-LIMIT, LIMIT) + noise"),
+    ("sum not clamped before the noise", "(total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)", "(total + noise).clamp(-LIMIT, LIMIT)"),
+)  # fmt: skip
+
+GRID_COST = group(
+    "aadp_kernels/grid.py",
+    f"{GRID} tests/fl_lightning/test_noise_forms.py::test_inexactness_of_the_kernels_is_what_is_charged",
+    ("half the inflation (Laplace)", "return 2 * elements * _table_error(), 0.0", "return elements * _table_error(), 0.0"),
+    ("half the inflation (Gaussian)", "return 2 * elements * eta,", "return elements * eta,"),
+    ("tail of one element", "elements * math.erfc(cutoff / math.sqrt(2))", "math.erfc(cutoff / math.sqrt(2))"),
+    ("acceptance not counted", "eta = _table_error() + _ACCEPTANCE_ERROR + discrete", "eta = _table_error() + discrete"),
+)  # fmt: skip
+
+SCALES = group(
+    "aadp_kernels/sensitivity.py",
+    SENSITIVITY,
+    ("replace_one not doubled", '(2.0 if adjacency == "replace_one" else 1.0)', "1.0"),
+    ("zero_out doubled", '(2.0 if adjacency == "replace_one" else 1.0)', "2.0"),
+    ("root of the share dropped", 'part = part.sqrt() if mechanism == "gaussian" else part', "part = part"),
+    ("root of the share for Laplace", 'part = part.sqrt() if mechanism == "gaussian" else part', "part = part.sqrt()"),
+    ("noise 2/3", "multiplier * spread.where(noisy, 0.0) / part", "2 / 3 * multiplier * spread.where(noisy, 0.0) / part"),
+    ("sums not paid for the votes (Gaussian)", "sums = total / math.sqrt(1 - vote_share)", "sums = total"),
+    ("sums not paid for the votes (Laplace)", "return total / (1 - vote_share), total", "return total, total"),
+    ("votes of one layer (Gaussian)", "total * vote * math.sqrt(num_layers / vote_share)", "total * vote * math.sqrt(1 / vote_share)"),
+    ("votes of one layer (Laplace)", "total * vote * num_layers / vote_share", "total * vote / vote_share"),
+    ("votes of width 1/4", 'vote = 1.0 if adjacency == "replace_one" else 0.5', 'vote = 1.0 if adjacency == "replace_one" else 0.25'),
+    ("shares above one allowed", "part = shares / total.clamp(min=1.0)", "part = shares"),
+)  # fmt: skip
+
+PASSES = group(
+    "aadp_kernels/_cpu/passes.py",
+    f"{CPU} {FAST}::test_privatize_and_clip_sum_add_it",
+    ("noise 2/3", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor + noise[i] * scale * 2 / 3\n"),
+    ("noise subtracted", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor - noise[i] * scale\n"),
+    ("clip dropped", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] + noise[i] * scale\n"),
+    ("dead rows stay", "    elif dead:\n", "    elif dead and scale < 0:\n"),
+    ("client dropped from the address", "state[2] = np.uint32(clients[row])", "state[2] = np.uint32(0)"),
+    ("layer dropped from the address", "state[3] = np.uint32(layer_words[layer])", "state[3] = np.uint32(layer_words[0])"),
+    ("reference added", "x[i] -= minus[i]", "x[i] += minus[i]"),
+    ("noise of a tensor from the tile's beginning", "noise + (first + start - low) * value.itemsize", "noise"),
+    ("a quarter of the norm missing", "lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))", "lanes[j] += (abs(a) + abs(b)) + abs(c)"),
+    ("layer boundary off by one", "while column >= units[layer + 1]:\n            layer += 1\n        low", "while column > units[layer + 1]:\n            layer += 1\n        low"),
+    ("fast factor not rounded down", "lowered = np.float32(weight * LOWER if weight < 1 else weight)", "lowered = np.float32(weight)"),
+)  # fmt: skip
+
+TRANSFORMS = group(
+    "aadp_kernels/_cpu/transform.py",
+    f"{CPU} {FAST}",
+    ("wide Laplace sign", "sign = np.float64(np.int32((low & np.int32(1)) * np.int32(2) - np.int32(1)))", "sign = -1.0"),
+    ("wide Gaussian radius", "math.sqrt(log(u * 2.0**-32) * -2.0)", "math.sqrt(log(u * 2.0**-32) * -4.5)"),
+    ("fast Laplace scale", "noise[w + 4 * t + 1] = _laplace32(w1)", "noise[w + 4 * t + 1] = _laplace32(w1) * _F32(1.5)"),
+    ("fast Gaussian pairs equal", "    return a, b\n", "    return a, a\n"),
+    ("tail words of the same domain", "state[3] += _U32(2 << LAYER_BITS)", "state[3] += _U32(0 << LAYER_BITS)"),
+)  # fmt: skip
+
+CLIP_IN_BACKWARD = group(
+    "aadp_kernels/_torch/ghost_clip.py",
+    GHOST,
+    ("clip dropped", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "1.0, 1.0)"),
+    ("clip doubled", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "2 * bound[:, None] / torch.where(over, norm, 1.0), 1.0)"),
+    ("mask ignored", "live = finite & self.mask\n", "live = finite\n"),
+    ("norm not inflated", "norm = norm * (1 + slack)\n", "norm = norm * 1\n"),
+    ("clip norm of the first client", "over = ~(norm <= self.clip[:, None])", "over = ~(norm <= self.clip[0])"),
+    ("votes turned round", "votes = torch.where(norm1 <= level, 0.5, -0.5)", "votes = torch.where(norm1 <= level, -0.5, 0.5)"),
+    ("a negative clip norm does not silence", "torch.where(self.clip >= 0, self.clip * (1 - 1e-12), 0.0)", "self.clip.abs() * (1 - 1e-12)"),
+)  # fmt: skip
+
+CLIP_MATRICES = group(
+    "aadp_kernels/_torch/ghost_matrix.py",
+    GHOST,
+    ("ghost norm without its root", "square = (a2.square() * w + b) * g2.square()", "square = (a2 * w + b) * g2.square()"),
+    ("bias not in the ghost norm", "square = (a2.square() * w + b) * g2.square()", "square = (a2.square() * w) * g2.square()"),
+)  # fmt: skip
+
+LAUNCHES = group(
+    "aadp_kernels/_triton/privatize.py",
+    f"{LAUNCH} tests/aadp_kernels/test_triton_privatize.py::test_reference_and_out "
+    "tests/aadp_kernels/test_triton_privatize.py::test_a_layer_that_is_not_finite_gives_zeros_and_noise_only_there "
+    "tests/aadp_kernels/test_triton_privatize.py::test_the_norm_of_the_output_is_at_most_the_clip_norm",
+    ("noise 2/3", "0.0) + noise[part].to(DTYPE) * scale", "0.0) + noise[part].to(DTYPE) * scale * (2.0 / 3.0)"),
+    ("noise subtracted", "0.0) + noise[part].to(DTYPE) * scale", "0.0) - noise[part].to(DTYPE) * scale"),
+    ("clip dropped", "factor = tl.where(clipped, room / divisor, 1.0)", "factor = tl.where(clipped, 1.0, 1.0)"),
+    ("clip doubled", "factor = tl.where(clipped, room / divisor, 1.0)", "factor = tl.where(clipped, 2.0 * room / divisor, 1.0)"),
+    ("norm not inflated", "bound = norm * tl.load(layers + layer * 5)", "bound = norm"),
+    ("vote turned round", "vote = tl.where(total1 <= at, 0.5, -0.5)", "vote = tl.where(total1 <= at, -0.5, 0.5)"),
+    ("client dropped from the address", "client = tl.load(clients + row).to(tl.uint32)", "client = tl.load(clients).to(tl.uint32)"),
+    ("scale of the first layer", "amount = tl.load(scale + row * scale_stride + layer)", "amount = tl.load(scale + row * scale_stride)"),
+    ("clip norm of the first layer", "limit = tl.load(clip + row * clip_stride + layer)", "limit = tl.load(clip + row * clip_stride)"),
+    ("squares of the norm missing", "sum2 += tl.sum(wide * wide, axis=1)", "sum2 += tl.sum(wide, axis=1)"),
+)  # fmt: skip
+
+TRITON_TRANSFORMS = group(
+    "aadp_kernels/_triton/noise.py",
+    TRITON_NOISE,
+    ("wide Laplace sign", "first = _uniform_log(a, b >> 1, 31) * ((b & 1) * 2 - 1).to(tl.float64)", "first = _uniform_log(a, b >> 1, 31) * -1.0"),
+    ("wide Gaussian radius", "radius = tl.sqrt(_uniform_log(a, b, 32) * -2.0)", "radius = tl.sqrt(_uniform_log(a, b, 32) * -4.5)"),
+    ("fast Laplace scale 2/3", "return flipped.to(tl.float32, bitcast=True) * -_LN2", "return flipped.to(tl.float32, bitcast=True) * (-_LN2 * 2 / 3)"),
+    ("fast Gaussian pairs equal", "pairs = tl.join(radius * _cos_approx(angle), radius * _sin_approx(angle))", "pairs = tl.join(radius * _cos_approx(angle), radius * _cos_approx(angle))"),
+    ("client dropped from the address", "client = tl.load(clients_pointer + row).to(tl.uint32)", "client = tl.load(clients_pointer).to(tl.uint32)"),
+)  # fmt: skip
+
+MUTATIONS = [
+    *WORDS, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
+    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
+]  # fmt: skip
