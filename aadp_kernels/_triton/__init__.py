@@ -23,8 +23,10 @@ def missing(device: torch.device) -> str | None:
     if reason is not None:
         return f"without the package triton: {reason}"
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "on a device that is not NVIDIA's"
         capability = torch.cuda.get_device_capability(device)
-        if capability < _MIN_CAPABILITY and torch.version.hip is None:
+        if capability < _MIN_CAPABILITY:
             return f"on a device of capability {capability}, below {_MIN_CAPABILITY}"
         return None
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

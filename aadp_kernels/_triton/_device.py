@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,35 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=16)
+def stream_name(device: torch.device) -> int | None:
+    """Names what may be reused: tables of this stream; None while a graph is captured."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def per_stream(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`lru_cache` of tables on the device that is the last argument, for each stream its own.
+
+    Another stream's copy may be under way, and a captured one has not run yet.
+    """
+
+    def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
+        cached = lru_cache(maxsize)(lambda _, *arguments: make(*arguments))
+
+        @wraps(make)
+        def lookup(*arguments: Any) -> Any:
+            stream = stream_name(arguments[-1])
+            return make(*arguments) if stream is None else cached(stream, *arguments)
+
+        return lookup
+
+    return decorate
+
+
+@per_stream(16)
 def key_tensor(words: Sequence[int], device: torch.device) -> Tensor:
     """Secret. The key as int32 words on the device; `words` is a tuple."""
     return to_device(np.array([signed32(w) for w in words], dtype=np.int32), device)

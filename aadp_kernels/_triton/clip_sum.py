@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from aadp_kernels._torch.clip_sum import finish
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels._triton import grid
-from aadp_kernels._triton._device import key_tensor, step_tensor, to_device
+from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
 from aadp_kernels._triton.clip_sum_kernels import (
     TRITON_DTYPES,
     norm_constants,
@@ -76,7 +75,7 @@ def _upload(rows: Sequence[Any], device: torch.device) -> Tensor:
     return to_device(np.array(rows, dtype=np.int64), device)
 
 
-@lru_cache(maxsize=64)
+@per_stream(64)
 def _plan(
     layout: Layout, dtypes: tuple[torch.dtype, ...], tile: int, device: torch.device
 ) -> _Plan:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from aadp_kernels._torch import grid as _torch
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
-from aadp_kernels._triton._device import key_tensor, step_tensor, to_device
+from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
 from aadp_kernels._triton.noise import log, to_element
 from aadp_kernels._triton.rng import chacha, load_key, philox
 
@@ -40,7 +39,7 @@ _OCTAVE = tl.constexpr(2.0**-_torch.OCTAVE_BITS)
 _TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 
 
-@lru_cache
+@per_stream(16)
 def threshold_tensor(device: torch.device) -> Tensor:
     """The thresholds of the digits, int64 [3, 1023] with the bits of the uint64."""
     return to_device(np.array(_torch.thresholds(), dtype=np.uint64).view(np.int64), device)

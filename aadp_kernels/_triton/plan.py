@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._triton._device import to_device
+from aadp_kernels._triton._device import stream_name, to_device
 from aadp_kernels.layout import Layout
 
 CHUNK = 1 << 14
@@ -142,9 +142,13 @@ def plan(
 ) -> Plan:
     """The plan of a launch; the layout remembers it."""
     cache = vars(layout).setdefault("_triton_plans", {})
-    name = (rows, tile, itemsize, aligned, device)
-    if name not in cache:
-        tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned)
-        on_device = {key: to_device(table, device) for key, table in tables.items()}
-        cache[name] = Plan(**on_device, addresses={})
-    return cache[name]
+    stream = stream_name(device)
+    name = (rows, tile, itemsize, aligned, device, stream)
+    if stream is not None and name in cache:
+        return cache[name]
+    tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned)
+    on_device = {key: to_device(table, device) for key, table in tables.items()}
+    made = Plan(**on_device, addresses={})
+    if stream is not None:
+        cache[name] = made
+    return made

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +18,13 @@ from torch import Tensor
 from aadp_kernels._torch.privatize import ClipStats, Noise
 from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
-from aadp_kernels._triton._device import key_tensor, sm_count, step_tensor, to_device
+from aadp_kernels._triton._device import (
+    key_tensor,
+    per_stream,
+    sm_count,
+    step_tensor,
+    to_device,
+)
 from aadp_kernels._triton.grid import (
     grid_index,
     grid_noise,
@@ -386,7 +391,7 @@ def _row_major(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 else value.contiguous()
 
 
-@lru_cache(maxsize=64)
+@per_stream(64)
 def _layer_table(
     dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...], error: float, device: torch.device
 ) -> Tensor:

@@ -21,8 +21,8 @@ BUDGETS = {
     ("philox10", "fast"): 26,
     ("chacha8", "fast"): 44,
     ("chacha20", "fast"): 92,
-    ("philox10", "wide"): 110,
-    ("chacha8", "wide"): 160,
+    ("philox10", "wide"): 120,
+    ("chacha8", "wide"): 170,
     ("chacha20", "wide"): 240,
 }
 MAX_REGISTERS = 128
