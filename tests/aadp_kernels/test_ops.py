@@ -243,6 +243,19 @@ def test_compiled_code_uses_the_callers_key() -> None:
     assert NoiseKey.from_word_tensor(owner.word_tensor, "chacha8") is not owner
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_cannot_reuse_noise(backend: str) -> None:
+    error = pytest.importorskip("aadp_kernels._reuse").ReusedNoiseError
+    secret, step = key(), torch.tensor(4)
+    compiled = torch.compile(privatized, backend=backend, fullgraph=True)
+    compiled(tensors(), secret, step)
+    with pytest.raises(error):
+        compiled(tensors(1), secret, step)
+    with pytest.raises(error):
+        privatized(tensors(1), secret, 4)
+    compiled(tensors(1), secret, step + 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [({"clip": -CLIP}, "clip"), ({"scale": SCALE * torch.inf}, "scale"), ({"key": None}, "key")],
