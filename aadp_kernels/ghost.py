@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 
 from aadp_kernels import _validate
-from aadp_kernels._torch.ghost import ClippedLayer
+from aadp_kernels._torch.ghost import clipped_layer, in_functorch
 from aadp_kernels._torch.ghost_matrix import Conv, Linear
 from aadp_kernels._torch.ghost_rules import Bias, Embedding, Norm
 
@@ -73,7 +72,7 @@ def clipped_linear(
         Karypis 2023, arXiv:2210.00038 (clipped sums in one backward pass).
     """
     _check(x, x.dim() >= 2, "[B, ..., in]", clip, votes_at, p)
-    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, Linear(), p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, Linear(), p)
 
 
 def clipped_conv1d(
@@ -125,7 +124,7 @@ def clipped_conv1d(
     """
     _check(x, x.dim() == 3, "[B, in, length]", clip, votes_at, p)
     rule = Conv(_axes(stride, 1), _axes(padding, 1), _axes(dilation, 1), groups)
-    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_conv2d(
@@ -177,7 +176,7 @@ def clipped_conv2d(
     """
     _check(x, x.dim() == 4, "[B, in, height, width]", clip, votes_at, p)
     rule = Conv(_axes(stride, 2), _axes(padding, 2), _axes(dilation, 2), groups)
-    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_embedding(
@@ -229,7 +228,7 @@ def clipped_embedding(
             raise ValueError(f"padding_idx must be below {len(weight)}, got {padding_idx}")
         padding_idx %= len(weight)
     rule = Embedding(padding_idx)
-    return ClippedLayer.apply(x, weight, None, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, None, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_layer_norm(
@@ -277,7 +276,7 @@ def clipped_layer_norm(
     """
     rule = Norm("layer", tuple(normalized_shape), 1, eps)
     _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
-    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_rms_norm(
@@ -323,7 +322,7 @@ def clipped_rms_norm(
     """
     rule = Norm("rms", tuple(normalized_shape), 1, eps)
     _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
-    return ClippedLayer.apply(x, weight, None, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, None, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_group_norm(
@@ -371,7 +370,7 @@ def clipped_group_norm(
     """
     _check(x, x.dim() >= 2, "[B, channels, ...]", clip, votes_at, p)
     rule = Norm("group", (x.shape[1],), num_groups, eps)
-    return ClippedLayer.apply(x, weight, bias, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def clipped_bias(
@@ -419,7 +418,7 @@ def clipped_bias(
     if not fits:
         raise ValueError(f"bias must broadcast to {tuple(record)}, got shape {tuple(shape)}")
     rule = Bias(tuple(shape))
-    return ClippedLayer.apply(x, None, bias, clip, mask, votes_at, probe, rule, p)
+    return clipped_layer(x, None, bias, clip, mask, votes_at, probe, rule, p)
 
 
 def _check(x: Tensor, fits: bool, want: str, clip: Tensor, votes_at: Tensor | None, p: int) -> None:
@@ -434,7 +433,7 @@ def _check(x: Tensor, fits: bool, want: str, clip: Tensor, votes_at: Tensor | No
 
 def _refuse_compiled_functorch() -> None:
     """torch.compile drops custom backwards inside functorch: refuse rather than not clip."""
-    if torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and in_functorch():
         raise RuntimeError(
             "clip-in-backward cannot be used inside a torch.func transform under torch.compile: "
             "its backward would be dropped and the gradients left unclipped"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import CInterpreter, peek_interpreter_stack
 
 from aadp_kernels._torch.ghost_clip import Terms, Wanted
 from aadp_kernels._torch.ghost_matrix import Results
@@ -33,6 +33,18 @@ class Rule(Protocol):
             terms: how to clip.
         """
         ...
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform is at work; torch.compile knows the answer, too."""
+    # While it traces, the interpreter is never None but has its true type.
+    return isinstance(peek_interpreter_stack(), CInterpreter)
+
+
+def clipped_layer(*args: Any) -> Tensor:
+    """The output of a layer that clips in backward; arguments of `ClippedLayer.forward`."""
+    plain = not in_functorch() and not torch.compiler.is_compiling()
+    return (_PlainClippedLayer if plain else ClippedLayer).apply(*args)
 
 
 class ClippedLayer(torch.autograd.Function):
@@ -60,18 +72,41 @@ class ClippedLayer(torch.autograd.Function):
         needs = ctx.needs_input_grad
         counts = probe is not None and needs[6]
         wanted = Wanted(ctx.p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
+        likes = [saved[i] for i in (0, 1, 2, 6)]
+        if x.shape[0] == 0:
+            grads = [
+                torch.zeros_like(like) if need else None
+                for need, like in zip((*needs[:3], counts), likes, strict=True)
+            ]
+            return *grads[:3], None, None, None, grads[3], None, None
         tensors = (x, grad, weight, clip, mask, votes_at)
         led = [None if t is None else t.unsqueeze(0) for t in tensors]
-        if peek_interpreter_stack() is None or torch.compiler.is_compiling():
+        if not in_functorch() or torch.compiler.is_compiling():
             results = clip_backward(ctx.rule, wanted, *led)
         else:
             results = _Clients.apply(ctx.rule, wanted, *led)
-        left, likes = iter(results), [saved[i] for i in (0, 1, 2, 6)]
+        left = iter(results)
         grads = [
             next(left)[0].to(like.dtype) if need else None
             for need, like in zip((*needs[:3], counts), likes, strict=True)
         ]
         return *grads[:3], None, None, None, grads[3], None, None
+
+
+class _PlainClippedLayer(torch.autograd.Function):
+    """`ClippedLayer` outside torch.func: a call costs half as much without `setup_context`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """The ordinary layer."""
+        x, weight, bias, *_, rule, _p = inputs
+        ClippedLayer.setup_context(ctx, inputs, x)
+        return rule.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `ClippedLayer`."""
+        return ClippedLayer.backward(ctx, grad)
 
 
 def clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aadp_kernels import _dispatch
+
 SLICE = {"cpu": 1 << 20}
 _DEVICE_SLICE = 1 << 26
 
@@ -52,10 +54,10 @@ class Terms:
         if not wanted.counts:
             votes_at = None
         elif votes_at is not None:
-            votes_at = votes_at.to(torch.float64).expand(count[0])
-            if branches_on_data(votes_at) and bool(votes_at.isnan().all()):
+            votes_at = votes_at.detach().to(torch.float64).expand(count[0])
+            if branches_on_data(votes_at) and not fast(votes_at) and bool(votes_at.isnan().all()):
                 votes_at = None
-        return cls(wanted, clip.to(torch.float64).expand(count[0]), live, votes_at)
+        return cls(wanted, clip.detach().to(torch.float64).expand(count[0]), live, votes_at)
 
     @property
     def needs_l1(self) -> bool:
@@ -81,6 +83,13 @@ class Terms:
         """
         norm = norm1 if square is None else square.sqrt()
         assert norm is not None
+        if fast(norm):
+            from aadp_kernels._cpu import ghost
+
+            factor, counts = ghost.settle(
+                norm1, norm, finite, self.mask, self.clip, self.votes_at, slack
+            )
+            return factor, counts if self.wanted.counts else None
         norm = norm * (1 + slack)
         live = finite & self.mask
         over = ~(norm <= self.clip[:, None])
@@ -100,6 +109,15 @@ class Terms:
         return factor, counts.sum(1)
 
 
+def fast(x: Tensor) -> bool:
+    """Whether numba takes a plain tensor; never in a trace."""
+    return (
+        type(x) is Tensor
+        and x.dtype in (torch.float32, torch.float64)
+        and _dispatch.choose("auto", "ghost", device=x.device, elements=1 << 20) == "numba"
+    )
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Half precision is clipped in float32."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -116,20 +134,40 @@ def finite_records(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The product of the L2 norms of a record's input and output gradient bounds each entry of its
     weight gradient. Far below the square root of the dtype's maximum no norm can overflow.
     """
-    norm_a, norm_g = record_norm(a, 2), record_norm(g, 2)
-    finite = norm_a * norm_g + norm_a + norm_g <= largest(a.dtype)
+    finite = bounded(*(row_sums(t, l1=False)[1] for t in (a, g)), dtype=a.dtype)
     a, g = zeroed(finite, a, g)
     return finite, a, g
 
 
+def bounded(*squares: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Which records are finite, from the squared L2 norms of what their gradient is made of."""
+    norms = [square.sqrt() for square in squares if square is not None]
+    bound = norms[0] if len(norms) == 1 else norms[0] * norms[1] + norms[0] + norms[1]
+    return bound <= largest(dtype)
+
+
 def largest(dtype: torch.dtype) -> float:
-    """Bound on the product of norms below which a record counts as finite."""
+    """Bound on the norms, and their product, of a record that counts as finite."""
     return torch.finfo(dtype).max ** 0.5 / 4096
 
 
-def record_norm(x: Tensor, p: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Norms of records: [K, B, ...] -> [K, B]."""
-    return torch.linalg.vector_norm(x.reshape(*x.shape[:2], -1), p, dim=-1, dtype=dtype)
+def row_sums(x: Tensor, *, l1: bool = True, l2: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """L1 norms and squared L2 norms of records [K, B, ...]: float64 [K, B], None if not asked for.
+
+    The last axis is summed in the dtype of x at worst.
+    """
+    if fast(x):
+        from aadp_kernels._cpu import ghost
+
+        return ghost.row_sums(x)
+    norm1 = square = None
+    if l1:
+        row = torch.linalg.vector_norm(x, 1, dim=-1).to(torch.float64)
+        norm1 = row.reshape(*x.shape[:2], -1).sum(-1)
+    if l2:
+        row = torch.linalg.vector_norm(x, dim=-1).to(torch.float64)
+        square = row.reshape(*x.shape[:2], -1).square().sum(-1)
+    return norm1, square
 
 
 def zeroed(finite: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -152,17 +190,48 @@ def piece_norms(pieces: Sequence[Tensor], terms: Terms) -> tuple[Tensor | None, 
     """
     norm1 = square = None
     for piece in pieces:
-        if terms.needs_l1:
-            row = torch.linalg.vector_norm(piece, 1, dim=-1).to(torch.float64)
-            norm1 = _plus(norm1, row.reshape(*row.shape[:2], -1).sum(-1))
-        if terms.wanted.p == 2:
-            row = torch.linalg.vector_norm(piece, dim=-1).to(torch.float64)
-            square = _plus(square, row.reshape(*row.shape[:2], -1).square().sum(-1))
+        sums = row_sums(piece, l1=terms.needs_l1, l2=terms.wanted.p == 2)
+        norm1 = plus(norm1, sums[0]) if terms.needs_l1 else None
+        square = plus(square, sums[1]) if terms.wanted.p == 2 else None
     return norm1, square
 
 
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
+def plus(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """total + term, None where a norm is not needed."""
+    return term if total is None or term is None else total + term
+
+
+def product_sums(a: Tensor, g: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
+    """`piece_norms` of the products g[b]ᵀ a[b], which are not written as a whole.
+
+    Args:
+        a: [B, T, in].
+        g: [B, T, out].
+        terms: which norms are needed.
+
+    Returns:
+        L1 norms and squared L2 norms, float64 [B].
+    """
+    if fused_norms(a):
+        from aadp_kernels._triton.ghost import ghost_norms
+
+        norm1, square = ghost_norms(a, g)
+        return norm1 if terms.needs_l1 else None, square if terms.wanted.p == 2 else None
+    norm1 = square = None
+    rows = max(1, slice_elements(a.device) // max(1, len(a) * a.shape[-1]))
+    for start in range(0, g.shape[-1], rows):
+        block = torch.bmm(g[..., start : start + rows].transpose(1, 2), a)
+        sums = piece_norms([block[None]], terms)
+        norm1 = sums[0] if norm1 is None else plus(norm1, sums[0])
+        square = sums[1] if square is None else plus(square, sums[1])
+    return None if norm1 is None else norm1[0], None if square is None else square[0]
+
+
+def fused_norms(x: Tensor) -> bool:
+    """Whether a Triton kernel takes norms of products."""
+    if x.device.type == "cpu" or x.dtype != torch.float32:
+        return False
+    return _dispatch.choose("auto", "ghost", device=x.device, elements=1 << 20) == "triton"
 
 
 def slack_of(columns: int, dtype: torch.dtype) -> float:
@@ -183,6 +252,11 @@ def weighted_sum(factor: Tensor, records: Tensor) -> Tensor:
     return torch.bmm(factor[:, None], records)[:, 0]
 
 
+def slice_elements(device: torch.device) -> int:
+    """Elements of work memory at once: on a CPU what stays in the cache."""
+    return SLICE.get(device.type, _DEVICE_SLICE)
+
+
 def blocks(shape: Sequence[int], cost: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Rectangles (clients, records) that cover [K, B] with about SLICE elements of work memory.
 
@@ -195,7 +269,7 @@ def blocks(shape: Sequence[int], cost: int, device: torch.device) -> Iterator[tu
         device: where the work is done; on a CPU a slice stays in the cache.
     """
     clients, records = shape
-    rows = max(1, SLICE.get(device.type, _DEVICE_SLICE) // max(1, cost))
+    rows = max(1, slice_elements(device) // max(1, cost))
     width = max(1, min(rows, records))
     height = max(1, rows // max(1, records)) if width == records else 1
     for k in range(0, clients, height):

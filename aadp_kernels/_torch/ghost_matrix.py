@@ -12,14 +12,20 @@ from torch import Tensor
 from aadp_kernels._torch.ghost_clip import (
     Terms,
     blocks,
+    bounded,
     compute_dtype,
+    fast,
     finite_records,
+    fused_norms,
     largest,
     narrow,
     per_record,
     piece_norms,
-    record_norm,
+    plus,
+    product_sums,
+    row_sums,
     slack_of,
+    slice_elements,
     weighted_sum,
     zeroed,
 )
@@ -64,7 +70,9 @@ class Matrix:
         sum_w = grad.new_zeros(size[0], single.numel(), dtype=dtype) if wanted.weight else None
         sum_b = grad.new_zeros(size, dtype=dtype) if wanted.bias else None
         counts = grad.new_zeros(size[0], 3, dtype=torch.float64) if wanted.counts else None
-        cost = single.numel() + self.patch_size(single, grad)
+        cost = self.patch_size(single, grad)
+        if not self._unwritten(single, x):
+            cost += single.numel()
         for k, b in blocks(x.shape[:2], cost, x.device):
             finite, a, g = finite_records(x[k, b].to(dtype), grad[k, b].to(dtype))
             parts = self._clipped(a, g, finite, single, terms.part(k, b))
@@ -77,6 +85,8 @@ class Matrix:
         """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
         count, wanted = finite.shape, terms.wanted
         left, right = self.factors(a.flatten(0, 1), g.flatten(0, 1), weight)
+        if self._unwritten(weight, a):
+            return self._clipped_twice(left, right, finite, weight, terms)
         pieces = []
         if wanted.weight:
             pieces.append(torch.bmm(right, left).view(*count, weight.shape[0], -1))
@@ -92,6 +102,41 @@ class Matrix:
             sums[-1] if wanted.bias else None,
             counts,
         )
+
+    def _unwritten(self, weight: Tensor, x: Tensor) -> bool:
+        """Whether a record's weight gradient is never held: too large, or a kernel needs it not."""
+        return weight.numel() > slice_elements(x.device) or fused_norms(x)
+
+    def _clipped_twice(
+        self, left: Tensor, right: Tensor, finite: Tensor, weight: Tensor, terms: Terms
+    ) -> Sums:
+        """`_clipped` with one product for the norms, block by block, and one for the sum."""
+        count, wanted = finite.shape, terms.wanted
+        groups = len(left) // finite.numel()
+        bias = right.sum(-1).view(*count, -1)
+        norm1, square = piece_norms([bias] if wanted.bias else [bias[..., :0]], terms)
+        g = right.transpose(1, 2)
+        if wanted.weight:
+            more1, more2 = (
+                None if n is None else n.view(*count, groups).sum(-1)
+                for n in product_sums(left, g, terms)
+            )
+            norm1, square = plus(norm1, more1), plus(square, more2)
+        slack = slack_of(max(left.shape[-1], bias.shape[-1]), left.dtype)
+        factor, counts = terms.settle(norm1, square, finite, slack)
+        factor = narrow(factor, left.dtype)
+        sum_w = None
+        if wanted.weight:
+            scaled = g * factor.flatten().repeat_interleave(groups)[:, None, None]
+            rows, columns = (_by_group(t, count, groups) for t in (scaled, left))
+            sum_w = torch.bmm(rows.transpose(1, 2), columns).view(count[0], -1)
+        return sum_w, weighted_sum(factor, bias) if wanted.bias else None, counts
+
+
+def _by_group(t: Tensor, count: torch.Size, groups: int) -> Tensor:
+    """[K·B·groups, P, n] as [K·groups, B·P, n]."""
+    t = t.reshape(*count, groups, *t.shape[1:]).transpose(1, 2)
+    return t.reshape(count[0] * groups, -1, t.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -126,16 +171,23 @@ class Linear(Matrix):
     def _ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
         """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no record's gradient is formed."""
         wanted = terms.wanted
+        if fast(a):
+            return self._numba_ghost(a, g, terms)
         w, b = float(wanted.weight), float(wanted.bias)
-        a2, g2 = record_norm(a, 2, torch.float64), record_norm(g, 2, torch.float64)
-        finite = a2 * g2 + a2 + g2 <= largest(a.dtype)
+        a1, a2 = row_sums(a, l1=terms.needs_l1)
+        g1, g2 = row_sums(g, l1=terms.needs_l1)
+        assert a2 is not None
+        assert g2 is not None
         norm1 = square = None
         if terms.needs_l1:
-            norm1 = record_norm(a, 1, torch.float64) * w + b
-            norm1 = norm1 * record_norm(g, 1, torch.float64)
+            assert a1 is not None
+            assert g1 is not None
+            norm1 = (a1 * w + b) * g1
         if wanted.p == 2:
-            square = (a2.square() * w + b) * g2.square()
-        factor, counts = terms.settle(norm1, square, finite, 1e-12)
+            square = (a2 * w + b) * g2
+        finite = bounded(a2, g2, dtype=a.dtype)
+        slack = slack_of(a.shape[-1] + g.shape[-1], a.dtype)
+        factor, counts = terms.settle(norm1, square, finite, slack)
         a, g = zeroed(finite, a, g)
         # The extra rounding of each scaled entry is covered by a factor a little smaller.
         factor = narrow(factor, a.dtype)
@@ -143,6 +195,21 @@ class Linear(Matrix):
         scaled = g * per_record(factor, g)
         sum_w = torch.bmm(scaled.transpose(1, 2), a) if wanted.weight else None
         return sum_w, scaled.sum(1) if wanted.bias else None, counts
+
+    def _numba_ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
+        from aadp_kernels._cpu import ghost
+
+        wanted = terms.wanted
+        scaled, total, counts, clean = ghost.scale_linear(
+            a, g.contiguous(), weight=wanted.weight, bias=wanted.bias, largest=largest(a.dtype),
+            p=wanted.p, mask=terms.mask, clip=terms.clip, votes_at=terms.votes_at,
+        )  # fmt: skip
+        sum_w = None
+        if wanted.weight:
+            # 0 · NaN is NaN: zero factors alone do not silence a record.
+            a = a if clean else torch.where(a.isfinite(), a, 0.0)
+            sum_w = torch.bmm(scaled.transpose(1, 2), a)
+        return sum_w, total if wanted.bias else None, counts if wanted.counts else None
 
 
 @dataclass(frozen=True)

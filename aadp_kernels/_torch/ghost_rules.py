@@ -13,13 +13,13 @@ from torch import Tensor
 from aadp_kernels._torch.ghost_clip import (
     Terms,
     blocks,
+    bounded,
     compute_dtype,
     finite_records,
-    largest,
     narrow,
     per_record,
     piece_norms,
-    record_norm,
+    row_sums,
     slack_of,
     weighted_sum,
     zeroed,
@@ -40,7 +40,7 @@ class Embedding:
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
         """Rows of equal tokens of a record add up before its norm is taken."""
         tokens, dim = weight.shape[1:]
-        index = x.reshape(*x.shape[:2], -1)
+        index = x.flatten(2) if x.dim() > 2 else x[..., None]
         g = grad.to(compute_dtype(grad)).reshape(*index.shape, dim)
         if self.padding_idx is not None:
             g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
@@ -49,7 +49,7 @@ class Embedding:
         first = torch.arange(index.shape[0], device=x.device)[:, None, None] * tokens
         for k, b in blocks(index.shape[:2], 2 * index.shape[2] * dim, x.device):
             part, rows, own = g[k, b], index[k, b], terms.part(k, b)
-            finite = record_norm(part, 2) <= largest(part.dtype)
+            finite = bounded(row_sums(part, l1=False)[1], dtype=part.dtype)
             (part,) = zeroed(finite, part)
             norm1, square = piece_norms([_token_sums(rows, part)], own)
             factor, seen = own.settle(norm1, square, finite, slack_of(dim, part.dtype))
@@ -187,7 +187,7 @@ class Bias:
         if not (wanted.bias or wanted.counts):
             return grad_x, None, None, None
         g = grad.to(compute_dtype(grad))
-        finite = record_norm(g, 2) <= largest(g.dtype)
+        finite = bounded(row_sums(g, l1=False)[1], dtype=g.dtype)
         (g,) = zeroed(finite, g)
         lead = [1] * (g.dim() - 2 - len(self.shape))
         piece = g.sum_to_size(*g.shape[:2], *lead, *self.shape).flatten(2)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import Bias, Layout, with_clipping
+from aadp_kernels._torch import ghost_clip, ghost_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CLIENTS, BATCH = 3, 5
@@ -187,6 +188,27 @@ def test_sums_and_counts(name, p, mode):
         check(name, p, mode, size)
 
 
+@pytest.fixture(params=["torch", "slices of one record", "norms without gradients"])
+def implementation(request, monkeypatch):
+    """Plain torch where numba would run, and layers that are large for the slices."""
+    monkeypatch.setattr(ghost_clip, "fast", lambda _: request.param != "torch")
+    monkeypatch.setattr(ghost_matrix, "fast", lambda _: request.param != "torch")
+    if request.param != "torch":
+        one = request.param == "slices of one record"
+        monkeypatch.setitem(ghost_clip.SLICE, "cpu", 60 if one else 4)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_implementations(implementation, name, p):
+    check(name, p, "autograd", 0.5)
+
+
+@pytest.mark.parametrize("name", ["linear, sequence", "conv2d, all options", "conv1d", "embedding"])
+def test_other_implementations_under_vmap(implementation, name):
+    check(name, 2, "vmap, own", 1.0)
+
+
 @pytest.mark.parametrize("name", ["linear", "conv2d, all options", "embedding", "group norm"])
 @pytest.mark.parametrize("mode", ["grad", "vmap, nested"])
 def test_other_transforms(name, mode):
@@ -215,3 +237,38 @@ def test_the_input_receives_its_ordinary_gradient(name):
         (torch.tanh(m(own)) * y[0]).sum().backward()
         grads.append(own.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_record_never_passes_the_clip_norm_in_float32(name, p):
+    for seed in range(8):
+        model, x, y = problem(name, seed)
+        clipped = with_clipping(model.float(), p=p)
+        x = x.float() if x.is_floating_point() else x
+        clip = 0.03
+        for module in clipped.children():
+            module.clip_norm.fill_(clip)
+            module.mask = torch.arange(BATCH) == seed % BATCH
+        (torch.tanh(clipped(x[0])) * y[0]).sum().backward()
+        for module in clipped.children():
+            joint = torch.cat([q.grad.double().flatten() for q in module.parameters()])
+            # Rounding of the sum itself is outside of the claim.
+            assert joint.norm(p=p) <= clip * (1 + 2e-7)
+            assert joint.norm(p=p) > 0
+
+
+@pytest.mark.parametrize("clip", [math.nan, -1.0])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "bias"])
+def test_a_clip_norm_that_is_none_silences(name, clip):
+    model, x, y = problem(name)
+    for kind in ("numba", "torch"):
+        clipped = with_clipping(model, p=2)
+        clipped.layer.clip_norm.fill_(clip)
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "torch":
+                patch.setattr(ghost_clip, "fast", lambda _: False)
+                patch.setattr(ghost_matrix, "fast", lambda _: False)
+            (clipped(x[0]) * y[0]).sum().backward()
+        assert not any(q.grad.any() for q in clipped.layer.parameters())
+        assert clipped.first.bias.grad.any()
