@@ -58,6 +58,12 @@ TILES = {
 }  # fmt: skip
 
 
+def tile_size(form: str, secure: bool, itemsize: int) -> int:
+    """Elements of a tile, so that a thread of the forms wide and fast has 128 bits at least."""
+    least = 0 if form == "grid" else 32 * WARPS * 16 // itemsize
+    return max(TILES[form, secure], least)
+
+
 @triton.jit
 def _pointer(address, offset, FULL: tl.constexpr, DTYPE: tl.constexpr):
     """Pointer to an element of a tensor; that of a whole tile is a multiple of 16 bytes."""
@@ -476,7 +482,7 @@ def _launch(
     wide = form != "fast" or torch.float64 in dtypes
     rng = "philox7" if noise is None else noise.rng
     secure = rng.startswith("chacha")
-    tile = TILES[form, secure]
+    tile = tile_size(form, secure, itemsize)
     aligned = tuple(
         all(t.data_ptr() % 16 == 0 for t in group) for group in zip(*lists, strict=True)
     )

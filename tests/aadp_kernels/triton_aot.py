@@ -38,7 +38,7 @@ def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: i
     kernel, secure, element = privatize.privatize_kernel, rng.startswith("chacha"), tl.dtype(dtype)
     itemsize = element.primitive_bitwidth // 8
     narrow = form == "fast" and itemsize < 8
-    tile, warps = privatize.TILES[form, secure], privatize.WARPS
+    tile, warps = privatize.tile_size(form, secure, itemsize), privatize.WARPS
     constants = {
         "X": element, "REFERENCE": None, "OUT": element, "P": p, "NOISY": True, "TILE": tile,
         "DTYPE": tl.float32 if narrow else tl.float64, "WIDTH": 16 // itemsize, "FORM": form,
