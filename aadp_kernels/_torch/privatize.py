@@ -79,9 +79,20 @@ class Noise(NamedTuple):
 def norms(parts: Sequence[Tensor], p: int) -> Tensor:
     """Joint norm of the rows of several float64 [K, n_i]: [K]."""
     if p == 1:
-        return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))
-    squares = [part.square().sum(1) for part in parts]
+        return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))
+    squares = [_row_sums(part.square()) for part in parts]
     return sum(squares[1:], squares[0]).sqrt()
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums of the rows [K, n], pairwise in an order that neither K nor the threads change."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        folded = x[:, :half] + x[:, half : 2 * half]
+        if x.shape[1] % 2:
+            folded[:, 0] += x[:, -1]
+        x = folded
+    return x.sum(1)
 
 
 class Precision(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
-from aadp_kernels._torch.privatize import clip_factors
+from aadp_kernels._torch.privatize import clip_factors, norms
 
 LAYOUT = Layout.build(
     {
@@ -244,3 +244,22 @@ def test_a_norm_at_the_threshold_votes_for_it(impl):
             votes_at=torch.tensor([threshold], dtype=torch.float64), **options,
         )  # fmt: skip
         assert seen.votes.item() == vote
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 40_001])
+def test_a_norm_depends_on_neither_the_cohort_nor_the_threads(p, size):
+    x = torch.randn(7, size, generator=torch.Generator().manual_seed(size)).double()
+    threads = torch.get_num_threads()
+    together = norms([x], p)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for k in range(7):
+                assert torch.equal(norms([x[k : k + 1].clone()], p)[0], together[k])
+                exact = math.fsum(abs(v) ** p for v in x[k].tolist()) ** (1 / p)
+                assert together[k].item() == pytest.approx(exact, rel=2.0**-48, abs=0)
+        strided = torch.stack([x, x], -1)[..., 0]
+        assert torch.equal(norms([strided], p), together)
+    finally:
+        torch.set_num_threads(threads)

@@ -49,9 +49,9 @@ STANDARD_NOISE = group(
 UPDATES = group(
     "aadp_kernels/_torch/privatize.py",
     f"{PRIVATIZE} {CLIP_SUM}",
-    ("norm of the first tensor only (L1)", "return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))", "return parts[0].abs().sum(1)"),
+    ("norm of the first tensor only (L1)", "return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))", "return _row_sums(parts[0].abs())"),
     ("norm of the first tensor only (L2)", "return sum(squares[1:], squares[0]).sqrt()", "return squares[0].sqrt()"),
-    ("signed sum for the L1 norm", "return sum((part.abs().sum(1) for part in parts[1:]), parts[0].abs().sum(1))", "return sum((part.sum(1) for part in parts[1:]), parts[0].sum(1))"),
+    ("signed sum for the L1 norm", "return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))", "return sum((_row_sums(part) for part in parts[1:]), _row_sums(parts[0]))"),
     ("clip dropped", "clipped = (bound > clip) & finite", "clipped = (bound > clip) & finite & (bound < 0)"),
     ("clip doubled", "room = (clip - count", "room = (2 * clip - count"),
     ("clip 2/3", "room = (clip - count", "room = (2 / 3 * clip - count"),
