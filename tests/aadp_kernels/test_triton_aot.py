@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_aot.py")
 
-# Instructions an element of the apply loop over whole tiles, measured and rounded up a little.
+# Instructions an element of the apply loop over whole tiles, measured (Triton 3.6 and 3.9) and
+# rounded up a little.
 BUDGETS = {
-    ("philox10", "fast"): 26,
+    ("philox10", "fast"): 28,
     ("chacha8", "fast"): 44,
     ("chacha20", "fast"): 92,
     ("philox10", "wide"): 120,

@@ -181,7 +181,8 @@ def test_octaves_that_63_bits_cannot_tell_go_on_in_the_tail_words(secure):
     rng = "chacha8" if secure else "philox8"
     for e in range(16):
         blocks = torch.tensor([(32 + e) // 2] if secure else [2 * (32 + e), 2 * (32 + e) + 1])
-        address = torch.stack([blocks.int(), *(blocks.int() * 0 + v for v in (32, 33, 34))])
+        fields = (32, 33, 34 + spec.DOMAINS["grid_laplace"] * 2**24)
+        address = torch.stack([blocks.int(), *(blocks.int() * 0 + v for v in fields)])
         tail = list(grid_spec._tail_words(rng, KEY if secure else KEY[:2], address))
         if secure:
             half = 8 * (e % 2)
