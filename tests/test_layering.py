@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "aadp_kernels").rglob("*.py"))
 FEDERATED = sorted((ROOT / "fl_lightning").rglob("*.py"))
 NOISE = {"sample_noise", "privatize_", "clip_sum_noise", "with_clipping", "clipped_linear"}
+NOISE |= {
+    f"clipped_{n}" for n in ("bias", "conv1d", "embedding", "group_norm", "layer_norm", "rms_norm")
+}
 NOISE |= {"clipped_conv2d", "noise_scales", "vote_noise", "poisson_mask"}
 TRAINING = ("client", "aggregate", "cohort", "models")
 ALLOWED = {

@@ -234,8 +234,8 @@ class Conv(Matrix):
         return torch.stack(rows).to(x.dtype)
 
     def _input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        # Only the shape of x matters here.
-        like = grad.new_empty(1).expand(x.shape)
+        # Only the shape of x matters here; anything that is not contiguous would be copied.
+        like = x if x.dtype == grad.dtype else grad.new_empty(x.shape)
         return torch.ops.aten.convolution_backward(
             grad, like, weight, None, self.stride, self.padding, self.dilation, False,
             (0,) * len(self.stride), self.groups, (True, False, False),
