@@ -178,8 +178,8 @@ CLIP_IN_BACKWARD = group(
 CLIP_MATRICES = group(
     "aadp_kernels/_torch/ghost_matrix.py",
     GHOST,
-    ("ghost norm without its root", "square = (a2.square() * w + b) * g2.square()", "square = (a2 * w + b) * g2.square()"),
-    ("bias not in the ghost norm", "square = (a2.square() * w + b) * g2.square()", "square = (a2.square() * w) * g2.square()"),
+    ("ghost norm without its root", "square = (a2 * w + b) * g2", "square = (a2.sqrt() * w + b) * g2"),
+    ("bias not in the ghost norm", "square = (a2 * w + b) * g2", "square = (a2 * w) * g2"),
 )  # fmt: skip
 
 LAUNCHES = group(
