@@ -23,8 +23,9 @@ from aadp_kernels import Layout, NoiseKey
 from fl_lightning import PrivacyConfig
 from fl_lightning.client import Batch
 from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import PrivateRecordGradient, clipped_sums, release_updates
+from fl_lightning.privacy.mechanism import PrivateRecordGradient, release_updates
 from fl_lightning.privacy.pooled_sum import PooledSum
 from fl_lightning.types import LayerPolicy
 
