@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from aadp_kernels import _dispatch, clipped_linear
 from aadp_kernels._triton.ghost import conv_ghost_norms, ghost_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,6 +142,34 @@ def test_the_operators_pass_opcheck():
     x, g = torch.randn(2, 4, 5, 5, device=DEVICE), torch.randn(2, 2, 3, 3, device=DEVICE)
     settings = ([3, 3], [1, 1], [0, 0], [1, 1], 1)
     torch.library.opcheck(conv_ghost_norms, (x, g, *settings))
+
+
+def test_clip_in_backward_takes_its_norms_here(monkeypatch):
+    assert _dispatch.choose("triton", "ghost", device=torch.device(DEVICE), elements=1) == "triton"
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 2, 9, 7, generator=generator).to(DEVICE)
+    weight = torch.randn(3, 5, 7, generator=generator).to(DEVICE)
+    bias = torch.randn(3, 5, generator=generator).to(DEVICE)
+    calls = []
+
+    def gradients(fused):
+        def norms(a, g):
+            calls.append(fused)
+            return ghost_norms(a, g)
+
+        monkeypatch.setattr("aadp_kernels._triton.ghost.ghost_norms", norms)
+        for module in ("ghost_clip", "ghost_matrix"):
+            monkeypatch.setattr(f"aadp_kernels._torch.{module}.fused_norms", lambda _: fused)
+
+        def loss(w, b, x):
+            clip = torch.tensor(3.0, device=DEVICE)
+            return clipped_linear(x, w, b, clip=clip, p=2).square().sum()
+
+        return torch.vmap(torch.func.grad(loss, argnums=(0, 1)))(weight, bias, x)
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert calls == [True]
 
 
 def test_bad_arguments():
