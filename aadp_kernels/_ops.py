@@ -8,9 +8,9 @@ constant would be in its cache and would repeat the noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,33 @@ from aadp_kernels.layout import Layout
 if TYPE_CHECKING:
     from aadp_kernels.noise import NoiseKey
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def tracing() -> bool:
     """Whether torch.compile or a torch.func transform is at work."""
     return torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.no_grad()` for eager calls only.
+
+    In a graph it would be two operations, and an error between them would leave gradients
+    disabled for the rest of the process; the `traced_` twins detach their inputs instead.
+    """
+    eager = torch.no_grad()(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if tracing() else eager)(*args, **kwargs)
+
+    return call
+
+
+def _detached(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    """The same values without history; none for None."""
+    return [t.detach() for t in tensors or ()]
 
 
 def _check(name: str, tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]) -> None:
@@ -125,7 +148,7 @@ def traced_layer_norms(
 ) -> Tensor:
     """`privatize.layer_norms` for a tracer."""
     _check("tensors", tensors, layout, tuple(tensors[0].shape[:1]) if cohort else ())
-    return layer_norms(list(tensors), list(reference or []), list(layout.layer_of), p, cohort)
+    return layer_norms(_detached(tensors), _detached(reference), list(layout.layer_of), p, cohort)
 
 
 # privatize_
@@ -195,16 +218,16 @@ def traced_privatize_(
 ) -> ClipStats:
     """`privatize.privatize_` for a tracer."""
     lead = () if clients is None else (clients.shape[0],)
-    target = list(tensors if out is None else out)
-    in_place = all(a is b for a, b in zip(tensors, target, strict=True))
-    source = [] if in_place else list(tensors)
+    target = _detached(tensors if out is None else out)
+    in_place = out is None or all(a is b for a, b in zip(tensors, out, strict=True))
+    source = [] if in_place else _detached(tensors)
     _check("tensors", tensors, layout, lead)
     _check("out", target, layout, lead)
     if reference is not None:
         _check("reference", reference, layout, ())
     words, step, rng = _address(key, step)
     stats = privatize_(
-        target, source, list(reference or []), list(layout.layer_of), clip, scale, votes_at,
+        target, source, _detached(reference), list(layout.layer_of), clip, scale, votes_at,
         clients, words, step, rng, p, mechanism, form, impl,
     )  # fmt: skip
     return ClipStats(*stats)
@@ -303,7 +326,7 @@ def traced_clip_sum_noise(
         client = torch.full((), client, dtype=torch.int64)
     words, step, rng = _address(key, step)
     sums, l1_norm, *counts = clip_sum_noise(
-        list(per_sample), list(accumulate or []), list(layout.layer_of), clip, scale, mask,
+        _detached(per_sample), _detached(accumulate), list(layout.layer_of), clip, scale, mask,
         votes_at, client, words, step, rng, p, mechanism, last, form, impl,
     )  # fmt: skip
     if accumulate is not None and not last:

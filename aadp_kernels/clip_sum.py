@@ -15,7 +15,7 @@ from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey
 from aadp_kernels.privatize import check_tensors, claim_layers, noise_source, per_layer
 
 
-@torch.no_grad()
+@_ops.without_grad
 def clip_sum_noise(
     per_sample: Sequence[Tensor],
     *,

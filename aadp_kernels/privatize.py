@@ -15,7 +15,7 @@ from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
 
-@torch.no_grad()
+@_ops.without_grad
 def privatize_(
     tensors: Sequence[Tensor],
     *,
@@ -125,7 +125,7 @@ def privatize_(
     return ClipStats(l1_norm, stats.votes[0], stats.clipped[0], stats.nonfinite[0])
 
 
-@torch.no_grad()
+@_ops.without_grad
 def layer_norms(
     tensors: Sequence[Tensor],
     *,

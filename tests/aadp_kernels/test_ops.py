@@ -193,6 +193,16 @@ def test_in_place_writes_reach_the_caller() -> None:
         assert same([p.detach() for p in parameters], y)
 
 
+def test_inputs_with_a_gradient_give_results_without() -> None:
+    x = [t.requires_grad_() for t in tensors(lead=(4,))]
+    sums = torch.compile(summed, backend="aot_eager", fullgraph=True)(x, key(), 1)[0]
+    assert same(sums, summed(x, key(), 1)[0])
+    assert not any(t.requires_grad for t in sums)
+    found = torch.compile(norms, backend="aot_eager", fullgraph=True)(x, cohort=True)
+    assert same(found, norms(x, cohort=True))
+    assert not found.requires_grad
+
+
 def test_accumulated_sums_are_updated_in_place() -> None:
     def add(total: list[torch.Tensor], x: list[torch.Tensor]) -> Any:
         return summed(x, key=None, step=0, scale=None, accumulate=total, last=False)  # type: ignore
@@ -264,6 +274,7 @@ def test_wrong_values_raise_when_compiled_code_runs(arguments: Any, match: str) 
     compiled = torch.compile(privatized, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match=match):
         compiled(tensors(), **({"key": key(), "step": 0} | arguments))
+    assert torch.is_grad_enabled()
 
 
 def test_shapes_that_do_not_fit_the_layout_raise() -> None:
