@@ -152,11 +152,7 @@ class PrivateRecordGradient:
     def _noised_votes(self, votes: Tensor, policy: LayerPolicy, step: int, key: NoiseKey) -> Tensor:
         """Vote sums [k, L] (multiples of 1/2) with noise, float32.
 
-        Grid form: with the quantum q of the votes' noise every single vote of ±1/2 becomes ±h
-        quanta, h = floor(1/2 / q). So the sum of votes v is the whole number 2v·h, exactly, and a
-        unit moves it by at most 1/2 / q in each layer: what the noise is scaled to, in quanta. What
-        is released is a function of that number plus whole-number noise. (Cutting v / q itself
-        would let a unit move it by up to 1/2 / q + 1.) A vote counts for h·q, more than 1/2 - q.
+        Grid form: a function of the whole numbers of `vote_quanta` plus whole-number noise.
         """
         assert policy.vote_noise_scale is not None
         config, scale = self.history.config, policy.vote_noise_scale
@@ -174,10 +170,7 @@ class PrivateRecordGradient:
         )
         if not gridded:
             return (votes + noise).float()
-        step_size = grid.quantum(scale, config.mechanism)[:, None]
-        # The margin is wider than the rounding of the division: h·q <= 1/2 for certain.
-        each = (0.5 / step_size * (1 - 2.0**-50)).floor().to(torch.int64)
-        total = (2 * votes).to(torch.int64) * each
+        total, step_size = vote_quanta(votes, scale, config.mechanism)
         noised = (total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise).clamp(-VOTE_LIMIT, VOTE_LIMIT)
         middle = 0.5 if config.mechanism == "laplace" else 0.0
         return ((noised.double() + middle) * step_size).float()
@@ -197,6 +190,20 @@ class PrivateRecordGradient:
                 "nonfinite": self.nonfinite.amax(1),
             },
         )
+
+
+def vote_quanta(votes: Tensor, scale: Tensor, mechanism: str) -> tuple[Tensor, Tensor]:
+    """Vote sums [k, L] (multiples of 1/2) in quanta, int64, and the quanta [k, 1] of scales [k].
+
+    With the quantum q of the votes' noise every single vote of ±1/2 becomes ±h quanta,
+    h = floor(1/2 / q). So the sum of votes v is the whole number 2v·h, exactly, and a unit moves it
+    by at most 1/2 / q in each layer: what the noise is scaled to, in quanta. (Cutting v / q itself
+    would let a unit move it by up to 1/2 / q + 1.) A vote counts for h·q, more than 1/2 - q.
+    """
+    step_size = grid.quantum(scale, mechanism)[:, None]
+    # The margin is wider than the rounding of the division: h·q <= 1/2 for certain.
+    each = (0.5 / step_size * (1 - 2.0**-50)).floor().to(torch.int64)
+    return (2 * votes).to(torch.int64) * each, step_size
 
 
 def release_updates(

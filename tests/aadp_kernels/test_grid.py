@@ -543,3 +543,24 @@ def test_a_layer_of_clip_norm_zero_needs_no_noise():
     )  # fmt: skip
     assert not sums[2].any()
     assert sums[0].any()
+
+
+def test_sums_are_clamped_before_the_noise_and_after():
+    """Before: sums beyond the limit give what the limit gives. After: no output is beyond it."""
+    total = torch.tensor([[spec.LIMIT + 5 * T, spec.LIMIT, -spec.LIMIT - 5 * T, -spec.LIMIT, 7]])
+    noise = torch.tensor([[-2 * T, 3 * T, 2 * T, -3 * T, -9]])
+    step = torch.tensor([[2.0**-30]], dtype=torch.float64)
+    want = [spec.LIMIT - 2 * T, spec.LIMIT, 2 * T - spec.LIMIT, -spec.LIMIT, -2]
+    for mechanism, offset in (("gaussian", 0.0), ("laplace", 0.5)):
+        got = spec.release(total, noise, step, mechanism) * 2.0**30 - offset
+        assert got[0].tolist() == want
+
+
+def test_inexactness_in_numbers():
+    """Both directions of the tables, of 2^-45 for the acceptance, of the discrete law up to 10."""
+    inflation, tail = grid.inexactness("gaussian", 1000)
+    tables, _ = grid.inexactness("laplace", 1000)
+    want = tables + 2000 * (2.0**-45 + 101 / (24 * 2.0**60))
+    assert inflation == pytest.approx(want, rel=1e-9, abs=0)
+    assert tail == pytest.approx(2000 * stats.norm.sf(10.0), rel=1e-5, abs=0)
+    assert 1e-17 < tables / 2000 < 1e-15

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums, per_sample_sums
 from fl_lightning.privacy.exactness import grid_errors, inexact_noise
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import PrivateRecordGradient
+from fl_lightning.privacy.mechanism import PrivateRecordGradient, vote_quanta
 from fl_lightning.privacy.statement import privacy_statement
 
 T = 2.0**30
@@ -174,6 +175,29 @@ def test_grid_sums_are_those_of_the_wide_form_but_for_the_quantum(
                 assert float(want[name][k].abs().max()) > 1000 * q
 
 
+@pytest.mark.parametrize("setting", ["record+local", "client+local"])
+def test_each_client_releases_its_own_sum_in_every_form(
+    federation, population, global_params, setting
+):
+    """With little noise the forms release the same, and clients differ.
+
+    Not with less: the grid form stops at 4096 noise scales.
+    """
+    network, released = make_network(), []
+    record = setting == "record+local"
+    for form in ("wide", "fast", "grid"):
+        config = PrivacyConfig(
+            setting=setting, thresholds="fixed", noise_form=form, epsilon=None,
+            noise_multiplier=1e-3 if record else 1e-4, seed=1,
+        )  # fmt: skip
+        part = population(federation(), network, config)
+        released.append(part.release(torch.arange(3), global_params(network), 0, "x").update)
+    for name, value in released[0].items():
+        assert float((value[0] - value[1]).abs().max()) > 6e-3
+        for other in released[1:]:
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-3 if record else 3e-3)
+
+
 def gradient_hook(config, multiplier, clients=3):
     layout = Layout.build({"a.weight": torch.zeros(4, 2), "b.weight": torch.zeros(5)})
     return PrivateRecordGradient(
@@ -218,6 +242,18 @@ def test_one_vote_moves_the_released_integer_by_at_most_its_sensitivity(mechanis
     worth = math.sqrt(rho) if mechanism == "gaussian" else rho
     assert shift / sigma <= worth / multiplier
     assert shift / sigma >= worth / multiplier * (1 - 2 * (2 * q) - 1e-12)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_vote_is_a_whole_number_of_quanta_and_never_more_than_a_half(mechanism):
+    scale = torch.cat([torch.logspace(-3, 6, 200), 2.0 ** torch.arange(-9, 20)]).double()
+    votes = torch.tensor([-1.5, -0.5, 0.0, 0.5, 7.0]).double().expand(len(scale), -1)
+    total, step = vote_quanta(votes, scale, mechanism)
+    assert total.dtype == torch.int64
+    each = total[:, 3]
+    assert torch.equal(total, (2 * votes).to(torch.int64) * each[:, None])
+    for h, q in zip(each.tolist(), step[:, 0].tolist(), strict=True):
+        assert h * Fraction(q) <= Fraction(1, 2) < (h + 2) * Fraction(q)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)

@@ -84,7 +84,7 @@ GRID_PLACES = group(
     "fl_lightning/privacy/mechanism.py",
     "tests/fl_lightning/test_noise_forms.py",
     ("a vote of one quantum more", "(0.5 / step_size * (1 - 2.0**-50)).floor()", "(0.5 / step_size).floor().add(1)"),
-    ("half votes in quanta", "total = (2 * votes).to(torch.int64) * each", "total = votes.to(torch.int64) * each"),
+    ("half votes in quanta", "return (2 * votes).to(torch.int64) * each,", "return votes.to(torch.int64) * each,"),
     ("votes without grid noise", "total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise)", "total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + 0 * noise)"),
     ("grid sums of the first client", "accumulate=[sums[n][i] for n in layout.names]", "accumulate=[sums[n][0].clone() for n in layout.names]"),
     ("grid scale of the first client", "                scale=policy.noise_scale[i],\n", "                scale=policy.noise_scale[0] * 1.5,\n"),

@@ -7,7 +7,26 @@ from tests.mutation.mutations import group
 RNG = "tests/aadp_kernels/test_rng.py"
 NOISE = "tests/aadp_kernels/test_noise.py"
 FAST = "tests/aadp_kernels/test_fast.py"
-GRID = "tests/aadp_kernels/test_grid.py"
+_GRID = "tests/aadp_kernels/test_grid.py::test_"
+GRID = " ".join(
+    _GRID + name
+    for name in (
+        "equals_scalar_code_at_the_address",
+        "tables_are_the_rounded_distribution_functions",
+        "probabilities_are_those_of_the_floor_of_a_laplace_variable",
+        "numbers_are_the_integers_times_the_quantum",
+        "the_quantum_is_never_too_small",
+        "the_integers_have_at_most_the_norm_of_the_clip",
+        "small_contributions_survive_and_are_cut_towards_zero",
+        "huge_ratios_and_long_sums_stay_in_range",
+        "distribution_accepts_the_scale_and_rejects_others",
+        "inexactness_of_the_gaussian_covers_its_acceptance_test",
+        "privatize_equals_the_formula_and_clients_one_by_one",
+        "inexactness_grows_with_the_elements",
+        "inexactness_in_numbers",
+        "sums_are_clamped_before_the_noise_and_after",
+    )
+)
 PRIVATIZE = "tests/aadp_kernels/test_privatize.py"
 CLIP_SUM = "tests/aadp_kernels/test_clip_sum.py"
 SENSITIVITY = "tests/aadp_kernels/test_sensitivity.py"
@@ -75,7 +94,7 @@ UPDATES = group(
 
 SUMS = group(
     "aadp_kernels/_torch/clip_sum.py",
-    f"{CLIP_SUM} {GRID}::test_clip_sum_adds_the_integers_of_the_records",
+    f"{CLIP_SUM} {_GRID}clip_sum_adds_the_integers_of_the_records",
     ("mask ignored", "live = finite & mask[piece]", "live = finite"),
     ("records summed unclipped", "total.add_(torch.mv(kept.t(), factor))", "total.add_(kept.sum(0))"),
     ("integers not summed", ".add_(counts.sum(0))", ".add_(counts[0])"),
@@ -86,7 +105,7 @@ SUMS = group(
 
 SUM_INTERFACE = group(
     "aadp_kernels/clip_sum.py",
-    f"{CLIP_SUM} {GRID}::test_clip_sum_adds_the_integers_of_the_records",
+    f"{CLIP_SUM} {_GRID}clip_sum_adds_the_integers_of_the_records",
     ("sums so far forgotten", "return list(accumulate)", "return [torch.zeros_like(t) for t in accumulate]"),
     ("padding counted", "live = mask.to(device) != 0", "live = mask.to(device) == mask.to(device)"),
 )  # fmt: skip
@@ -139,7 +158,11 @@ SCALES = group(
 
 PASSES = group(
     "aadp_kernels/_cpu/passes.py",
-    f"{CPU} {FAST}::test_privatize_and_clip_sum_add_it",
+    f"{CPU}::test_privatize_clips_to_the_last_bits_of_the_specification "
+    f"{CPU}::test_privatize_below_the_clip_norm_has_the_bits_of_the_specification "
+    f"{CPU}::test_what_is_not_finite_is_zeroed {CPU}::test_fast_privatize_is_close_to_the_specification "
+    f"{CPU}::test_the_bound_holds {CPU}::test_the_bound_holds_beneath_fast_noise "
+    f"{CPU}::test_rows_and_threads_change_nothing",
     ("noise 2/3", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor + noise[i] * scale * 2 / 3\n"),
     ("noise subtracted", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor - noise[i] * scale\n"),
     ("clip dropped", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] + noise[i] * scale\n"),
@@ -155,7 +178,9 @@ PASSES = group(
 
 TRANSFORMS = group(
     "aadp_kernels/_cpu/transform.py",
-    f"{CPU} {FAST}",
+    f"{CPU}::test_noise_has_the_bits_of_the_specification "
+    f"{CPU}::test_fast_noise_is_close_to_the_specification "
+    f"{CPU}::test_fast_noise_is_refined_where_the_word_is_small",
     ("wide Laplace sign", "sign = np.float64(np.int32((low & np.int32(1)) * np.int32(2) - np.int32(1)))", "sign = -1.0"),
     ("wide Gaussian radius", "math.sqrt(log(u * 2.0**-32) * -2.0)", "math.sqrt(log(u * 2.0**-32) * -4.5)"),
     ("fast Laplace scale", "noise[w + 4 * t + 1] = _laplace32(w1)", "noise[w + 4 * t + 1] = _laplace32(w1) * _F32(1.5)"),
