@@ -169,7 +169,7 @@ class FederatedModule(pl.LightningModule):
         self.result = RoundResult.of(
             self.current_epoch,
             released,
-            participants=self.clients.participants(cohort),
+            participants=self.clients.participants(cohort, released),
             epsilon_spent=np.full(self.data.num_clients, np.inf) if spent is None else spent,
             seconds=time.perf_counter() - started,
         )

@@ -6,7 +6,7 @@ line is written is private to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,10 +143,12 @@ class ClientPopulation:
         paid = self.ledger.find(client, round) or self.ledger.find(ALL_CLIENTS, round)
         return self.budget.can_release(client, self.steps) or bool(paid)
 
-    def participants(self, cohort: Tensor) -> int:
+    def participants(self, cohort: Tensor, released: Sequence[PrivateUpdate]) -> int:
         """Clients of a round as far as that is public: their expected number if coins decide."""
-        rate = None if self.pool is None else self.pool.rate
-        return len(cohort) if rate is None else round(rate * len(cohort))
+        count = sum(len(update.clients) for update in released)
+        if self.pool is None or count == 0:
+            return count
+        return round((self.pool.rate or 1.0) * len(cohort))
 
     def release(self, clients: Tensor, params: Params, round: int, context: str) -> PrivateUpdate:
         """Train, clip, add noise, and write the ledger before anything is handed out.

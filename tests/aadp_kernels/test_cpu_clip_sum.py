@@ -127,7 +127,8 @@ def test_no_record_contributes_more_than_the_clip_norm(n, batch, clip, p, seed):
     generator = torch.Generator().manual_seed(seed)
     update = torch.randn(batch, n, generator=generator, dtype=torch.float64) * 3
     sums, _ = clip_sum_noise(
-        [update], layout=Layout.build([update[0]]), clip=torch.tensor([clip]).double(), scale=None,
+        [update], layout=Layout.build([update[0]]), clip=torch.tensor([clip], dtype=torch.float64),
+        scale=None,
         p=p, impl="numba",
     )  # fmt: skip
     total = math.fsum(abs(v) ** p for v in sums[0].tolist()) ** (1 / p)

@@ -237,14 +237,12 @@ def test_mixed_dtypes():
 
 
 def test_more_pieces_than_one_and_more_slots_than_a_block(monkeypatch):
-    layout = Layout.build([torch.zeros(270)])
-    grads = [torch.randn(1, 270, device=DEVICE)]
+    layout = Layout.build([torch.zeros(273)])  # of no other test: plans are cached
+    grads = [torch.randn(1, 273, device=DEVICE)]
     clip = torch.tensor([50.0])
     want = run("torch", grads, layout=layout, clip=clip)
-    kernels._plan.cache_clear()
     monkeypatch.setattr(kernels, "PIECE", 2)
     got = run("triton", grads, layout=layout, clip=clip)
-    kernels._plan.cache_clear()
     assert_sums(got[0], want[0], torch.float32, "wide", 0.0)
     assert_stats(got[1], want[1])
 

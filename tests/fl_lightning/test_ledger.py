@@ -134,7 +134,7 @@ def test_header_refusals(tmp_path: Path, changes: dict, word: str) -> None:
         ("tail_delta", -1e-9),
         ("digest", 3),
         ("epsilon_inflation", math.nan),
-        ("adjacency", "replace_one"),
+        ("adjacency", "add_one"),
     ],
 )
 def test_release_refusals(name: str, value: Any) -> None:
