@@ -386,10 +386,10 @@ def claim(
     if isinstance(client, Tensor):
         if client.device.type != "cpu":
             return
-        client = client.reshape(-1).tolist()
+        clients = client.reshape(-1).tolist()
     else:
-        client = [client]
-    key._used.claim(f"{form} {mechanism}", step, client, segments)
+        clients = [client]
+    key._used.claim(f"{form} {mechanism}", step, clients, segments)
 
 
 def _scale_device(scale: float | Tensor) -> torch.device:
