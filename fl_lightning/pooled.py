@@ -121,6 +121,11 @@ def release(
             history.restore(_ROW, before)
             redraw += 1
         fresh = [entry for entry, done in zip(entries, paid, strict=True) if not done]
+        able = [population.budget.can_release(k, 1) for k in candidates.tolist()]
+        if fresh and not all(able):
+            # Who could come only to repeat what is paid for cannot be in another sum.
+            history.restore(_ROW, before)
+            return release(population, candidates[torch.tensor(able)], params, round, context)
         ledger.append(fresh)
     except BaseException:
         history.restore(_ROW, before)
@@ -183,7 +188,7 @@ def _entries(
     multipliers = event_multiplier(
         weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes
     )
-    sent = [value[0] for value in update.update.values()]
+    sent, spent = [value[0] for value in update.update.values()], population.budget.spent
     votes = policy.vote_noise_scale
     line = Release(
         client=ALL_CLIENTS,
@@ -209,16 +214,16 @@ def _entries(
             line,
             client=client,
             attempt=len(ledger.find(client, round)),
-            first_step=int(population.budget.spent[max(client, 0)]),
+            first_step=int(spent.max() if client == ALL_CLIENTS else spent[client]),
             noise_multiplier=multiplier,
             epsilon_inflation=extra.epsilon,
             tail_delta=extra.delta,
         )
 
+    # A function of who is there and of the weights alone: a repeated round finds its line again.
     everyone = len(candidates) == len(population.data.client_sizes)
-    budget = population.budget
-    alike = bool((multipliers == multipliers[0]).all()) and len(set(budget.delta.tolist())) == 1
-    if everyone and alike and len(set(budget.spent.tolist())) == 1:
+    deltas = set(population.budget.delta.tolist())
+    if everyone and len(deltas) == 1 and bool((multipliers == multipliers[0]).all()):
         return [of(ALL_CLIENTS, float(multipliers[0]))]
     return [of(k, m) for k, m in zip(candidates.tolist(), multipliers.tolist(), strict=True)]
 

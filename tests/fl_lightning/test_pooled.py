@@ -292,3 +292,20 @@ def test_all_late_leaves_the_model_alone(federation, fit) -> None:
 def test_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrivacyConfig(**options)
+
+
+def test_a_client_that_paid_a_round_cannot_be_in_another_sum_of_it(federation, fit) -> None:
+    data = federation(60, clients=3)
+    module = fit(
+        data, network(), rounds=2, setting="client+aggregator", epsilon=2.0, delta=0.01,
+        cohort_sampling="fixed", module_kwargs={"weighting": "uniform"},
+    )  # fmt: skip
+    population, ledger = module.clients, module.ledger
+    everyone = torch.arange(3)
+    params = {n: p.detach() for n, p in module.network.named_parameters()}
+    assert not any(population.budget.can_release(k, 1) for k in range(3))
+    assert all(population.may_release(k, 1) for k in range(3))
+    lines = len(ledger)
+    update = population.release(everyone, params, 1, "other inputs")
+    assert len(update.clients) == 0
+    assert len(ledger) == lines
