@@ -1,12 +1,20 @@
-"""What the noise of a round is bound to besides model, histories and the values it hides."""
+"""What noise is bound to: everything it could meet again, or, from a public seed, the rules.
+
+Secret noise on other values reveals their difference, however small. So it is a function of all
+that the values depend on down to their last bits, and of the values themselves. Noise of a public
+seed hides nothing. It is a function of seed, rules and round alone: a simulated run has the same
+noise on another machine, with other threads and in any number of processes.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from aadp_kernels import NoiseKey
 from fl_lightning import secrets
 
 
@@ -18,7 +26,7 @@ def round_context(
     rules: tuple[object, ...],
     execution: tuple[str | int, ...],
     cohort: Tensor,
-    code: bool,
+    bits: bool,
 ) -> str:
     """Digest of all that the updates of a round depend on and that the round itself does not hold.
 
@@ -29,8 +37,8 @@ def round_context(
         rules: frozen dataclasses of privacy and local training.
         execution: how clients are computed together.
         cohort: ids of the clients that take part.
-        code: whether the source of both packages counts too. Left out of simulated runs, which
-            would otherwise change with every edit and protect nobody anyway.
+        bits: whether what decides no more than the last bits counts too: platform, threads,
+            execution, the source of both packages. Left out of simulated runs.
     """
     fixed = [*network.buffers(), *(p for p in network.parameters() if not p.requires_grad)]
     if isinstance(loss, nn.Module):
@@ -41,13 +49,37 @@ def round_context(
             *map(repr, rules),
             describe(network),
             describe(loss),
-            *secrets.platform_facts(),
-            *execution,
-            *([secrets.source_digest()] if code else []),
+            *([*secrets.platform_facts(), *execution, secrets.source_digest()] if bits else []),
             cohort,
             *fixed,
         ]
     )
+
+
+def round_key(
+    key: NoiseKey, context: str, round: int, redraw: int, *inputs: Tensor | float
+) -> NoiseKey:
+    """The key of coins and noise of a release.
+
+    Args:
+        key: the run's.
+        context: see `round_context`.
+        round: round number.
+        redraw: how often equal inputs gave other bytes.
+        inputs: all else that the release depends on, bit by bit. Ignored under a public seed.
+    """
+    bound = secrets.digest([context, round, *(() if key.simulated else inputs)])
+    return key.derive("round", bound, redraw)
+
+
+def step_key(key: NoiseKey, step: int, values: Iterable[Tensor | float]) -> NoiseKey:
+    """The key of the noise of one step on the given values.
+
+    Other values can never meet the same secret noise, whatever else was forgotten in the key.
+    """
+    if key.simulated:
+        return key.derive("step", step)
+    return key.derive("values", step, secrets.digest(values))
 
 
 def describe(thing: object) -> str:

@@ -151,7 +151,7 @@ class FederatedModule(pl.LightningModule):
             rules=(self.privacy, self.clients.training),
             execution=(str(self.device), int(self.vectorize), self._max_examples),
             cohort=cohort,
-            code=self.privacy.seed is None,
+            bits=self.privacy.seed is None,
         )
         params = self._global_params()
         mean, released = WeightedMean(self.layout), []

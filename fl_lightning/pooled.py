@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import NoiseKey, poisson_mask
-from fl_lightning import secrets
+from fl_lightning import binding, secrets
 from fl_lightning.client import plain_gradient
 from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.config import PrivacyConfig
@@ -97,13 +97,11 @@ def release(
         vote_share=privacy.votes,
     )
     before = history.rows(_ROW)
-    bound = secrets.digest(
-        [context, round, candidates, weights, z, *params.values(), *before.values()]
-    )
+    inputs = [candidates, weights, z, *params.values(), *before.values()]
     redraw = 0
     try:
         while True:
-            key = population.key.derive("round", bound, redraw)
+            key = binding.round_key(population.key, context, round, redraw, *inputs)
             update = _noised_mean(population, candidates, weights, z, params, key, round)
             entries = _entries(population, update, candidates, weights, z, round, key)
             known = [ledger.find(entry.client, round) for entry in entries]

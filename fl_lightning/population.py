@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey, grid
-from fl_lightning import pooled, secrets
+from fl_lightning import binding, pooled, secrets
 from fl_lightning.client import (
     Batch,
     CohortGradient,
@@ -154,9 +154,10 @@ class ClientPopulation:
         """Train, clip, add noise, and write the ledger before anything is handed out.
 
         The noise and the coins are a function of the secret and of all that the update depends
-        on. The same inputs give the same bytes again, which is the same release and costs
-        nothing; other inputs get other noise and are charged. Should equal inputs ever give
-        other bytes, new coins and noise are drawn and charged.
+        on (of the public seed and the rules in a simulated run, see `binding`). The same inputs
+        give the same bytes again, which is the same release and costs nothing; other inputs get
+        other noise and are charged. Should equal inputs ever give other bytes, new coins and noise
+        are drawn and charged.
 
         Args:
             clients: ids [k].
@@ -189,12 +190,10 @@ class ClientPopulation:
     ) -> PrivateUpdate:
         assert self.ledger is not None
         multiplier = self.budget.multiplier[clients]
-        bound = secrets.digest(
-            [context, round, clients, multiplier, *params.values(), *before.values()]
-        )
+        inputs = [clients, multiplier, *params.values(), *before.values()]
         redraw = 0
         while True:
-            key = self.key.derive("round", bound, redraw)
+            key = binding.round_key(self.key, context, round, redraw, *inputs)
             update = self._private_update(clients, params, key, round)
             entries = self._entries(update, round, key)
             known = [self.ledger.find(entry.client, round) for entry in entries]
@@ -294,7 +293,8 @@ class ClientPopulation:
         self, clients: Tensor, params: Params, hook: GradientHook, coins: NoiseKey, round: int
     ) -> Params:
         """Local training of some clients; private."""
-        torch_seed = int(secrets.public_name(coins.derive("torch"))[:15], 16)
+        stream = coins.derive("torch", int(clients[0]))  # one a group
+        torch_seed = int(secrets.public_name(stream)[:15], 16)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(torch_seed)  # dropout and the like
             return train_cohort(
@@ -333,7 +333,7 @@ class ClientPopulation:
         policy = update.policy
         assert policy is not None
         assert self.ledger is not None
-        binding = secrets.public_name(key)
+        name = secrets.public_name(key)
         entries = []
         for i, client in enumerate(update.clients.tolist()):
             event, extra = update.events[i], self.budget.extra(client)
@@ -355,7 +355,7 @@ class ClientPopulation:
                     num_layers=self.layout.num_layers,
                     clip_norm=tuple(policy.clip_norm[i].tolist()),
                     shares=tuple(policy.shares[i].tolist()),
-                    binding=binding,
+                    binding=name,
                     digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
                     quantum=self._quantum(policy.noise_scale[i]),
                     epsilon_inflation=update.steps * extra.epsilon,

@@ -19,7 +19,7 @@ from aadp_kernels import (
     privatize_,
     sample_noise,
 )
-from fl_lightning import secrets
+from fl_lightning import binding
 from fl_lightning.client import Batch, columns, per_row
 from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.clipping import ClippedSums
@@ -81,9 +81,7 @@ class PrivateRecordGradient:
     def __call__(self, step: int, params: Params, shared: bool, batch: Batch) -> Params:
         self.policy = policy = self.history.policy(self.clients, self.multiplier)
         sums, counts = self.clipped_sums(params, shared, batch, policy)
-        # Other values can never meet the same noise, whatever else was forgotten in the key.
-        values = secrets.digest([*sums.values(), counts, policy.noise_scale])
-        key = self.key.derive("values", step, values)
+        key = binding.step_key(self.key, step, [*sums.values(), counts, policy.noise_scale])
         released = self._noised(sums, policy, step, params, key)
         if policy.votes_at is not None:
             votes = self._noised_votes(counts[..., 0].double().cpu(), policy, step, key)
@@ -228,7 +226,7 @@ def release_updates(
         multiplier: noise multipliers [k].
     """
     config = history.config
-    values = secrets.digest([*update.values(), policy.clip_norm, policy.noise_scale])
+    values = [*update.values(), policy.clip_norm, policy.noise_scale]
     stats = privatize_(
         [update[name] for name in layout.names],
         layout=layout,
@@ -236,7 +234,7 @@ def release_updates(
         scale=policy.noise_scale,
         p=config.p,
         mechanism=config.mechanism,
-        key=key.derive("values", values),
+        key=binding.step_key(key, 0, values),
         step=0,
         clients=clients,
         form=config.noise_form,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
-from fl_lightning import secrets
+from fl_lightning import binding
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.shares import noise_share
 from fl_lightning.release import ALL_CLIENTS
@@ -89,9 +89,8 @@ class PooledSum:
             One row [1, ...]: the mean update.
         """
         policy, history = self.policy, self.history
-        # Other values can never meet the same noise, whatever else was forgotten in the key.
-        values = secrets.digest([*self.total, self.votes, policy.noise_scale, divisor])
-        key, scale = self.key.derive("values", values), policy.noise_scale[0]
+        values = [*self.total, self.votes, policy.noise_scale, divisor]
+        key, scale = binding.step_key(self.key, 0, values), policy.noise_scale[0]
         released = {}
         for i, name in enumerate(self.layout.names):
             layer, offset = self.layout.layer_of[i], self.layout.offsets[i]

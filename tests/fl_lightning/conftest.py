@@ -102,7 +102,8 @@ def population(tmp_path):
             training=training,
             history=ReleasedHistory(config, data.num_clients, layout.dims),
             budget=budget,
-            key=NoiseKey.from_seed(config.seed or 0, rng=config.rng),
+            # As a secret one: noise of a public seed is not bound to what it hides.
+            key=NoiseKey(NoiseKey.from_seed(config.seed or 0)._secret, config.rng),
             ledger=ledgers[-1],
             **({"vectorize": True, "max_examples": 2**40} | kwargs),
         )

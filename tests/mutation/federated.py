@@ -74,9 +74,9 @@ MECHANISM_PLACES = group(
     ("client dropped from the address", "                client=self.clients,\n                layer=layer,", "                client=torch.zeros_like(self.clients),\n                layer=layer,"),
     ("tensors of a layer share their noise", "                offset=offset,\n", "                offset=0,\n"),
     ("noise subtracted twice its size", "(value.double() + noise).to(like[name].dtype)", "(value.double() - 2 * noise).to(like[name].dtype)"),
-    ("noise not bound to the values", 'key = self.key.derive("values", step, values)', 'key = self.key.derive("values", step)'),
+    ("noise not bound to the values", 'key = binding.step_key(self.key, step, [*sums.values(), counts, policy.noise_scale])', 'key = self.key.derive("values", step)'),
     ("votes without noise", "return (votes + noise).float()", "return votes.float()"),
-    ("noise of an update not bound to its values", 'key=key.derive("values", values)', 'key=key.derive("values", 0)'),
+    ("noise of an update not bound to its values", 'key=binding.step_key(key, 0, values)', 'key=key.derive("values", 0)'),
     ("accountant told of 3/2 the noise", "noise_multiplier=multiplier,\n        sampling_rate", "noise_multiplier=1.5 * multiplier,\n        sampling_rate"),
 )  # fmt: skip
 
@@ -143,8 +143,8 @@ POPULATION = group(
     ("tails not written down", "tail_delta=update.steps * extra.delta", "tail_delta=0.0"),
     ("nothing remembered as spent", "self.budget.spend(entry)", "pass"),
     ("a replay is charged again", "fresh = [entries[i] for i in keep if not paid[i]]", "fresh = [entries[i] for i in keep]"),
-    ("noise not bound to the model", "[context, round, clients, multiplier, *params.values(), *before.values()]", "[context, round, clients, multiplier, *before.values()]", "the noise is bound once more to the values it is added to, which follow from the model"),
-    ("noise not bound to the round", "[context, round, clients, multiplier,", "[context, clients, multiplier,"),
+    ("noise not bound to the model", "[clients, multiplier, *params.values(), *before.values()]", "[clients, multiplier, *before.values()]", "the noise is bound once more to the values it is added to, which follow from the model"),
+    ("noise not bound to the round", "binding.round_key(self.key, context, round, redraw", "binding.round_key(self.key, context, 0, redraw"),
 )  # fmt: skip
 
 MUTATIONS = [
