@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ def cache_folder(dataset: str) -> Path:
     """Where fetched files lie: the user's cache folder, or $AADP_FL_DATA_DIR."""
     import pooch
 
-    return Path(pooch.os_cache("aadp-fl")) / dataset
+    return Path(os.environ.get("AADP_FL_DATA_DIR") or pooch.os_cache("aadp-fl")) / dataset
 
 
 def find(

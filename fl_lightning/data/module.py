@@ -23,6 +23,7 @@ from .partition import (
     shards_partition,
 )
 from .sources import load
+from .transform import transformed
 
 PartitionName = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 _HOLDOUT_STREAM = 1
@@ -59,6 +60,9 @@ class FederatedDataModule(pl.LightningDataModule):
         data_dir: folder of the source's files; None looks in the usual places.
         download: whether missing files may be fetched; their checksums are verified.
         source_args: further arguments of the source's function.
+        transform: public function that replaces every record, each by itself: scattering (wavelet
+            features of images), or the import path of a function Tensor → Tensor. Null: none.
+        transform_args: further arguments of the transform.
         eval_batch_size: records per validation or test batch, at least 1.
 
     Raises:
@@ -79,6 +83,8 @@ class FederatedDataModule(pl.LightningDataModule):
         data_dir: str | None = None,
         download: bool = False,
         source_args: dict[str, Any] | None = None,
+        transform: str | None = None,
+        transform_args: dict[str, Any] | None = None,
         eval_batch_size: int = 1024,
     ) -> None:
         super().__init__()
@@ -97,6 +103,8 @@ class FederatedDataModule(pl.LightningDataModule):
             raise ValueError(f"min_client_size={min_client_size} must be >= 1")
         if seed < 0:
             raise ValueError(f"seed={seed} must be >= 0")
+        if transform_args and transform is None:
+            raise ValueError(f"transform_args={transform_args} has no meaning without transform")
         if eval_batch_size < 1:
             raise ValueError(f"eval_batch_size={eval_batch_size} must be >= 1")
         self.source = source
@@ -110,6 +118,8 @@ class FederatedDataModule(pl.LightningDataModule):
         self.data_dir = data_dir
         self.download = download
         self.source_args = source_args
+        self.transform = transform
+        self.transform_args = transform_args
         self.eval_batch_size = eval_batch_size
 
     @cached_property
@@ -120,6 +130,8 @@ class FederatedDataModule(pl.LightningDataModule):
             download=self.download,
             source_args=self.source_args,
         )
+        if self.transform is not None:
+            arrays = transformed(arrays, self.transform, self.transform_args)
         num_records = len(arrays.x_train)
         # A stream of its own: the partition draws from default_rng(seed).
         order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)

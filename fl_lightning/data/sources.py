@@ -76,7 +76,7 @@ def load(
             raise ValueError(f"{next(iter(arguments))} has no meaning for arrays in memory")
         arrays: object = source
     else:
-        function = _function(source)
+        function = resolve(source, SOURCES, argument="source")
         _check_arguments(source, function, arguments)
         arrays = function(**arguments)
     if not isinstance(arrays, Arrays):
@@ -98,18 +98,25 @@ def _check_arguments(
         raise ValueError(f"source={source!r} takes {names}: {error}") from error
 
 
-def _function(source: str) -> Callable[..., object]:
-    if source in SOURCES:
-        return SOURCES[source]
-    if "." not in source:
+def resolve(
+    name: str, known: Mapping[str, Callable[..., Any]], *, argument: str
+) -> Callable[..., Any]:
+    """The function of a name in `known`, or the one at an import path.
+
+    Raises:
+        ValueError: naming the argument, for an unknown name or a path that cannot be imported.
+    """
+    if name in known:
+        return known[name]
+    if "." not in name:
         raise ValueError(
-            f"source={source!r} is unknown: use one of {', '.join(SOURCES)}, or the import path "
-            "of a function that returns Arrays"
+            f"{argument}={name!r} is unknown: use one of {', '.join(known)}, or the import path "
+            f"of a function{' that returns Arrays' if argument == 'source' else ''}"
         )
     try:
-        function = pkgutil.resolve_name(source)
+        function = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"source={source!r} cannot be imported: {error}") from error
+        raise ValueError(f"{argument}={name!r} cannot be imported: {error}") from error
     if not callable(function):
-        raise ValueError(f"source={source!r} is not a function")
+        raise ValueError(f"{argument}={name!r} is not a function")
     return function
