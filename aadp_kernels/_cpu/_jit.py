@@ -1,19 +1,16 @@
-"""Compilation, threads and memory of the numba kernels."""
+"""Compilation and memory of the numba kernels."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
-import torch
 from numba import types
 from numba.extending import intrinsic
 
-_ELEMENTS_PER_THREAD = 1 << 16
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.blake2b(b"\0".join(path.read_bytes() for path in _SOURCES)).hexdigest()
@@ -48,6 +45,20 @@ def jit_inline(function: Callable[..., Any]) -> Any:
     return numba.njit(inline="always", **_OPTIONS)(function)
 
 
+def _wide_vectors(_context):
+    """wide_vectors(): the loops of this kernel may use vectors of 512 bits where there are any."""
+
+    def mark(context, builder, _signature, _arguments):
+        # Of two equal widths LLVM prefers 256 bits, for the sake of old processors' clock rates.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), mark
+
+
+wide_vectors: Any = intrinsic(_wide_vectors)
+
+
 def _pointer(_context, address, dtype):
     """pointer(address, dtype): an integer as a pointer to a numpy dtype."""
 
@@ -58,21 +69,3 @@ def _pointer(_context, address, dtype):
 
 
 pointer: Any = intrinsic(_pointer)
-
-
-def spread(work: Callable[[int, int], object], count: int, *, elements: int) -> None:
-    """Run work(begin, end) over [0, count), on as many threads as torch uses if it is much.
-
-    The threads live for this call only: a process may fork at any other time, and calls from
-    several threads do not meet.
-    """
-    threads = max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD, count))
-    edges = [count * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        work(0, count)
-        return
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work, *edges[i : i + 2]) for i in range(1, threads)]
-        work(*edges[:2])
-        for done in others:
-            done.result()

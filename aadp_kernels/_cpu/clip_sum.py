@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu.grid import GridNoise
-from aadp_kernels._cpu.passes import Pieces, clipped_sums, native, target, write
+from aadp_kernels._cpu.passes import Pieces, Plan, clipped_sums, native, target, write
 from aadp_kernels._cpu.privatize import norms
 from aadp_kernels._cpu.rng import Generator
 from aadp_kernels._torch import clip_sum as _torch
@@ -67,10 +67,11 @@ def finish(
         return [result.copy_(value) for result, value in zip(results, sums, strict=True)]
     targets = [target(t) for t in results]
     one = np.ones((1, layout.num_layers))
-    write(
-        Pieces.of_layout(layout, list(sums), None, targets),
-        Generator.build(noise.rng, noise.key_words, int(noise.step)), noise.clients.numpy(),
-        mechanism=noise.mechanism, form=noise.form, scale=scale.numpy().reshape(1, -1), factor=one,
-        dead=one == 0, layers=np.arange(layout.num_layers),
+    pieces = Pieces.of_layout(layout, list(sums), None, targets)
+    plan = Plan.build(
+        pieces, Generator.build(noise.rng, noise.key_words, int(noise.step)), noise.clients.numpy(),
+        mechanism=noise.mechanism, form=noise.form, scale=scale.numpy().reshape(1, -1),
+        layers=np.arange(layout.num_layers),
     )  # fmt: skip
+    write(pieces, plan, factor=one, dead=one == 0)
     return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)]

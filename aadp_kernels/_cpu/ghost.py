@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, spread
+from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._threads import spread
 
 
 def _jit_sums(function):

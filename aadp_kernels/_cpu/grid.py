@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, jit_inline, spread
+from aadp_kernels._cpu._jit import jit, jit_inline
+from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import log
 from aadp_kernels._torch import grid as _torch

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, spread
-from aadp_kernels._cpu.passes import Pieces, write
+from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu.passes import Pieces, Plan, write
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
 
@@ -64,11 +65,12 @@ def scaled_noise(
         return out.to(dtype)
     row = [first, count, 0, 0, 0, 0, out.data_ptr(), out.element_size()]
     one = np.ones((len(clients), 1))
-    write(
-        Pieces(np.array([row]), np.array([0, 1]), np.array([first + count]), [out]),
-        Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism, form=form,
-        scale=one * scale, factor=one, dead=one == 0, layers=np.array([layer]),
+    pieces = Pieces(np.array([row]), np.array([0, 1]), np.array([first + count]), [out])
+    plan = Plan.build(
+        pieces, Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism,
+        form=form, scale=one * scale, layers=np.array([layer]),
     )  # fmt: skip
+    write(pieces, plan, factor=one, dead=one == 0)
     return out.to(dtype)
 
 

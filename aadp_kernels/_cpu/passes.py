@@ -14,7 +14,8 @@ import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, jit_inline, pointer, spread
+from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
+from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.rng import WORDS, Generator
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
@@ -41,6 +42,7 @@ def _array(address, dtype, count):
 
 @jit
 def _load(x, address, bytes_each, start, count):
+    wide_vectors()
     if bytes_each == 4:
         single = _array(address + 4 * start, np.float32, count)
         for i in range(count):
@@ -63,6 +65,17 @@ def _load_difference(x, minus, pieces, k, row, start, count):
 
 
 @jit_inline
+def _in_place(out, count, factor, noise, scale):
+    """`_combine` where the values are in `out`: LLVM would take two arrays for overlapping."""
+    if scale > 0:
+        for i in range(count):
+            out[i] = out[i] * factor + noise[i] * scale
+    else:
+        for i in range(count):
+            out[i] *= factor
+
+
+@jit_inline
 def _combine(out, count, x, factor, noise, scale, mode):
     """Rounded after each operation and to `out`."""
     if mode == 0:
@@ -82,10 +95,17 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
 
     `x`, `minus` (scratch) and `noise` are addresses of 512 numbers of `dtype`.
     """
+    wide_vectors()
     first, size = pieces[k, _FIRST], pieces[k, _SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
     count, bytes_each = stop - start, pieces[k, _OUT_BYTES]
     value = _array(x, dtype, count)
+    drawn = _array(noise + (first + start - low) * value.itemsize, dtype, count)
+    address = pieces[k, _OUT] + (row * size + start) * bytes_each
+    same = pieces[k, _VALUE] == pieces[k, _OUT] and pieces[k, _MINUS] == 0 and not dead
+    if same and bytes_each == value.itemsize:
+        _in_place(_array(address, dtype, count), count, factor, drawn, scale)
+        return
     mode = 1 if scale > 0 else 0
     if pieces[k, _VALUE] == 0:
         mode = 2
@@ -94,8 +114,6 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
             value[i] = 0
     else:
         _load_difference(value, _array(minus, dtype, count), pieces, k, row, start, count)
-    drawn = _array(noise + (first + start - low) * value.itemsize, dtype, count)
-    address = pieces[k, _OUT] + (row * size + start) * bytes_each
     if bytes_each == 4:
         _combine(_array(address, np.float32, count), count, value, factor, drawn, scale, mode)
     else:
@@ -103,12 +121,15 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
 
 
 @jit
-def _add_up(x, count, p, lanes):
+def _add_up(address, dtype, count, p, lanes):
     """Into 32 running sums of |x|, for p = 2 then 32 of x^2; count is a multiple of 128."""
-    for at in range(0, count, 128):
-        part = _array(x + 8 * at, np.float64, 128)
+    wide_vectors()
+    for _ in range(0, count, 128):
+        part = _array(address, dtype, 128)
+        address += 128 * part.itemsize
         for j in range(32):
-            a, b, c, d = part[j], part[32 + j], part[64 + j], part[96 + j]
+            a, b = np.float64(part[j]), np.float64(part[32 + j])
+            c, d = np.float64(part[64 + j]), np.float64(part[96 + j])
             lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))
             if p == 2:
                 lanes[32 + j] += (a * a + b * b) + (c * c + d * d)
@@ -132,13 +153,20 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
             lanes[j] = 0.0
         for k in range(bounds[layer], bounds[layer + 1]):
             stop = min(low + CHUNK - pieces[k, _FIRST], pieces[k, _SIZE])
-            for start in range(max(0, low - pieces[k, _FIRST]), stop, TILE):
+            start = max(0, low - pieces[k, _FIRST])
+            if pieces[k, _MINUS] == 0 and pieces[k, _VALUE_BYTES] == 4 and start < stop:
+                whole = (stop - start) // 128 * 128
+                at = pieces[k, _VALUE] + 4 * (row * pieces[k, _SIZE] + start)
+                _add_up(at, np.float32, whole, p, lanes)
+                start += whole
+            while start < stop:
                 count = min(TILE, stop - start)
                 _load_difference(x, minus, pieces, k, row, start, count)
+                start += count
                 while count % 128:
                     x[count] = 0.0
                     count += 1
-                _add_up(scratch, count, p, lanes)
+                _add_up(scratch, np.float64, count, p, lanes)
         for half in range(p):
             total = 0.0
             for j in range(32):
@@ -150,17 +178,27 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
 
 
 @jit
-def write_units(
-    pieces, bounds, units, skip, dead, factor, scale, clients, layer_words, state, rounds, blocks,
-    fast, gaussian, scratch, begin, end,
-):  # fmt: skip
+def add_units(sums, units, totals):
+    """Sums [2, K, units] of the layers' units, added in order: totals [2, K, L]."""
+    for half, row in np.ndindex(sums.shape[:2]):
+        for layer in range(len(units) - 1):
+            total = 0.0
+            for unit in range(units[layer], units[layer + 1]):
+                total += sums[half, row, unit]
+            totals[half, row, layer] = total
+
+
+@jit
+def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
     Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
     float64; in the fast form it is float32 where all tensors are. Without a value: scale * noise.
     Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` is the address
-    of SCRATCH bytes; `state` changes.
+    of SCRATCH bytes; the state of the plan changes.
     """
+    units, skip, scale, state = plan.units, plan.skip, plan.scale, plan.state
+    rounds, blocks, fast, gaussian = plan.rounds, plan.blocks, plan.fast, plan.gaussian
     x, minus, spare = scratch, scratch + 4096, scratch + 8192
     noise, noise32 = scratch + 12288, scratch + 16384
     words, tails = _array(x, np.uint32, WORDS), _array(minus, np.uint32, WORDS)
@@ -177,8 +215,8 @@ def write_units(
         low, stop = tile * TILE, bounds[layer + 1]
         zero, weight, size = dead[row, layer], factor[row, layer], scale[row, layer]
         if size > 0:
-            state[2] = np.uint32(clients[row])
-            state[3] = np.uint32(layer_words[layer])
+            state[2] = np.uint32(plan.clients[row])
+            state[3] = np.uint32(plan.layer_words[layer])
             if fast:
                 fast_tile(drawn32, words, tails, state, rounds, blocks, tile, gaussian)
             else:
@@ -298,21 +336,32 @@ def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(written)
 
 
-def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
-    """Sums of |x| (and of x^2 for p = 2) of the layers of every row: float64 [2, K, L]."""
-    layers = len(pieces.ends)
-    units = np.zeros(layers + 1, np.int64)
+def sum_units_of(pieces: Pieces) -> np.ndarray:
+    """Where the units of CHUNK elements of each layer begin: int64 [L + 1], at least one each."""
+    units = np.zeros(len(pieces.ends) + 1, np.int64)
     np.cumsum(np.maximum(1, -(-pieces.ends // CHUNK)), out=units[1:])
-    sums = np.zeros((2, rows, units[-1]))
-    if rows == 0:
-        return sums[:, :, :layers]
+    return units
+
+
+def unit_sums(pieces: Pieces, units: np.ndarray, rows: int, p: int) -> np.ndarray:
+    """Sums of |x| (and of x^2 for p = 2) of the units of every row: float64 [2, K, units]."""
+    sums = np.zeros((2, rows, int(units[-1])))
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
         sum_units(pieces.table, pieces.bounds, units, p, sums, scratch.ctypes.data, begin, end)
 
-    spread(work, rows * int(units[-1]), elements=rows * int(pieces.ends.sum()))
-    return np.add.reduceat(sums, units[:-1], axis=2)
+    spread(work, sums[0].size, elements=rows * int(pieces.ends.sum()))
+    return sums
+
+
+def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
+    """Sums of |x| (and of x^2 for p = 2) of the layers of every row: float64 [2, K, L]."""
+    units = sum_units_of(pieces)
+    sums = unit_sums(pieces, units, rows, p)
+    totals = np.empty((2, rows, len(pieces.ends)))
+    add_units(sums, units, totals)
+    return totals
 
 
 def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
@@ -329,38 +378,62 @@ def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
     spread(work, int(units[-1]), elements=len(live) * int(pieces.ends.sum()))
 
 
-def write(
-    pieces: Pieces,
-    generator: Generator,
-    clients: np.ndarray,
-    *,
-    mechanism: str,
-    form: str,
-    scale: np.ndarray,
-    factor: np.ndarray,
-    dead: np.ndarray,
-    layers: np.ndarray,
-) -> None:
+class Plan(NamedTuple):
+    """What `write_units` writes beside the clipped values.
+
+    Attributes:
+        units: int64 [L + 1], where the tiles of each layer begin.
+        skip: int64 [L], tiles of each layer that come before its pieces.
+        scale: float64 [K, L] noise scales.
+        clients: int64 [K] ids.
+        layer_words: int64 [L], the word of the address that names layer and domain.
+        state, rounds, blocks: `Generator`.
+        fast: Whether the noise is of the fast form.
+        gaussian: Whether it is Gaussian.
+    """
+
+    units: np.ndarray
+    skip: np.ndarray
+    scale: np.ndarray
+    clients: np.ndarray
+    layer_words: np.ndarray
+    state: np.ndarray
+    rounds: int
+    blocks: int
+    fast: bool
+    gaussian: bool
+
+    @classmethod
+    def build(
+        cls, pieces: Pieces, generator: Generator, clients: np.ndarray, *,
+        mechanism: str, form: str, scale: np.ndarray, layers: np.ndarray,
+    ) -> Plan:  # fmt: skip
+        """For pieces that begin in the first tile of their layer, or for one piece."""
+        fast = form == "fast"
+        skip = np.zeros_like(pieces.ends)
+        if len(pieces.table) == 1:
+            skip[0] = pieces.table[0, _FIRST] // TILE
+        units = np.zeros(len(pieces.ends) + 1, np.int64)
+        np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
+        words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
+        return cls(units, skip, scale, clients, words, *generator, fast, mechanism == "gaussian")
+
+    def own(self) -> Plan:
+        """For one thread: the state changes in use."""
+        return self._replace(state=self.state.copy())
+
+
+def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:
     """Write all pieces: factor * (value - reference) + scale * noise, or scale * noise.
 
-    `scale`, `factor` and `dead` (the value counts as zero) are [K, L], `layers` [L]. The table of
-    each layer begins in its first tile, or has one piece.
+    `factor` and `dead` (the value counts as zero) are [K, L].
     """
-    fast = form == "fast"
-    skip = np.zeros_like(pieces.ends)
-    if len(pieces.table) == 1:
-        skip[0] = pieces.table[0, _FIRST] // TILE
-    units = np.zeros(len(pieces.ends) + 1, np.int64)
-    np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
-    layer_words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
 
     def work(begin: int, end: int) -> None:
-        scratch, state = np.empty(SCRATCH, np.uint8), generator.state.copy()
+        scratch = np.empty(SCRATCH, np.uint8)
         write_units(
-            pieces.table, pieces.bounds, units, skip, dead, factor, scale, clients, layer_words,
-            state, generator.rounds, generator.blocks, fast, mechanism == "gaussian",
-            scratch.ctypes.data, begin, end,
-        )  # fmt: skip
+            pieces.table, pieces.bounds, dead, factor, plan.own(), scratch.ctypes.data, begin, end
+        )
 
-    rows = len(clients)
-    spread(work, rows * int(units[-1]), elements=rows * int(units[-1]) * TILE)
+    units = len(plan.clients) * int(plan.units[-1])
+    spread(work, units, elements=units * TILE)

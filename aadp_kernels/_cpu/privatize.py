@@ -1,8 +1,8 @@
-"""Norms, certified clipping and noise of updates in numba: two passes over all layers and rows.
+"""Norms, certified clipping and noise of updates in numba.
 
-Factors, votes and counts come from the functions of `_torch.privatize`. Norms are added in an
-order of their own, fixed whatever the threads: they can differ from `_torch` in the last bits, and
-so can an element of a layer that is clipped. The rest of the wide form has the same bits.
+Norms are added in an order of their own, fixed whatever the threads: they can differ from `_torch`
+in the last bits, and so can an element of a layer that is clipped. The rest of the wide form has
+the same bits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadp_kernels._cpu import clip as _clip
 from aadp_kernels._cpu.grid import GridNoise
-from aadp_kernels._cpu.passes import Pieces, deliver, layer_sums, native, target, write
+from aadp_kernels._cpu.passes import Pieces, Plan, deliver, layer_sums, native, target
 from aadp_kernels._cpu.rng import Generator
 from aadp_kernels._torch import privatize as _torch
-from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
+from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 
@@ -72,18 +73,14 @@ def privatize(
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
     pieces = Pieces.of_layout(layout, values, minus, targets)
-    norm1, norm = norms(pieces, rows, p)
-    finite = torch.isfinite(norm) & torch.isfinite(norm1)
-    factor, clipped = clip_factors(
-        norm, clip, finite, torch.tensor(layout.dims, dtype=torch.float64), coarsest(out, layout)
-    )
     if noise is None:
         noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64))
-    write(
+    plan = Plan.build(
         pieces, Generator.build(noise.rng, noise.key_words, int(noise.step)), noise.clients.numpy(),
         mechanism=noise.mechanism, form=noise.form, scale=scale.contiguous().numpy(),
-        factor=factor.numpy(), dead=~finite.numpy(), layers=np.arange(layers),
+        layers=np.arange(layers),
     )  # fmt: skip
+    cells = _clip.Cells.build(layout, coarsest(out, layout), clip, votes_at)
+    _clip.privatize(pieces, p, cells, plan)
     deliver(targets, out)
-    votes = ballots(norm1, votes_at, finite)
-    return ClipStats(norm1, votes, clipped.to(torch.int64), (~finite).to(torch.int64))
+    return cells.stats()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aadp_kernels._cpu._jit import jit, jit_inline
+from aadp_kernels._cpu._jit import jit, jit_inline, wide_vectors
 from aadp_kernels._torch.rng import words_per_block
 
 LANES = 32
@@ -47,6 +47,7 @@ def _quarter(a, b, c, d):
 @jit
 def _chacha(words, state, rounds):
     """32 ChaCha blocks; state: counter, constants, key."""
+    wide_vectors()
     n = _N
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = (
         state[4],
@@ -171,6 +172,7 @@ def _philox_round(x0, x1, x2, x3, k0, k1):
 @jit
 def _philox(words, state, rounds):
     """128 Philox blocks; state: counter, the keys of the rounds."""
+    wide_vectors()
     n = _N
     k = state
     for r in range(4):

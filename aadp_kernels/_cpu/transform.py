@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from aadp_kernels._cpu._jit import jit, jit_contract, jit_inline
+from aadp_kernels._cpu._jit import jit, jit_contract, jit_inline, wide_vectors
 from aadp_kernels._cpu.rng import LANES, fill_words
 from aadp_kernels._torch.noise import FAST_REFINED_BELOW, LAYER_BITS
 
@@ -66,6 +66,7 @@ def _horner(y, c):
 @jit
 def _wide_laplace(words, rows):
     """A sign bit and 63 bits of uniform an element."""
+    wide_vectors()
     n = _N
     for row in range(8):
         w, z = 2 * row * n, row * n
@@ -80,6 +81,7 @@ def _wide_laplace(words, rows):
 @jit
 def _wide_gaussian(words, rows):
     """Box-Muller; the angle is uniform on an arc of 90 degrees, two more bits choose the arc."""
+    wide_vectors()
     n = _N
     for pair in range(4):
         w, z = 4 * n * pair, 2 * n * pair
@@ -183,35 +185,40 @@ def _gaussian32(w0, w1):
     return a, b
 
 
-@jit_contract
-def _fast_laplace(words, noise):
-    """Returns the smallest word."""
-    n, lowest = _N, _U32(0xFFFFFFFF)
+@jit
+def _interleave(rows, noise):
+    """Element 128 r + 4 t + c from rows[r, c, t]."""
+    wide_vectors()
+    n = _N
     for r in range(4):
         w = 4 * n * r
         for t in range(n):
-            w0, w1 = words[w + t], words[w + n + t]
-            w2, w3 = words[w + 2 * n + t], words[w + 3 * n + t]
-            lowest = min(min(min(lowest, w0), w1), min(w2, w3))
-            noise[w + 4 * t] = _laplace32(w0)
-            noise[w + 4 * t + 1] = _laplace32(w1)
-            noise[w + 4 * t + 2] = _laplace32(w2)
-            noise[w + 4 * t + 3] = _laplace32(w3)
+            for c in range(4):
+                noise[w + 4 * t + c] = rows[w + n * c + t]
+
+
+@jit_contract
+def _fast_laplace(words, rows):
+    """Noise of each word in its place; returns the smallest word."""
+    wide_vectors()
+    lowest = _U32(0xFFFFFFFF)
+    for i in range(TILE):
+        lowest = min(lowest, words[i])
+    for i in range(TILE):
+        rows[i] = _laplace32(words[i])
     return lowest
 
 
 @jit_contract
-def _fast_gaussian(words, noise):
-    """Returns the smallest word of a radius."""
+def _fast_gaussian(words, rows):
+    """Noise of each pair of words in their places; returns the smallest word of a radius."""
+    wide_vectors()
     n, lowest = _N, _U32(0xFFFFFFFF)
-    for r in range(4):
-        w = 4 * n * r
-        for t in range(n):
-            w0, w1 = words[w + t], words[w + n + t]
-            w2, w3 = words[w + 2 * n + t], words[w + 3 * n + t]
-            lowest = min(lowest, min(w0, w2))
-            noise[w + 4 * t], noise[w + 4 * t + 1] = _gaussian32(w0, w1)
-            noise[w + 4 * t + 2], noise[w + 4 * t + 3] = _gaussian32(w2, w3)
+    for w in range(0, TILE, 2 * n):
+        for i in range(w, w + n):
+            lowest = min(lowest, words[i])
+        for i in range(w, w + n):
+            rows[i], rows[n + i] = _gaussian32(words[i], words[n + i])
     return lowest
 
 
@@ -238,10 +245,12 @@ def fast_tile(noise, words, tails, state, rounds, blocks, tile, gaussian):
     """Elements 512 tile .. 512 tile + 511 of the stream, float32."""
     state[0] = _U32(tile * blocks)
     fill_words(words, state, rounds, blocks)
+    rows = tails.view(np.float32)
     if gaussian:
-        rare = _fast_gaussian(words, noise) < _U32(FAST_REFINED_BELOW)
+        rare = _fast_gaussian(words, rows) < _U32(FAST_REFINED_BELOW)
     else:
-        rare = (_fast_laplace(words, noise) >> _U32(1)) < _U32(FAST_REFINED_BELOW)
+        rare = (_fast_laplace(words, rows) >> _U32(1)) < _U32(FAST_REFINED_BELOW)
+    _interleave(rows, noise)
     if rare:
         state[3] += _U32(2 << LAYER_BITS)
         fill_words(tails, state, rounds, blocks)

@@ -162,13 +162,18 @@ PASSES = group(
     f"{CPU}::test_privatize_below_the_clip_norm_has_the_bits_of_the_specification "
     f"{CPU}::test_what_is_not_finite_is_zeroed {CPU}::test_fast_privatize_is_close_to_the_specification "
     f"{CPU}::test_the_bound_holds {CPU}::test_the_bound_holds_beneath_fast_noise "
-    f"{CPU}::test_rows_and_threads_change_nothing",
+    f"{CPU}::test_rows_and_threads_change_nothing "
+    "tests/aadp_kernels/test_cpu_clip.py::test_fast_factors_cover_the_rounding_of_a_difference",
     ("noise 2/3", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor + noise[i] * scale * 2 / 3\n"),
     ("noise subtracted", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor - noise[i] * scale\n"),
     ("clip dropped", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] + noise[i] * scale\n"),
+    ("noise 2/3 in place", "out[i] = out[i] * factor + noise[i] * scale", "out[i] = out[i] * factor + noise[i] * scale * 2 / 3"),
+    ("noise 3/2 in place", "out[i] = out[i] * factor + noise[i] * scale", "out[i] = out[i] * factor + noise[i] * scale * 3 / 2"),
+    ("clip dropped in place", "out[i] = out[i] * factor + noise[i] * scale", "out[i] = out[i] + noise[i] * scale"),
+    ("clip dropped in place without noise", "            out[i] *= factor", "            out[i] *= 1"),
     ("dead rows stay", "    elif dead:\n", "    elif dead and scale < 0:\n"),
-    ("client dropped from the address", "state[2] = np.uint32(clients[row])", "state[2] = np.uint32(0)"),
-    ("layer dropped from the address", "state[3] = np.uint32(layer_words[layer])", "state[3] = np.uint32(layer_words[0])"),
+    ("client dropped from the address", "state[2] = np.uint32(plan.clients[row])", "state[2] = np.uint32(0)"),
+    ("layer dropped from the address", "state[3] = np.uint32(plan.layer_words[layer])", "state[3] = np.uint32(plan.layer_words[0])"),
     ("reference added", "x[i] -= minus[i]", "x[i] += minus[i]"),
     ("noise of a tensor from the tile's beginning", "noise + (first + start - low) * value.itemsize", "noise"),
     ("a quarter of the norm missing", "lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))", "lanes[j] += (abs(a) + abs(b)) + abs(c)"),
@@ -183,9 +188,26 @@ TRANSFORMS = group(
     f"{CPU}::test_fast_noise_is_refined_where_the_word_is_small",
     ("wide Laplace sign", "sign = np.float64(np.int32((low & np.int32(1)) * np.int32(2) - np.int32(1)))", "sign = -1.0"),
     ("wide Gaussian radius", "math.sqrt(log(u * 2.0**-32) * -2.0)", "math.sqrt(log(u * 2.0**-32) * -4.5)"),
-    ("fast Laplace scale", "noise[w + 4 * t + 1] = _laplace32(w1)", "noise[w + 4 * t + 1] = _laplace32(w1) * _F32(1.5)"),
+    ("fast Laplace scale", "rows[i] = _laplace32(words[i])", "rows[i] = _laplace32(words[i]) * _F32(1.5)"),
+    ("elements out of order", "noise[w + 4 * t + c] = rows[w + n * c + t]", "noise[w + 4 * t + c] = rows[w + 4 * t + c]"),
     ("fast Gaussian pairs equal", "    return a, b\n", "    return a, a\n"),
     ("tail words of the same domain", "state[3] += _U32(2 << LAYER_BITS)", "state[3] += _U32(0 << LAYER_BITS)"),
+)  # fmt: skip
+
+_CPU_CLIP = "tests/aadp_kernels/test_cpu_clip.py::test_"
+DECISIONS = group(
+    "aadp_kernels/_cpu/clip.py",
+    f"{_CPU_CLIP}decisions_are_those_of_the_specification {_CPU_CLIP}one_walk_and_two_give_the_same",
+    ("clip doubled", "factor = max(clip - count", "factor = max(2 * clip - count"),
+    ("norm not inflated", "bound = norm * (1 + (count + 16) * 2.0**-52)", "bound = norm"),
+    ("rounding of the output not covered", "/ (bound * (1 + eps))", "/ bound"),
+    ("underflow not covered", "clip - count * cells.smallest[layer] * eps", "clip"),
+    ("subnormal factors", "factor >= _TINY else", "factor >= 0 else"),
+    ("what is not finite stays", "factor if finite and factor >= _TINY", "factor if factor >= _TINY"),
+    ("a vote at the threshold is against", "0.5 if norm1 <= threshold else -0.5", "0.5 if norm1 < threshold else -0.5"),
+    ("only the first unit of a layer", "for unit in range(units[layer], units[layer + 1]):", "for unit in range(units[layer], units[layer] + 1):"),
+    ("L2 votes with the L2 norm", "norm1 <= threshold", "norm <= threshold"),
+    ("norms of the first layer's units", "low, high = start + units[layer], start + units[layer + 1]", "low, high = start, start + units[1]"),
 )  # fmt: skip
 
 CLIP_IN_BACKWARD = group(
@@ -236,5 +258,5 @@ TRITON_TRANSFORMS = group(
 
 MUTATIONS = [
     *WORDS, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
-    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
+    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *DECISIONS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
 ]  # fmt: skip

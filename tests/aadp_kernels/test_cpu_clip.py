@@ -1,0 +1,135 @@
+"""Clip factors decided in numba, rows in one walk, and the threads beneath."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aadp_kernels import Layout, NoiseKey, privatize_
+from aadp_kernels._torch.privatize import Precision, ballots, clip_factors
+
+pytest.importorskip("numba")
+clip = pytest.importorskip("aadp_kernels._cpu.clip")
+_threads = pytest.importorskip("aadp_kernels._cpu._threads")
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+edges = st.sampled_from([0.0, math.inf, 5e-324, 1e-310, 2.3e-308, 1.0, 1e300])
+sizes = st.floats(0, 1e12) | edges
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(sizes | st.just(math.nan), sizes, sizes | st.just(math.nan)), min_size=1),
+    st.sampled_from(DTYPES),
+    st.integers(0, 1 << 40),
+    st.sampled_from([1, 2]),
+)
+def test_decisions_are_those_of_the_specification(cases, dtype, count, p):
+    total, limit, at = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True)
+    )
+    rows, info = len(cases), torch.finfo(dtype)
+    precision = Precision(*(torch.tensor([v], dtype=torch.float64) for v in
+                            (info.eps, info.smallest_normal)))  # fmt: skip
+    layout = Layout.build([torch.empty(count, device="meta")])
+    cells = clip.Cells.build(layout, precision, limit[:, None], at[:, None])
+    sums = torch.stack([total, total]).view(2, rows, 1).numpy()
+    clip.decide_all(sums, np.array([0, 1]), p, cells)
+
+    norm = total if p == 1 else total.sqrt()
+    finite = torch.isfinite(norm) & torch.isfinite(total)
+    factor, clipped = clip_factors(norm, limit, finite, count, dtype)
+    stats = cells.stats()
+    assert torch.equal(torch.from_numpy(cells.factor)[:, 0], factor)
+    assert torch.equal(stats.clipped[:, 0], clipped.long())
+    assert torch.equal(stats.nonfinite[:, 0], (~finite).long())
+    assert torch.equal(stats.votes[:, 0], ballots(total, at, finite))
+
+
+def test_fast_factors_cover_the_rounding_of_a_difference():
+    """All elements of a row are equal, so that their roundings cannot cancel."""
+    generator = torch.Generator().manual_seed(0)
+    rows, size = 20_000, 8
+    value = (torch.rand(rows, 1, generator=generator) + 1).expand(rows, size).contiguous()
+    layout, reference = Layout.build([value[0]]), torch.full((size,), 0.3)
+    before = (value.double() - reference.double()).abs().sum(1)
+    bound = before * (0.3 + 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64))
+    privatize_([value], layout=layout, clip=bound[:, None], key=NoiseKey.from_seed(0), step=0,
+               scale=torch.full((rows, 1), 1e-30), clients=torch.arange(rows), form="fast",
+               reference=[reference], impl="numba")  # fmt: skip
+    after = value.double().abs().sum(1)
+    assert bool((after <= bound).all())
+    assert bool((after >= bound * (1 - 1e-6)).all())
+
+
+@pytest.mark.parametrize("form", ["wide", "fast"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_one_walk_and_two_give_the_same(monkeypatch, rows, form):
+    layout = Layout.build([torch.zeros(70_001), torch.zeros(600)])
+    tensors = [torch.randn(rows, n, generator=torch.Generator().manual_seed(n))
+               for n in layout.sizes]  # fmt: skip
+    results = []
+    for fewest in (1, 10**9):
+        monkeypatch.setattr(clip, "_ROWS_PER_THREAD", fewest)
+        monkeypatch.setattr(clip, "threads_for", lambda elements: 2)
+        own = [t.clone() for t in tensors]
+        stats = privatize_(own, layout=layout, clip=torch.tensor([5e4, 1e9]), step=0, form=form,
+                           scale=torch.full((2,), 0.1), key=NoiseKey.from_seed(0), impl="numba",
+                           clients=torch.arange(rows))  # fmt: skip
+        results.append([*own, *stats])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture(params=["openmp", "threads"])
+def threads(request, monkeypatch):
+    """Three threads, torch's own or others."""
+    if request.param == "threads":
+        monkeypatch.setattr(_threads, "_openmp", lambda: None)
+    elif _threads._openmp() is None:
+        pytest.skip("torch brings no libgomp here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_index_is_worked_on_once(threads):
+    for count in (0, 1, 2, 3, 100):
+        seen = np.zeros(count, int)
+
+        def work(begin, end, seen=seen):
+            seen[begin:end] += 1
+
+        _threads.spread(work, count, elements=1 << 30)
+        assert (seen == 1).all()
+
+
+def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):
+    ended = []
+
+    def work(begin, end):
+        ended.append(begin)
+        if begin == 2:
+            raise ArithmeticError(str(end))
+
+    with pytest.raises(ArithmeticError, match="3"):
+        _threads.spread(work, 3, elements=1 << 30)
+    assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_workers_it_has_not():
+    torch.ones(1 << 20).mul_(2)
+    _threads.spread(lambda begin, end: None, 2, elements=1 << 30)
+    child = os.fork()
+    if child == 0:
+        done = []
+        torch.set_num_threads(2)
+        _threads.spread(lambda begin, end: done.append(begin), 2, elements=1 << 30)
+        os._exit(len(done))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
