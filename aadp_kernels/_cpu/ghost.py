@@ -35,7 +35,7 @@ def _sum_rows(x, absolute, squares, begin, end):
 
 
 @jit
-def _factor(norm1, norm, finite, live, clip, votes_at, slack, counts):
+def clip_factor(norm1, norm, finite, live, clip, votes_at, slack, counts):
     """Clip factor of a record, operation by operation as `Terms.settle`; counts [3] move on."""
     if not live:
         return 0.0
@@ -56,7 +56,7 @@ def _settle(norm1, norm, finite, mask, clip, votes_at, slack, factor, counts):
     """Clip factors of [K, B] records; votes_at is NaN for no votes."""
     for k in range(norm.shape[0]):
         for b in range(norm.shape[1]):
-            factor[k, b] = _factor(
+            factor[k, b] = clip_factor(
                 norm1[k, b], norm[k, b], finite[k, b], mask[k, b], clip[k], votes_at[k], slack,
                 counts[k],
             )  # fmt: skip
@@ -81,7 +81,7 @@ def _scale_linear(
             finite = norm_a * norm_g + norm_a + norm_g <= largest
             clean = clean and finite
             norm = norm1 if p == 1 else np.sqrt(square)
-            factor = _factor(
+            factor = clip_factor(
                 norm1, norm, finite, mask[k, b], clip[k], votes_at[k], slack, counts[k]
             )
             if factor == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from aadp_kernels._torch.ghost_clip import (
     zeroed,
 )
 
+if TYPE_CHECKING:
+    from aadp_kernels._cpu.ghost_matrix import Geometry
+
 # Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not wanted.
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -55,6 +60,10 @@ class Matrix:
         """Elements that `factors` writes for each record."""
         raise NotImplementedError
 
+    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
+        """Where the numba kernel finds positions and columns."""
+        raise NotImplementedError
+
     def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
         """[K, *weight.shape] from [K, elements] in the order of `factors`."""
         return flat.view(-1, *weight.shape)
@@ -66,6 +75,10 @@ class Matrix:
         dtype, single = compute_dtype(grad), weight[0]
         if not (wanted.weight or wanted.bias or wanted.counts):
             return grad_x, None, None, None
+        if fast(grad if grad.dtype == dtype else grad.to(dtype)):
+            sums = self._numba_sums(x.to(dtype), grad.to(dtype), single, terms)
+            if sums is not None:
+                return grad_x, *sums
         size = [x.shape[0], single.shape[0]]
         sum_w = grad.new_zeros(size[0], single.numel(), dtype=dtype) if wanted.weight else None
         sum_b = grad.new_zeros(size, dtype=dtype) if wanted.bias else None
@@ -80,6 +93,24 @@ class Matrix:
                 if total is not None and part is not None:
                     total[k] += part
         return grad_x, None if sum_w is None else self.weight_grad(sum_w, single), sum_b, counts
+
+    def _numba_sums(self, a: Tensor, g: Tensor, weight: Tensor, terms: Terms) -> Sums | None:
+        """All in one call, a record after the other; None if a record is too large for that."""
+        from aadp_kernels._cpu import ghost_matrix
+
+        geometry, wanted = self.geometry(a, g, weight), terms.wanted
+        if not geometry.fits(weight.shape[0], a.dtype):
+            return None
+        sum_w, sum_b, counts = ghost_matrix.clipped_sums(
+            a, g, geometry, weight.shape[0], weight=wanted.weight, bias=wanted.bias,
+            largest=largest(a.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
+            votes_at=terms.votes_at,
+        )  # fmt: skip
+        return (
+            sum_w.view(-1, *weight.shape) if wanted.weight else None,
+            sum_b if wanted.bias else None,
+            counts if wanted.counts else None,
+        )
 
     def _clipped(self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, terms: Terms) -> Sums:
         """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
@@ -158,6 +189,14 @@ class Linear(Matrix):
 
     def patch_size(self, weight: Tensor, grad: Tensor) -> int:
         return 0
+
+    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
+        from aadp_kernels._cpu.ghost_matrix import Geometry
+
+        positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
+        return Geometry(
+            1, (positions, features), (0, 0), 1, (positions, 1), (1, 1), (1, features), (1, 1), True
+        )
 
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
         wanted = terms.wanted
@@ -271,6 +310,21 @@ class Conv(Matrix):
     def patch_size(self, weight: Tensor, grad: Tensor) -> int:
         return math.prod(weight.shape[1:]) * self.groups * math.prod(grad.shape[3:])
 
+    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
+        from aadp_kernels._cpu.ghost_matrix import Geometry
+
+        return Geometry(
+            a.shape[2], _plane(a.shape[3:]), _plane(self.padding, 0), self.groups,
+            _plane(g.shape[3:]), _plane(self.stride), _plane(weight.shape[2:]),
+            _plane(self.dilation), False,
+        )  # fmt: skip
+
     def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
         out, channels, *kernel = weight.shape
         return flat.view(-1, out, *kernel, channels).movedim(-1, 2)
+
+
+def _plane(axes: Sequence[int], missing: int = 1) -> tuple[int, int]:
+    """One or two spatial axes as two."""
+    first, last = (missing, *axes)[-2:]
+    return first, last

@@ -188,24 +188,32 @@ def test_sums_and_counts(name, p, mode):
         check(name, p, mode, size)
 
 
-@pytest.fixture(params=["torch", "slices of one record", "norms without gradients"])
+@pytest.fixture(params=["torch", "numba", "torch, numba norms"])
 def implementation(request, monkeypatch):
-    """Plain torch where numba would run, and layers that are large for the slices."""
-    monkeypatch.setattr(ghost_clip, "fast", lambda _: request.param != "torch")
-    monkeypatch.setattr(ghost_matrix, "fast", lambda _: request.param != "torch")
-    if request.param != "torch":
-        one = request.param == "slices of one record"
-        monkeypatch.setitem(ghost_clip.SLICE, "cpu", 60 if one else 4)
+    """Plain torch where numba would run, and layers that are large for the slices and caches."""
+    name = request.param
+    monkeypatch.setattr(ghost_clip, "fast", lambda _: name != "torch")
+    monkeypatch.setattr(ghost_matrix, "fast", lambda _: name != "torch")
+    if name == "torch, numba norms":
+        monkeypatch.setattr(ghost_matrix.Matrix, "_numba_sums", lambda *_: None)
+
+
+@pytest.fixture(params=["all at once", "slices of one record", "norms without gradients"])
+def slices(request, monkeypatch):
+    """Layers that are large for the slices of the batch."""
+    if request.param != "all at once":
+        size = 60 if request.param == "slices of one record" else 4
+        monkeypatch.setitem(ghost_clip.SLICE, "cpu", size)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
-def test_other_implementations(implementation, name, p):
+def test_other_implementations(implementation, slices, name, p):
     check(name, p, "autograd", 0.5)
 
 
 @pytest.mark.parametrize("name", ["linear, sequence", "conv2d, all options", "conv1d", "embedding"])
-def test_other_implementations_under_vmap(implementation, name):
+def test_other_implementations_under_vmap(implementation, slices, name):
     check(name, 2, "vmap, own", 1.0)
 
 

@@ -80,6 +80,7 @@ def test_compile_inside_functorch_is_refused(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_compile_with_the_default_backend_clips():
     operation, x, start = operands("conv2d")
     compiled = torch.compile(

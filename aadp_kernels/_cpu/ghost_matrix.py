@@ -1,0 +1,358 @@
+"""Clipped sums of records whose weight gradient is a product over positions, in numba.
+
+A record's gradient is made, measured and added while it stays in the cache: no patches and no
+gradients of a batch are written to memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+
+from aadp_kernels._cpu._jit import jit, jit_inline, pointer, spread
+from aadp_kernels._cpu.ghost import clip_factor
+from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
+
+# Elements of a record's gradient, and of its input and output, that a core's own cache holds.
+MOST = 1 << 17
+# Relative error bound of norms that were summed in float64.
+SLACK = 2.0**-33
+_UNITS, _SMALLEST_UNIT = 16, 4
+
+
+class Geometry(NamedTuple):
+    """How a layer's positions and columns lie in a record, public and hashable.
+
+    Attributes:
+        channels: Channels of the input.
+        size: Spatial sizes of the input, two axes; a linear layer has (positions, features).
+        padding: Zeros on each side of each axis.
+        groups: Groups of channels.
+        positions: Positions along each axis.
+        step: Rows or elements between neighbouring positions along each axis.
+        kernel: Columns along each axis, within a channel.
+        gap: Rows or elements between neighbouring columns along each axis.
+        last: Whether the output gradient has its features in the last axis.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    positions: tuple[int, int]
+    step: tuple[int, int]
+    kernel: tuple[int, int]
+    gap: tuple[int, int]
+    last: bool
+
+    @property
+    def columns(self) -> int:
+        """Columns of a group's weight."""
+        return self.channels // self.groups * math.prod(self.kernel)
+
+    def width(self, out: int, dtype: torch.dtype) -> int:
+        """Features of a group's output, padded to whole vectors."""
+        lanes = VECTOR // dtype.itemsize
+        return -(-out // self.groups // lanes) * lanes
+
+    def fits(self, out: int, dtype: torch.dtype) -> bool:
+        """Whether a record's gradient and what it is made of stay in the cache."""
+        width, inner = self.groups * self.width(out, dtype), self.channels * math.prod(self.size)
+        return max(width * self.columns, width * math.prod(self.positions), inner) <= MOST
+
+
+class _Plan(NamedTuple):
+    """A geometry as the kernel takes it.
+
+    Attributes:
+        base: Bytes from a padded record's beginning to each position.
+        columns: Bytes from there to each column of a group; the last is repeated, so that tiles
+            may run over the end.
+        shape: Channels and spatial sizes of the input.
+        padding: As in `Geometry`; also groups and last.
+        groups: See padding.
+        last: See padding.
+        count: Columns of a group.
+        out: Features of the output.
+        width: Features of a group, padded to whole vectors.
+    """
+
+    base: np.ndarray
+    columns: np.ndarray
+    shape: tuple[int, int, int]
+    padding: tuple[int, int]
+    groups: int
+    last: bool
+    count: int
+    out: int
+    width: int
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Elements of a padded input, of a turned output gradient, of a record's gradients."""
+        (channels, high, wide), (above, left) = self.shape, self.padding
+        padded = channels * (high + 2 * above) * (wide + 2 * left) if above or left else 0
+        turned = self.groups * len(self.base) * self.width
+        return padded, turned, self.groups * len(self.columns) * self.width, self.out
+
+
+@lru_cache(maxsize=256)
+def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> _Plan:
+    high, wide = (n + 2 * pad for n, pad in zip(geometry.size, geometry.padding, strict=True))
+    base = [
+        y * geometry.step[0] * wide + x * geometry.step[1]
+        for y, x in itertools.product(*map(range, geometry.positions))
+    ]
+    columns = [
+        (c * high + y * geometry.gap[0]) * wide + x * geometry.gap[1]
+        for c in range(geometry.channels // geometry.groups)
+        for y, x in itertools.product(*map(range, geometry.kernel))
+    ]
+    columns += columns[-1:] * max(COLUMNS1, COLUMNS2)
+    return _Plan(
+        dtype.itemsize * np.array(base, np.int64), dtype.itemsize * np.array(columns, np.int64),
+        (geometry.channels, *geometry.size), geometry.padding, geometry.groups, geometry.last,
+        geometry.columns, out, geometry.width(out, dtype),
+    )  # fmt: skip
+
+
+@jit_inline
+def _at(address, count, dtype):
+    return carray(pointer(address, dtype), (count,))
+
+
+def _jit_sums(function):
+    return jit(function, fastmath={"reassoc", "nsz", "contract"})
+
+
+@_jit_sums
+def _square(x):
+    total = 0.0
+    for i in range(len(x)):
+        value = np.float64(x[i])
+        total += value * value
+    return total
+
+
+@_jit_sums
+def _absolute(x):
+    total = 0.0
+    for i in range(len(x)):
+        total += abs(np.float64(x[i]))
+    return total
+
+
+@jit
+def _pad(x, plan, out):
+    """Copy a record x into the inside of `out`, whose border is zero."""
+    (channels, high, wide), (above, beside) = plan.shape, plan.padding
+    across = wide + 2 * beside
+    for c in range(channels):
+        for y in range(high):
+            start = (c * (high + 2 * above) + y + above) * across + beside
+            row = x[(c * high + y) * wide : (c * high + y + 1) * wide]
+            for j in range(wide):
+                out[start + j] = row[j]
+
+
+@_jit_sums
+def _turn(g, plan, turned, bias):
+    """g [out, positions] (`last`: [positions, out]) as [groups, positions, width]; sums in bias."""
+    positions, out, width = len(plan.base), plan.out, plan.width
+    each = out // plan.groups
+    for o in range(out):
+        start = (o // each) * positions * width + o % each
+        at, step = (o, out) if plan.last else (o * positions, 1)
+        total = g.dtype.type(0)
+        for t in range(positions):
+            value = g[at + t * step]
+            turned[start + t * width] = value
+            total += value
+        bias[o] = total
+
+
+@_jit_sums
+def _sum_positions(g, out, bias):
+    """Sums of g [positions, out]."""
+    for o in range(out):
+        bias[o] = 0
+    for start in range(0, len(g), out):
+        for o in range(out):
+            bias[o] += g[start + o]
+
+
+@jit
+def _multiply(a, g, plan, record, dtype, bytes_each):
+    """record [columns and a tile, width] = gathered aᵀ g of a group; all three are addresses."""
+    step, lanes = plan.width * bytes_each, VECTOR // bytes_each
+    base, columns, positions = plan.base.ctypes.data, plan.columns.ctypes.data, len(plan.base)
+    for low in range(0, plan.width, 2 * lanes):
+        right, out = g + low * bytes_each, record + low * bytes_each
+        if plan.width - low >= 2 * lanes:
+            for j in range(0, plan.count, COLUMNS2):
+                at = columns + 8 * j
+                tile2(out + j * step, step, a, base, at, right, step, positions, dtype)
+        else:
+            for j in range(0, plan.count, COLUMNS1):
+                at = columns + 8 * j
+                tile1(out + j * step, step, a, base, at, right, step, positions, dtype)
+
+
+@jit
+def _gradient(x, g, plan, wanted, scratch, dtype, record, own):
+    """A record's gradient of the weight [groups, columns and a tile, width] and of the bias [out].
+
+    Returns its L1 norm and squared L2 norm, 0 where not wanted.
+    """
+    weight, bias, absolute, squared = wanted
+    bytes_each, left, right = g.itemsize, x.ctypes.data, g.ctypes.data
+    channels, high, wide = plan.shape
+    above, beside = plan.padding
+    if above + beside > 0:
+        size = channels * (high + 2 * above) * (wide + 2 * beside)
+        _pad(x, plan, _at(scratch[0], size, dtype))
+        left = scratch[0]
+    if plan.last and plan.groups == 1 and plan.width == plan.out:
+        _sum_positions(g, plan.out, own)
+    else:
+        size = plan.groups * len(plan.base) * plan.width
+        _turn(g, plan, _at(scratch[1], size, dtype), own)
+        right = scratch[1]
+    norm1, square = 0.0, 0.0
+    if bias:
+        norm1, square = _absolute(own), _square(own)
+    if weight:
+        plane = channels // plan.groups * (high + 2 * above) * (wide + 2 * beside)
+        whole, used = len(plan.columns) * plan.width, plan.count * plan.width
+        for i in range(plan.groups):
+            part = record[i * whole : i * whole + used]
+            _multiply(
+                left + i * plane * bytes_each, right + i * len(plan.base) * plan.width * bytes_each,
+                plan, part.ctypes.data, dtype, bytes_each,
+            )  # fmt: skip
+            if absolute:
+                norm1 += _absolute(part)
+            if squared:
+                square += _square(part)
+    return norm1, square
+
+
+@_jit_sums
+def _add(total, factor, record):
+    for i in range(len(total)):
+        total[i] += factor * record[i]
+
+
+@jit
+def clip_units(
+    a, g, plan, weight, bias, largest, shrink, p, mask, clip, votes_at, per_client, each, scratch,
+    dtype, sum_w, sum_b, counts, begin, end,
+):  # fmt: skip
+    """Clipped sums of units of `each` records of a client: sum_w, sum_b and counts [units, ...].
+
+    a and g are [K * B, elements of a record]; `scratch` holds four addresses of zeroed memory of
+    the sizes of the plan.
+    """
+    batch, used = mask.shape[1], plan.count * plan.width
+    whole = len(plan.columns) * plan.width
+    record, own = _at(scratch[2], plan.groups * whole, dtype), _at(scratch[3], plan.out, dtype)
+    for unit in range(begin, end):
+        k, first = unit // per_client, unit % per_client * each
+        wanted = (weight, bias, p == 1 or not np.isnan(votes_at[k]), p == 2)
+        for b in range(first, min(batch, first + each)):
+            if not mask[k, b]:
+                continue
+            x, y = a[k * batch + b], g[k * batch + b]
+            norm_a, norm_g = np.sqrt(_square(x)), np.sqrt(_square(y))
+            norm1, square = 0.0, 0.0
+            finite = norm_a * norm_g + norm_a + norm_g <= largest
+            if finite:
+                norm1, square = _gradient(x, y, plan, wanted, scratch, dtype, record, own)
+            norm = norm1 if p == 1 else np.sqrt(square)
+            factor = clip_factor(
+                norm1, norm, finite, True, clip[k], votes_at[k], SLACK, counts[unit]
+            )
+            if factor == 0:
+                continue
+            lowered = g.dtype.type(factor * shrink if factor < 1 else factor)
+            if weight:
+                for i in range(plan.groups):
+                    part = record[i * whole : i * whole + used]
+                    _add(sum_w[unit, i * used : (i + 1) * used], lowered, part)
+            if bias:
+                _add(sum_b[unit], lowered, own)
+
+
+def _zeros(elements: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin with a line of the cache."""
+    memory = np.zeros(elements * dtype.itemsize + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :]
+
+
+def clipped_sums(
+    a: Tensor,
+    g: Tensor,
+    geometry: Geometry,
+    out: int,
+    *,
+    weight: bool,
+    bias: bool,
+    largest: float,
+    p: int,
+    mask: Tensor,
+    clip: Tensor,
+    votes_at: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of clipped records' gradients of weight [K, out, columns] and bias [K, out], and counts.
+
+    Args:
+        a: inputs [K, B, ...], contiguous, float32 or float64.
+        g: output gradients [K, B, ...], contiguous.
+        geometry: of the layer; it must fit.
+        out: features of the output.
+        weight: whether the weight gradient is wanted and counts in the norm.
+        bias: whether the bias gradient is and does.
+        largest: bound on the norms of a finite record.
+        p: norm of the clipping.
+        mask: [K, B], bool.
+        clip: [K], float64; also votes_at (NaN: no votes).
+        votes_at: see clip.
+
+    Returns:
+        The sums in the dtype of g, whatever the number of threads, and counts [K, 3].
+    """
+    clients, batch = mask.shape
+    rows_a, rows_g = (t.detach().reshape(clients * batch, -1).numpy() for t in (a, g))
+    dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
+    per_client = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
+    each, units = -(-batch // per_client), clients * per_client
+    size = plan.groups * plan.count * plan.width if weight else 0
+    sum_w, sum_b, counts = (
+        np.zeros((units, n), t) for n, t in ((size, dtype), (out * bias, dtype), (3, np.float64))
+    )
+    levels = np.full(clients, np.nan) if votes_at is None else votes_at.numpy()
+
+    def work(begin: int, end: int) -> None:
+        memory = [_zeros(n, dtype) for n in plan.sizes()]
+        clip_units(
+            rows_a, rows_g, plan, weight, bias, largest, 1 - 2 * torch.finfo(g.dtype).eps, p,
+            mask.numpy(), clip.numpy(), levels, per_client, each,
+            np.array([m.ctypes.data for m in memory]), dtype, sum_w, sum_b, counts, begin, end,
+        )  # fmt: skip
+
+    products = len(plan.base) * plan.count * plan.width
+    spread(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
+    sums, bias_sums, tallies = (
+        torch.from_numpy(t).view(clients, per_client, -1) for t in (sum_w, sum_b, counts)
+    )
+    if per_client > 1:
+        sums, bias_sums, tallies = sums.sum(1), bias_sums.sum(1), tallies.sum(1)
+    sums = sums.view(clients, plan.groups, -1, plan.width)[..., : out // plan.groups]
+    sums = sums.transpose(2, 3).reshape(clients, out, -1)
+    return sums, bias_sums.view(clients, -1), tallies.view(clients, 3)
