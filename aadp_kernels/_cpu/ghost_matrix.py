@@ -16,7 +16,8 @@ import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, jit_inline, pointer, spread
+from aadp_kernels._cpu._jit import jit, jit_inline, pointer
+from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.ghost import clip_factor
 from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 
