@@ -36,7 +36,7 @@ class Cells(NamedTuple):
     """What is decided for every row and layer; all arrays are [K, L] but the first three.
 
     Attributes:
-        count, eps, smallest: float64 [L], elements and precision of the layers.
+        elements, eps, smallest: float64 [L], size and precision of the layers.
         clip, votes_at: float64, as given; NaN does not vote.
         norm1: float64 out, L1 norm.
         votes: float64 out, 1[norm1 <= votes_at] - 1/2, zero for what is not finite.
@@ -44,7 +44,7 @@ class Cells(NamedTuple):
         factor: float64 out, certified clip factors.
     """
 
-    count: np.ndarray
+    elements: np.ndarray
     eps: np.ndarray
     smallest: np.ndarray
     clip: np.ndarray
@@ -84,7 +84,7 @@ def decide(sums, units, p, cells, row, layer):
             norm += sums[1, row, unit]
     norm = math.sqrt(norm) if p == 2 else norm1
     finite = math.isfinite(norm) and math.isfinite(norm1)
-    clip, count, eps = cells.clip[row, layer], cells.count[layer], cells.eps[layer]
+    clip, count, eps = cells.clip[row, layer], cells.elements[layer], cells.eps[layer]
     bound = norm * (1 + (count + 16) * 2.0**-52)
     clipped = bound > clip and finite
     factor = 1.0
