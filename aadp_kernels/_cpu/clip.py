@@ -33,10 +33,11 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 
 class Cells(NamedTuple):
-    """What is decided for every row and layer; all arrays are [K, L] but the first three.
+    """What is decided for every row and layer; all arrays but the first are [K, L].
 
     Attributes:
-        elements, eps, smallest: float64 [L], size and precision of the layers.
+        elements: float64 [L], sizes of the layers.
+        eps, smallest: float64, precision of the outputs.
         clip, votes_at: float64, as given; NaN does not vote.
         norm1: float64 out, L1 norm.
         votes: float64 out, 1[norm1 <= votes_at] - 1/2, zero for what is not finite.
@@ -59,13 +60,12 @@ class Cells(NamedTuple):
     def build(
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
     ) -> Cells:
-        """Nothing decided yet; `clip` and `votes_at` are [K, L]."""
+        """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [L]."""
         if votes_at is None:
             votes_at = torch.full(clip.shape, torch.nan, dtype=torch.float64)
-        layers = np.array(layout.dims, np.float64), *(t.numpy() for t in dtypes)
-        given = (t.contiguous().numpy() for t in (clip, votes_at))
+        given = (t.expand(clip.shape).contiguous().numpy() for t in (*dtypes, clip, votes_at))
         made = (np.empty(clip.shape, kind) for kind in (float, float, bool, bool, float))
-        return cls(*layers, *given, *made)
+        return cls(np.array(layout.dims, np.float64), *given, *made)
 
     def stats(self) -> ClipStats:
         """As tensors."""
@@ -84,12 +84,12 @@ def decide(sums, units, p, cells, row, layer):
             norm += sums[1, row, unit]
     norm = math.sqrt(norm) if p == 2 else norm1
     finite = math.isfinite(norm) and math.isfinite(norm1)
-    clip, count, eps = cells.clip[row, layer], cells.elements[layer], cells.eps[layer]
+    clip, count, eps = cells.clip[row, layer], cells.elements[layer], cells.eps[row, layer]
     bound = norm * (1 + (count + 16) * 2.0**-52)
     clipped = bound > clip and finite
     factor = 1.0
     if clipped:
-        factor = max(clip - count * cells.smallest[layer] * eps, 0.0) / (bound * (1 + eps))
+        factor = max(clip - count * cells.smallest[row, layer] * eps, 0.0) / (bound * (1 + eps))
     cells.factor[row, layer] = factor if finite and factor >= _TINY else 0.0
     cells.clipped[row, layer], cells.dead[row, layer] = clipped, not finite
     threshold, vote = cells.votes_at[row, layer], 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +12,33 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline
 from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu.clip import Cells, decide_all
+from aadp_kernels._cpu.passes import (
+    FIRST,
+    SIZE,
+    Pieces,
+    load_difference,
+    store,
+    sum_units_of,
+    unit_sums,
+)
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import log
 from aadp_kernels._torch import grid as _torch
-from aadp_kernels._torch.grid import ATTEMPTS, DIGIT_BITS, OCTAVE_BITS
+from aadp_kernels._torch.grid import (
+    ATTEMPTS,
+    DIGIT_BITS,
+    LIMIT,
+    MAX_OCTAVES,
+    OCTAVE_BITS,
+    TAIL_DOMAINS,
+)
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
-from aadp_kernels._torch.privatize import Noise
+from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
+from aadp_kernels.layout import Layout
 
-UNKNOWN = -(1 << 63)  # the first 63 bits of an element are zero: the specification draws it
-
-_LN2 = _torch._LN2
+_LN2, _MAX_WEIGHT, _FLOAT_LIMIT = _torch._LN2, _torch._MAX_WEIGHT, float(LIMIT)
+_TO_TAIL = (DOMAINS["grid_laplace_tail"] - DOMAINS["grid_laplace"]) << LAYER_BITS
 _U64 = np.uint64
 
 
@@ -80,49 +98,136 @@ def _accepts(words, blocks, e, magnitude):
 
 
 @jit
-def integer_units(
-    out, clients, start, word, state, rounds, blocks, gaussian, tables, guides, begin, end
-):
-    """Tiles of the rows of `out`, int64 [K, n], whose column 0 is element `start`; `state` changes.
+def _more_octaves(words, state, rounds, blocks, e):
+    """Octaves of an element whose first 63 bits are zero; `words` is scratch, `state` changes."""
+    octaves = 63
+    for _ in range(TAIL_DOMAINS):
+        fill_words(words, state, rounds, blocks)
+        for i in range(0, 8, 2):
+            zeros = _zeros(_number(words, blocks, 8, e, i))
+            octaves += zeros
+            if zeros < 64:
+                return octaves
+        state[3] += np.uint32(1 << LAYER_BITS)
+    return octaves
 
-    A tile has 512 words: 64 elements (laplace) or 32 (gaussian).
+
+@jit
+def _laplace_tile(values, words, spare, state, rounds, blocks, head, stop, tables, guides):
+    """Elements head .. stop - 1 of the tile at `state`; `words` and `spare` are scratch."""
+    fill_words(words, state, rounds, blocks)
+    for e in range(head, stop):
+        sign, octaves, remainder = _proposal(words, blocks, 8, e, tables, guides)
+        if octaves == 63:
+            domain = state[3]
+            state[3] += np.uint32(_TO_TAIL)
+            octaves = _more_octaves(spare, state, rounds, blocks, e)
+            state[3] = domain
+            if octaves == MAX_OCTAVES:
+                remainder = 0
+        magnitude = (octaves << OCTAVE_BITS) + remainder
+        values[e] = -1 - magnitude if sign else magnitude
+
+
+@jit
+def _gaussian_tile(values, words, done, state, rounds, blocks, head, stop, tables, guides):
+    """Elements head .. stop - 1 of the tile at `state`; `words` and `done` are scratch."""
+    domain, waiting = state[3], stop - head
+    done[:] = False
+    for attempt in range(ATTEMPTS):
+        if waiting == 0:
+            break
+        state[3] = np.uint32(domain + (attempt << LAYER_BITS))
+        fill_words(words, state, rounds, blocks)
+        for e in range(head, stop):
+            if done[e]:
+                continue
+            sign, octaves, remainder = _proposal(words, blocks, 16, e, tables, guides)
+            magnitude = (octaves << OCTAVE_BITS) + remainder
+            if _accepts(words, blocks, e, magnitude) and not (sign and magnitude == 0):
+                values[e] = -magnitude if sign else magnitude
+                done[e] = True
+                waiting -= 1
+    for e in range(head, stop):
+        if not done[e]:
+            values[e] = 0
+    state[3] = domain
+
+
+class Source(NamedTuple):
+    """Where integers come from.
+
+    Attributes:
+        state, rounds, blocks: `Generator`; state 0, 2 and 3 are set for each tile.
+        gaussian: Discrete Gaussian, or the floor of a Laplace variable.
+        per_tile: Elements of 512 words.
+        clients: int64 [K] ids.
+        layer_words: int64 [L], the word of the address that names layer and domain.
+        tables, guides: `_tables`.
     """
-    words = np.empty(WORDS, np.uint32)
-    need = 16 if gaussian else 8
-    per_tile = WORDS // need
+
+    state: np.ndarray
+    rounds: int
+    blocks: int
+    gaussian: bool
+    per_tile: int
+    clients: np.ndarray
+    layer_words: np.ndarray
+    tables: np.ndarray
+    guides: np.ndarray
+
+    @classmethod
+    def build(
+        cls, rng: str, key: Sequence[int], step: int, mechanism: str, clients: Tensor,
+        layers: Sequence[int],
+    ) -> Source:  # fmt: skip
+        """For some layers of some clients."""
+        gaussian = mechanism == "gaussian"
+        words = np.array(layers, np.int64) + (DOMAINS[f"grid_{mechanism}"] << LAYER_BITS)
+        return cls(
+            *Generator.build(rng, key, step), gaussian, WORDS // (16 if gaussian else 8),
+            clients.numpy(), words, *_tables(),
+        )  # fmt: skip
+
+    def own(self) -> Source:
+        """For one thread: the state changes in use."""
+        return self._replace(state=self.state.copy())
+
+
+@jit
+def _draw(values, words, spare, done, source, row, layer, tile, head, stop):
+    """Integers of the elements head .. stop - 1 of a tile, in their places."""
+    state = source.state
+    state[0] = np.uint32(tile * source.blocks)
+    state[2] = np.uint32(source.clients[row])
+    state[3] = np.uint32(source.layer_words[layer])
+    if source.gaussian:
+        _gaussian_tile(
+            values, words, done, state, source.rounds, source.blocks, head, stop, source.tables,
+            source.guides,
+        )  # fmt: skip
+    else:
+        _laplace_tile(
+            values, words, spare, state, source.rounds, source.blocks, head, stop, source.tables,
+            source.guides,
+        )  # fmt: skip
+
+
+@jit
+def integer_units(out, start, source, begin, end):
+    """Tiles of the rows of `out`, int64 [K, n] of one layer, whose column 0 is element `start`."""
+    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
+    per_tile = source.per_tile
+    values, done = np.empty(per_tile, np.int64), np.empty(per_tile, np.bool_)
     first = start // per_tile
     per_row = -(-(start + out.shape[1]) // per_tile) - first
-    done = np.empty(per_tile, np.bool_)
     for unit in range(begin, end):
         row, tile = unit // per_row, first + unit % per_row
         low = tile * per_tile - start
         head, stop = max(0, -low), min(per_tile, out.shape[1] - low)
-        state[0], state[2] = np.uint32(tile * blocks), np.uint32(clients[row])
-        state[3] = np.uint32(word)
-        if not gaussian:
-            fill_words(words, state, rounds, blocks)
-            for e in range(head, stop):
-                sign, octaves, remainder = _proposal(words, blocks, 8, e, tables, guides)
-                magnitude = (octaves << OCTAVE_BITS) + remainder
-                value = -1 - magnitude if sign else magnitude
-                out[row, low + e] = UNKNOWN if octaves == 63 else value
-            continue
-        done[:] = False
-        waiting = stop - head
-        for attempt in range(ATTEMPTS):
-            if waiting == 0:
-                break
-            state[3] = np.uint32(word + (attempt << LAYER_BITS))
-            fill_words(words, state, rounds, blocks)
-            for e in range(head, stop):
-                if done[e]:
-                    continue
-                sign, octaves, remainder = _proposal(words, blocks, 16, e, tables, guides)
-                magnitude = (octaves << OCTAVE_BITS) + remainder
-                if _accepts(words, blocks, e, magnitude) and not (sign and magnitude == 0):
-                    out[row, low + e] = -magnitude if sign else magnitude
-                    done[e] = True
-                    waiting -= 1
+        _draw(values, words, spare, done, source, row, 0, tile, head, stop)
+        for e in range(head, stop):
+            out[row, low + e] = values[e]
 
 
 def integer_noise(
@@ -135,28 +240,102 @@ def integer_noise(
     mechanism: str,
 ) -> list[Tensor]:
     """`_torch.grid.integer_noise`: int64 [K, count] for every (layer, offset, count)."""
-    tables, guides = _tables()
-    gaussian = mechanism == "gaussian"
-    per_tile = WORDS // (16 if gaussian else 8)
-    generator, results = Generator.build(rng, key_words, int(step)), []
+    results = []
     for layer, start, count in segments:
         out = torch.zeros((len(clients), count), dtype=torch.int64)
         results.append(out)
         if out.numel() == 0:
             continue
-        word = layer + (DOMAINS[f"grid_{mechanism}"] << LAYER_BITS)
-        array, ids = out.numpy(), clients.numpy()
+        source = Source.build(rng, key_words, int(step), mechanism, clients, [layer])
+        array = out.numpy()
 
-        def work(begin: int, end: int, array=array, ids=ids, start=start, word=word) -> None:
-            integer_units(
-                array, ids, start, word, generator.state.copy(), generator.rounds,
-                generator.blocks, gaussian, tables, guides, begin, end,
-            )  # fmt: skip
+        def work(begin: int, end: int, array=array, start=start, source=source) -> None:
+            integer_units(array, start, source.own(), begin, end)
 
-        per_row = -(-(start + count) // per_tile) - start // per_tile
+        per_row = -(-(start + count) // source.per_tile) - start // source.per_tile
         spread(work, len(clients) * per_row, elements=8 * out.numel())
-        draw_unknown(out, rng, key_words, (layer, start, count), clients, int(step), mechanism)
     return results
+
+
+@jit
+def _release(x, count, weight, values, at, quantum, offset):
+    """x = (trunc(x * weight) + values + offset) * quantum, integers within LIMIT."""
+    for i in range(count):
+        cut = np.int64(min(max(x[i] * weight, -_FLOAT_LIMIT), _FLOAT_LIMIT))
+        noised = min(max(cut + values[at + i], -LIMIT), LIMIT)
+        x[i] = (np.float64(noised) + offset) * quantum
+
+
+@jit
+def write_units(pieces, bounds, units, cells, quanta, offset, source, begin, end):
+    """Clipped rows on the grid with integer noise, in tiles of a layer; quanta are [K, L].
+
+    A quantum of zero stands for no grid and no noise.
+    """
+    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
+    per_tile = source.per_tile
+    values, done = np.empty(per_tile, np.int64), np.empty(per_tile, np.bool_)
+    x, minus = np.empty(per_tile, np.float64), np.empty(per_tile, np.float64)
+    per_row = units[len(units) - 1]
+    row, column, layer = begin // per_row, begin % per_row, 0
+    for _ in range(begin, end):
+        while column >= units[layer + 1]:
+            layer += 1
+        tile = column - units[layer]
+        low, quantum = tile * per_tile, quanta[row, layer]
+        stop = min(per_tile, np.int64(cells.elements[layer]) - low)
+        if quantum > 0:
+            _draw(values, words, spare, done, source, row, layer, tile, 0, stop)
+        for k in range(bounds[layer], bounds[layer + 1]):
+            first, size = pieces[k, FIRST], pieces[k, SIZE]
+            start, end_of = max(0, low - first), min(size, low + per_tile - first)
+            count = end_of - start
+            if count <= 0:
+                continue
+            if cells.dead[row, layer]:
+                x[:count] = 0.0
+            else:
+                load_difference(x, minus, pieces, k, row, start, count)
+            if quantum > 0:
+                weight = min(cells.factor[row, layer] / quantum, _MAX_WEIGHT)
+                _release(x, count, weight, values, first + start - low, quantum, offset)
+            else:
+                x[:count] *= cells.factor[row, layer]
+            store(x, pieces, k, row, start, count)
+        column += 1
+        if column == per_row:
+            row, column, layer = row + 1, 0, 0
+
+
+def privatize(
+    pieces: Pieces, layout: Layout, dtypes: Precision, noise: Noise, *,
+    clip: Tensor, scale: Tensor, p: int, votes_at: Tensor | None,
+) -> ClipStats:  # fmt: skip
+    """`_cpu.privatize.privatize` on the grid: exactly `_torch.privatize` but for the norms."""
+    rows, elements = len(clip), len(clip) * sum(layout.dims)
+    exact = torch.finfo(torch.float64)
+    dtypes = Precision(
+        torch.where(scale == 0, dtypes.eps, exact.eps),
+        torch.where(scale == 0, dtypes.smallest_normal, exact.smallest_normal),
+    )
+    cells, sums = Cells.build(layout, dtypes, clip, votes_at), sum_units_of(pieces)
+    decide_all(unit_sums(pieces, sums, rows, p), sums, p, cells)
+    source = Source.build(
+        noise.rng, noise.key_words, int(noise.step), noise.mechanism, noise.clients,
+        range(layout.num_layers),
+    )  # fmt: skip
+    units = np.zeros(layout.num_layers + 1, np.int64)
+    np.cumsum(-(-pieces.ends // source.per_tile), out=units[1:])
+    quanta = _torch.quantum(scale, noise.mechanism).contiguous().numpy()
+    offset = _torch.OFFSETS[noise.mechanism]
+
+    def work(begin: int, end: int) -> None:
+        write_units(
+            pieces.table, pieces.bounds, units, cells, quanta, offset, source.own(), begin, end
+        )
+
+    spread(work, rows * int(units[-1]), elements=8 * elements)
+    return cells.stats()
 
 
 class GridNoise(Noise):
@@ -170,26 +349,6 @@ class GridNoise(Noise):
             self.rng, self.key_words, segments, self.clients, step=self.step,
             mechanism=self.mechanism,
         )  # fmt: skip
-
-
-def draw_unknown(
-    out: Tensor,
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    step: int,
-    mechanism: str,
-) -> None:
-    """Draw by the specification, in place, what needs more than its own words."""
-    if int(out.min()) != UNKNOWN:
-        return
-    for row, column in (out == UNKNOWN).nonzero().tolist():
-        place = (segment[0], segment[1] + column, 1)
-        (value,) = _torch.integer_noise(
-            rng, key_words, [place], clients[row : row + 1], step=step, mechanism=mechanism
-        )
-        out[row, column] = value[0, 0]
 
 
 def scaled_noise(

@@ -31,7 +31,7 @@ NATIVE = (torch.float32, torch.float64)
 
 # Columns of the table of pieces: the layer's element that it begins with, its elements, then the
 # address and the bytes an element of the value, of what is subtracted and of the output.
-_FIRST, _SIZE, _VALUE, _VALUE_BYTES, _MINUS, _MINUS_BYTES, _OUT, _OUT_BYTES = range(8)
+FIRST, SIZE, _VALUE, _VALUE_BYTES, _MINUS, _MINUS_BYTES, _OUT, _OUT_BYTES = range(8)
 
 
 @jit_inline
@@ -54,14 +54,29 @@ def _load(x, address, bytes_each, start, count):
 
 
 @jit_inline
-def _load_difference(x, minus, pieces, k, row, start, count):
+def load_difference(x, minus, pieces, k, row, start, count):
     """x = value - reference of the elements start .. start + count - 1 of a row."""
-    at = row * pieces[k, _SIZE] + start
+    at = row * pieces[k, SIZE] + start
     _load(x, pieces[k, _VALUE], pieces[k, _VALUE_BYTES], at, count)
     if pieces[k, _MINUS] != 0:
         _load(minus, pieces[k, _MINUS], pieces[k, _MINUS_BYTES], start, count)
         for i in range(count):
             x[i] -= minus[i]
+
+
+@jit_inline
+def store(x, pieces, k, row, start, count):
+    """The elements start .. start + count - 1 of a row's output = x, rounded."""
+    bytes_each = pieces[k, _OUT_BYTES]
+    address = pieces[k, _OUT] + (row * pieces[k, SIZE] + start) * bytes_each
+    if bytes_each == 4:
+        single = _array(address, np.float32, count)
+        for i in range(count):
+            single[i] = x[i]
+    else:
+        double = _array(address, np.float64, count)
+        for i in range(count):
+            double[i] = x[i]
 
 
 @jit_inline
@@ -96,7 +111,7 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
     `x`, `minus` (scratch) and `noise` are addresses of 512 numbers of `dtype`.
     """
     wide_vectors()
-    first, size = pieces[k, _FIRST], pieces[k, _SIZE]
+    first, size = pieces[k, FIRST], pieces[k, SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
     count, bytes_each = stop - start, pieces[k, _OUT_BYTES]
     value = _array(x, dtype, count)
@@ -113,7 +128,7 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
         for i in range(count):
             value[i] = 0
     else:
-        _load_difference(value, _array(minus, dtype, count), pieces, k, row, start, count)
+        load_difference(value, _array(minus, dtype, count), pieces, k, row, start, count)
     if bytes_each == 4:
         _combine(_array(address, np.float32, count), count, value, factor, drawn, scale, mode)
     else:
@@ -152,16 +167,16 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
         for j in range(64):
             lanes[j] = 0.0
         for k in range(bounds[layer], bounds[layer + 1]):
-            stop = min(low + CHUNK - pieces[k, _FIRST], pieces[k, _SIZE])
-            start = max(0, low - pieces[k, _FIRST])
+            stop = min(low + CHUNK - pieces[k, FIRST], pieces[k, SIZE])
+            start = max(0, low - pieces[k, FIRST])
             if pieces[k, _MINUS] == 0 and pieces[k, _VALUE_BYTES] == 4 and start < stop:
                 whole = (stop - start) // 128 * 128
-                at = pieces[k, _VALUE] + 4 * (row * pieces[k, _SIZE] + start)
+                at = pieces[k, _VALUE] + 4 * (row * pieces[k, SIZE] + start)
                 _add_up(at, np.float32, whole, p, lanes)
                 start += whole
             while start < stop:
                 count = min(TILE, stop - start)
-                _load_difference(x, minus, pieces, k, row, start, count)
+                load_difference(x, minus, pieces, k, row, start, count)
                 start += count
                 while count % 128:
                     x[count] = 0.0
@@ -222,10 +237,10 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
             else:
                 wide_tile(drawn, words, rows, state, rounds, blocks, tile, gaussian)
         converted = not fast
-        while nearest < stop and pieces[nearest, _FIRST] + pieces[nearest, _SIZE] <= low:
+        while nearest < stop and pieces[nearest, FIRST] + pieces[nearest, SIZE] <= low:
             nearest += 1
         for k in range(nearest, stop):
-            if pieces[k, _FIRST] >= low + TILE:
+            if pieces[k, FIRST] >= low + TILE:
                 break
             widest = max(pieces[k, _VALUE_BYTES], pieces[k, _MINUS_BYTES], pieces[k, _OUT_BYTES])
             if fast and widest == 4 and weight >= SMALLEST_FACTOR:
@@ -258,7 +273,7 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             layer += 1
         low = (unit - units[layer]) * TILE
         for k in range(bounds[layer], bounds[layer + 1]):
-            first, size = pieces[k, _FIRST], pieces[k, _SIZE]
+            first, size = pieces[k, FIRST], pieces[k, SIZE]
             start, stop = max(0, low - first), min(low + TILE - first, size)
             if start >= stop:
                 continue
@@ -299,7 +314,7 @@ class Pieces(NamedTuple):
         """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
         keep = [*values, *(minus or ()), *(out or ())]
         table = np.zeros((len(values), 8), np.int64)
-        table[:, _FIRST], table[:, _SIZE] = layout.offsets, layout.sizes
+        table[:, FIRST], table[:, SIZE] = layout.offsets, layout.sizes
         for tensors, column in ((values, _VALUE), (minus, _MINUS), (out, _OUT)):
             if tensors is not None:
                 table[:, column] = [t.data_ptr() for t in tensors]
@@ -412,7 +427,7 @@ class Plan(NamedTuple):
         fast = form == "fast"
         skip = np.zeros_like(pieces.ends)
         if len(pieces.table) == 1:
-            skip[0] = pieces.table[0, _FIRST] // TILE
+            skip[0] = pieces.table[0, FIRST] // TILE
         units = np.zeros(len(pieces.ends) + 1, np.int64)
         np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
         words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu import clip as _clip
-from aadp_kernels._cpu.grid import GridNoise
+from aadp_kernels._cpu import grid
 from aadp_kernels._cpu.passes import Pieces, Plan, deliver, layer_sums, native, target
 from aadp_kernels._cpu.rng import Generator
-from aadp_kernels._torch import privatize as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
@@ -63,16 +62,18 @@ def privatize(
     votes_at: Tensor | None,
 ) -> ClipStats:
     """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
-    if noise is not None and noise.form == "grid":
-        return _torch.privatize(
-            tensors, out, layout, clip=clip, scale=scale, p=p, noise=GridNoise(*noise),
-            reference=reference, votes_at=votes_at,
-        )  # fmt: skip
     rows, layers = clip.shape
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
     pieces = Pieces.of_layout(layout, values, minus, targets)
+    dtypes = coarsest(out, layout)
+    if noise is not None and noise.form == "grid":
+        stats = grid.privatize(
+            pieces, layout, dtypes, noise, clip=clip, scale=scale, p=p, votes_at=votes_at
+        )
+        deliver(targets, out)
+        return stats
     if noise is None:
         noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64))
     plan = Plan.build(
@@ -80,7 +81,7 @@ def privatize(
         mechanism=noise.mechanism, form=noise.form, scale=scale.contiguous().numpy(),
         layers=np.arange(layers),
     )  # fmt: skip
-    cells = _clip.Cells.build(layout, coarsest(out, layout), clip, votes_at)
+    cells = _clip.Cells.build(layout, dtypes, clip, votes_at)
     _clip.privatize(pieces, p, cells, plan)
     deliver(targets, out)
     return cells.stats()

@@ -69,14 +69,23 @@ def test_octaves_are_counted_to_the_end_of_the_first_words():
             assert fast._proposal(words, 32, 8, 0, tables, guides)[:2] == (sign, zeros)
 
 
-def test_what_its_own_words_do_not_decide_comes_from_the_specification():
-    segment, clients = (5, 7, 40), torch.tensor([2, 9])
-    address = ("chacha8", key("chacha8").words, [segment], clients)
-    (expected,) = spec.integer_noise(*address, step=4, mechanism="laplace")
-    marked = expected.clone()
-    marked[1, 3] = marked[0, 39] = fast.UNKNOWN
-    fast.draw_unknown(marked, *address[:2], segment, clients, 4, "laplace")
-    assert torch.equal(marked, expected)
+@pytest.mark.parametrize("rng", ["chacha8", "philox7"])
+def test_what_its_own_words_do_not_decide_comes_from_further_ones(rng):
+    address = fast.Generator.build(rng, key(rng).words, 4)
+    word = 5 + (fast.DOMAINS["grid_laplace"] << fast.LAYER_BITS)
+    state = address.state.copy()
+    state[0], state[2], state[3] = 3 * address.blocks, 9, np.uint32(word + fast._TO_TAIL)
+    for e in range(0, 64, 7):
+        per_element = 1 if rng == "chacha8" else 2
+        block = 3 * address.blocks + (e // 2 if rng == "chacha8" else 2 * e)
+        first = [[block + i, 4, 9, word] for i in range(per_element)]
+        place = torch.from_numpy(np.array(first).T.astype(np.uint32).view(np.int32).copy())
+        tail = list(spec._tail_words(rng, key(rng).words, place))
+        if rng == "chacha8":
+            half = 8 * (e % 2)
+            tail = [w for b in range(0, len(tail), 16) for w in tail[b + half : b + half + 8]]
+        own = fast._more_octaves(np.empty(512, np.uint32), state.copy(), *address[1:], e)
+        assert own == spec.more_octaves(tail)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -109,3 +118,24 @@ def test_releases_have_the_bits_of_the_specification(mechanism):
             step=2, form="grid", impl=impl)[0])  # fmt: skip
     for results in (updates, sums):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_without_noise_dead_rows_and_references(mechanism, dtype):
+    layout = Layout.build({"a.weight": torch.zeros(30, 4), "a.bias": torch.zeros(3),
+                           "empty": torch.zeros(0), "b": torch.zeros(70)})  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(5, *s, generator=generator).to(dtype) for s in layout.shapes]
+    draws[0][2, 0, 0] = torch.nan
+    reference = [torch.randn(s, generator=generator).to(dtype) for s in layout.shapes]
+    scale = torch.tensor([[0.3, 0, 0.1], [0, 0, 0.1], [0.2, 0, 0], [0, 0, 0], [1e9, 0, 1e-9]])
+    results = []
+    for impl in BOTH:
+        own = [t.clone() for t in draws]
+        stats = privatize_(
+            own, layout=layout, clip=torch.tensor([2.0, 1.0, 1e9]), scale=scale, p=1, step=1,
+            mechanism=mechanism, key=key(), clients=torch.arange(5), form="grid", impl=impl,
+            reference=reference, votes_at=torch.tensor([90.0, 1.0, 50.0]))  # fmt: skip
+        results.append([*own, *stats[1:]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

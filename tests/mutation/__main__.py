@@ -34,6 +34,8 @@ COLUMNS = "| file | mistake | result | tests |\n|---|---|---|---|\n"
 
 def preload() -> None:
     """Import what takes long and is not mutated, so that children have it."""
+    # Triton's own functions are bound to the interpreter or the compiler when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in ("torch", "numpy", "scipy.stats", "hypothesis", "pytest", "pytorch_lightning"):
         __import__(name)
     for name in ("dp_accounting", "torchmetrics.classification", "numba"):

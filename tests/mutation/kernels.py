@@ -201,7 +201,7 @@ DECISIONS = group(
     ("clip doubled", "factor = max(clip - count", "factor = max(2 * clip - count"),
     ("norm not inflated", "bound = norm * (1 + (count + 16) * 2.0**-52)", "bound = norm"),
     ("rounding of the output not covered", "/ (bound * (1 + eps))", "/ bound"),
-    ("underflow not covered", "clip - count * cells.smallest[layer] * eps", "clip"),
+    ("underflow not covered", "clip - count * cells.smallest[row, layer] * eps", "clip"),
     ("subnormal factors", "factor >= _TINY else", "factor >= 0 else"),
     ("what is not finite stays", "factor if finite and factor >= _TINY", "factor if factor >= _TINY"),
     ("a vote at the threshold is against", "0.5 if norm1 <= threshold else -0.5", "0.5 if norm1 < threshold else -0.5"),
