@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -57,6 +58,18 @@ def _wide_vectors(_context):
 
 
 wide_vectors: Any = intrinsic(_wide_vectors)
+
+
+def _leading_zeros(_context, _number):
+    """leading_zeros(number): zeros before the first one of 64 bits; 64 where there is none."""
+
+    def count(_context, builder, _signature, arguments):
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), count
+
+
+leading_zeros: Any = intrinsic(_leading_zeros)
 
 
 def _pointer(_context, address, dtype):

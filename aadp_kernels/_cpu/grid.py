@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, jit_inline
+from aadp_kernels._cpu._jit import jit, jit_inline, leading_zeros, wide_vectors
 from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.clip import Cells, decide_all
 from aadp_kernels._cpu.passes import (
@@ -38,16 +38,21 @@ from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 _LN2, _MAX_WEIGHT, _FLOAT_LIMIT = _torch._LN2, _torch._MAX_WEIGHT, float(LIMIT)
+_LAST_DIGIT = (1 << DIGIT_BITS) - 1
 _TO_TAIL = (DOMAINS["grid_laplace_tail"] - DOMAINS["grid_laplace"]) << LAYER_BITS
 _U64 = np.uint64
 
 
 @cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds uint64 [3, 1023], and how many of them are at most v 2^54: int64 [3, 1024]."""
-    tables = np.array(_torch.thresholds(), dtype=np.uint64)
+    """Thresholds uint64 [3, 1025], and how many of them are at most v 2^54: int64 [3, 1024].
+
+    No more than two thresholds have the same first ten bits; the last two are no thresholds.
+    """
+    tables = np.full((3, (1 << DIGIT_BITS) + 1), np.iinfo(np.uint64).max, dtype=np.uint64)
+    tables[:, :-2] = np.array(_torch.thresholds(), dtype=np.uint64)
     begins = np.arange(1 << DIGIT_BITS, dtype=np.uint64) << np.uint64(64 - DIGIT_BITS)
-    guides = [np.searchsorted(table, begins, side="right") for table in tables]
+    guides = [np.searchsorted(table[:-2], begins, side="right") for table in tables]
     return tables, np.array(guides, dtype=np.int64)
 
 
@@ -63,38 +68,59 @@ def _number(words, blocks, need, e, i):
 
 
 @jit_inline
-def _zeros(number):
-    """Zeros before the first one of 64 bits."""
-    count = 0
-    while count < 64 and (number >> _U64(63 - count)) & _U64(1) == _U64(0):
-        count += 1
-    return count
+def _digit(number, table, guide):
+    """How many thresholds are at most the number."""
+    first = guide[np.int64(number >> _U64(64 - DIGIT_BITS))]
+    more = np.int64(table[first] <= number) + np.int64(table[first + 1] <= number)
+    return min(first + more, _LAST_DIGIT)
 
 
 @jit
-def _proposal(words, blocks, need, e, tables, guides):
-    """Sign bit, octaves H (63 where there may be more) and remainder R."""
-    first = _number(words, blocks, need, e, 0)
-    octaves = min(63, _zeros(first << _U64(1)))
-    remainder = 0
+def _numbers(numbers, words, blocks, need, i):
+    """`_number` of all elements of a tile."""
+    wide_vectors()
+    if blocks == LANES:
+        per_block = 16 // need
+        for part in range(per_block):
+            w = (need * part + i) * LANES
+            for t in range(LANES):
+                low = _U64(words[w + LANES + t])
+                numbers[per_block * t + part] = (_U64(words[w + t]) << _U64(32)) | low
+    else:
+        for e in range(len(numbers)):
+            numbers[e] = _number(words, blocks, need, e, i)
+
+
+@jit
+def _proposals(magnitudes, signs, numbers, words, blocks, need, tables, guides):
+    """H T + R and sign bits of all elements of a tile; returns the largest H."""
+    wide_vectors()
+    _numbers(numbers, words, blocks, need, 0)
+    most = 0
+    for e in range(len(numbers)):
+        octaves = min(63, leading_zeros(numbers[e] << _U64(1)))
+        most = max(most, octaves)
+        magnitudes[e], signs[e] = octaves, numbers[e] >> _U64(63)
     for j in range(3):
-        number = _number(words, blocks, need, e, 2 * j + 2)
-        digit = guides[j, np.int64(number >> _U64(64 - DIGIT_BITS))]
-        while digit < tables.shape[1] and tables[j, digit] <= number:
-            digit += 1
-        remainder = (remainder << DIGIT_BITS) + digit
-    return np.int64(first >> _U64(63)), octaves, remainder
+        _numbers(numbers, words, blocks, need, 2 * j + 2)
+        table, guide = tables[j], guides[j]
+        for e in range(len(numbers)):
+            magnitudes[e] = (magnitudes[e] << DIGIT_BITS) + _digit(numbers[e], table, guide)
+    return most
 
 
 @jit
-def _accepts(words, blocks, e, magnitude):
-    """Whether -ln U > (g - ln 2)^2 / 2 for g = magnitude / T."""
-    x = np.float64(magnitude) * 2.0**-OCTAVE_BITS - _LN2
-    x = x * x * 0.5
-    fraction = np.int64(_number(words, blocks, 16, e, 10) >> _U64(11))
-    mantissa = (np.float64(fraction) + 0.5) * 2.0**-54 + 0.5
-    zeros = np.float64(_zeros(_number(words, blocks, 16, e, 8)))
-    return zeros * _LN2 - log(mantissa) > x
+def _accepted(good, numbers, magnitudes, words, blocks):
+    """Whether -ln U > (g - ln 2)^2 / 2 for g = magnitude / T, of all elements of a tile."""
+    wide_vectors()
+    _numbers(numbers, words, blocks, 16, 10)
+    for e in range(len(numbers)):
+        x = np.float64(magnitudes[e]) * 2.0**-OCTAVE_BITS - _LN2
+        x = x * x * 0.5
+        fraction = np.int64(numbers[e] >> _U64(11))
+        mantissa = (np.float64(fraction) + 0.5) * 2.0**-54 + 0.5
+        zeros = np.float64(leading_zeros(_number(words, blocks, 16, e, 8)))
+        good[e] = zeros * _LN2 - log(mantissa) > x
 
 
 @jit
@@ -104,7 +130,7 @@ def _more_octaves(words, state, rounds, blocks, e):
     for _ in range(TAIL_DOMAINS):
         fill_words(words, state, rounds, blocks)
         for i in range(0, 8, 2):
-            zeros = _zeros(_number(words, blocks, 8, e, i))
+            zeros = leading_zeros(_number(words, blocks, 8, e, i))
             octaves += zeros
             if zeros < 64:
                 return octaves
@@ -112,45 +138,67 @@ def _more_octaves(words, state, rounds, blocks, e):
     return octaves
 
 
-@jit
-def _laplace_tile(values, words, spare, state, rounds, blocks, head, stop, tables, guides):
-    """Elements head .. stop - 1 of the tile at `state`; `words` and `spare` are scratch."""
-    fill_words(words, state, rounds, blocks)
-    for e in range(head, stop):
-        sign, octaves, remainder = _proposal(words, blocks, 8, e, tables, guides)
-        if octaves == 63:
-            domain = state[3]
-            state[3] += np.uint32(_TO_TAIL)
-            octaves = _more_octaves(spare, state, rounds, blocks, e)
-            state[3] = domain
-            if octaves == MAX_OCTAVES:
-                remainder = 0
-        magnitude = (octaves << OCTAVE_BITS) + remainder
-        values[e] = -1 - magnitude if sign else magnitude
+class Scratch(NamedTuple):
+    """Memory of one thread: words uint32 [512], the rest one entry an element of a tile."""
+
+    words: np.ndarray
+    spare: np.ndarray
+    numbers: np.ndarray
+    magnitudes: np.ndarray
+    signs: np.ndarray
+    good: np.ndarray
+    done: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def build(cls, per_tile: int) -> Scratch:
+        words = (np.empty(WORDS, np.uint32) for _ in range(2))
+        kinds = (np.uint64, np.int64, np.uint64, np.bool_, np.bool_, np.int64)
+        return cls(*words, *(np.empty(per_tile, kind) for kind in kinds))
 
 
 @jit
-def _gaussian_tile(values, words, done, state, rounds, blocks, head, stop, tables, guides):
-    """Elements head .. stop - 1 of the tile at `state`; `words` and `done` are scratch."""
-    domain, waiting = state[3], stop - head
-    done[:] = False
+def _laplace_tile(own, state, rounds, blocks, tables, guides):
+    """The tile at `state` into own.values."""
+    wide_vectors()
+    fill_words(own.words, state, rounds, blocks)
+    values, magnitudes, signs = own.values, own.magnitudes, own.signs
+    most = _proposals(magnitudes, signs, own.numbers, own.words, blocks, 8, tables, guides)
+    if most == 63:
+        domain = state[3]
+        for e in range(len(values)):
+            if magnitudes[e] >> OCTAVE_BITS == 63:
+                state[3] = np.uint32(domain + np.uint32(_TO_TAIL))
+                octaves = _more_octaves(own.spare, state, rounds, blocks, e)
+                remainder = magnitudes[e] & ((1 << OCTAVE_BITS) - 1)
+                remainder = 0 if octaves == MAX_OCTAVES else remainder
+                magnitudes[e] = (octaves << OCTAVE_BITS) + remainder
+        state[3] = domain
+    for e in range(len(values)):
+        flip = -np.int64(signs[e])  # -1 - m is m with every bit flipped
+        values[e] = magnitudes[e] ^ flip
+
+
+@jit
+def _gaussian_tile(own, state, rounds, blocks, tables, guides):
+    """The tile at `state` into own.values; zero for what no attempt gave."""
+    domain, waiting = state[3], len(own.values)
+    own.done[:] = False
+    own.values[:] = 0
     for attempt in range(ATTEMPTS):
         if waiting == 0:
             break
         state[3] = np.uint32(domain + (attempt << LAYER_BITS))
-        fill_words(words, state, rounds, blocks)
-        for e in range(head, stop):
-            if done[e]:
-                continue
-            sign, octaves, remainder = _proposal(words, blocks, 16, e, tables, guides)
-            magnitude = (octaves << OCTAVE_BITS) + remainder
-            if _accepts(words, blocks, e, magnitude) and not (sign and magnitude == 0):
-                values[e] = -magnitude if sign else magnitude
-                done[e] = True
+        fill_words(own.words, state, rounds, blocks)
+        magnitudes, signs = own.magnitudes, own.signs
+        _proposals(magnitudes, signs, own.numbers, own.words, blocks, 16, tables, guides)
+        _accepted(own.good, own.numbers, magnitudes, own.words, blocks)
+        for e in range(len(own.values)):
+            size, negative = magnitudes[e], signs[e] == 1
+            if own.good[e] and not own.done[e] and not (negative and size == 0):
+                own.values[e] = -size if negative else size
+                own.done[e] = True
                 waiting -= 1
-    for e in range(head, stop):
-        if not done[e]:
-            values[e] = 0
     state[3] = domain
 
 
@@ -195,39 +243,31 @@ class Source(NamedTuple):
 
 
 @jit
-def _draw(values, words, spare, done, source, row, layer, tile, head, stop):
-    """Integers of the elements head .. stop - 1 of a tile, in their places."""
+def _draw(own, source, row, layer, tile):
+    """Integers of a tile into own.values."""
     state = source.state
     state[0] = np.uint32(tile * source.blocks)
     state[2] = np.uint32(source.clients[row])
     state[3] = np.uint32(source.layer_words[layer])
+    rounds, blocks, tables, guides = source.rounds, source.blocks, source.tables, source.guides
     if source.gaussian:
-        _gaussian_tile(
-            values, words, done, state, source.rounds, source.blocks, head, stop, source.tables,
-            source.guides,
-        )  # fmt: skip
+        _gaussian_tile(own, state, rounds, blocks, tables, guides)
     else:
-        _laplace_tile(
-            values, words, spare, state, source.rounds, source.blocks, head, stop, source.tables,
-            source.guides,
-        )  # fmt: skip
+        _laplace_tile(own, state, rounds, blocks, tables, guides)
 
 
 @jit
-def integer_units(out, start, source, begin, end):
+def integer_units(out, start, source, own, begin, end):
     """Tiles of the rows of `out`, int64 [K, n] of one layer, whose column 0 is element `start`."""
-    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    per_tile = source.per_tile
-    values, done = np.empty(per_tile, np.int64), np.empty(per_tile, np.bool_)
+    per_tile = len(own.values)
     first = start // per_tile
     per_row = -(-(start + out.shape[1]) // per_tile) - first
     for unit in range(begin, end):
         row, tile = unit // per_row, first + unit % per_row
         low = tile * per_tile - start
-        head, stop = max(0, -low), min(per_tile, out.shape[1] - low)
-        _draw(values, words, spare, done, source, row, 0, tile, head, stop)
-        for e in range(head, stop):
-            out[row, low + e] = values[e]
+        _draw(own, source, row, 0, tile)
+        for e in range(max(0, -low), min(per_tile, out.shape[1] - low)):
+            out[row, low + e] = own.values[e]
 
 
 def integer_noise(
@@ -250,7 +290,7 @@ def integer_noise(
         array = out.numpy()
 
         def work(begin: int, end: int, array=array, start=start, source=source) -> None:
-            integer_units(array, start, source.own(), begin, end)
+            integer_units(array, start, source.own(), Scratch.build(source.per_tile), begin, end)
 
         per_row = -(-(start + count) // source.per_tile) - start // source.per_tile
         spread(work, len(clients) * per_row, elements=8 * out.numel())
@@ -267,14 +307,12 @@ def _release(x, count, weight, values, at, quantum, offset):
 
 
 @jit
-def write_units(pieces, bounds, units, cells, quanta, offset, source, begin, end):
+def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin, end):
     """Clipped rows on the grid with integer noise, in tiles of a layer; quanta are [K, L].
 
     A quantum of zero stands for no grid and no noise.
     """
-    words, spare = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    per_tile = source.per_tile
-    values, done = np.empty(per_tile, np.int64), np.empty(per_tile, np.bool_)
+    per_tile = len(own.values)
     x, minus = np.empty(per_tile, np.float64), np.empty(per_tile, np.float64)
     per_row = units[len(units) - 1]
     row, column, layer = begin // per_row, begin % per_row, 0
@@ -283,9 +321,8 @@ def write_units(pieces, bounds, units, cells, quanta, offset, source, begin, end
             layer += 1
         tile = column - units[layer]
         low, quantum = tile * per_tile, quanta[row, layer]
-        stop = min(per_tile, np.int64(cells.elements[layer]) - low)
         if quantum > 0:
-            _draw(values, words, spare, done, source, row, layer, tile, 0, stop)
+            _draw(own, source, row, layer, tile)
         for k in range(bounds[layer], bounds[layer + 1]):
             first, size = pieces[k, FIRST], pieces[k, SIZE]
             start, end_of = max(0, low - first), min(size, low + per_tile - first)
@@ -298,7 +335,7 @@ def write_units(pieces, bounds, units, cells, quanta, offset, source, begin, end
                 load_difference(x, minus, pieces, k, row, start, count)
             if quantum > 0:
                 weight = min(cells.factor[row, layer] / quantum, _MAX_WEIGHT)
-                _release(x, count, weight, values, first + start - low, quantum, offset)
+                _release(x, count, weight, own.values, first + start - low, quantum, offset)
             else:
                 x[:count] *= cells.factor[row, layer]
             store(x, pieces, k, row, start, count)
@@ -331,8 +368,9 @@ def privatize(
 
     def work(begin: int, end: int) -> None:
         write_units(
-            pieces.table, pieces.bounds, units, cells, quanta, offset, source.own(), begin, end
-        )
+            pieces.table, pieces.bounds, units, cells, quanta, offset, source.own(),
+            Scratch.build(source.per_tile), begin, end,
+        )  # fmt: skip
 
     spread(work, rows * int(units[-1]), elements=8 * elements)
     return cells.stats()

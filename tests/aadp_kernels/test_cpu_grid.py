@@ -47,26 +47,40 @@ def test_scaled_noise_has_the_bits_of_the_specification(mechanism):
             assert torch.equal(a, b)
 
 
+def proposals(*numbers, at=0):
+    """Magnitudes and signs of a ChaCha tile whose elements have these words, 64 bits each."""
+    own, words = fast.Scratch.build(64), np.zeros(512, np.uint32)
+    for e, number in enumerate(numbers):
+        w = (8 * (e % 2) + at) * 32 + e // 2
+        words[w], words[w + 32] = number >> 32, number & 0xFFFFFFFF
+    fast._proposals(own.magnitudes, own.signs, own.numbers, words, 32, 8, *fast._tables())
+    count = len(numbers)
+    return own.magnitudes[:count].tolist(), own.signs[:count].tolist()
+
+
 def test_digits_are_thresholds_that_are_at_most_the_number():
     """At the thresholds and beside them, where a guide that is off by one would show."""
-    tables, guides = fast._tables()
     for j, table in enumerate(spec.thresholds()):
-        numbers = [0, (1 << 64) - 1, *(c + d for c in table[::31] for d in (-1, 0, 1))]
-        for number in numbers:
-            words = np.zeros(512, np.uint32)
-            words[(2 * j + 2) * 32], words[(2 * j + 3) * 32] = number >> 32, number & 0xFFFFFFFF
-            remainder = fast._proposal(words, 32, 8, 0, tables, guides)[2]
-            assert remainder >> 10 * (2 - j) & 1023 == sum(c <= number for c in table)
+        numbers = [0, (1 << 64) - 1, *(c + d for c in table[::7] for d in (-1, 0, 1))]
+        for start in range(0, len(numbers), 64):
+            part = numbers[start : start + 64]
+            for got, number in zip(proposals(*part, at=2 * j + 2)[0], part, strict=True):
+                assert got >> 10 * (2 - j) & 1023 == sum(c <= number for c in table)
+
+
+def test_no_more_than_two_thresholds_lie_between_two_guides():
+    for table in spec.thresholds():
+        _, count = np.unique([c >> 54 for c in table], return_counts=True)
+        assert count.max() <= 2
 
 
 def test_octaves_are_counted_to_the_end_of_the_first_words():
-    tables, guides = fast._tables()
     for sign in (0, 1):
-        for zeros in (0, 1, 31, 32, 62, 63):
-            number = (sign << 63) | ((1 << 63) >> (zeros + 1) if zeros < 63 else 0)
-            words = np.zeros(512, np.uint32)
-            words[0], words[32] = number >> 32, number & 0xFFFFFFFF
-            assert fast._proposal(words, 32, 8, 0, tables, guides)[:2] == (sign, zeros)
+        zeros = [0, 1, 31, 32, 62, 63]
+        numbers = [(sign << 63) | ((1 << 63) >> (z + 1) if z < 63 else 0) for z in zeros]
+        magnitudes, signs = proposals(*numbers)
+        assert [m >> 30 for m in magnitudes] == zeros
+        assert signs == [sign] * len(zeros)
 
 
 @pytest.mark.parametrize("rng", ["chacha8", "philox7"])

@@ -41,14 +41,17 @@ def measure(cases):
 
 
 def check(report):
-    kind, *_, dtype, _ = report["case"].split(",")
+    kind, *details, dtype, _ = report["case"].split(",")
+    # A thread has four neighbouring numbers of fast ChaCha noise: 64 bits of a 16-bit tensor.
+    narrow = dtype == "bf16" and "fast" in details and details[0].startswith("chacha")
+    width = "64" if narrow else "128"
     assert report["spills"] == report["stack"] == 0, report
     assert report["registers"] <= MAX_REGISTERS[kind], report
     if kind in ("norms", "sums", "grid"):
         # Loads of at least four records, or of as many blocks, are in flight together.
-        assert report["loads128"] >= 4, report
+        assert report[f"loads{width}"] >= 4, report
     if kind in ("sums", "grid"):
-        assert report["stores128"] >= 1, report
+        assert report[f"stores{width}"] >= 1, report
     if kind == "ghost":
         assert report["loads128"] >= 4, report
     if kind in ("ghost", "conv"):

@@ -190,6 +190,20 @@ def test_the_norm_of_the_output_is_at_most_the_clip_norm(form, dtype, p):
 
 
 @pytest.mark.parametrize("form", ["wide", "fast"])
+def test_a_norm_at_the_clip_norm_is_clipped_since_its_own_rounding_counts(form):
+    x = torch.full((4,), 0.25, device=DEVICE)
+    arguments = {
+        "layout": Layout.build([x]), "clip": torch.ones(1, device=DEVICE), "votes": False,
+        "scale": torch.zeros(1, device=DEVICE), "form": form,
+    }  # fmt: skip
+    for impl in ("torch", "triton"):
+        out, stats = run(impl, [x], **arguments)
+        assert stats.clipped.item() == 1
+        assert out[0].sum() < 1
+        assert not run(impl, [x * (1 - 2.0**-20)], **arguments)[1].clipped.any()
+
+
+@pytest.mark.parametrize("form", ["wide", "fast"])
 def test_a_factor_too_small_to_be_exact_is_zero(form):
     x = torch.tensor([6.55172607892521e16, 37583350398976.0], device=DEVICE)
     clip = torch.tensor([2.53686876683007e-301], dtype=torch.float64, device=DEVICE)

@@ -109,6 +109,8 @@ def report(case: str) -> dict[str, object]:
         "spills": r"\b(?:LDL|STL)\b",
         "loads128": r"LDG\.E\.128|LDGSTS\.E(?:\.\w+)*\.128",
         "stores128": r"STG\.E\.128",
+        "loads64": r"LDG\.E\.64|LDGSTS\.E(?:\.\w+)*\.64",
+        "stores64": r"STG\.E\.64",
         "tensor_core": r"\bH(?:G)?MMA",
         "fused": r"\bFFMA\b",
     }

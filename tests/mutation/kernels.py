@@ -181,6 +181,19 @@ PASSES = group(
     ("fast factor not rounded down", "lowered = np.float32(weight * LOWER if weight < 1 else weight)", "lowered = np.float32(weight)"),
 )  # fmt: skip
 
+_CPU_GRID = "tests/aadp_kernels/test_cpu_grid.py::test_"
+GRID_PASS = group(
+    "aadp_kernels/_cpu/grid.py",
+    f"{_CPU_GRID}integers_equal_the_specification {_CPU_GRID}rows_without_noise_dead_rows_and_references",
+    ("sign bit counted as an octave", "min(63, leading_zeros(numbers[e] << _U64(1)))", "min(63, leading_zeros(numbers[e]))"),
+    ("a threshold forgotten", " + np.int64(table[first + 1] <= number)", ""),
+    ("quantum 2/3", "(np.float64(noised) + offset) * quantum", "(np.float64(noised) + offset) * quantum * 2 / 3"),
+    ("noise missing", "cut + values[at + i]", "cut"),
+    ("clip dropped", "cells.factor[row, layer] / quantum", "1.0 / quantum"),
+    ("client dropped from the address", "np.uint32(source.clients[row])", "np.uint32(0)"),
+    ("rejected draws kept", "if own.good[e] and not own.done[e]", "if not own.done[e]"),
+)  # fmt: skip
+
 TRANSFORMS = group(
     "aadp_kernels/_cpu/transform.py",
     f"{CPU}::test_noise_has_the_bits_of_the_specification "
@@ -233,7 +246,9 @@ LAUNCHES = group(
     "aadp_kernels/_triton/privatize.py",
     f"{LAUNCH} tests/aadp_kernels/test_triton_privatize.py::test_reference_and_out "
     "tests/aadp_kernels/test_triton_privatize.py::test_a_layer_that_is_not_finite_gives_zeros_and_noise_only_there "
-    "tests/aadp_kernels/test_triton_privatize.py::test_the_norm_of_the_output_is_at_most_the_clip_norm",
+    "tests/aadp_kernels/test_triton_privatize.py::test_the_norm_of_the_output_is_at_most_the_clip_norm "
+    "tests/aadp_kernels/test_triton_privatize.py::"
+    "test_a_norm_at_the_clip_norm_is_clipped_since_its_own_rounding_counts",
     ("noise 2/3", "0.0) + noise[part].to(DTYPE) * scale", "0.0) + noise[part].to(DTYPE) * scale * (2.0 / 3.0)"),
     ("noise subtracted", "0.0) + noise[part].to(DTYPE) * scale", "0.0) - noise[part].to(DTYPE) * scale"),
     ("clip dropped", "factor = tl.where(clipped, room / divisor, 1.0)", "factor = tl.where(clipped, 1.0, 1.0)"),
@@ -258,5 +273,5 @@ TRITON_TRANSFORMS = group(
 
 MUTATIONS = [
     *WORDS, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
-    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *DECISIONS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
+    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *DECISIONS, *GRID_PASS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
 ]  # fmt: skip
