@@ -85,6 +85,8 @@ class FederatedCLI(LightningCLI):
             if config.run_dir is None:
                 raise ValueError("ckpt_path='last' needs run_dir: the folder of the run to go on")
             config.ckpt_path = str(last_checkpoint(Path(config.run_dir)))
+        elif resume and "://" not in resume and not Path(resume).exists():
+            raise ValueError(f"ckpt_path={resume}: there is no such file")
         run_dir = Path(config.run_dir or new_run_dir(Path("runs")))
         config.run_dir = config.model.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fl_lightning.aggregate import WEIGHTINGS
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.privacy.config import per_client
+from fl_lightning.privacy.history import ReleasedHistory
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
@@ -123,6 +124,7 @@ def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
         ValueError: naming the argument and its value.
     """
     check_trainer(module, trainer)
+    module.configure_optimizers()  # its refusals, before the run folder exists
     sizes, k = data.client_sizes, data.num_clients
     small = (sizes < 2).nonzero()[:, 0].tolist()
     if small:
@@ -144,6 +146,7 @@ def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:
     privacy, k = module.privacy, len(sizes)
     if not privacy.private:
         return
+    ReleasedHistory(privacy, 1, module.layout.dims)  # clip norms that do not fit the layers
     for name in ("epsilon", "delta", "noise_multiplier"):
         value = getattr(privacy, name)
         if isinstance(value, list) and len(value) > k:
