@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +16,11 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one, makes it durable, and only then replaces that."""
+    """Writes a checkpoint beside the old one, makes it durable, and only then replaces that.
+
+    A damaged checkpoint is an error that says so: what a run released stands in its ledger, and
+    starting again at round 0 would release the same records anew.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -28,16 +33,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)  # what the disk has no room for
+            raise OSError(
+                error.errno, f"cannot save {target}, the one before stays: {error.strerror}"
+            ) from error
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: it is truncated or otherwise damaged.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **options)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (RuntimeError, OSError, EOFError, UnpicklingError, KeyError) as error:
+            what = repr(error).splitlines()[0][:120]
+            raise ValueError(
+                f"ckpt_path={path} is damaged ({what}): put back a copy of it, or start a new run "
+                "in another folder; what was released stays in the ledger"
+            ) from error
 
 
 class RoundCheckpoint(Checkpoint):

@@ -13,11 +13,20 @@ from fl_lightning.module import cross_entropy
 from fl_lightning.population import ClientPopulation, LocalTraining
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.history import ReleasedHistory
+from tests.fl_lightning.killing import Zygote
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_lightning():
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """A process to fork runs from that can be killed."""
+    made = Zygote()
+    yield made
+    made.process.communicate(timeout=60)
 
 
 @pytest.fixture
