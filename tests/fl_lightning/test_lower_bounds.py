@@ -229,8 +229,8 @@ class Attack:
 
     config: PrivacyConfig
     multiplier: float = 1.0
-    delta: float = 0.1
-    trials: int = 2600
+    delta: float = 0.2
+    trials: int = 1800
     rate: float = 1.0
     weight: float = 1.0
 
@@ -296,14 +296,13 @@ def sum_attacks() -> Iterator[tuple[str, Attack]]:
         )
         yield f"{setting}-gaussian", Attack(gaussian)
         yield f"{setting}-gaussian-votes", Attack(voting)
-        yield f"{setting}-gaussian-weighted", Attack(gaussian, multiplier=0.5, weight=0.5)
-        yield f"{setting}-laplace", Attack(laplace, 0.7, delta=0.01, trials=3600)
+        yield f"{setting}-laplace", Attack(laplace, 0.7, delta=0.01, trials=2900)
         if setting == "client+aggregator":
-            yield f"{setting}-gaussian-q0.4", Attack(gaussian, 0.7, trials=3000, rate=0.4)
-            yield (
-                f"{setting}-laplace-q0.4",
-                Attack(laplace, 0.45, delta=0.01, trials=5600, rate=0.4),
-            )
+            light = Attack(gaussian, multiplier=0.5, weight=0.5)
+            yield f"{setting}-gaussian-weighted", light
+            yield f"{setting}-gaussian-q0.4", Attack(gaussian, 0.5, trials=2300, rate=0.4)
+            often = Attack(laplace, 0.4, delta=0.01, trials=4600, rate=0.4)
+            yield f"{setting}-laplace-q0.4", often
 
 
 def cases() -> Iterator[tuple[str, Callable[[Policy], tuple[NDArray, NDArray, float]], str]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from aadp_kernels import Layout, NoiseKey, sample_noise
+from aadp_kernels import Layout, NoiseKey, poisson_mask, sample_noise
 from fl_lightning import PrivacyConfig
 from fl_lightning.client import gather, train_cohort
 from fl_lightning.models import CNN, MLP
@@ -80,13 +80,18 @@ def minibatches(data, k, round, *, batch_size, epochs, seed):
         yield from (order[i : i + batch_size] for i in range(0, len(rows), batch_size))
 
 
-def fedavg(data, network, *, rounds, lr, momentum, batches):
-    """FedAvg with torch.optim.SGD at every client."""
+def fedavg(data, network, *, rounds, lr, momentum, batches, cohorts=None, weight=None):
+    """FedAvg with torch.optim.SGD at every client of a round's cohort; all by default.
+
+    The mean is over the cohort, or a sum over the public `weight` of what was expected.
+    """
     network = copy.deepcopy(network)
-    share = data.client_sizes / data.client_sizes.sum()
     for round in range(rounds):
-        total = {n: torch.zeros_like(p) for n, p in network.named_parameters()}
-        for k in range(data.num_clients):
+        cohort = range(data.num_clients) if cohorts is None else cohorts[round]
+        share = data.client_sizes / (weight or sum(data.client_sizes[k] for k in cohort))
+        missing = 1 - sum(float(share[k]) for k in cohort)
+        total = {n: missing * p.detach() for n, p in network.named_parameters()}
+        for k in cohort:
             local = copy.deepcopy(network)
             optimizer = torch.optim.SGD(local.parameters(), lr=lr, momentum=momentum)
             for rows in batches(k, round):
@@ -108,12 +113,14 @@ def fedavg(data, network, *, rounds, lr, momentum, batches):
         {"setting": "client+local", **OPEN},
         {"setting": "client+local", "mechanism": "laplace", **OPEN},
         {"setting": "client+aggregator", **OPEN},
+        {"setting": "client+aggregator", "mechanism": "laplace", **OPEN},
+        {"setting": "client+aggregator", "cohort_sampling": "fixed", **OPEN},
         {"setting": "client+secure_sum", **OPEN},
         {"setting": "client+secure_sum", "mechanism": "laplace", **OPEN},
         {"setting": "abstract", **OPEN},
         {"setting": "abstract", "mechanism": "laplace", **OPEN},
     ],
-    ids=lambda p: f"{p['setting']}-{p.get('mechanism', 'gaussian')}",
+    ids=lambda p: "-".join(str(v) for n, v in p.items() if n not in OPEN),
 )
 def test_minibatch_settings_are_fedavg(federation, fit, privacy, make, execution):
     data = federation(**UNEQUAL)
@@ -135,6 +142,72 @@ def test_minibatch_settings_are_fedavg(federation, fit, privacy, make, execution
     assert_same_model(module.network, want)
 
 
+SOME = {
+    "sampling_rate": None, "batch_size": 7, "local_steps": None, "client_lr": 0.3, "seed": 11
+}  # fmt: skip
+
+
+def some(data, *, cohorts, weight=None):
+    """FedAvg of `SOME` with cohorts of a round."""
+    return fedavg(
+        data, build(mlp), rounds=len(cohorts), lr=0.3, momentum=0.0, cohorts=cohorts, weight=weight,
+        batches=lambda k, r: minibatches(data, k, r, batch_size=7, epochs=1, seed=11),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"setting": "none"},
+        {"setting": "client+local", **OPEN},
+        {"setting": "client+aggregator", "cohort_sampling": "fixed", **OPEN},
+        {"setting": "client+secure_sum", **OPEN},
+        {"setting": "abstract", **OPEN},
+    ],
+    ids=lambda p: p["setting"],
+)
+def test_public_cohorts_are_fedavg(federation, fit, privacy):
+    data = federation(**UNEQUAL)
+    module = fit(
+        data, build(mlp), rounds=4, module_kwargs=SOME | {"clients_per_round": 2}, **privacy
+    )
+    cohorts = module.schedule.tolist()
+    assert len({tuple(sorted(c)) for c in cohorts}) > 1
+    assert_same_model(module.network, some(data, cohorts=cohorts))
+
+
+def test_secret_cohorts_are_fedavg_with_public_denominators(federation, fit, monkeypatch):
+    """Whoever came, the sum is divided by the records that were expected."""
+    data, cohorts = federation(**UNEQUAL), []
+
+    def listen(*args, **kwargs):
+        mask = poisson_mask(*args, **kwargs)
+        cohorts.append(mask.nonzero()[:, 0].tolist())
+        return mask
+
+    monkeypatch.setattr("fl_lightning.pooled.poisson_mask", listen)
+    options = SOME | {"clients_per_round": 2}
+    module = fit(
+        data, build(mlp), rounds=8, module_kwargs=options, setting="client+aggregator", **OPEN
+    )
+    assert {len(c) for c in cohorts} - {2}, "the number of clients must vary"
+    weight = float(data.client_sizes.sum()) / 2
+    assert_same_model(module.network, some(data, cohorts=cohorts, weight=weight))
+
+
+@pytest.mark.parametrize("setting", ["client+aggregator", "client+secure_sum"])
+def test_survivors_of_a_round_are_fedavg(federation, fit, setting):
+    data = federation(**UNEQUAL)
+    privacy = OPEN | {"setting": setting, "cohort_sampling": "fixed"}
+    if setting == "client+secure_sum":
+        privacy |= {"min_survivors": 1}
+    module = fit(data, build(mlp), rounds=4, module_kwargs=SOME | {"dropout": 0.4}, **privacy)
+    everyone = np.arange(4)
+    cohorts = [everyone[~module.faults.failing(everyone, r)].tolist() for r in range(4)]
+    assert 0 < min(map(len, cohorts)) < 4
+    assert_same_model(module.network, some(data, cohorts=cohorts))
+
+
 @pytest.mark.parametrize("make", [mlp, cnn, Normalised])
 @pytest.mark.parametrize(
     "privacy",
@@ -142,10 +215,17 @@ def test_minibatch_settings_are_fedavg(federation, fit, privacy, make, execution
         {"setting": "none"},
         {"setting": "record+local", **OPEN},
         {"setting": "record+local", "mechanism": "laplace", **OPEN},
+        {"setting": "record+local", "adjacency": "replace_one", **OPEN},
         {"setting": "record+local", "noise_multiplier": 0.0, "clip_norm": 1e6},
         {"setting": "client+local", **OPEN},
+        {"setting": "client+aggregator", **OPEN},
+        {"setting": "client+aggregator", "noise_multiplier": 0.0, "clip_norm": 1e6},
+        {"setting": "client+secure_sum", **OPEN},
     ],
-    ids=["none", "gaussian", "laplace", "votes", "client"],
+    ids=[
+        *("none", "gaussian", "laplace", "replace_one", "votes"),
+        *("client", "aggregator", "aggregator-votes", "secure_sum"),
+    ],
 )
 def test_full_batch_settings_are_fedavg_with_momentum(federation, fit, privacy, make):
     data = federation(**UNEQUAL)
@@ -258,6 +338,39 @@ def test_one_step_is_hand_written_dp_sgd(federation, fit, make, mechanism):
         want = start.double() - 0.5 * sums[name] / 30
         torch.testing.assert_close(trained[name].double(), want, rtol=1e-4, atol=1e-6)
     assert module.result.clipped_fraction[0].tolist() == pytest.approx([c / 30 for c in clipped])
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_one_noised_round_is_hand_written_dp_sgd(
+    federation, fit, monkeypatch, mechanism, execution
+):
+    """A whole run of one client and one step: clip each record, add noise of z·C/√π, divide."""
+    drawn = {}
+
+    def listen(*args, **kwargs):
+        noise = sample_noise(*args, **kwargs)
+        drawn[kwargs["layer"], kwargs["offset"]] = float(kwargs["scale"].max()), noise
+        return noise
+
+    monkeypatch.setattr("fl_lightning.privacy.mechanism.sample_noise", listen)
+    data = federation(30, shape=(1, 8, 8), clients=1)
+    network, p, z = build(cnn), 1 if mechanism == "laplace" else 2, 0.8
+    clip = median_clips(network, data.x, data.y, p)
+    sums, _, _ = hand_clipped_sum(network, data.x, data.y, clip, p)
+    module = fit(
+        data, copy.deepcopy(network), rounds=1, mechanism=mechanism, noise_multiplier=z,
+        clip_norm=clip, thresholds="fixed", allocation="uniform",
+        module_kwargs={"sampling_rate": 1.0, "client_lr": 0.5, "execution": execution},
+    )  # fmt: skip
+    layout, trained = module.layout, dict(module.network.named_parameters())
+    for name, layer, offset in zip(layout.names, layout.layer_of, layout.offsets, strict=True):
+        scale, noise = drawn[layer, offset]
+        assert scale == pytest.approx(z * clip[layer] * (2 if p == 1 else math.sqrt(2)))
+        assert noise.all()
+        start = dict(network.named_parameters())[name].double()
+        want = start - 0.5 * (sums[name] + noise[0]) / 30
+        torch.testing.assert_close(trained[name].double(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
