@@ -95,13 +95,14 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
         return []
     from fl_lightning.privacy.exactness import inexact_noise, noise_streams
 
-    problems = []
+    problems, in_shares = [], header["setting"] == "client+secure_sum"
     for line, release in enumerate(releases, 2):
         extra = inexact_noise(
             release.event,
             header["noise_form"],
             streams=noise_streams(header["dims"], votes=release.vote_noise_scale is not None),
             delta=_of_client(header["delta"], release.client) or 0.0,
+            shares=header["min_survivors"] if in_shares else None,
         )
         for name, cost in (("epsilon_inflation", extra.epsilon), ("tail_delta", extra.delta)):
             charged = getattr(release, name)

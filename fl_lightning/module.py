@@ -27,7 +27,7 @@ from fl_lightning.data import FederatedDataModule
 from fl_lightning.faults import Faults
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.pooled import make_pool
+from fl_lightning.pooled import make_pool, shares_needed
 from fl_lightning.population import ClientPopulation, LocalTraining
 from fl_lightning.preflight import check_network, check_run, check_training
 from fl_lightning.privacy.budget import Budget
@@ -298,6 +298,7 @@ class FederatedModule(pl.LightningModule):
             (participations * (training.noised_steps if record else 1)).tolist(),
             rate or 1.0,
             self.layout.dims,
+            shares_needed(self.privacy, size),
         )
         if resumed is None and self.privacy.private:
             self.budget.calibrate(training.noised_steps if record else 1)

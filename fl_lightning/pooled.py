@@ -57,11 +57,16 @@ def make_pool(
     everyone = len(client_sizes)
     size = clients_per_round or everyone
     weights = client_sizes.double() if weighting == "records" else torch.ones(everyone).double()
-    survivors = None
-    if privacy.setting == "client+secure_sum":
-        survivors = privacy.min_survivors or size
+    survivors = shares_needed(privacy, size)
     poisson = privacy.poisson_cohort and size < everyone
     return Pool(weights, size / everyone if poisson else None, survivors, clients_at_once)
+
+
+def shares_needed(privacy: PrivacyConfig, cohort: int) -> int | None:
+    """Fewest clients whose shares are the whole noise; None where it is from one hand."""
+    if privacy.setting != "client+secure_sum":
+        return None
+    return privacy.min_survivors or cohort
 
 
 _ROW = torch.zeros(1, dtype=torch.int64)  # the cohort has one released history
@@ -202,6 +207,7 @@ def _entries(
         shares=tuple(policy.shares[0].tolist()),
         binding=secrets.public_name(key),
         digest=secrets.digest([*sent, population.history.l1_norm[0]]),
+        quantum=population.quantum(policy.noise_scale[0]),
         guarantee=privacy.guarantee,
     )
 

@@ -357,7 +357,7 @@ class ClientPopulation:
                     shares=tuple(policy.shares[i].tolist()),
                     binding=name,
                     digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
-                    quantum=self._quantum(policy.noise_scale[i]),
+                    quantum=self.quantum(policy.noise_scale[i]),
                     epsilon_inflation=update.steps * extra.epsilon,
                     tail_delta=update.steps * extra.delta,
                     guarantee=self.privacy.guarantee,
@@ -365,7 +365,7 @@ class ClientPopulation:
             )
         return entries
 
-    def _quantum(self, noise_scale: Tensor) -> float | None:
+    def quantum(self, noise_scale: Tensor) -> float | None:
         """Coarsest grid of a release, None where it is not on a grid."""
         if self.privacy.noise_form != "grid":
             return None

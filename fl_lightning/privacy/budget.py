@@ -30,6 +30,7 @@ class Budget:
         planned_steps: noised steps that the schedule plans for each client, [K].
         sampling_rate: Poisson rate q of a record in a step; 1 for whole updates.
         dims: number of parameters of each layer.
+        shares: how many clients' shares make the whole noise; None: it is from one hand.
 
     Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
     planned steps: the schedule is balanced, so this wastes at most one participation.
@@ -41,9 +42,11 @@ class Budget:
         planned_steps: Sequence[int],
         sampling_rate: float,
         dims: Sequence[int],
+        shares: int | None = None,
     ) -> None:
         self.config = config
         self.sampling_rate = sampling_rate
+        self.shares = shares
         self.streams = noise_streams(dims, votes=config.resolved_thresholds == "quantile")
         k = len(planned_steps)
         self.planned_steps = np.asarray(planned_steps, dtype=np.int64)
@@ -97,7 +100,8 @@ class Budget:
                     )
 
     def _extra(self, event: NoiseEvent, delta: float) -> Extra:
-        return inexact_noise(event, self.config.noise_form, streams=self.streams, delta=delta)
+        form = self.config.noise_form
+        return inexact_noise(event, form, streams=self.streams, delta=delta, shares=self.shares)
 
     def extra(self, client: int) -> Extra:
         """What each noised step of a client costs beyond its event."""

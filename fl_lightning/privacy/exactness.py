@@ -45,6 +45,7 @@ from fl_lightning.privacy.accounting import (
     calibrate,
     compose_epsilon,
 )
+from fl_lightning.privacy.share_tails import cut_share_tails
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,14 @@ def noise_streams(dims: Sequence[int], *, votes: bool) -> tuple[int, ...]:
     return (*dims, *([len(dims)] if votes else []))
 
 
-def inexact_noise(event: NoiseEvent, form: str, *, streams: tuple[int, ...], delta: float) -> Extra:
+def inexact_noise(
+    event: NoiseEvent,
+    form: str,
+    *,
+    streams: tuple[int, ...],
+    delta: float,
+    shares: int | None = None,
+) -> Extra:
     """What a step costs beyond its event.
 
     Args:
@@ -73,10 +81,18 @@ def inexact_noise(event: NoiseEvent, form: str, *, streams: tuple[int, ...], del
         form: form of the noise, "wide", "fast" or "grid".
         streams: see `noise_streams`.
         delta: the client's delta.
+        shares: how many shares of different hands make the whole noise; None: it is one noise.
     """
     from aadp_kernels import grid, tail_cutoff
 
     cutoff = tail_cutoff(event.mechanism, form)
+    if shares is not None and event.mechanism == "laplace":
+        gaussian, elements = tail_cutoff("gaussian", form), sum(streams)
+        tails = cut_share_tails(
+            event, gaussian=gaussian, laplace=cutoff, shares=shares, elements=elements, delta=delta
+        )
+        return Extra(0.0, tails)
+    streams *= shares or 1
     if form != "grid":
         return cut_tails(event, cutoff=cutoff, streams=streams, delta=delta)
     inflation, tail = grid.inexactness(event.mechanism, sum(streams))

@@ -84,7 +84,9 @@ class PrivateRecordGradient:
         key = binding.step_key(self.key, step, [*sums.values(), counts, policy.noise_scale])
         released = self._noised(sums, policy, step, params, key)
         if policy.votes_at is not None:
-            votes = self._noised_votes(counts[..., 0].double().cpu(), policy, step, key)
+            votes = noised_votes(
+                counts[..., 0].double().cpu(), policy, self.history.config, key, step, self.clients
+            )
             self.history.observe_votes(self.clients, votes, batch.divisor.cpu())
         else:
             _observe(self.history, self.layout, self.clients, released, policy)
@@ -147,32 +149,6 @@ class PrivateRecordGradient:
             rows.append(noised)
         return {n: torch.stack([r[j] for r in rows]) for j, n in enumerate(layout.names)}
 
-    def _noised_votes(self, votes: Tensor, policy: LayerPolicy, step: int, key: NoiseKey) -> Tensor:
-        """Vote sums [k, L] (multiples of 1/2) with noise, float32.
-
-        Grid form: a function of the whole numbers of `vote_quanta` plus whole-number noise.
-        """
-        assert policy.vote_noise_scale is not None
-        config, scale = self.history.config, policy.vote_noise_scale
-        gridded = config.noise_form == "grid" and bool((scale > 0).all())
-        noise = sample_noise(
-            votes.shape,
-            mechanism=config.mechanism,
-            scale=1.0 if gridded else scale[:, None],
-            key=key,
-            step=step,
-            client=self.clients,
-            layer=self.layout.num_layers,
-            dtype=torch.int64 if gridded else torch.float64,
-            form=config.noise_form,
-        )
-        if not gridded:
-            return (votes + noise).float()
-        total, step_size = vote_quanta(votes, scale, config.mechanism)
-        noised = (total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise).clamp(-VOTE_LIMIT, VOTE_LIMIT)
-        middle = 0.5 if config.mechanism == "laplace" else 0.0
-        return ((noised.double() + middle) * step_size).float()
-
     def private_update(self, update: Params, sampling_rate: float) -> PrivateUpdate:
         """The release of all local steps: `update` is computed from released gradients only."""
         assert self.policy is not None
@@ -188,6 +164,40 @@ class PrivateRecordGradient:
                 "nonfinite": self.nonfinite.amax(1),
             },
         )
+
+
+def noised_votes(
+    votes: Tensor,
+    policy: LayerPolicy,
+    config: PrivacyConfig,
+    key: NoiseKey,
+    step: int,
+    clients: Tensor,
+) -> Tensor:
+    """Vote sums [k, L] (multiples of 1/2) with noise, float32.
+
+    Grid form: a function of the whole numbers of `vote_quanta` plus whole-number noise.
+    """
+    assert policy.vote_noise_scale is not None
+    scale = policy.vote_noise_scale
+    gridded = config.noise_form == "grid" and bool((scale > 0).all())
+    noise = sample_noise(
+        votes.shape,
+        mechanism=config.mechanism,
+        scale=1.0 if gridded else scale[:, None],
+        key=key,
+        step=step,
+        client=clients,
+        layer=votes.shape[1],
+        dtype=torch.int64 if gridded else torch.float64,
+        form=config.noise_form,
+    )
+    if not gridded:
+        return (votes + noise).float()
+    total, step_size = vote_quanta(votes, scale, config.mechanism)
+    noised = (total.clamp(-VOTE_LIMIT, VOTE_LIMIT) + noise).clamp(-VOTE_LIMIT, VOTE_LIMIT)
+    middle = 0.5 if config.mechanism == "laplace" else 0.0
+    return ((noised.double() + middle) * step_size).float()
 
 
 def vote_quanta(votes: Tensor, scale: Tensor, mechanism: str) -> tuple[Tensor, Tensor]:

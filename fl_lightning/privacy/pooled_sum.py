@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
+from aadp_kernels import (
+    Layout,
+    NoiseKey,
+    clip_sum_noise,
+    layer_norms,
+    privatize_,
+    sample_noise,
+)
 from fl_lightning import binding
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.shares import noise_share
 from fl_lightning.release import ALL_CLIENTS
 from fl_lightning.types import Params, PrivateUpdate
@@ -43,11 +51,14 @@ class PooledSum:
         self.key = key
         self.policy = history.policy(_ROW, torch.tensor([multiplier], dtype=torch.float64))
         self.clients: list[Tensor] = []
-        self.total = [torch.zeros(s, dtype=torch.float64) for s in layout.shapes]
+        grid = history.config.noise_form == "grid"
+        self.gridded = grid and bool((self.policy.noise_scale > 0).all())
+        kind = torch.int64 if self.gridded else torch.float64
+        self.total = [torch.zeros(s, dtype=kind) for s in layout.shapes]
         self.dtypes: list[torch.dtype] = [torch.float32] * len(layout.shapes)
         self.votes = torch.zeros(layout.num_layers, dtype=torch.float64)
-        self.clipped = torch.zeros(layout.num_layers)
-        self.nonfinite = torch.zeros(layout.num_layers)
+        self.clipped = torch.zeros(layout.num_layers, dtype=torch.float64)
+        self.nonfinite = torch.zeros(layout.num_layers, dtype=torch.float64)
 
     def add(self, update: Params, clients: Tensor, weights: Tensor) -> None:
         """Clip the updates [k, ...] layer by layer (they are overwritten) and add them up.
@@ -58,6 +69,16 @@ class PooledSum:
             weights: public weights in (0, 1], [k].
         """
         tensors = [update[name] for name in self.layout.names]
+        self.dtypes = [value.dtype for value in tensors]
+        stats = self._add_quanta(tensors, weights) if self.gridded else None
+        if stats is None:
+            stats = self._add(tensors, clients, weights)
+        for kept, seen in zip((self.votes, self.clipped, self.nonfinite), stats, strict=True):
+            kept += seen.cpu()
+        self.clients.append(clients)
+
+    def _add(self, tensors: list[Tensor], clients: Tensor, weights: Tensor) -> list[Tensor]:
+        """Clip, weight and add in float64; votes, clipped and non-finite counts [L]."""
         stats = privatize_(
             tensors,
             layout=self.layout,
@@ -70,13 +91,34 @@ class PooledSum:
             votes_at=None if self.policy.votes_at is None else self.policy.votes_at[0],
         )
         for i, value in enumerate(tensors):
-            self.dtypes[i] = value.dtype
             weighted = value.double().cpu() * weights.double().view(-1, *[1] * (value.ndim - 1))
             self.total[i] += weighted.sum(0)
-        self.votes += stats.votes.sum(0).cpu()
-        self.clipped += stats.clipped.sum(0).cpu()
-        self.nonfinite += stats.nonfinite.sum(0).cpu()
-        self.clients.append(clients)
+        return [stats.votes.sum(0), stats.clipped.sum(0), stats.nonfinite.sum(0)]
+
+    def _add_quanta(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
+        """Clip, cut every client to whole quanta of the noise and add those; counts [L].
+
+        A weighted update clipped to w·C is w times the update clipped to C.
+        """
+        policy, config, counts = self.policy, self.history.config, []
+        for weight in weights.unique().tolist():
+            rows = weights == weight
+            # w·C is what the ledger charges: its rounding must not pass it.
+            shrunk = weight if weight == 1 else weight * (1 - 2.0**-50)
+            _, stats = clip_sum_noise(
+                [value.cpu()[rows] * weight for value in tensors],
+                layout=self.layout,
+                clip=policy.clip_norm[0] * shrunk,
+                scale=policy.noise_scale[0],
+                p=config.p,
+                mechanism=config.mechanism,
+                votes_at=None if policy.votes_at is None else policy.votes_at[0] * weight,
+                accumulate=self.total,
+                last=False,
+                form="grid",
+            )
+            counts.append(torch.stack([stats.votes, stats.clipped, stats.nonfinite]))
+        return list(torch.stack(counts).sum(0))
 
     def release(self, *, divisor: float, expected_votes: float) -> PrivateUpdate:
         """Add the noise and divide by a public number.
@@ -91,17 +133,13 @@ class PooledSum:
         policy, history = self.policy, self.history
         values = [*self.total, self.votes, policy.noise_scale, divisor]
         key, scale = binding.step_key(self.key, 0, values), policy.noise_scale[0]
-        released = {}
-        for i, name in enumerate(self.layout.names):
-            layer, offset = self.layout.layer_of[i], self.layout.offsets[i]
-            noise = self._noise(self.layout.shapes[i], float(scale[layer]), key, layer, offset)
-            # Added in float64 and rounded once: rounded noise on a rounded sum shows the sum.
-            released[name] = ((self.total[i] + noise) / divisor)[None].to(self.dtypes[i])
+        sums = self._noised_quanta(key) if self.gridded else self._noised(scale, key)
+        released = {
+            name: (value / divisor)[None].to(dtype)
+            for name, value, dtype in zip(self.layout.names, sums, self.dtypes, strict=True)
+        }
         if policy.votes_at is not None:
-            assert policy.vote_noise_scale is not None
-            layers = self.layout.num_layers
-            noise = self._noise((layers,), float(policy.vote_noise_scale[0]), key, layers, 0)
-            votes = (self.votes + noise)[None].float()
+            votes = self._noised_votes(key)
             history.observe_votes(_ROW, votes, torch.tensor([expected_votes]))
         else:
             tensors = [released[name] for name in self.layout.names]
@@ -121,10 +159,45 @@ class PooledSum:
             },
         )
 
+    def _noised(self, scale: Tensor, key: NoiseKey) -> list[Tensor]:
+        """The sums with noise, float64: rounded noise on a rounded sum would show the sum."""
+        layout = self.layout
+        places = zip(self.total, layout.shapes, layout.layer_of, layout.offsets, strict=True)
+        return [
+            total + self._noise(shape, float(scale[layer]), key, layer, offset)
+            for total, shape, layer, offset in places
+        ]
+
+    def _noised_quanta(self, key: NoiseKey) -> list[Tensor]:
+        """Whole-number sums with whole-number noise, as multiples of the quanta, float64."""
+        config = self.history.config
+        nobody = [torch.empty(0, *shape, dtype=torch.float64) for shape in self.layout.shapes]
+        noised, _ = clip_sum_noise(
+            nobody,
+            layout=self.layout,
+            clip=self.policy.clip_norm[0],
+            scale=self.policy.noise_scale[0],
+            p=config.p,
+            mechanism=config.mechanism,
+            key=key,
+            step=0,
+            accumulate=self.total,
+            form="grid",
+        )
+        return noised
+
+    def _noised_votes(self, key: NoiseKey) -> Tensor:
+        votes, policy, layers = self.votes[None], self.policy, self.layout.num_layers
+        if self.survivors is None:
+            return noised_votes(votes, policy, self.history.config, key, 0, _ROW)
+        assert policy.vote_noise_scale is not None
+        noise = self._noise((layers,), float(policy.vote_noise_scale[0]), key, layers, 0)
+        return (votes + noise).float()
+
     def _noise(
         self, shape: tuple[int, ...], scale: float, key: NoiseKey, layer: int, offset: int
     ) -> Tensor:
-        mechanism = self.history.config.mechanism
+        mechanism, form = self.history.config.mechanism, self.history.config.noise_form
         if self.survivors is None:
             return sample_noise(
                 shape,
@@ -135,6 +208,7 @@ class PooledSum:
                 layer=layer,
                 offset=offset,
                 dtype=torch.float64,
+                form=form,
             )
         total = torch.zeros(shape, dtype=torch.float64)
         clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)
@@ -148,5 +222,6 @@ class PooledSum:
                 clients=group,
                 layer=layer,
                 offset=offset,
+                form=form,
             ).sum(0)
         return total

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aadp_kernels import NoiseKey, sample_noise
 
-_ATTEMPTS = 64
+ATTEMPTS = 64
 _SECOND = 1 << 31
 
 
@@ -21,6 +21,7 @@ def noise_share(
     clients: Tensor,
     layer: int,
     offset: int = 0,
+    form: str = "wide",
 ) -> Tensor:
     """Each client's share of one noise: float64 [k, *shape].
 
@@ -37,6 +38,7 @@ def noise_share(
         clients: ids [k], below 2^31.
         layer: layer of the address, below 2^14.
         offset: first element of the address.
+        form: form of the noise, "wide" or "fast".
 
     Raises:
         ValueError: survivors below 1, a client id of 2^31 or more.
@@ -54,19 +56,26 @@ def noise_share(
     if mechanism == "gaussian":
         return sample_noise(
             (len(clients), *shape), mechanism="gaussian", scale=scale / survivors**0.5, key=key,
-            step=0, client=clients, layer=layer, offset=offset, dtype=torch.float64,
+            step=0, client=clients, layer=layer, offset=offset, dtype=torch.float64, form=form,
         )  # fmt: skip
     # Both in one draw: the second variable of a client has an address of its own.
     both = torch.cat([clients, clients + _SECOND])
     plus, minus = _gamma(
         (len(both), *shape), 1 / survivors, key=key.derive("gamma"), clients=both, layer=layer,
-        offset=offset,
+        offset=offset, form=form,
     ).split(len(clients))  # fmt: skip
     return scale * (plus - minus)
 
 
 def _gamma(
-    size: tuple[int, ...], shape: float, *, key: NoiseKey, clients: Tensor, layer: int, offset: int
+    size: tuple[int, ...],
+    shape: float,
+    *,
+    key: NoiseKey,
+    clients: Tensor,
+    layer: int,
+    offset: int,
+    form: str,
 ) -> Tensor:
     """Gamma variables of shape at most 1 and scale 1, from Gaussian and exponential noise.
 
@@ -76,14 +85,14 @@ def _gamma(
     def draw(mechanism: str, step: int) -> Tensor:
         return sample_noise(
             size, mechanism=mechanism, scale=1.0, key=key, step=step, client=clients, layer=layer,
-            offset=offset, dtype=torch.float64,
+            offset=offset, dtype=torch.float64, form=form,
         )  # fmt: skip
 
     d = shape + 1 - 1 / 3
     c = (9 * d) ** -0.5
     result = torch.zeros(size, dtype=torch.float64)
     waiting = torch.ones(size, dtype=torch.bool)
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         x = draw("gaussian", attempt)
         v = (1 + c * x) ** 3
         # The magnitude of a Laplace variable is -ln of a uniform one.
@@ -94,5 +103,5 @@ def _gamma(
         waiting &= ~taken
         if not bool(waiting.any()):
             break
-    power = -draw("laplace", _ATTEMPTS).abs() / shape
+    power = -draw("laplace", ATTEMPTS).abs() / shape
     return result * power.exp()

@@ -19,7 +19,7 @@ from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums, per_sample_sums
 from fl_lightning.privacy.exactness import grid_errors, inexact_noise
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.mechanism import PrivateRecordGradient, vote_quanta
+from fl_lightning.privacy.mechanism import PrivateRecordGradient, noised_votes, vote_quanta
 from fl_lightning.privacy.statement import privacy_statement
 
 T = 2.0**30
@@ -232,7 +232,7 @@ def test_one_vote_moves_the_released_integer_by_at_most_its_sensitivity(mechanis
     for halves in (-7, 0, 3, 4):
         votes = torch.full((3, 2), halves / 2, dtype=torch.float64)
         key = NoiseKey.from_seed(5)
-        got = hook._noised_votes(votes, policy, 4, key)
+        got = noised_votes(votes, policy, config, key, 4, hook.clients)
         want = (halves * each + drawn.double() + offset) * q
         torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=1e-6 * scale)
     # A unit's votes in quanta against the noise in quanta: what the accountant is told, or less.

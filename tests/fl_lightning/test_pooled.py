@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
-from aadp_kernels import Layout, NoiseKey
+from aadp_kernels import Layout, NoiseKey, grid, tail_cutoff
 from fl_lightning import PrivacyConfig
-from fl_lightning._ledger_report import report_clients
+from fl_lightning._ledger_report import report_clients, undercharged
 from fl_lightning.models import MLP
 from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.privacy.exactness import inexact_noise, noise_streams
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.pooled_sum import PooledSum
+from fl_lightning.privacy.share_tails import acceptance, missing_shares
 from fl_lightning.privacy.shares import noise_share
 from fl_lightning.privacy.weights import event_multiplier, pooled_weights
 from fl_lightning.release import ALL_CLIENTS
@@ -124,12 +128,17 @@ def pooled_sum(setting: str, mechanism: str, *, clients: int, multiplier: float,
 @pytest.mark.parametrize("setting", POOLED)
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
 @pytest.mark.parametrize("thresholds", ["fixed", "quantile"])
+@pytest.mark.parametrize("form", ["wide", "fast", "grid"])
 def test_the_noise_of_a_sum_has_the_scale_that_is_charged(
-    setting: str, mechanism: str, thresholds: str
+    setting: str, mechanism: str, thresholds: str, form: str
 ) -> None:
+    if (setting, form) == ("client+secure_sum", "grid"):
+        with pytest.raises(ValueError, match=r"noise_form='grid' with setting='client\+secure"):
+            PrivacyConfig(setting=setting, noise_form=form)
+        return
     multiplier, rho = 1.5, 0.05 if thresholds == "quantile" else 0.0
     total, layout, history = pooled_sum(
-        setting, mechanism, clients=3, multiplier=multiplier, thresholds=thresholds
+        setting, mechanism, clients=3, multiplier=multiplier, thresholds=thresholds, noise_form=form
     )
     clip = total.policy.clip_norm[0]
     update = {n: torch.zeros(3, *s) for n, s in zip(layout.names, layout.shapes, strict=True)}
@@ -147,6 +156,46 @@ def test_the_noise_of_a_sum_has_the_scale_that_is_charged(
         assert not accepts(noise, mechanism, scale * 3 / 2)
     assert (history.l1_norm != before).all()
     assert release.clients.tolist() == [ALL_CLIENTS]
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("weight", [1.0, 0.37])
+def test_on_the_grid_a_client_moves_whole_numbers_by_at_most_its_share(
+    mechanism: str, weight: float
+) -> None:
+    """The sum of integers moves by w·C quanta at most, and by nearly that."""
+    total, layout, _ = pooled_sum(
+        "client+aggregator", mechanism, clients=2, multiplier=0.6, thresholds="quantile",
+        noise_form="grid",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    update = {
+        n: 50 * torch.randn(2, *s, generator=generator)
+        for n, s in zip(layout.names, layout.shapes, strict=True)
+    }
+    update["a.w"][1], update["b.w"][1, 0, 0] = 1e-9, math.inf
+    raw = {n: v[0].double().flatten() for n, v in update.items()}
+    total.add(update, torch.arange(2), torch.tensor([weight, 1.0]))
+    p, scale = total.history.config.p, total.policy.noise_scale[0]
+    quanta = grid.quantum(scale, mechanism)
+    for layer, (name, sums) in enumerate(zip(layout.names, total.total, strict=True)):
+        assert sums.dtype == torch.int64
+        most = weight * float(total.policy.clip_norm[0, layer]) / float(quanta[layer])
+        moved = sums.flatten().double()
+        if layer == 0:  # the other client moves this layer too, by next to nothing
+            moved = moved - int(1e-9 / float(quanta[0]))
+        norm = float(moved.norm(p=p))
+        assert norm <= most * (1 + (1e-12 if layer else 1e-5))
+        assert norm >= most * (1 - 1e-4)
+        assert float(nn.functional.cosine_similarity(moved, raw[name], dim=0)) > 0.9999
+    assert total.votes.tolist() == [0.0, -0.5]
+    assert total.nonfinite.tolist() == [0, 1]
+    release = total.release(divisor=1.0, expected_votes=2.0)
+    offset = 0.5 if mechanism == "laplace" else 0.0
+    for layer, name in enumerate(layout.names):
+        steps = release.update[name].double() / float(quanta[layer]) - offset
+        near = steps.abs() < 2**20  # beyond, float32 rounds whole numbers
+        torch.testing.assert_close(steps[near], steps[near].round(), rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("setting", POOLED)
@@ -309,3 +358,107 @@ def test_a_client_that_paid_a_round_cannot_be_in_another_sum_of_it(federation, f
     update = population.release(everyone, params, 1, "other inputs")
     assert len(update.clients) == 0
     assert len(ledger) == lines
+
+
+# --- what inexact noise costs ---
+
+
+@pytest.mark.parametrize("survivors", [1, 2, 3, 10, 1000])
+def test_the_acceptance_of_gamma_draws_is_the_integral(survivors: int) -> None:
+    shape = 1 + 1 / survivors
+    d = shape - 1 / 3
+    x, c = np.linspace(-9, 9, 200_001), (9 * d) ** -0.5
+    v = np.maximum((1 + c * x) ** 3, 1e-300)
+    test = np.where(v > 1e-300, np.exp(0.5 * x**2 + d - d * v + d * np.log(v)), 0.0)
+    assert test.max() <= 1 + 1e-12
+    assert acceptance(shape) == pytest.approx(np.trapezoid(test * stats.norm.pdf(x), x), rel=1e-6)
+    assert acceptance(shape) > 0.95
+
+
+def test_shares_that_lose_their_tails_show_as_the_bound_says() -> None:
+    """A coarse sampler, by simulation: how often ideal draws are beyond its cutoffs."""
+    rng, elements, shares = np.random.default_rng(0), 40_000, 2
+    cut_g, cut_l = 2.5, 4.0
+    d = 1 + 1 / shares - 1 / 3
+    c, missed = (9 * d) ** -0.5, np.zeros((2, shares, elements), dtype=bool)
+    waiting = np.ones_like(missed)
+    while waiting.any():
+        x, y = rng.standard_normal((2, *missed.shape))
+        e = rng.exponential(size=missed.shape)
+        missed |= waiting & ((np.hypot(x, y) > cut_g) | (e > cut_l))
+        v = np.maximum((1 + c * x) ** 3, 1e-300)
+        waiting &= -e >= 0.5 * x**2 + d - d * v + d * np.log(v)
+    missed |= rng.exponential(size=missed.shape) > cut_l
+    bound = missing_shares(shares, 1, gaussian=cut_g, laplace=cut_l)
+    seen = missed.sum((0, 1)).mean()
+    assert 0.97 * bound < seen < 1.03 * bound
+
+
+def test_what_shares_cost() -> None:
+    gaussian, laplace = (NoiseEvent(m, 2.0) for m in ("gaussian", "laplace"))
+    streams = (1000, 24, 2)
+    for event in (gaussian, laplace):
+        one = inexact_noise(event, "wide", streams=streams, delta=1e-3)
+        few, many = (
+            inexact_noise(event, "wide", streams=streams, delta=1e-3, shares=m) for m in (2, 50)
+        )
+        assert one.delta < few.delta < many.delta < 1e-12
+        assert few.epsilon == many.epsilon == 0
+    # m shares are m times the draws of one noise, each in pairs of its own.
+    assert inexact_noise(gaussian, "wide", streams=streams, delta=1e-3, shares=50) == inexact_noise(
+        gaussian, "wide", streams=streams * 50, delta=1e-3
+    )
+    spread = inexact_noise(laplace, "wide", streams=streams, delta=0.0, shares=50).delta
+    missing = missing_shares(
+        50, 1026, gaussian=tail_cutoff("gaussian", "wide"), laplace=tail_cutoff("laplace", "wide")
+    )
+    assert spread == pytest.approx(math.exp(0.5) * missing)
+    silent = NoiseEvent("laplace", 0.0)
+    assert inexact_noise(silent, "wide", streams=streams, delta=1e-3, shares=5).delta == 0
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_the_tails_of_every_share_are_charged_and_verified(federation, fit, mechanism) -> None:
+    data = federation(60, clients=6)
+    module = fit(
+        data, network(), rounds=2, setting="client+secure_sum", mechanism=mechanism, epsilon=8.0,
+        delta=0.01, min_survivors=4, thresholds="fixed",
+    )  # fmt: skip
+    header, releases = module.ledger.header, module.ledger.releases
+    assert header["min_survivors"] == 4
+    assert undercharged(header, releases) == []
+    streams = noise_streams(header["dims"], votes=False)
+    want = inexact_noise(releases[0].event, "wide", streams=streams, delta=0.01, shares=4)
+    assert releases[0].tail_delta == want.delta > 0
+    alone = inexact_noise(releases[0].event, "wide", streams=streams, delta=0.01)
+    assert alone.delta < want.delta
+    (problem, *_) = undercharged(header, [replace(releases[0], tail_delta=alone.delta)])
+    assert "tail_delta" in problem
+    assert all(r.epsilon <= 8.0 for r in report_clients(header, releases).values())
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("form", ["fast", "grid"])
+def test_forms_of_a_trusted_sum_are_charged_and_verified(federation, fit, mechanism, form) -> None:
+    data = federation(80, clients=5, partition="quantity", alpha=0.5, min_client_size=4)
+    module = fit(
+        data, network(), rounds=2, setting="client+aggregator", mechanism=mechanism, epsilon=8.0,
+        delta=0.01, noise_form=form, module_kwargs={"weighting": "records"},
+    )  # fmt: skip
+    header, releases = module.ledger.header, module.ledger.releases
+    assert undercharged(header, releases) == []
+    name = "epsilon_inflation" if form == "grid" else "tail_delta"
+    assert all(getattr(r, name) > 0 for r in releases)
+    assert undercharged(header, [replace(releases[0], **{name: 0.0})])
+    assert all((r.quantum or 0) > 0 for r in releases) == (form == "grid")
+    assert all(r.epsilon <= 8.0 for r in report_clients(header, releases).values())
+
+
+def test_a_trusted_sum_on_the_grid_may_have_delta_zero(federation, fit) -> None:
+    module = fit(
+        federation(60, clients=6), network(), rounds=2, setting="client+aggregator", epsilon=8.0,
+        mechanism="laplace", noise_form="grid", delta=0.0, cohort_sampling="fixed",
+    )  # fmt: skip
+    reports = report_clients(module.ledger.header, module.ledger.releases)
+    assert {r.delta for r in reports.values()} == {0.0}
+    assert 7.5 < max(r.epsilon for r in reports.values()) <= 8.0
