@@ -23,7 +23,7 @@ ALLOWED = {
     "privacy/mechanism.py": {"sample_noise", "privatize_", "clip_sum_noise"},
     "privacy/clipping.py": {"clip_sum_noise", "with_clipping"},
     "privacy/history.py": {"noise_scales", "vote_noise"},
-    "privacy/pooled_sum.py": {"privatize_", "sample_noise"},
+    "privacy/pooled_sum.py": {"clip_sum_noise", "privatize_", "sample_noise"},
     "privacy/shares.py": {"sample_noise"},
     "client.py": {"poisson_mask"},
     "pooled.py": {"poisson_mask"},
