@@ -20,9 +20,10 @@ from urllib.parse import urlparse
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from fl_lightning import plots
+from fl_lightning.client_tables import client_distributions, client_tables, epsilon_name
 from fl_lightning.privacy.statement import privacy_statement
 from fl_lightning.summary import final_table, run_summary
 from fl_lightning.types import RoundResult
@@ -90,6 +91,35 @@ class RoundRecorder(pl.Callback):
         scalars = _scalars(pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=pl_module.result.round)
+
+
+class ClientTables(pl.Callback):
+    """Tables of the clients and histograms over them: W&B gets both, TensorBoard histograms.
+
+    Nothing in setting `none`, where clients have no clip norms, noise or ε.
+
+    Args:
+        every_n_rounds: rounds between them, the last round besides; 0: never.
+    """
+
+    def __init__(self, every_n_rounds: int = 10) -> None:
+        if every_n_rounds < 0:
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be at least 0 (0: no tables)")
+        self.every_n_rounds = every_n_rounds
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self.every_n_rounds or not _this_round(trainer, pl_module):
+            return
+        done = pl_module.result.round + 1
+        due = done % self.every_n_rounds == 0 or done == trainer.max_epochs or trainer.should_stop
+        if not due or not pl_module.privacy.private or not len(pl_module.result.cohort):
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_metrics(_for_wandb(pl_module), step=done - 1)
+            elif isinstance(logger, TensorBoardLogger):
+                for name, values in client_distributions(pl_module).items():
+                    logger.experiment.add_histogram(name, values, done - 1)
 
 
 class RoundProgress(pl.Callback):
@@ -209,6 +239,30 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
     return logger
 
 
+def tensorboard_logger(run_path: Path) -> TensorBoardLogger:
+    """TensorBoard's logger, in the run folder.
+
+    Raises:
+        ValueError: the package is missing.
+    """
+    try:
+        return TensorBoardLogger(save_dir=run_path, name="tensorboard", version="")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "tensorboard=true needs a package that is not there: pip install 'aadp-fl[tensorboard]'"
+        ) from error
+
+
+def _for_wandb(pl_module: Any) -> dict[str, Any]:
+    import wandb
+
+    tables = client_tables(pl_module).items()
+    shown: dict[str, Any] = {n: wandb.Table(columns=c, data=rows) for n, (c, rows) in tables}
+    for name, values in client_distributions(pl_module).items():
+        shown[name] = wandb.Histogram(values.tolist())
+    return shown
+
+
 def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
@@ -310,8 +364,7 @@ def _scalars(pl_module: Any) -> dict[str, float]:
     scalars = {"perf/round_seconds": result.seconds}
     if spent:
         privacy = pl_module.privacy
-        kind = "epsilon" if privacy.guarantee else "nominal_epsilon"
-        kind = kind if privacy.seed is None else f"simulated_{kind}"
+        kind = epsilon_name(privacy)
         scalars |= {f"privacy/{kind}_max": spent[0], f"privacy/{kind}_median": spent[1]}
     for name, field in (
         ("released/clip_norm", result.clip_norm),

@@ -23,7 +23,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
-from fl_lightning.callbacks import RoundProgress, RoundRecorder, default_logger, finish_run
+from fl_lightning.callbacks import (
+    ClientTables,
+    RoundProgress,
+    RoundRecorder,
+    default_logger,
+    finish_run,
+    tensorboard_logger,
+)
 from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import LedgerError
@@ -70,7 +77,20 @@ class FederatedCLI(LightningCLI):
             default=None,
             help="folder of the run; null: a new one under runs/, named by the time",
         )
+        parser.add_argument(
+            "--tensorboard",
+            type=bool,
+            default=False,
+            help="write TensorBoard's files to the run folder too (needs the package tensorboard)",
+        )
+        parser.add_argument(
+            "--read_test_set",
+            type=bool,
+            default=True,
+            help="read the test set once, after the last round; false while anything is chosen",
+        )
         parser.add_lightning_class_args(RoundCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ClientTables, "client_tables")
         parser.link_arguments("privacy", "model.privacy", apply_on="instantiate")
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_public_seed)
@@ -88,6 +108,7 @@ class FederatedCLI(LightningCLI):
         elif resume and "://" not in resume and not Path(resume).exists():
             raise ValueError(f"ckpt_path={resume}: there is no such file")
         run_dir = Path(config.run_dir or new_run_dir(Path("runs")))
+        self._run_dir = run_dir
         config.run_dir = config.model.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
         self._no_logger = config.trainer.logger is None or config.trainer.logger is True
@@ -110,6 +131,10 @@ class FederatedCLI(LightningCLI):
             kwargs["logger"] = self._logger
         elif self._no_logger:
             kwargs["logger"] = False  # else Lightning would take one of its own
+        if self._get(self.config_init, "tensorboard"):
+            known = kwargs.get("logger", self._get(self.config_init, "trainer.logger")) or []
+            known = known if isinstance(known, list) else [known]
+            kwargs["logger"] = [*known, tensorboard_logger(self._run_dir)]
         own = self._get(self.config_init, "trainer.plugins") or []
         kwargs["plugins"] = [*(own if isinstance(own, list) else [own]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -134,11 +159,12 @@ class FederatedCLI(LightningCLI):
         self.started = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Read the test set once, then say what was found."""
+        """Read the test set once, unless something is chosen yet; then say what was found."""
         if self.trainer.state.status != "finished" and self.trainer.interrupted:
             return
         seconds = time.perf_counter() - self.started
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self.config[str(self.subcommand)].read_test_set:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         finish_run(self.trainer, self.model, seconds)
 
 
