@@ -257,7 +257,7 @@ def _for_wandb(pl_module: Any) -> dict[str, Any]:
     import wandb
 
     tables = client_tables(pl_module).items()
-    shown: dict[str, Any] = {n: wandb.Table(columns=c, data=rows) for n, (c, rows) in tables}
+    shown: dict[str, Any] = {n: wandb.Table(columns=[*c], data=rows) for n, (c, rows) in tables}
     for name, values in client_distributions(pl_module).items():
         shown[name] = wandb.Histogram(values.tolist())
     return shown
