@@ -1,4 +1,8 @@
-"""Sums of clipped per-record gradients in numba: a pass for the norms, a pass for the sums."""
+"""Sums of clipped per-record gradients in numba.
+
+Records of a moderate size are added while they are still in the cache that their norms were taken
+in: one walk over memory. Large ones take a pass for the norms and a pass for the sums.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,117 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu.clip import Cells, decide
 from aadp_kernels._cpu.grid import GridNoise
 from aadp_kernels._cpu.passes import Pieces, Plan, clipped_sums, native, target, write
 from aadp_kernels._cpu.privatize import norms
 from aadp_kernels._cpu.rng import Generator
+from aadp_kernels._cpu.rows import absolute, add_scaled, memory, square
 from aadp_kernels._torch import clip_sum as _torch
-from aadp_kernels._torch.privatize import ClipStats, Noise, ballots, clip_factors
+from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
 from aadp_kernels.layout import Layout
+
+# Elements of a record whose running sums stay in a core's own cache.
+MOST = 1 << 18
+_UNITS, _SMALLEST_UNIT = 8, 16
+
+
+@jit
+def _sums(address, bytes_each, count, l1, l2):
+    """Sums of |x| and of x^2 of what lies at an address, 0 where not wanted."""
+    norm1, total = 0.0, 0.0
+    if bytes_each == 4:
+        single = memory(address, count, np.float32)
+        if l1:
+            norm1 = absolute(single)
+        if l2:
+            total = square(single)
+    else:
+        double = memory(address, count, np.float64)
+        if l1:
+            norm1 = absolute(double)
+        if l2:
+            total = square(double)
+    return norm1, total
+
+
+@jit
+def clip_records(
+    places, sizes, bytes_each, bounds, units, p, l1, mask, sums, cells, each, totals, begin, end
+):
+    """Norms, decisions and sums of units of `each` records, record by record.
+
+    `places`, `sizes` (elements a record) and `bytes_each` are [T], tensors in the order of the
+    layers, which begin at `bounds` [L + 1]; `units` is 0 .. L. `sums` [2, B, L] and `cells` [B, L]
+    are filled; totals [units, elements] are added to.
+    """
+    for unit in range(begin, end):
+        for row in range(unit * each, min(len(mask), (unit + 1) * each)):
+            start = 0
+            for layer in range(len(bounds) - 1):
+                for k in range(bounds[layer], bounds[layer + 1]):
+                    address = places[k] + row * sizes[k] * bytes_each[k]
+                    norm1, total = _sums(address, bytes_each[k], sizes[k], l1, p == 2)
+                    sums[0, row, layer] += norm1
+                    sums[1, row, layer] += total
+                decide(sums, units, p, cells, row, layer)
+                factor = cells.factor[row, layer] if mask[row] else 0.0
+                for k in range(bounds[layer], bounds[layer + 1]):
+                    part = totals[unit, start : start + sizes[k]]
+                    start += sizes[k]
+                    if factor == 0:
+                        continue
+                    address = places[k] + row * sizes[k] * bytes_each[k]
+                    if bytes_each[k] == 4:
+                        add_scaled(part, factor, memory(address, sizes[k], np.float32))
+                    else:
+                        add_scaled(part, factor, memory(address, sizes[k], np.float64))
+
+
+def _clip_records(
+    per_sample: Sequence[Tensor],
+    layout: Layout,
+    *,
+    clip: Tensor,
+    p: int,
+    mask: Tensor,
+    votes_at: Tensor | None,
+    sums: Sequence[Tensor],
+) -> ClipStats:
+    """`clip_sum` in one walk over memory; sums do not depend on the number of threads."""
+    batch, layers = len(mask), layout.num_layers
+    order = [i for members in layout.members for i in members]
+    tensors = [native(per_sample[i]) for i in order]
+    table = ([t.data_ptr() for t in tensors], [layout.sizes[i] for i in order],
+             [t.element_size() for t in tensors])  # fmt: skip
+    bounds = np.cumsum([0, *(len(members) for members in layout.members)])
+    exact = torch.finfo(torch.float64)
+    precision = Precision(*(torch.full((layers,), n).double() for n in (exact.eps, exact.tiny)))
+    spot = None if votes_at is None else votes_at.expand(batch, layers)
+    cells = Cells.build(layout, precision, clip.expand(batch, layers), spot)
+    units = max(1, min(_UNITS, batch // _SMALLEST_UNIT))
+    each = -(-batch // units)
+    totals, norms = np.zeros((units, sum(layout.sizes))), np.zeros((2, batch, layers))
+    seen = p == 1 or votes_at is not None
+
+    def work(begin: int, end: int) -> None:
+        clip_records(
+            *(np.array(column, np.int64) for column in table), bounds, np.arange(layers + 1), p,
+            seen, mask.numpy(), norms, cells, each, totals, begin, end,
+        )  # fmt: skip
+
+    spread(work, units, elements=batch * totals.shape[1])
+    whole = torch.from_numpy(totals).sum(0).split([layout.sizes[i] for i in order])
+    for i, part in zip(order, whole, strict=True):
+        sums[i].add_(part.view_as(sums[i]))
+    norm1, votes, clipped, dead = cells.stats()
+    live = mask[:, None]
+    return ClipStats(
+        norm1 if seen else None, (votes * live).sum(0), (clipped.bool() & live).sum(0),
+        (dead.bool() & live).sum(0),
+    )  # fmt: skip
 
 
 def clip_sum(
@@ -34,6 +142,10 @@ def clip_sum(
             per_sample, layout, clip=clip, p=p, mask=mask, votes_at=votes_at, sums=sums,
             quanta=quanta,
         )  # fmt: skip
+    if sum(layout.sizes) <= MOST:
+        return _clip_records(
+            per_sample, layout, clip=clip, p=p, mask=mask, votes_at=votes_at, sums=sums
+        )
     batch = len(mask)
     pieces = Pieces.of_layout(layout, [native(t) for t in per_sample], None, sums)
     norm1, norm = norms(pieces, batch, p)

@@ -7,21 +7,20 @@ without the cost of some twenty small torch calls a slice.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu.rows import absolute, jit_sums, square
+
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
 
-def _jit_sums(function):
-    """Compile with sums in any order, so that they become vector instructions."""
-    return jit(function, fastmath={"reassoc", "nsz"})
-
-
-@_jit_sums
+@jit_sums
 def _sum_rows(x, absolute, squares, begin, end):
     """Sums of |x| and of x^2 of the rows [begin, end) of x [R, n]."""
     for row in range(begin, end):
@@ -62,25 +61,36 @@ def _settle(norm1, norm, finite, mask, clip, votes_at, slack, factor, counts):
             )  # fmt: skip
 
 
+@jit_sums
+def _scale(x, factor, out, total):
+    wide_vectors()
+    for j in range(len(x)):
+        value = x[j] * factor
+        out[j] = value
+        total[j] += value
+
+
 @jit
 def _scale_linear(
-    sums_a, sums_g, g, weight, bias, largest, shrink, p, mask, clip, votes_at, slack, scaled, total,
-    counts,
-):  # fmt: skip
+    a, g, weight, bias, largest, shrink, p, mask, clip, votes_at, slack, scaled, total, counts
+):
     """g [K, B, out] times the clip factors of g aᵀ into `scaled`, its sum over B into `total`.
 
-    Norms of g aᵀ are products of those of g and a, sums [2, K, B] of |.| and squares. Returns
-    whether all records were finite.
+    Norms of g aᵀ are products of those of g and a [K, B, in]. Returns whether all records were
+    finite.
     """
     clean = True
     for k in range(g.shape[0]):
+        needs_l1 = p == 1 or not np.isnan(votes_at[k])
         for b in range(g.shape[1]):
-            norm1 = (sums_a[0, k, b] * weight + bias) * sums_g[0, k, b]
-            square = (sums_a[1, k, b] * weight + bias) * sums_g[1, k, b]
-            norm_a, norm_g = np.sqrt(sums_a[1, k, b]), np.sqrt(sums_g[1, k, b])
+            square_a, square_g = square(a[k, b]), square(g[k, b])
+            norm_a, norm_g = np.sqrt(square_a), np.sqrt(square_g)
             finite = norm_a * norm_g + norm_a + norm_g <= largest
             clean = clean and finite
-            norm = norm1 if p == 1 else np.sqrt(square)
+            norm1 = 0.0
+            if needs_l1:
+                norm1 = (absolute(a[k, b]) * weight + bias) * absolute(g[k, b])
+            norm = norm1 if p == 1 else np.sqrt((square_a * weight + bias) * square_g)
             factor = clip_factor(
                 norm1, norm, finite, mask[k, b], clip[k], votes_at[k], slack, counts[k]
             )
@@ -89,10 +99,7 @@ def _scale_linear(
                 continue
             if factor < 1:
                 factor *= shrink
-            for j in range(g.shape[2]):
-                value = g[k, b, j] * factor
-                scaled[k, b, j] = value
-                total[k, j] += value
+            _scale(g[k, b], factor, scaled[k, b], total[k])
     return clean
 
 
@@ -135,6 +142,22 @@ def _levels(votes_at: Tensor | None, clients: int) -> np.ndarray:
     return np.full(clients, np.nan) if votes_at is None else votes_at.numpy()
 
 
+class Scaled(NamedTuple):
+    """Output gradients of a linear layer times the clip factors of their records.
+
+    Attributes:
+        g: [K, B, out].
+        total: its sum over the records [K, out], summed in float64.
+        counts: votes, clipped and non-finite records [K, 3], float64.
+        clean: whether all records were finite.
+    """
+
+    g: Tensor
+    total: Tensor
+    counts: Tensor
+    clean: bool
+
+
 def scale_linear(
     a: Tensor,
     g: Tensor,
@@ -143,33 +166,39 @@ def scale_linear(
     bias: bool,
     largest: float,
     p: int,
-    mask: Tensor,
+    mask: Tensor | None,
     clip: Tensor,
     votes_at: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Output gradients of a linear layer [K, B, out] times the clip factors of their records.
+) -> Scaled:
+    """Clip the gradients g aᵀ of records, of which no one is formed.
 
     Args:
-        a: inputs [K, B, in].
+        a: inputs [K, B, in], float32 or float64.
         g: output gradients [K, B, out].
         weight: whether the weight gradient counts in the norm.
         bias: whether the bias gradient does.
         largest: bound on the norms of a finite record.
         p: norm of the clipping.
-        mask: [K, B], bool.
-        clip: [K], float64; also votes_at.
+        mask: which records count [K, B], bool; None: all.
+        clip: [K]; also votes_at (None or NaN: no votes).
         votes_at: see clip.
-
-    Returns:
-        The scaled gradients, their sums over the records [K, out], counts [K, 3] and whether all
-        records were finite.
     """
-    clients, _, out = g.shape
-    scaled, counts = torch.empty_like(g), np.zeros((clients, 3))
-    total = np.zeros((clients, out))
+    clients, batch, out = g.shape
+    rows_g = g.detach().contiguous()
+    scaled = torch.empty_like(rows_g)
+    live = np.ones((clients, batch), np.bool_) if mask is None else _array(mask)
+    levels = np.full(clients, np.nan) if votes_at is None else _array(votes_at)
+    total, counts = np.zeros((clients, out)), np.zeros((clients, 3))
+    eps = _EPS[g.dtype]
     clean = _scale_linear(
-        _sums(a), _sums(g), g.detach().numpy(), float(weight), float(bias), largest,
-        1 - 8 * torch.finfo(g.dtype).eps, p, mask.numpy(), clip.numpy(), _levels(votes_at, clients),
-        1e-12, scaled.numpy(), total, counts,
+        a.detach().contiguous().numpy(), rows_g.numpy(), float(weight), float(bias), largest,
+        1 - 8 * eps, p, live, _array(clip), levels, 1e-12, scaled.numpy(), total, counts,
     )  # fmt: skip
-    return scaled, torch.from_numpy(total).to(g.dtype), torch.from_numpy(counts), clean
+    sums = torch.from_numpy(total)
+    return Scaled(scaled, sums.to(g.dtype), torch.from_numpy(counts), clean)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """A small tensor as the one kind of array that kernels are compiled for."""
+    array = np.ascontiguousarray(x.detach().numpy())
+    return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit, jit_inline, pointer
+from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.ghost import clip_factor
+from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 
 # Elements of a record's gradient, and of its input and output, that a core's own cache holds.
@@ -80,7 +80,7 @@ class _Plan(NamedTuple):
         padding: As in `Geometry`; also groups and last.
         groups: See padding.
         last: See padding.
-        count: Columns of a group.
+        rows: Columns of a group.
         out: Features of the output.
         width: Features of a group, padded to whole vectors.
     """
@@ -91,7 +91,7 @@ class _Plan(NamedTuple):
     padding: tuple[int, int]
     groups: int
     last: bool
-    count: int
+    rows: int
     out: int
     width: int
 
@@ -123,32 +123,6 @@ def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> _Plan:
     )  # fmt: skip
 
 
-@jit_inline
-def _at(address, count, dtype):
-    return carray(pointer(address, dtype), (count,))
-
-
-def _jit_sums(function):
-    return jit(function, fastmath={"reassoc", "nsz", "contract"})
-
-
-@_jit_sums
-def _square(x):
-    total = 0.0
-    for i in range(len(x)):
-        value = np.float64(x[i])
-        total += value * value
-    return total
-
-
-@_jit_sums
-def _absolute(x):
-    total = 0.0
-    for i in range(len(x)):
-        total += abs(np.float64(x[i]))
-    return total
-
-
 @jit
 def _pad(x, plan, out):
     """Copy a record x into the inside of `out`, whose border is zero."""
@@ -162,7 +136,7 @@ def _pad(x, plan, out):
                 out[start + j] = row[j]
 
 
-@_jit_sums
+@jit_sums
 def _turn(g, plan, turned, bias):
     """g [out, positions] (`last`: [positions, out]) as [groups, positions, width]; sums in bias."""
     positions, out, width = len(plan.base), plan.out, plan.width
@@ -178,9 +152,10 @@ def _turn(g, plan, turned, bias):
         bias[o] = total
 
 
-@_jit_sums
+@jit_sums
 def _sum_positions(g, out, bias):
     """Sums of g [positions, out]."""
+    wide_vectors()
     for o in range(out):
         bias[o] = 0
     for start in range(0, len(g), out):
@@ -196,11 +171,11 @@ def _multiply(a, g, plan, record, dtype, bytes_each):
     for low in range(0, plan.width, 2 * lanes):
         right, out = g + low * bytes_each, record + low * bytes_each
         if plan.width - low >= 2 * lanes:
-            for j in range(0, plan.count, COLUMNS2):
+            for j in range(0, plan.rows, COLUMNS2):
                 at = columns + 8 * j
                 tile2(out + j * step, step, a, base, at, right, step, positions, dtype)
         else:
-            for j in range(0, plan.count, COLUMNS1):
+            for j in range(0, plan.rows, COLUMNS1):
                 at = columns + 8 * j
                 tile1(out + j * step, step, a, base, at, right, step, positions, dtype)
 
@@ -211,43 +186,37 @@ def _gradient(x, g, plan, wanted, scratch, dtype, record, own):
 
     Returns its L1 norm and squared L2 norm, 0 where not wanted.
     """
-    weight, bias, absolute, squared = wanted
+    weight, bias, l1, l2 = wanted
     bytes_each, left, right = g.itemsize, x.ctypes.data, g.ctypes.data
     channels, high, wide = plan.shape
     above, beside = plan.padding
     if above + beside > 0:
         size = channels * (high + 2 * above) * (wide + 2 * beside)
-        _pad(x, plan, _at(scratch[0], size, dtype))
+        _pad(x, plan, memory(scratch[0], size, dtype))
         left = scratch[0]
     if plan.last and plan.groups == 1 and plan.width == plan.out:
         _sum_positions(g, plan.out, own)
     else:
         size = plan.groups * len(plan.base) * plan.width
-        _turn(g, plan, _at(scratch[1], size, dtype), own)
+        _turn(g, plan, memory(scratch[1], size, dtype), own)
         right = scratch[1]
-    norm1, square = 0.0, 0.0
+    norm1, total = 0.0, 0.0
     if bias:
-        norm1, square = _absolute(own), _square(own)
+        norm1, total = absolute(own), square(own)
     if weight:
         plane = channels // plan.groups * (high + 2 * above) * (wide + 2 * beside)
-        whole, used = len(plan.columns) * plan.width, plan.count * plan.width
+        whole, used = len(plan.columns) * plan.width, plan.rows * plan.width
         for i in range(plan.groups):
             part = record[i * whole : i * whole + used]
             _multiply(
                 left + i * plane * bytes_each, right + i * len(plan.base) * plan.width * bytes_each,
                 plan, part.ctypes.data, dtype, bytes_each,
             )  # fmt: skip
-            if absolute:
-                norm1 += _absolute(part)
-            if squared:
-                square += _square(part)
-    return norm1, square
-
-
-@_jit_sums
-def _add(total, factor, record):
-    for i in range(len(total)):
-        total[i] += factor * record[i]
+            if l1:
+                norm1 += absolute(part)
+            if l2:
+                total += square(part)
+    return norm1, total
 
 
 @jit
@@ -260,9 +229,12 @@ def clip_units(
     a and g are [K * B, elements of a record]; `scratch` holds four addresses of zeroed memory of
     the sizes of the plan.
     """
-    batch, used = mask.shape[1], plan.count * plan.width
+    batch, used = mask.shape[1], plan.rows * plan.width
     whole = len(plan.columns) * plan.width
-    record, own = _at(scratch[2], plan.groups * whole, dtype), _at(scratch[3], plan.out, dtype)
+    record, own = (
+        memory(scratch[2], plan.groups * whole, dtype),
+        memory(scratch[3], plan.out, dtype),
+    )
     for unit in range(begin, end):
         k, first = unit // per_client, unit % per_client * each
         wanted = (weight, bias, p == 1 or not np.isnan(votes_at[k]), p == 2)
@@ -270,12 +242,12 @@ def clip_units(
             if not mask[k, b]:
                 continue
             x, y = a[k * batch + b], g[k * batch + b]
-            norm_a, norm_g = np.sqrt(_square(x)), np.sqrt(_square(y))
-            norm1, square = 0.0, 0.0
+            norm_a, norm_g = np.sqrt(square(x)), np.sqrt(square(y))
+            norm1, total = 0.0, 0.0
             finite = norm_a * norm_g + norm_a + norm_g <= largest
             if finite:
-                norm1, square = _gradient(x, y, plan, wanted, scratch, dtype, record, own)
-            norm = norm1 if p == 1 else np.sqrt(square)
+                norm1, total = _gradient(x, y, plan, wanted, scratch, dtype, record, own)
+            norm = norm1 if p == 1 else np.sqrt(total)
             factor = clip_factor(
                 norm1, norm, finite, True, clip[k], votes_at[k], SLACK, counts[unit]
             )
@@ -285,15 +257,15 @@ def clip_units(
             if weight:
                 for i in range(plan.groups):
                     part = record[i * whole : i * whole + used]
-                    _add(sum_w[unit, i * used : (i + 1) * used], lowered, part)
+                    add_scaled(sum_w[unit, i * used : (i + 1) * used], lowered, part)
             if bias:
-                _add(sum_b[unit], lowered, own)
+                add_scaled(sum_b[unit], lowered, own)
 
 
 def _zeros(elements: int, dtype: np.dtype) -> np.ndarray:
     """Zeros that begin with a line of the cache."""
-    memory = np.zeros(elements * dtype.itemsize + 64, np.uint8)
-    return memory[-memory.ctypes.data % 64 :]
+    whole = np.zeros(elements * dtype.itemsize + 64, np.uint8)
+    return whole[-whole.ctypes.data % 64 :]
 
 
 def clipped_sums(
@@ -333,21 +305,21 @@ def clipped_sums(
     dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
     per_client = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
     each, units = -(-batch // per_client), clients * per_client
-    size = plan.groups * plan.count * plan.width if weight else 0
+    size = plan.groups * plan.rows * plan.width if weight else 0
     sum_w, sum_b, counts = (
         np.zeros((units, n), t) for n, t in ((size, dtype), (out * bias, dtype), (3, np.float64))
     )
     levels = np.full(clients, np.nan) if votes_at is None else votes_at.numpy()
 
     def work(begin: int, end: int) -> None:
-        memory = [_zeros(n, dtype) for n in plan.sizes()]
+        own = [_zeros(n, dtype) for n in plan.sizes()]
         clip_units(
             rows_a, rows_g, plan, weight, bias, largest, 1 - 2 * torch.finfo(g.dtype).eps, p,
             mask.numpy(), clip.numpy(), levels, per_client, each,
-            np.array([m.ctypes.data for m in memory]), dtype, sum_w, sum_b, counts, begin, end,
+            np.array([part.ctypes.data for part in own]), dtype, sum_w, sum_b, counts, begin, end,
         )  # fmt: skip
 
-    products = len(plan.base) * plan.count * plan.width
+    products = len(plan.base) * plan.rows * plan.width
     spread(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
     sums, bias_sums, tallies = (
         torch.from_numpy(t).view(clients, per_client, -1) for t in (sum_w, sum_b, counts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import CInterpreter, peek_interpreter_stack
 
 from aadp_kernels._torch.ghost_clip import Terms, Wanted
-from aadp_kernels._torch.ghost_matrix import Results
+from aadp_kernels._torch.ghost_matrix import Linear, Results
 
 
 class Rule(Protocol):
@@ -79,9 +79,17 @@ class ClippedLayer(torch.autograd.Function):
                 for need, like in zip((*needs[:3], counts), likes, strict=True)
             ]
             return *grads[:3], None, None, None, grads[3], None, None
+        plain = not in_functorch()
+        if plain and isinstance(ctx.rule, Linear) and not torch.compiler.is_compiling():
+            results = ctx.rule.alone(x, grad, weight, wanted, clip, mask, votes_at)
+            if results is not None:
+                grad_x, grad_w, grad_b, seen = results
+                if seen is not None:
+                    seen = seen.to(saved[6].dtype)
+                return grad_x, grad_w, grad_b, None, None, None, seen, None, None
         tensors = (x, grad, weight, clip, mask, votes_at)
         led = [None if t is None else t.unsqueeze(0) for t in tensors]
-        if not in_functorch() or torch.compiler.is_compiling():
+        if plain or torch.compiler.is_compiling():
             results = clip_backward(ctx.rule, wanted, *led)
         else:
             results = _Clients.apply(ctx.rule, wanted, *led)
@@ -104,18 +112,18 @@ class _PlainClippedLayer(torch.autograd.Function):
         return rule.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor):
         """As `ClippedLayer`."""
-        return ClippedLayer.backward(ctx, grad)
+        return ClippedLayer.backward(ctx, *grads)
 
 
 def clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:
     """The wanted results of a rule's backward, in order; all tensors have a client axis."""
     if x.shape[1] == 0:
         # An empty Poisson batch: one record of padding is easier than zero records.
-        one = [t.new_zeros((t.shape[0], 1, *t.shape[2:])) for t in (x, grad)]
+        record, slope = (t.new_zeros((t.shape[0], 1, *t.shape[2:])) for t in (x, grad))
         nobody = clip.new_zeros((x.shape[0], 1))
-        first, *others = clip_backward(rule, wanted, *one, weight, clip, nobody, votes_at)
+        first, *others = clip_backward(rule, wanted, record, slope, weight, clip, nobody, votes_at)
         return (first[:, :0] if wanted.x else first, *others)
     terms = Terms.build(wanted, clip, mask, votes_at, x)
     device = x.device.type

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aadp_kernels._torch.ghost_clip import (
     Terms,
+    Wanted,
     blocks,
     bounded,
     compute_dtype,
@@ -239,16 +240,54 @@ class Linear(Matrix):
         from aadp_kernels._cpu import ghost
 
         wanted = terms.wanted
-        scaled, total, counts, clean = ghost.scale_linear(
-            a, g.contiguous(), weight=wanted.weight, bias=wanted.bias, largest=largest(a.dtype),
-            p=wanted.p, mask=terms.mask, clip=terms.clip, votes_at=terms.votes_at,
+        found = ghost.scale_linear(
+            a, g, weight=wanted.weight, bias=wanted.bias, largest=largest(a.dtype), p=wanted.p,
+            mask=terms.mask, clip=terms.clip, votes_at=terms.votes_at,
         )  # fmt: skip
         sum_w = None
         if wanted.weight:
-            # 0 · NaN is NaN: zero factors alone do not silence a record.
-            a = a if clean else torch.where(a.isfinite(), a, 0.0)
-            sum_w = torch.bmm(scaled.transpose(1, 2), a)
-        return sum_w, total if wanted.bias else None, counts if wanted.counts else None
+            sum_w = torch.bmm(found.g.transpose(1, 2), a if found.clean else _without_nan(a))
+        return sum_w, found.total if wanted.bias else None, found.counts if wanted.counts else None
+
+    def alone(
+        self, x: Tensor, grad: Tensor, weight: Tensor, wanted: Wanted, *terms: Tensor | None
+    ) -> Results | None:
+        """`backward` of one client without the axis of the clients; None: it has no short way.
+
+        Args:
+            x: [B, in], B > 0.
+            grad: gradient of the output, [B, out].
+            weight: of the layer.
+            wanted: what is wanted.
+            *terms: clip [], mask [B] or [1] or None, votes_at [] or None.
+        """
+        short = x.dim() == 2 and x.dtype == grad.dtype == weight.dtype and fast(grad)
+        if not short or torch.is_autocast_enabled("cpu"):
+            return None
+        from aadp_kernels._cpu import ghost
+
+        clip, mask, votes_at = terms
+        assert clip is not None
+        live = None if mask is None else (mask != 0).expand(1, len(x))
+        votes = None if votes_at is None or not wanted.counts else votes_at[None]
+        found = ghost.scale_linear(
+            x[None], grad[None], weight=wanted.weight, bias=wanted.bias, largest=largest(x.dtype),
+            p=wanted.p, mask=live, clip=clip[None], votes_at=votes,
+        )  # fmt: skip
+        grad_w = None
+        if wanted.weight:
+            grad_w = found.g[0].t().mm(x if found.clean else _without_nan(x))
+        return (
+            grad.mm(weight) if wanted.x else None,
+            grad_w,
+            found.total[0] if wanted.bias else None,
+            found.counts[0] if wanted.counts else None,
+        )
+
+
+def _without_nan(a: Tensor) -> Tensor:
+    """0 · NaN is NaN: factors of zero alone do not silence a record."""
+    return torch.where(a.isfinite(), a, 0.0)
 
 
 @dataclass(frozen=True)

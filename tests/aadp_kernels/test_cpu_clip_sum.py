@@ -11,6 +11,8 @@ from aadp_kernels import Layout, NoiseKey, clip_sum_noise, layer_norms
 
 pytest.importorskip("numba")
 
+from aadp_kernels._cpu import clip_sum as kernel
+
 BOTH = ("torch", "numba")
 LAYOUT = Layout.build(
     {
@@ -54,7 +56,9 @@ def assert_same(tensors, tolerance=1e-13, **kwargs):
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 5, (torch.float64,) * 5, MIXED])
 @pytest.mark.parametrize("batch", [0, 1, 33])
 @pytest.mark.parametrize(("p", "votes"), [(1, True), (2, True), (2, False)])
-def test_sums_and_statistics_equal_the_specification(dtypes, batch, p, votes):
+@pytest.mark.parametrize("most", [0, 1 << 18])
+def test_sums_and_statistics_equal_the_specification(dtypes, batch, p, votes, most, monkeypatch):
+    monkeypatch.setattr(kernel, "MOST", most)
     votes_at = torch.tensor([850.0, 2.0, 0.0, 0.5]) if votes else None
     mask = torch.arange(batch) % 5 != 2
     assert_same(records(batch, dtypes), p=p, mechanism="gaussian", mask=mask, votes_at=votes_at)
