@@ -96,7 +96,8 @@ def gather(
     mask = torch.arange(width) < counts[:, None]
     inputs = x[index]
     # A record that stands in for padding must not bring its NaNs along.
-    inputs.masked_fill_(~mask.view(*mask.shape, *[1] * (inputs.ndim - 2)), 0)
+    if not bool(mask.all()):
+        inputs.masked_fill_(~mask.view(*mask.shape, *[1] * (inputs.ndim - 2)), 0)
     active = torch.ones_like(counts, dtype=torch.bool) if divisor is not None else counts > 0
     divisor = counts.clamp(min=1) if divisor is None else divisor
     return Batch(

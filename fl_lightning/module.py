@@ -131,7 +131,9 @@ class FederatedModule(pl.LightningModule):
         self.run_dir = run_dir
         check_training(self)
         check_network(network)
-        self.layout = Layout.build({n: p for n, p in network.named_parameters() if p.requires_grad})
+        trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        flat = dict.fromkeys(trained, "all") if self.privacy.clipping == "flat" else None
+        self.layout = Layout.build(trained, flat)
         self.ledger: Ledger | None = None
         self.result: RoundResult | None = None
         self._resumed: dict[str, Any] | None = None

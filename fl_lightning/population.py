@@ -118,6 +118,8 @@ class ClientPopulation:
                 max_examples=max_examples,
                 example=example,
                 grid=privacy.mechanism if privacy.noise_form == "grid" else None,
+                flat=privacy.clipping == "flat",
+                automatic=privacy.clip_function == "automatic",
             )
 
     @property
@@ -264,7 +266,10 @@ class ClientPopulation:
             update = self.train(clients, params, hook, coins, round)
             assert self.training.sampling_rate is not None
             return hook.private_update(update, self.training.sampling_rate)
-        policy = self.history.policy(clients, multiplier)
+        # The noise of `abstract` alone may be less than what its nominal ε is computed from.
+        nominal = self.privacy.nominal_sensitivity == "records"
+        noised = multiplier / self.data.client_sizes[clients] if nominal else multiplier
+        policy = self.history.policy(clients, noised)
         update = self.train(clients, params, plain_gradient(self.plain), coins, round)
         return release_updates(
             update,

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from .arrays import Arrays
 from .download import cache_folder
+from .leaves import whitened_scattering
 from .scattering import scattering
 from .sources import resolve
 
-TRANSFORMS: dict[str, Callable[..., Tensor]] = {"scattering": scattering}
+TRANSFORMS: dict[str, Callable[..., Tensor]] = {
+    "scattering": scattering,
+    "whitened_scattering": whitened_scattering,
+}
 
 
 def transformed(
@@ -84,14 +88,20 @@ def _kept(
 
 def _key(x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]) -> str:
     state = hashlib.blake2b(digest_size=16)
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):
-        source = ""
+    # The project's own functions use one another's modules.
+    modules = {inspect.getmodule(each) for each in (function, *TRANSFORMS.values())}
+    source = sorted(map(_source, modules))
     facts = (name, sorted(arguments.items()), source, str(x.dtype), tuple(x.shape))
     state.update(repr(facts).encode())
     state.update(np.ascontiguousarray(x.numpy()).data)
     return state.hexdigest()
+
+
+def _source(module: object) -> str:
+    try:
+        return inspect.getsource(module)  # pyright: ignore[reportArgumentType]
+    except (OSError, TypeError):  # written in C, or typed in
+        return ""
 
 
 def _write(path: Path, values: np.ndarray) -> None:

@@ -8,7 +8,6 @@ floating point needs, are made of per-sample gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,8 @@ from aadp_kernels import (
     with_clipping,
 )
 from fl_lightning.client import Batch, CohortGradient, Loss
+from fl_lightning.privacy.flat import ClippedSums, dense_layers, flat_sums
 from fl_lightning.types import LayerPolicy, Params
-
-# (params, shared, batch, policy) -> clipped sums [k, ...] and, a layer, votes, clipped and
-# non-finite counts [k, L, 3]: all private.
-ClippedSums = Callable[[Params, bool, Batch, LayerPolicy], tuple[Params, Tensor]]
 
 
 def clipped_sums(
@@ -39,6 +35,8 @@ def clipped_sums(
     max_examples: int,
     example: Tensor,
     grid: str | None = None,
+    flat: bool = False,
+    automatic: bool = False,
 ) -> ClippedSums:
     """Clip in backward where every layer can; per-sample gradients otherwise.
 
@@ -49,7 +47,19 @@ def clipped_sums(
         example: some records, for their shape.
         grid: mechanism whose whole-number noise is added to the sums, or None. Such sums are made
             of per-sample gradients.
+        flat: whether one norm is clipped over all layers; `layout` then has one.
+        automatic: scale by C/(‖g‖+γ) instead; for flat clipping of dense layers.
+
+    Raises:
+        ValueError: `automatic` for a network with other layers.
     """
+    if flat and grid is None:
+        if dense_layers(network, layout, example) is not None:
+            return flat_sums(network, loss, layout, p=p, automatic=automatic)
+        if automatic:
+            raise ValueError(
+                "clip_function='automatic': the network must be of Linear layers, a vector a record"
+            )
     if grid is not None:
         logging.getLogger("pytorch_lightning").info(
             "noise_form=grid: every record's gradient is computed by itself, since sums in "
@@ -59,6 +69,8 @@ def clipped_sums(
             network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples, grid=grid
         )
     try:
+        if flat:
+            raise UnsupportedLayerError("one norm over all layers")
         if any("." not in name for name in layout.names):
             raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
         clipped = with_clipping(network, p=p)

@@ -20,7 +20,17 @@ UNIT_OF = {
     "abstract": "none",
     "none": "none",
 }
-_LATER = ("noise_form", "cohort_sampling", "min_survivors")
+_LATER = (
+    "noise_form",
+    "cohort_sampling",
+    "min_survivors",
+    "clipping",
+    "clip_function",
+    "votes_on",
+    "history_rule",
+    "history_cosine",
+    "nominal_sensitivity",
+)
 POOLED = ("client+aggregator", "client+secure_sum")
 ADJACENCY_OF = {
     "record+local": "zero_out",
@@ -65,7 +75,18 @@ class PrivacyConfig:
         quantile_lr: Step size η of the quantile rule, in log norm a vote.
         vote_share: Share ρ of the privacy budget that the votes cost, in (0, 1).
         clip_factor: Factor κ between the tracked L1 norm and the L2 clip norm.
+        clipping: What shares one clip norm: each ``layer``, or the whole gradient (``flat``), which
+            then counts as one layer for clip norms, votes and shares.
+        clip_function: ``clip`` scales what is longer than C down to C; ``automatic`` scales every
+            record's gradient g to C·g/(‖g‖+0.01) (Bu et al., 2022, arXiv:2206.07136), for flat
+            clipping of dense layers under record+local.
+        votes_on: Norm that the votes of ``quantile`` compare: ``l1``, or ``clipped``, the norm that
+            is clipped (Andrew et al., 2021).
         history: Number of released updates that ``released`` looks back on.
+        history_rule: What ``released`` and ``raw`` take of the norms in the history: their
+            ``mean``, ``median``, or exponential moving average ``ema`` of the same age.
+        history_cosine: Whether that norm is multiplied by (1 + cos)/2, cos being the cosine between
+            the last two released updates of the layer.
         allocation: How the budget is divided over the layers: ``uniform``, ``abstract``,
             ``mse`` or ``contribution``. ``default``: contribution, or abstract under abstract.
         share_floor: Part α of the budget that is divided evenly, in (0, 1].
@@ -76,6 +97,9 @@ class PrivacyConfig:
         min_survivors: Under client+secure_sum, fewest clients of a cohort that stay and are honest;
             their shares alone are the whole noise, and a round with fewer is given up before
             anything is revealed. Null: the whole cohort.
+        nominal_sensitivity: Under ``abstract``, what the noise of a client with n records is scaled
+            to: the ``update``'s own 2C, or 2C/n as if it were the mean of n clipped records
+            (``records``; Wei et al., 2020, arXiv:1911.00222), which it is not after local training.
         seed: Null: noise keys and coins come from the operating system. A number makes the run
             reproducible and therefore *simulated*: it protects nobody.
         noise_form: How noise is computed. ``wide``: float64 from 64 bits an element; ``fast``:
@@ -102,11 +126,17 @@ class PrivacyConfig:
     quantile_lr: float = 0.2
     vote_share: float = 0.05
     clip_factor: float = 1.0
+    clipping: Literal["layer", "flat"] = "layer"
+    clip_function: Literal["clip", "automatic"] = "clip"
+    votes_on: Literal["l1", "clipped"] = "l1"
     history: int = 10
+    history_rule: Literal["mean", "median", "ema"] = "mean"
+    history_cosine: bool = False
     allocation: Allocation = "default"
     share_floor: float = 0.1
     cohort_sampling: Literal["default", "fixed", "poisson"] = "default"
     min_survivors: int | None = None
+    nominal_sensitivity: Literal["update", "records"] = "update"
     seed: int | None = None
     noise_form: Literal["wide", "fast", "grid"] = "wide"
     rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
@@ -125,6 +155,7 @@ class PrivacyConfig:
         _check_setting(self)
         _check_numbers(self)
         _check_thresholds(self)
+        _check_comparators(self)
 
     @property
     def private(self) -> bool:
@@ -325,3 +356,33 @@ def _check_thresholds(config: PrivacyConfig) -> None:
             raise ValueError(f"clip_norm=inf needs thresholds='fixed', not '{rule}'")
         if config.resolved_allocation == "mse":
             raise ValueError("clip_norm=inf cannot be used with allocation='mse'")
+
+
+def _check_comparators(config: PrivacyConfig) -> None:
+    if config.clip_function == "automatic":
+        if config.setting != "record+local" or config.clipping != "flat":
+            raise ValueError(
+                f"clip_function='automatic' with setting='{config.setting}' and clipping="
+                f"'{config.clipping}': only setting='record+local' with clipping='flat' has it"
+            )
+        if config.noise_form == "grid" or config.resolved_thresholds == "quantile":
+            raise ValueError(
+                f"clip_function='automatic' with noise_form='{config.noise_form}' and thresholds="
+                f"'{config.resolved_thresholds}': use noise_form 'wide' or 'fast' and thresholds "
+                "'fixed' or 'released'"
+            )
+    if config.votes_on != "l1" and config.setting not in ("record+local", "none"):
+        raise ValueError(
+            f"votes_on='{config.votes_on}' with setting='{config.setting}': only 'record+local' "
+            "can vote on it"
+        )
+    if config.nominal_sensitivity != "update" and config.setting != "abstract":
+        raise ValueError(
+            f"nominal_sensitivity='{config.nominal_sensitivity}' with setting='{config.setting}' "
+            "would add too little noise: only setting='abstract' may"
+        )
+    if config.history_cosine and config.resolved_thresholds not in ("released", "raw"):
+        raise ValueError(
+            f"history_cosine=true with thresholds='{config.resolved_thresholds}': only 'released' "
+            "and 'raw' look at updates"
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,10 +51,15 @@ class ReleasedHistory:
         self.clip_norm = self.initial_clip_norm.repeat(num_clients, 1)
         self.window = torch.zeros(num_clients, window, len(dims), dtype=torch.float64)
         self.releases = torch.zeros(num_clients, dtype=torch.int64)
+        # Only the cosine rule looks at directions, so only it keeps whole updates.
+        width = int(self.dims.sum()) if config.history_cosine else 0
+        self.last_update = torch.zeros(num_clients, width)
+        self.cosine = torch.ones(num_clients, len(dims), dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Arrays for a checkpoint (copies)."""
-        names = ("l1_norm", "clip_norm", "window", "releases")
+        names = ["l1_norm", "clip_norm", "window", "releases"]
+        names += ["last_update", "cosine"] if self.config.history_cosine else []
         return {name: getattr(self, name).clone() for name in names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -90,7 +98,7 @@ class ReleasedHistory:
         self.window[clients, slot] = l1_norm.double()
         self.releases[clients] += 1
         if self.config.resolved_thresholds != "quantile":
-            self.l1_norm[clients] = self._window_mean(clients)
+            self.l1_norm[clients] = self._of_history(clients) * (1 + self.cosine[clients]) / 2
 
     def observe_release(self, clients: Tensor, mean_abs: Tensor, noise_scale: Tensor) -> None:
         """Append the norms estimated from released magnitudes ‖ũ_l‖₁/d_l and their noise [k, L]."""
@@ -98,6 +106,22 @@ class ReleasedHistory:
             mean_abs.double(), noise_scale.double(), self.dims, self.config.mechanism
         )
         self.observe_norms(clients, estimate)
+
+    def observe_updates(self, clients: Tensor, updates: Sequence[Tensor]) -> None:
+        """Compare the directions of released updates, a layer's tensors [k, ...], with the last.
+
+        Before two updates are known, or where one is zero, the cosine is 1.
+        """
+        if not self.config.history_cosine:
+            return
+        now = torch.cat([u.detach().flatten(1).cpu().float() for u in updates], 1)
+        parts = [
+            t.double().split(self.dims.int().tolist(), 1) for t in (now, self.last_update[clients])
+        ]
+        cosine = [torch.cosine_similarity(a, b) for a, b in zip(*parts, strict=True)]
+        known = [a.any(1) & b.any(1) for a, b in zip(*parts, strict=True)]
+        self.cosine[clients] = torch.stack(cosine, 1).where(torch.stack(known, 1), 1.0)
+        self.last_update[clients] = now
 
     def observe_clip_norms(self, clients: Tensor, clip_norm: Tensor) -> None:
         """Remember the clip norms of a release, from which the next may move by a factor 2."""
@@ -168,6 +192,13 @@ class ReleasedHistory:
         )
         return torch.where(seen, adapted, first)
 
-    def _window_mean(self, clients: Tensor) -> Tensor:
-        filled = self.releases[clients].clamp(max=self.window.shape[1])
-        return self.window[clients].sum(1) / filled[:, None]
+    def _of_history(self, clients: Tensor) -> Tensor:
+        """Mean, median or moving average of the window's norms, [k, L]."""
+        window = self.window[clients]
+        age = (self.releases[clients, None] - 1 - torch.arange(window.shape[1])) % window.shape[1]
+        filled = age < self.releases[clients, None]
+        if self.config.history_rule == "median":
+            return window.masked_fill(~filled[..., None], math.nan).nanmedian(1).values
+        decay = 1 - 2 / (window.shape[1] + 1) if self.config.history_rule == "ema" else 1.0
+        weights = filled * decay**age
+        return (window * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

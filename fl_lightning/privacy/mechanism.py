@@ -84,9 +84,8 @@ class PrivateRecordGradient:
         key = binding.step_key(self.key, step, [*sums.values(), counts, policy.noise_scale])
         released = self._noised(sums, policy, step, params, key)
         if policy.votes_at is not None:
-            votes = noised_votes(
-                counts[..., 0].double().cpu(), policy, self.history.config, key, step, self.clients
-            )
+            votes = self._votes(counts.double().cpu(), batch)
+            votes = noised_votes(votes, policy, self.history.config, key, step, self.clients)
             self.history.observe_votes(self.clients, votes, batch.divisor.cpu())
         else:
             _observe(self.history, self.layout, self.clients, released, policy)
@@ -96,6 +95,13 @@ class PrivateRecordGradient:
         self.nonfinite += counts[..., 2].cpu()
         self.records += batch.mask.sum(1).cpu()
         return {name: per_row(g, batch.divisor.reciprocal()) for name, g in released.items()}
+
+    def _votes(self, counts: Tensor, batch: Batch) -> Tensor:
+        """Sum of 1[norm <= threshold] - 1/2 over finite records, [k, L]."""
+        if self.history.config.votes_on == "l1":
+            return counts[..., 0]
+        finite = batch.mask.sum(1).double().cpu()[:, None] - counts[..., 2]
+        return finite / 2 - counts[..., 1]
 
     def _noised(
         self, sums: Params, policy: LayerPolicy, step: int, like: Params, key: NoiseKey
@@ -253,6 +259,7 @@ def release_updates(
         # A client that is not finite sends nothing and counts as a norm of zero.
         assert stats.l1_norm is not None
         raw = stats.l1_norm.masked_fill(stats.nonfinite > 0, 0.0)
+        history.observe_updates(clients, [update[name] for name in layout.names])
         history.observe_norms(clients, raw.cpu())
     else:
         _observe(history, layout, clients, update, policy)
@@ -276,4 +283,5 @@ def _observe(
 ) -> None:
     tensors = [released[name] for name in layout.names]
     mean_abs = layer_norms(tensors, layout=layout, p=1, cohort=True).double().cpu() / history.dims
+    history.observe_updates(clients, tensors)
     history.observe_release(clients, mean_abs, policy.noise_scale)

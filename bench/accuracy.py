@@ -1,0 +1,205 @@
+"""What privacy costs: every method under one ledger, on the same network, tuned alike.
+
+    python -m bench accuracy                    # all studies, hours on one core; resumes
+    python -m bench accuracy --only digits      # one study
+
+Studies: `best` (the best networks), `digits` and `fashion` (the comparison on a network of four
+layers), `measures` (what improves accuracy), `personal` (clients with ε of 1, 3 and 8). In a
+comparison every method has the same trials, each trained once with seed 0 and judged by the
+validation records; the winner's runs with seeds 1 to 5 read the test records once each, after the
+last round. Every run is kept in bench/results/accuracy_<study>.json, and none is run twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.accuracy_runs import compose, records, run
+
+RESULTS = machine.ROOT / "bench" / "results"
+FOLDER = "configs/comparators"
+SEEDS = (1, 2, 3, 4, 5)
+EPSILONS = (8.0, 3.0, 1.0)
+TRIAL_SEED = 0
+Options = dict[str, Any]
+
+COMPARATORS = {
+    "flat, fixed": "flat_fixed",
+    "flat, quantile": "flat_quantile",
+    "flat, automatic": "automatic",
+    "per layer, fixed": "layer_fixed",
+    "per layer, quantile": "layer_quantile",
+    "per layer, median and cosine": "median_cosine",
+    "per layer, moving average": "moving_average",
+}
+AADP = {
+    f"AADP: {thresholds}, {allocation}": f"aadp_{thresholds}_{allocation}"
+    for thresholds in ("quantile", "released", "fixed")
+    for allocation in ("contribution", "mse", "uniform")
+    if (thresholds, allocation) != ("fixed", "uniform")  # which is "per layer, fixed"
+}
+NOMINAL = {
+    "NbAFL": "nbafl",
+    "median and cosine, published": "median_cosine_published",
+    "moving average, published": "moving_average_published",
+}
+PUBLIC = {"FedAvg without privacy": "fedavg"}
+METHODS = PUBLIC | COMPARATORS | AADP | NOMINAL
+
+# Trials: a clip norm to begin with and a server learning rate, of which only the product matters
+# for a method that clips every record; the same three for all methods of a kind.
+_LR = "model.server_optimizer.init_args.lr"
+TRIALS: dict[str, list[Options]] = {
+    "digits": [
+        {"privacy.clip_norm": 1.0, _LR: 0.5},
+        {"privacy.clip_norm": 1.0, _LR: 1.5},
+        {"privacy.clip_norm": 0.3, _LR: 3.0},
+    ],
+    "fashion": [
+        {"privacy.clip_norm": 1.0, _LR: 0.5},
+        {"privacy.clip_norm": 1.0, _LR: 1.5},
+        {"privacy.clip_norm": 0.3, _LR: 3.0},
+    ],
+}
+_CLIENT_LR = "model.client_lr"
+WHOLE_UPDATES: list[Options] = [
+    {"privacy.clip_norm": clip, _CLIENT_LR: lr, f"{_LR[:-2]}momentum": 0.0}
+    for clip, lr in ((1.0, 0.1), (1.0, 0.3), (0.3, 0.1))
+]
+WITHOUT_PRIVACY: list[Options] = [{_LR: lr} for lr in (0.05, 0.15, 0.5)]
+BASES = {"digits": "digits", "fashion": "fashion_mnist"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: where it belongs and what it is made of."""
+
+    study: str
+    case: str
+    epsilon: float | None
+    seed: int
+    files: tuple[str, ...]
+    options: Options
+    trial: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        what = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return f"{self.study} | {self.case} | {self.epsilon} | {what}"
+
+
+class Results:
+    """The file of results; written whole after every run, so that a stop loses one run at most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def do(self, one: Run, load: Any) -> dict[str, Any]:
+        """The result of a run, from the file if it is there."""
+        if one.key in self.runs:
+            return self.runs[one.key]
+        options = dict(one.options)
+        if one.epsilon is not None:
+            options["privacy.epsilon"] = one.epsilon
+        config = compose(one.files, options)
+        found = run(config, one.seed, test=one.trial is None, arrays=load(config))
+        facts = {"study": one.study, "case": one.case, "target_epsilon": one.epsilon}
+        facts |= {"seed": one.seed, "trial": one.trial, "files": list(one.files)}
+        self.runs[one.key] = facts | {"options": options} | found | _where()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.runs, indent=0, ensure_ascii=False) + "\n")
+        os.replace(part, self.path)
+        print(f"{one.key}: {found['accuracy']:.2f} %, {found['seconds']} s", flush=True)
+        return self.runs[one.key]
+
+
+def _where() -> dict[str, Any]:
+    """Commit of the code that ran."""
+    return {"commit": machine.git("rev-parse", "--short", "HEAD")}
+
+
+def trials_of(study: str, method: str) -> list[Options]:
+    """The three trials of a method; kinds of methods differ in what there is to tune."""
+    if method in PUBLIC:
+        return WITHOUT_PRIVACY
+    return WHOLE_UPDATES if method in NOMINAL else TRIALS[study]
+
+
+def compare(study: str, results: Results, load: Any) -> None:
+    """Trials of every method at every ε, then five seeds of the best trial."""
+    base = f"{FOLDER}/{BASES[study]}.yaml"
+    for epsilon in EPSILONS:
+        for method, file in METHODS.items():
+            target = None if method in PUBLIC else epsilon
+            files = (base, f"{FOLDER}/{file}.yaml")
+            trials = trials_of(study, method)
+            found = [
+                results.do(Run(study, method, target, TRIAL_SEED, files, options, i), load)
+                for i, options in enumerate(trials)
+            ]
+            best = max(range(len(trials)), key=lambda i: found[i]["accuracy"])
+            for seed in SEEDS:
+                results.do(Run(study, method, target, seed, files, trials[best]), load)
+
+
+BEST = ("configs/fashion_mnist_scattering.yaml",)
+DIRICHLET = {"data.partition": "dirichlet", "data.alpha": 0.5}
+_ROUNDS = ("trainer.max_epochs", "model.server_scheduler.init_args.total_iters")
+
+
+def _rounds(count: int, lr: float) -> Options:
+    return {_ROUNDS[0]: count, _ROUNDS[1]: count, _LR: lr}
+
+
+# By ε: rounds and learning rate, chosen on the validation records of seed 1.
+BEST_OPTIONS = {8.0: {}, 3.0: _rounds(60, 80.0), 1.0: _rounds(60, 40.0)}
+BEST_CASES: dict[str, tuple[Options, tuple[int, ...]]] = {
+    "IID, 10 clients": ({}, SEEDS),
+    "Dirichlet(0.5), 10 clients": (DIRICHLET, SEEDS),
+    "IID, 100 clients": ({"data.num_clients": 100}, SEEDS[:3]),
+}
+
+
+def best_runs() -> Iterator[Run]:
+    """Fashion-MNIST with everything that helps."""
+    for case, (options, seeds) in BEST_CASES.items():
+        for epsilon in EPSILONS:
+            for seed in seeds:
+                yield Run("best", case, epsilon, seed, BEST, BEST_OPTIONS[epsilon] | options)
+
+
+def without_privacy(results: Results, load: Any) -> None:
+    """The same network and rounds without clipping and noise, its learning rate tuned."""
+    case, options = "IID, 10 clients, without privacy", {"privacy.setting": "none"}
+    trials = [options | _rounds(100, lr) for lr in (10.0, 30.0, 100.0)]
+    found = [
+        results.do(Run("best", case, None, TRIAL_SEED, BEST, trial, i), load)
+        for i, trial in enumerate(trials)
+    ]
+    best = max(range(len(trials)), key=lambda i: found[i]["accuracy"])
+    for seed in SEEDS:
+        results.do(Run("best", case, None, seed, BEST, trials[best]), load)
+
+
+def run_all(only: str = "", folder: Path = RESULTS) -> None:
+    """Run what is missing, study after study."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    load = records()
+    if not only or only == "best":
+        results = Results(folder / "accuracy_best.json")
+        for one in best_runs():
+            results.do(one, load)
+        without_privacy(results, load)
+    for study in BASES:
+        if not only or only == study:
+            compare(study, Results(folder / f"accuracy_{study}.json"), load)

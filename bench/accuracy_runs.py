@@ -1,0 +1,171 @@
+"""One accuracy run from configuration files, in this process: what the command line would do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pkgutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import yaml
+
+from bench.machine import ROOT
+from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
+from fl_lightning.data import Arrays
+from fl_lightning.data.sources import load
+from fl_lightning.data.transform import transformed
+
+Config = dict[str, Any]
+Records = Callable[[Config], Arrays]
+
+
+def compose(files: Sequence[str], options: Mapping[str, Any]) -> Config:
+    """Configuration files one over the other, then dotted options, over configs/base.yaml."""
+    config: Config = {}
+    for name in ["configs/base.yaml", *files]:
+        _merge(config, yaml.safe_load((ROOT / name).read_text()))
+    for name, value in options.items():
+        *path, last = name.split(".")
+        section = config
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return config
+
+
+def _merge(into: Config, changes: Config) -> None:
+    for name, value in changes.items():
+        here = into.get(name)
+        # Another class has other arguments, as on the command line.
+        same = isinstance(here, dict) and isinstance(value, dict)
+        if same and value.get("class_path", here.get("class_path")) == here.get("class_path"):
+            _merge(here, value)
+        else:
+            into[name] = copy.deepcopy(value)
+
+
+def records() -> Records:
+    """A loader that keeps the last data set, transformed, for the runs that share it."""
+
+    @functools.lru_cache(maxsize=1)
+    def cached(source: str, transform: str | None, arguments: tuple) -> Arrays:
+        arrays = load(source)
+        return arrays if transform is None else transformed(arrays, transform, dict(arguments))
+
+    def get(config: Config) -> Arrays:
+        data = config["data"]
+        arguments = tuple(sorted((data.get("transform_args") or {}).items()))
+        return cached(data["source"], data.get("transform"), arguments)
+
+    return get
+
+
+def _made(described: Config, *arguments: Any) -> Any:
+    cls = pkgutil.resolve_name(described["class_path"])
+    return cls(*arguments, **described.get("init_args", {}))
+
+
+def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, Any, pl.Trainer]:
+    """Module, data and Trainer as `python -m fl_lightning.fit` makes them for this seed."""
+    pl.seed_everything(seed, verbose=False)
+    data = {k: v for k, v in config["data"].items() if k not in ("transform", "transform_args")}
+    datamodule = FederatedDataModule(**{**data, "source": arrays, "seed": seed})
+    model = dict(config["model"])
+    network = _made(model.pop("network"))
+    for name in ("server_optimizer", "server_scheduler"):
+        if model.get(name):
+            model[name] = functools.partial(_made, model[name])
+    privacy = PrivacyConfig(**{**config["privacy"], "seed": seed})
+    module = FederatedModule(network, privacy, **model, seed=seed, run_dir=folder)
+    averaging = config.get("averaging")
+    callbacks = [pl.callbacks.EMAWeightAveraging(decay=averaging)] if averaging else []
+    trainer = pl.Trainer(
+        max_epochs=config["trainer"]["max_epochs"],
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=folder,
+    )
+    return module, datamodule, trainer
+
+
+def run(config: Config, seed: int, *, test: bool, arrays: Arrays) -> dict[str, Any]:
+    """Train, then read the validation records (a trial) or, once, the test records.
+
+    Returns:
+        accuracy after the last round in percent, ε and δ of the ledger's accountant, seconds.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_float32_matmul_precision("highest")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        module, data, trainer = build(config, arrays, seed, folder)
+        trainer.fit(module, datamodule=data)
+        loader = data.test_dataloader() if test else data.val_dataloader()
+        correct = _share_right(module.network, loader)
+        private = module.privacy.private
+        epsilon = module.budget.epsilon_spent() if private else np.array([np.inf])
+        return {
+            "accuracy": 100 * correct,
+            "rounds": int(trainer.current_epoch),
+            "epsilon": None if not private else round(float(epsilon.max()), 4),
+            "guarantee": module.privacy.guarantee,
+            "seconds": round(time.perf_counter() - start, 2),
+        } | _by_group(module, data)
+
+
+def _share_right(network: torch.nn.Module, batches: Any) -> float:
+    network.eval()
+    right = total = 0
+    with torch.no_grad():
+        for x, y in batches:
+            right += int((network(x).argmax(1) == y).sum())
+            total += len(y)
+    return right / total
+
+
+def _by_group(module: Any, data: Any) -> dict[str, Any]:
+    """For clients with different ε: accuracy on the groups' own training records, by ε.
+
+    Private; only a simulation may look. The global model is the same for all groups.
+    """
+    epsilon = module.privacy.epsilon
+    if not isinstance(epsilon, list):
+        return {}
+    found = {}
+    for i, value in enumerate(epsilon):
+        rows = [data.partition.client(k) for k in range(i, data.num_clients, len(epsilon))]
+        chosen = torch.from_numpy(np.concatenate(rows))
+        found[str(value)] = 100 * _share_right(module.network, [(data.x[chosen], data.y[chosen])])
+    return {"sim_only_group_accuracy": found}
+
+
+def fit_command(files: Sequence[str], options: Mapping[str, Any], seed: int) -> str:
+    """The command that repeats a run."""
+    words = ["python -m fl_lightning.fit"]
+    words += [f"--config {name}" for name in files]
+    words += [f"--{name} {_shown(value)}" for name, value in options.items()]
+    return " ".join([*words, f"--seed_everything {seed} --privacy.seed {seed}"])
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, list) else str(value)
+
+
+def configs_in(folder: Path) -> list[str]:
+    """Configuration files of a folder, relative to the repository."""
+    return [p.relative_to(ROOT).as_posix() for p in sorted(folder.glob("*.yaml"))]
