@@ -5,9 +5,9 @@
 
 Studies: `best` (the best networks), `digits` and `fashion` (the comparison on a network of four
 layers), `measures` (what improves accuracy), `personal` (clients with ε of 1, 3 and 8). In a
-comparison every method has the same trials, each trained once with seed 0 and judged by the
-validation records; the winner's runs with seeds 1 to 5 read the test records once each, after the
-last round. Every run is kept in bench/results/accuracy_<study>.json, and none is run twice.
+comparison every method has the same number of trials, each trained once with seed 0 and judged by
+the validation records; the winner's runs with seeds 1 to 5 read the test records once each, after
+the last round. Every run is kept in bench/results/accuracy_<study>.json, and none is run twice.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ AADP = {
     for allocation in ("contribution", "mse", "uniform")
     if (thresholds, allocation) != ("fixed", "uniform")  # which is "per layer, fixed"
 }
+DEFAULT_AADP = "AADP: quantile, contribution"
+RELEASED_AADP = "AADP: released, contribution"
 NOMINAL = {
     "NbAFL": "nbafl",
     "median and cosine, published": "median_cosine_published",
@@ -53,27 +55,20 @@ NOMINAL = {
 PUBLIC = {"FedAvg without privacy": "fedavg"}
 METHODS = PUBLIC | COMPARATORS | AADP | NOMINAL
 
-# Trials: a clip norm to begin with and a server learning rate, of which only the product matters
-# for a method that clips every record; the same three for all methods of a kind.
+# Trials: learning rates of the server, by study and ε, the same for all methods of a kind. The clip
+# norm to begin with is 1 for all.
 _LR = "model.server_optimizer.init_args.lr"
-TRIALS: dict[str, list[Options]] = {
-    "digits": [
-        {"privacy.clip_norm": 1.0, _LR: 0.5},
-        {"privacy.clip_norm": 1.0, _LR: 1.5},
-        {"privacy.clip_norm": 0.3, _LR: 3.0},
-    ],
-    "fashion": [
-        {"privacy.clip_norm": 1.0, _LR: 0.5},
-        {"privacy.clip_norm": 1.0, _LR: 1.5},
-        {"privacy.clip_norm": 0.3, _LR: 3.0},
-    ],
+_MOMENTUM = "model.server_optimizer.init_args.momentum"
+LEARNING_RATES: dict[str, dict[float, tuple[float, ...]]] = {
+    "digits": {epsilon: (0.15, 0.5, 1.5) for epsilon in EPSILONS},
+    "fashion": {1.0: (2.0, 6.0), 3.0: (5.0, 15.0), 8.0: (10.0, 30.0)},
 }
-_CLIENT_LR = "model.client_lr"
-WHOLE_UPDATES: list[Options] = [
-    {"privacy.clip_norm": clip, _CLIENT_LR: lr, f"{_LR[:-2]}momentum": 0.0}
-    for clip, lr in ((1.0, 0.1), (1.0, 0.3), (0.3, 0.1))
-]
-WITHOUT_PRIVACY: list[Options] = [{_LR: lr} for lr in (0.05, 0.15, 0.5)]
+# Whole updates, and steps without clipping, have other scales.
+WHOLE_UPDATES = tuple({"model.client_lr": lr, _MOMENTUM: 0.0} for lr in (0.03, 0.1, 0.3))
+WITHOUT_PRIVACY: dict[str, tuple[float, ...]] = {
+    "digits": (0.02, 0.06, 0.2),
+    "fashion": (2.0, 6.0),
+}
 BASES = {"digits": "digits", "fashion": "fashion_mnist"}
 
 
@@ -128,21 +123,30 @@ def _where() -> dict[str, Any]:
     return {"commit": machine.git("rev-parse", "--short", "HEAD")}
 
 
-def trials_of(study: str, method: str) -> list[Options]:
-    """The three trials of a method; kinds of methods differ in what there is to tune."""
-    if method in PUBLIC:
-        return WITHOUT_PRIVACY
-    return WHOLE_UPDATES if method in NOMINAL else TRIALS[study]
+def trials_of(study: str, method: str, epsilon: float) -> list[Options]:
+    """Trials of a method; kinds of methods differ in what there is to tune."""
+    if method in NOMINAL:
+        return [dict(options) for options in WHOLE_UPDATES[: len(LEARNING_RATES[study][epsilon])]]
+    found = WITHOUT_PRIVACY[study] if method in PUBLIC else LEARNING_RATES[study][epsilon]
+    return [{_LR: lr} for lr in found]
 
 
-def compare(study: str, results: Results, load: Any) -> None:
+def methods_of(study: str, epsilon: float) -> dict[str, str]:
+    """All methods on digits; on Fashion-MNIST the ablation of AADP only at ε = 3."""
+    if study == "digits":
+        return METHODS
+    shown = PUBLIC | COMPARATORS | {name: AADP[name] for name in (DEFAULT_AADP, RELEASED_AADP)}
+    return shown | AADP if epsilon == 3.0 else shown
+
+
+def compare(study: str, results: Results, load: Any, epsilons: tuple[float, ...]) -> None:
     """Trials of every method at every ε, then five seeds of the best trial."""
     base = f"{FOLDER}/{BASES[study]}.yaml"
-    for epsilon in EPSILONS:
-        for method, file in METHODS.items():
+    for epsilon in epsilons:
+        for method, file in methods_of(study, epsilon).items():
             target = None if method in PUBLIC else epsilon
             files = (base, f"{FOLDER}/{file}.yaml")
-            trials = trials_of(study, method)
+            trials = trials_of(study, method, epsilon)
             found = [
                 results.do(Run(study, method, target, TRIAL_SEED, files, options, i), load)
                 for i, options in enumerate(trials)
@@ -202,4 +206,4 @@ def run_all(only: str = "", folder: Path = RESULTS) -> None:
         without_privacy(results, load)
     for study in BASES:
         if not only or only == study:
-            compare(study, Results(folder / f"accuracy_{study}.json"), load)
+            compare(study, Results(folder / f"accuracy_{study}.json"), load, EPSILONS)

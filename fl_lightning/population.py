@@ -105,6 +105,7 @@ class ClientPopulation:
         self.vectorize = vectorize
         self.max_examples = max_examples
         self.pool = pool
+        self._whole: dict[tuple[int, ...], Batch] = {}
         device = next(network.parameters()).device
         example = data.x[:1].to(device)
         self.plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
@@ -314,6 +315,10 @@ class ClientPopulation:
         rows = [self.data.partition.client(k) for k in clients]
         sizes = [len(r) for r in rows]
         rate, divisor = self.training.sampling_rate, None
+        if rate == 1:
+            for _ in range(self.training.noised_steps):
+                yield self._all_records(tuple(clients))
+            return
         if rate is not None:
             steps = self.training.noised_steps
             chosen = poisson_rows(sizes, rate, steps, key=coins, clients=clients)
@@ -332,6 +337,21 @@ class ClientPopulation:
         for step in chosen:
             records = [r[s] for r, s in zip(rows, step, strict=True)]
             yield gather(self.data.x, self.data.y, records, divisor=divisor, device=device)
+
+    def _all_records(self, clients: tuple[int, ...]) -> Batch:
+        """Every record of some clients, gathered once: at rate 1 every step has the same batch."""
+        if clients not in self._whole:
+            if set(clients) & {client for known in self._whole for client in known}:
+                self._whole.clear()  # other cohorts: hold each record at most once
+            records = [self.data.partition.client(k) for k in clients]
+            self._whole[clients] = gather(
+                self.data.x,
+                self.data.y,
+                records,
+                divisor=torch.tensor([float(len(r)) for r in records]),
+                device=next(self.network.parameters()).device,
+            )
+        return self._whole[clients]
 
     def _entries(self, update: PrivateUpdate, round: int, key: NoiseKey) -> list[Release]:
         """One ledger line a client, with all that its ε follows from."""

@@ -84,7 +84,9 @@ def population(tmp_path):
     ledgers = []
 
     def make(data, network, config, *, lr=1.0, sampling_rate=1.0, local_steps=1, **kwargs):
-        layout = Layout.build(dict(network.named_parameters()))
+        tensors = dict(network.named_parameters())
+        flat = dict.fromkeys(tensors, "all") if config.clipping == "flat" else None
+        layout = Layout.build(tensors, flat)
         training = LocalTraining(
             lr=lr,
             momentum=0.0,
