@@ -195,6 +195,49 @@ def without_privacy(results: Results, load: Any) -> None:
         results.do(Run("best", case, None, seed, BEST, trials[best]), load)
 
 
+MEASURES_EPSILON = 3.0
+_FEATURES = "data.transform"
+_PIXELS = {_FEATURES: None, "data.transform_args": {}, "model.network.init_args.in_features": 784}
+# One measure of the best run at a time, at ε = 3 with 1024 whitened features unless said otherwise.
+MEASURES: dict[str, Options] = {
+    "all of them": {},
+    "without the schedule": {"model.server_scheduler": None, _LR: 20.0},
+    "without momentum": {_MOMENTUM: 0.0, _LR: 400.0},
+    "Nesterov's momentum": {"model.server_optimizer.init_args.nesterov": True},
+    "average of the released models (EMA 0.9)": {"averaging": 0.9},
+    "20 rounds": _rounds(20, 240.0),
+    "a tenth of the records a step (q = 0.1)": {"model.sampling_rate": 0.1},
+    "four local steps a round, 15 rounds": {
+        "model.local_steps": 4,
+        _ROUNDS[0]: 15,
+        _ROUNDS[1]: 15,
+        _LR: 80.0,
+    },
+    "pixels in place of features": _PIXELS | {_LR: 0.5},
+}
+PERSONAL = {
+    "(B/z)², by noise (precision)": {"model.weighting": "precision"},
+    "records alike": {"model.weighting": "records"},
+}
+
+
+def measures_runs() -> Iterator[Run]:
+    """The best run at ε = 3 with one measure changed."""
+    for case, options in MEASURES.items():
+        for seed in SEEDS[:3]:
+            base = BEST_OPTIONS[MEASURES_EPSILON]
+            yield Run("measures", case, MEASURES_EPSILON, seed, BEST, base | options)
+
+
+def personal_runs() -> Iterator[Run]:
+    """Clients with ε of 1, 3 and 8 on digits, AADP's rules."""
+    files = (f"{FOLDER}/digits.yaml", f"{FOLDER}/aadp_released_contribution.yaml")
+    for case, options in PERSONAL.items():
+        for seed in SEEDS:
+            epsilons = {"privacy.epsilon": [1.0, 3.0, 8.0], _LR: 0.5}
+            yield Run("personal", case, None, seed, files, epsilons | options)
+
+
 def run_all(only: str = "", folder: Path = RESULTS) -> None:
     """Run what is missing, study after study."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -204,6 +247,11 @@ def run_all(only: str = "", folder: Path = RESULTS) -> None:
         for one in best_runs():
             results.do(one, load)
         without_privacy(results, load)
+    for study, planned in (("measures", measures_runs), ("personal", personal_runs)):
+        if not only or only == study:
+            results = Results(folder / f"accuracy_{study}.json")
+            for one in planned():
+                results.do(one, load)
     for study in BASES:
         if not only or only == study:
             compare(study, Results(folder / f"accuracy_{study}.json"), load, EPSILONS)
