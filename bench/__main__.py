@@ -3,6 +3,7 @@
     kernels   fused clipping and noise against what one would write, and against other packages
     dp_step   a private training step against the same step without privacy, and other packages
     headline  accuracy of the shipped configurations (an hour)
+    accuracy  every method of clipping under one ledger (hours; --only takes a study)
     cohort    clients trained together against one after another
     report    tables and plots of the committed results, into README.md and docs/
 
@@ -29,7 +30,7 @@ from bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 MEASURED = ("kernels", "dp_step")
-PARTS = (*MEASURED, "headline", "cohort", "report", "all")
+PARTS = (*MEASURED, "headline", "accuracy", "cohort", "report", "all")
 
 
 def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:
@@ -84,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
             failed += measure_part(part, device, options)
         elif part == "report":
             importlib.import_module("bench.report").report()
+        elif part == "accuracy":
+            importlib.import_module("bench.accuracy").run_all(options.only)
         else:
             module = importlib.import_module(f"bench.{part}")
             module.run(None) if part == "headline" else module.run_all()

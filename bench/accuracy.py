@@ -109,18 +109,13 @@ class Results:
         found = run(config, one.seed, test=one.trial is None, arrays=load(config))
         facts = {"study": one.study, "case": one.case, "target_epsilon": one.epsilon}
         facts |= {"seed": one.seed, "trial": one.trial, "files": list(one.files)}
-        self.runs[one.key] = facts | {"options": options} | found | _where()
+        self.runs[one.key] = facts | {"options": options} | found
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.runs, indent=0, ensure_ascii=False) + "\n")
         os.replace(part, self.path)
         print(f"{one.key}: {found['accuracy']:.2f} %, {found['seconds']} s", flush=True)
         return self.runs[one.key]
-
-
-def _where() -> dict[str, Any]:
-    """Commit of the code that ran."""
-    return {"commit": machine.git("rev-parse", "--short", "HEAD")}
 
 
 def trials_of(study: str, method: str, epsilon: float) -> list[Options]:
@@ -156,7 +151,7 @@ def compare(study: str, results: Results, load: Any, epsilons: tuple[float, ...]
                 results.do(Run(study, method, target, seed, files, trials[best]), load)
 
 
-BEST = ("configs/fashion_mnist_scattering.yaml",)
+BEST = ("configs/best/fashion_mnist.yaml",)
 DIRICHLET = {"data.partition": "dirichlet", "data.alpha": 0.5}
 _ROUNDS = ("trainer.max_epochs", "model.server_scheduler.init_args.total_iters")
 
