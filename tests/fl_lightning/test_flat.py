@@ -70,7 +70,7 @@ def test_sums_and_counts_are_those_of_per_sample_gradients(p, shared):
     assert 0 < float(counts[..., 1].sum()) < 12, "the test needs both kinds"
     torch.testing.assert_close(counts, known)
     for name in sums:
-        torch.testing.assert_close(sums[name], expected[name], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(sums[name], expected[name].float(), rtol=2e-5, atol=2e-6)
 
 
 def joint_norm(sums: dict, row: int = 0) -> float:
@@ -220,7 +220,7 @@ def test_the_cosine_of_the_last_two_updates_scales_the_norm():
 def test_votes_on_the_clipped_norm(federation, population, global_params):
     """Without noise the tracked norm moves by the true share of records that are not clipped."""
     network, data = make_network(), federation(72, clients=6)
-    rules = {"clipping": "flat", "thresholds": "quantile", "clip_norm": 1.0}
+    rules = {"clipping": "flat", "thresholds": "quantile", "clip_norm": 1.8}
     found = {}
     for votes_on in ("clipped", "l1"):
         config = PrivacyConfig(

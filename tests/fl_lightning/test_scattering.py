@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_lightning.data import FederatedDataModule, from_arrays
+from fl_lightning.data import FederatedDataModule, from_arrays, leaves
 from fl_lightning.data import transform as transforms
+from fl_lightning.data.leaves import whitened_scattering
 from fl_lightning.data.scattering import averages, channels, scattering, wavelets
 
 # Means over space that kymatio 0.3.0 (Scattering2D, J=2, L=8) gives for `picture`: orders 0 and 1,
@@ -175,3 +176,53 @@ def test_bad_transforms(tmp_path: Path, monkeypatch):
         module(transform="scattering", transform_args={"depth": 1}).setup()
     with pytest.raises(ValueError, match="made 1 records of 20"):
         module(transform="torch.Tensor.sum", transform_args={"dim": 0, "keepdim": True}).setup()
+
+
+@pytest.fixture
+def few_drawings(monkeypatch):
+    monkeypatch.setattr(leaves, "_PICTURES", 300)
+    leaves._drawn_components.cache_clear()
+    yield
+    leaves._drawn_components.cache_clear()
+
+
+def test_drawings_are_public_and_vary():
+    x = leaves.drawings(40, 16)
+    assert x.shape == (40, 1, 16, 16)
+    assert torch.equal(x, leaves.drawings(40, 16))
+    assert not torch.equal(x, leaves.drawings(40, 16, seed=1))
+    assert float(x.min()) == -1
+    assert float(x.max()) <= 1
+    assert float(x.std()) > 0.3
+
+
+def test_whitened_features_of_drawings_are_white(few_drawings):
+    ridge, options = 1e-9, {"scale": 1, "groups": None}
+    mean, variance, directions = leaves._drawn_components(16, 1, 8, 2, None)
+    features = leaves._features(leaves.drawings(300, 16), 1, 8, 2, None)
+    basis = directions[:, :20] * (variance[:20] + ridge).rsqrt()
+    white = (features - mean) @ basis
+    torch.testing.assert_close(white.T @ white / 300, torch.eye(20), rtol=0, atol=2e-2)
+    assert bool((variance[:-1] >= variance[1:]).all())
+    found = whitened_scattering(leaves.drawings(300, 16), components=20, ridge=ridge, **options)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(white), rtol=1e-3, atol=1e-3)
+
+
+def test_whitened_features_are_of_one_record_and_length_one(few_drawings):
+    x = noise(6, 1, 16, 16)
+    found = whitened_scattering(x, components=30)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(6))
+    fewer = torch.nn.functional.normalize(found[:, :7])
+    torch.testing.assert_close(whitened_scattering(x, components=7), fewer, rtol=1e-4, atol=1e-5)
+    x[1:] = 5 * noise(5, 1, 16, 16)
+    torch.testing.assert_close(whitened_scattering(x, components=30)[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("components", 0), ("components", 300), ("ridge", 0.0)]
+)
+def test_bad_whitening(few_drawings, argument, value):
+    with pytest.raises(ValueError, match=f"{argument}={value}"):
+        whitened_scattering(noise(2, 1, 16, 16), **{argument: value})
+    with pytest.raises(ValueError, match="grey"):
+        whitened_scattering(noise(2, 3, 16, 16))
