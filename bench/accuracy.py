@@ -61,13 +61,13 @@ _LR = "model.server_optimizer.init_args.lr"
 _MOMENTUM = "model.server_optimizer.init_args.momentum"
 LEARNING_RATES: dict[str, dict[float, tuple[float, ...]]] = {
     "digits": {epsilon: (0.15, 0.5, 1.5) for epsilon in EPSILONS},
-    "fashion": {1.0: (2.0, 6.0), 3.0: (5.0, 15.0), 8.0: (10.0, 30.0)},
+    "fashion": {1.0: (0.3, 1.0), 3.0: (1.0, 3.0), 8.0: (1.0, 3.0)},
 }
 # Whole updates, and steps without clipping, have other scales.
 WHOLE_UPDATES = tuple({"model.client_lr": lr, _MOMENTUM: 0.0} for lr in (0.03, 0.1, 0.3))
 WITHOUT_PRIVACY: dict[str, tuple[float, ...]] = {
     "digits": (0.02, 0.06, 0.2),
-    "fashion": (2.0, 6.0),
+    "fashion": (0.3, 1.0),
 }
 BASES = {"digits": "digits", "fashion": "fashion_mnist"}
 

@@ -72,6 +72,8 @@ class MLP(_Chain):
         num_classes: number of classes.
         hidden: widths of the hidden layers; an empty list is softmax regression.
         activation: tanh, relu or gelu.
+        standardize: whether each record is shifted and scaled to mean 0 and variance 1 by itself,
+            which needs no statistics of the data.
     """
 
     def __init__(
@@ -80,10 +82,13 @@ class MLP(_Chain):
         num_classes: int = 10,
         hidden: Sequence[int] = (64,),
         activation: Activation = "tanh",
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         _check_positive(in_features=in_features, num_classes=num_classes)
         self.flatten = nn.Flatten()
+        if standardize:
+            self.standardize = nn.LayerNorm(in_features, elementwise_affine=False)
         width = in_features
         for i, size in enumerate(hidden, 1):
             _check_positive(hidden=size)
