@@ -8,6 +8,7 @@ noise on another machine, with other threads and in any number of processes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -79,7 +80,7 @@ def step_key(key: NoiseKey, step: int, values: Iterable[Tensor | float]) -> Nois
     """
     if key.simulated:
         return key.derive("step", step)
-    return key.derive("values", step, secrets.digest(values))
+    return key.derive("values", step, secrets.bulk_digest(values))
 
 
 def describe(thing: object) -> str:
@@ -96,6 +97,7 @@ def describe(thing: object) -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def _source(thing: Any) -> str:
     try:
         return inspect.getsource(thing)

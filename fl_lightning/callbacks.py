@@ -388,8 +388,10 @@ def _epsilons(pl_module: Any) -> tuple[float, float, float] | None:
     spent = np.asarray(pl_module.result.epsilon_spent, dtype=float)
     if pl_module.ledger is None or not len(spent):
         return None
+    middle = sorted({(len(spent) - 1) // 2, len(spent) // 2})
     # np.median of two infinities is NaN.
-    return float(spent.max()), statistics.median(spent.tolist()), float(spent.min())
+    median = statistics.median(np.partition(spent, middle)[middle].tolist())
+    return float(spent.max()), median, float(spent.min())
 
 
 def _validation(trainer: pl.Trainer) -> dict[str, float]:

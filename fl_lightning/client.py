@@ -94,9 +94,9 @@ def gather(
     for row, r in zip(index, records, strict=True):
         row[: len(r)] = torch.from_numpy(np.ascontiguousarray(r))
     mask = torch.arange(width) < counts[:, None]
-    inputs = x[index]
-    # A record that stands in for padding must not bring its NaNs along.
+    inputs = x.index_select(0, index.view(-1)).view(*index.shape, *x.shape[1:])
     if not bool(mask.all()):
+        # A record that stands in for padding must not bring its NaNs along.
         inputs.masked_fill_(~mask.view(*mask.shape, *[1] * (inputs.ndim - 2)), 0)
     active = torch.ones_like(counts, dtype=torch.bool) if divisor is not None else counts > 0
     divisor = counts.clamp(min=1) if divisor is None else divisor
@@ -205,6 +205,7 @@ class CohortGradient:
         )
 
 
+# What a hook returns is the caller's to overwrite.
 GradientHook = Callable[[int, Params, bool, Batch], Params]
 
 
@@ -213,7 +214,8 @@ def plain_gradient(cohort_gradient: CohortGradient) -> GradientHook:
 
     def hook(step: int, params: Params, shared: bool, batch: Batch) -> Params:
         grads, _ = cohort_gradient(params, batch, shared=shared)
-        return {name: per_row(g, batch.divisor.reciprocal()) for name, g in grads.items()}
+        factor = batch.divisor.reciprocal()
+        return {name: own(g).mul_(columns(factor, g)) for name, g in grads.items()}
 
     return hook
 
@@ -251,9 +253,30 @@ def train_cohort(
                     n: _unless(idle, v, momentum * v + direction[n]) for n, v in velocity.items()
                 }
             direction = velocity
-        params = {n: _unless(idle, params[n], params[n] - lr * g) for n, g in direction.items()}
+        params = {
+            n: _unless(
+                idle, params[n], _descend(params[n], g if velocity is None else g.clone(), lr)
+            )
+            for n, g in direction.items()
+        }
         shared = False
-    return {n: params[n] - global_params[n] for n in global_params}
+    if shared:
+        return {n: params[n] - global_params[n] for n in global_params}
+    return {n: params[n].sub_(global_params[n]) for n in global_params}
+
+
+def _descend(params: Tensor, direction: Tensor, lr: float) -> Tensor:
+    """Parameters after a step, in the memory of `direction` [k, ...].
+
+    A cohort's tensors are larger than the cache: one that is written afresh costs more than the
+    arithmetic. Product and difference are rounded one after the other.
+    """
+    return torch.sub(params, direction.mul_(lr), out=direction)
+
+
+def own(value: Tensor) -> Tensor:
+    """The tensor, or a copy where some of its elements share memory."""
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def _unless(idle: Tensor | None, old: Tensor, new: Tensor) -> Tensor:

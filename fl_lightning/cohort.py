@@ -27,7 +27,8 @@ def cohort_schedule(num_clients: int, cohort_size: int, rounds: int, seed: int) 
             f"{num_clients} clients"
         )
     if cohort_size == num_clients:
-        return np.tile(np.arange(num_clients), (rounds, 1))
+        # One row that stands for all: rounds times clients would be gigabytes.
+        return np.broadcast_to(np.arange(num_clients), (rounds, num_clients))
     dealt = np.empty(0, dtype=np.int64)
     passes = 0
     while len(dealt) < rounds * cohort_size:
@@ -40,3 +41,10 @@ def cohort_schedule(num_clients: int, cohort_size: int, rounds: int, seed: int) 
         dealt = np.concatenate([dealt, order])
         passes += 1
     return np.sort(dealt[: rounds * cohort_size].reshape(rounds, cohort_size), axis=1)
+
+
+def participations_of(schedule: np.ndarray, num_clients: int) -> np.ndarray:
+    """How often each client is on a schedule, int64 [num_clients]."""
+    if schedule.shape[1] == num_clients:
+        return np.full(num_clients, len(schedule))
+    return np.bincount(schedule.ravel(), minlength=num_clients)

@@ -22,7 +22,7 @@ from aadp_kernels import Layout
 from fl_lightning import binding, secrets
 from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.client import bytes_per_example, faster_execution
-from fl_lightning.cohort import cohort_schedule
+from fl_lightning.cohort import cohort_schedule, participations_of
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.faults import Faults
 from fl_lightning.header import ledger_header
@@ -184,8 +184,7 @@ class FederatedModule(pl.LightningModule):
         there = scheduled[~self.faults.failing(scheduled, round)]
         if self.privacy.pooled:
             there = there[~self.faults.late(there, round)]  # a sum does not wait
-        ids = [client for client in there.tolist() if self.clients.may_release(client, round)]
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.from_numpy(there[self.clients.able(there, round)])
 
     def _groups(self, cohort: Tensor) -> Sequence[Tensor]:
         """Clients that release together: as many as fit into memory, or the whole sum."""
@@ -291,7 +290,7 @@ class FederatedModule(pl.LightningModule):
             seed=self.seed,
         )
         record = self.privacy.unit == "record"
-        participations = np.bincount(self.schedule.ravel(), minlength=data.num_clients)
+        participations = participations_of(self.schedule, data.num_clients)
         histories = 1 if self.privacy.pooled else data.num_clients
         self.history = ReleasedHistory(self.privacy, histories, self.layout.dims)
         rate = self.sampling_rate if record else size / everyone if poisson else None
@@ -326,7 +325,7 @@ class FederatedModule(pl.LightningModule):
                 f"{self.run_path}: the checkpoint is of another run than the secret there"
             )
         self._check_promise(resumed["promise"])
-        self.history.load_state_dict(resumed["history"])
+        self.history.load_checkpoint(resumed["history"])
         self.budget.load_state_dict(resumed["budget"])
 
     def _open_ledger(self) -> None:
@@ -423,7 +422,7 @@ class FederatedModule(pl.LightningModule):
         if not hasattr(self, "history"):
             return
         checkpoint["aadp_fl"] = {
-            "history": self.history.state_dict(),
+            "history": self.history.checkpoint(),
             "budget": self.budget.state_dict(),
             "promise": self._promise(),
             "vectorize": self.vectorize,

@@ -124,11 +124,11 @@ def release(
             history.restore(_ROW, before)
             redraw += 1
         fresh = [entry for entry, done in zip(entries, paid, strict=True) if not done]
-        able = [population.budget.can_release(k, 1) for k in candidates.tolist()]
-        if fresh and not all(able):
+        able = population.budget.can_release_each(candidates.numpy(), 1)
+        if fresh and not able.all():
             # Who could come only to repeat what is paid for cannot be in another sum.
             history.restore(_ROW, before)
-            return release(population, candidates[torch.tensor(able)], params, round, context)
+            return release(population, candidates[torch.from_numpy(able)], params, round, context)
         ledger.append(fresh)
     except BaseException:
         history.restore(_ROW, before)

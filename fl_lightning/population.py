@@ -6,9 +6,11 @@ line is written is private to it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,13 +140,21 @@ class ClientPopulation:
         rate = self.training.sampling_rate
         return self.data.client_sizes[clients] * (1.0 if rate is None else rate)
 
-    def may_release(self, client: int, round: int) -> bool:
-        """Whether a client takes part: it can pay, or its release of this round is paid already."""
+    def able(self, clients: np.ndarray, round: int) -> np.ndarray:
+        """Whether each client can pay for a release or has paid for that of this round, [k]."""
         if not self.privacy.private:
-            return True
+            return np.ones(len(clients), dtype=bool)
         assert self.ledger is not None
-        paid = self.ledger.find(client, round) or self.ledger.find(ALL_CLIENTS, round)
-        return self.budget.can_release(client, self.steps) or bool(paid)
+        if self.ledger.find(ALL_CLIENTS, round):
+            return np.ones(len(clients), dtype=bool)
+        able = self.budget.can_release_each(clients, self.steps)
+        for i in np.flatnonzero(~able):
+            able[i] = bool(self.ledger.find(int(clients[i]), round))
+        return able
+
+    def may_release(self, client: int, round: int) -> bool:
+        """`able` for one client."""
+        return bool(self.able(np.array([client]), round)[0])
 
     def participants(self, cohort: Tensor, released: Sequence[PrivateUpdate]) -> int:
         """Clients of a round as far as that is public: their expected number if coins decide."""
@@ -285,10 +295,12 @@ class ClientPopulation:
     def _without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
         coins = self.key.derive("round", round, "coins")
         update = self.train(clients, params, plain_gradient(self.plain), coins, round)
-        finite = torch.stack([v.flatten(1).isfinite().all(1) for v in update.values()]).all(0)
+        finite = torch.stack([_finite_rows(v) for v in update.values()]).all(0)
+        if not bool(finite.all()):
+            update = {n: v.masked_fill(~columns(finite, v), 0.0) for n, v in update.items()}
         return PrivateUpdate(
             clients=clients,
-            update={n: v.masked_fill(~columns(finite, v), 0.0) for n, v in update.items()},
+            update=update,
             events=[],
             steps=0,
             policy=None,
@@ -301,8 +313,7 @@ class ClientPopulation:
         """Local training of some clients; private."""
         stream = coins.derive("torch", int(clients[0]))  # one a group
         torch_seed = int(secrets.public_name(stream)[:15], 16)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(torch_seed)  # dropout and the like
+        with _seeded(torch_seed, next(self.network.parameters()).device), torch.no_grad():
             return train_cohort(
                 params,
                 self._batches(clients.tolist(), coins, round),
@@ -359,12 +370,11 @@ class ClientPopulation:
         assert policy is not None
         assert self.ledger is not None
         name = secrets.public_name(key)
+        digests = self._digests(update)
         entries = []
         for i, client in enumerate(update.clients.tolist()):
             event, extra = update.events[i], self.budget.extra(client)
             votes = policy.vote_noise_scale
-            sent = [value[i] for value in update.update.values()]
-            seen = [*sent, self.history.l1_norm[client]]
             entries.append(
                 Release(
                     client=client,
@@ -381,7 +391,7 @@ class ClientPopulation:
                     clip_norm=tuple(policy.clip_norm[i].tolist()),
                     shares=tuple(policy.shares[i].tolist()),
                     binding=name,
-                    digest=secrets.digest(sent if self.privacy.setting == "abstract" else seen),
+                    digest=digests[i],
                     quantum=self.quantum(policy.noise_scale[i]),
                     epsilon_inflation=update.steps * extra.epsilon,
                     tail_delta=update.steps * extra.delta,
@@ -390,11 +400,40 @@ class ClientPopulation:
             )
         return entries
 
+    def _digests(self, update: PrivateUpdate) -> list[str]:
+        """Of all that each client lets others see."""
+        seen = list(update.update.values())
+        if self.privacy.setting != "abstract":
+            seen.append(self.history.l1_norm[update.clients])
+        return secrets.digests([[value[i] for value in seen] for i in range(len(update.clients))])
+
     def quantum(self, noise_scale: Tensor) -> float | None:
         """Coarsest grid of a release, None where it is not on a grid."""
         if self.privacy.noise_form != "grid":
             return None
         return float(grid.quantum(noise_scale, self.privacy.mechanism).max())
+
+
+def _finite_rows(value: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite, [k]."""
+    rows = value.flatten(1)
+    finite = rows.sum(1).isfinite()
+    # Where a sum overflows its numbers may still be finite.
+    return finite if bool(finite.all()) else rows.isfinite().all(1)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of torch from a seed, for dropout and the like.
+
+    `torch.manual_seed` on a machine without CUDA would keep a stack trace of every call.
+    """
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[cuda[0]].manual_seed(seed)
+        yield
 
 
 def _same_noise_other_bytes(entry: Release, known: list[Release]) -> bool:

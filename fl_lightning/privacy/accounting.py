@@ -228,6 +228,11 @@ def _rdp(event: NoiseEvent) -> np.ndarray:
     """Renyi divergences of one step at `_ORDERS`; inf at orders left out."""
     if event.sampled_replacement:
         return _replacement_rdp(event.sampling_rate, 0.5 / event.noise_multiplier)
+    if event.sampling_rate == 1 and event.mechanism == "gaussian":
+        # Mironov 2017 (arXiv 1702.07476), prop. 7.
+        plain = _ORDERS / (2 * event.noise_multiplier**2)
+        plain.setflags(write=False)
+        return plain
     result = np.full(_ORDERS.shape, np.inf)
     chosen = np.ones(_ORDERS.shape, dtype=bool)
     q, z = event.sampling_rate, event.noise_multiplier

@@ -121,6 +121,10 @@ class Budget:
         """Whether `steps` more noised steps keep the client within its ε."""
         return bool(self.spent[client] + steps <= self.affordable[client])
 
+    def can_release_each(self, clients: np.ndarray, steps: int) -> np.ndarray:
+        """`can_release` of many clients at once, [k]."""
+        return self.spent[clients] + steps <= self.affordable[clients]
+
     def exhausted(self, steps: int) -> bool:
         """Whether no client can take part in another round."""
         return bool((self.spent + steps > self.affordable).all())
@@ -129,12 +133,20 @@ class Budget:
         """Upper bound of ε so far of every client [K]: RDP, never above the calibrated target."""
         result = np.full(len(self.spent), np.inf)
         multipliers = self.multiplier.numpy()
-        for z, delta in set(zip(multipliers.tolist(), self.delta.tolist(), strict=True)):
+        for z, delta in self._promises(multipliers):
             members = (multipliers == z) & (self.delta == delta)
             spent = self.spent[members]
             result[members] = 0.0 if z == 0 and not spent.any() else self._curve(z, delta, spent)
         within = (self.spent <= self.affordable) & (multipliers > 0)
         return np.where(within, np.minimum(result, self.target), result)
+
+    def _promises(self, multipliers: np.ndarray) -> list[tuple[float, float]]:
+        """Different pairs of multiplier and δ."""
+        z, delta = multipliers, self.delta
+        if not len(z) or ((z == z[0]).all() and (delta == delta[0]).all()):
+            return [(float(z[0]), float(delta[0]))] if len(z) else []
+        pairs = np.unique(np.stack([z, delta], 1), axis=0).tolist()
+        return [(first, second) for first, second in pairs]
 
     def _curve(self, multiplier: float, delta: float, spent: np.ndarray) -> np.ndarray:
         if multiplier == 0:
@@ -157,7 +169,10 @@ class Budget:
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint must keep: the multiplier is calibrated once and never again."""
-        return {"multiplier": self.multiplier.clone(), "affordable": self.affordable.tolist()}
+        return {
+            "multiplier": self.multiplier.clone(),
+            "affordable": torch.from_numpy(self.affordable.copy()),
+        }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore `state_dict`; steps spent come from the ledger, which wins."""
@@ -169,4 +184,5 @@ class Budget:
                 f"{len(self.spent)}"
             )
         self.multiplier = multiplier.clone()
-        self.affordable = np.asarray(state["affordable"], dtype=np.int64)
+        affordable = torch.as_tensor(state["affordable"], dtype=torch.int64)
+        self.affordable = affordable.clone().numpy()

@@ -56,11 +56,14 @@ class ReleasedHistory:
         self.last_update = torch.zeros(num_clients, width)
         self.cosine = torch.ones(num_clients, len(dims), dtype=torch.float64)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Arrays for a checkpoint (copies)."""
+    @property
+    def _names(self) -> list[str]:
         names = ["l1_norm", "clip_norm", "window", "releases"]
-        names += ["last_update", "cosine"] if self.config.history_cosine else []
-        return {name: getattr(self, name).clone() for name in names}
+        return names + (["last_update", "cosine"] if self.config.history_cosine else [])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All arrays (copies)."""
+        return {name: getattr(self, name).clone() for name in self._names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict`; the shapes must fit the run."""
@@ -72,9 +75,32 @@ class ReleasedHistory:
                 )
             setattr(self, name, value.clone())
 
+    def checkpoint(self) -> dict[str, Tensor]:
+        """The rows of clients with a history: a checkpoint does not grow with the population."""
+        begun = self.releases > 0
+        begun |= (self.l1_norm != self.initial_l1_norm).any(1)
+        begun |= (self.clip_norm != self.initial_clip_norm).any(1)
+        clients = begun.nonzero()[:, 0]
+        return {"clients": clients, "of": torch.tensor(len(begun)), **self.rows(clients)}
+
+    def load_checkpoint(self, state: dict[str, Tensor]) -> None:
+        """Restore `checkpoint`; the shapes must fit the run."""
+        clients, rows = state["clients"], {name: state[name] for name in self._names}
+        dims = tuple(self.dims.long().tolist())
+        whole = ReleasedHistory(self.config, len(self.releases), dims).state_dict()
+        for name, value in rows.items():
+            have, want = (int(state["of"]), *value.shape[1:]), tuple(whole[name].shape)
+            if have != want:
+                raise ValueError(
+                    f"checkpoint: {name} has shape {have}, the run needs {want}; the number of "
+                    "clients or layers changed"
+                )
+            whole[name][clients] = value
+        self.load_state_dict(whole)
+
     def rows(self, clients: Tensor) -> dict[str, Tensor]:
-        """The part of the state that the given clients' policies depend on."""
-        return {name: value[clients] for name, value in self.state_dict().items()}
+        """The part of the state that the given clients' policies depend on (copies)."""
+        return {name: getattr(self, name)[clients] for name in self._names}
 
     def restore(self, clients: Tensor, rows: dict[str, Tensor]) -> None:
         """Put back what `rows` gave, for releases that were not made."""

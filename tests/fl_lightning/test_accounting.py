@@ -396,3 +396,13 @@ def test_calibration_under_sampled_replace_one() -> None:
     mixed = {event: 1, NoiseEvent("gaussian", m, 1.0, "replace_one"): 1}
     with pytest.raises(ValueError, match="must not mix"):
         compose_epsilon(mixed, DELTA)
+
+
+@pytest.mark.parametrize("z", [0.3, 0.77, 1.0, 2.9, 40.0])
+def test_gaussian_divergences_are_those_of_the_library(z):
+    """Known in closed form without sampling, so that such runs need no accounting package."""
+    from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+    accountant = rdp.RdpAccountant(accounting._ORDERS.tolist())
+    accountant.compose(gaussian(z).dp_event())
+    np.testing.assert_array_equal(accounting._rdp(gaussian(z)), accountant.rdp)

@@ -263,3 +263,41 @@ def test_faster_execution_takes_the_faster_of_the_two():
 
     assert faster_execution(slow_if(slow=True))[0] is False
     assert faster_execution(slow_if(slow=False))[0] is True
+
+
+def test_a_step_is_rounded_as_written():
+    """Product and difference one after the other, whatever memory they are computed in."""
+    network = MLP(in_features=64, hidden=(5,))
+    params, (x, y) = params_of(network), records(40)
+    batch = gather(x, y, [np.arange(10), np.arange(7)], divisor=None, device=CPU)
+    gradient = plain_gradient(CohortGradient(network, cross_entropy, vectorize=True))
+    update = train_cohort(params, iter([batch, batch]), gradient, lr=0.3)
+    once = {
+        n: p - 0.3 * g
+        for (n, p), g in zip(params.items(), gradient(0, params, True, batch).values(), strict=True)
+    }
+    twice = {
+        n: p - 0.3 * g
+        for (n, p), g in zip(once.items(), gradient(1, once, False, batch).values(), strict=True)
+    }
+    for name, value in update.items():
+        assert torch.equal(value, twice[name] - params[name])
+
+
+def test_training_leaves_its_inputs_alone():
+    network = MLP(in_features=64, hidden=(5,))
+    params, (x, y) = params_of(network), records(40)
+    before = {name: p.clone() for name, p in params.items()}
+    batch = gather(x, y, [np.arange(10), np.arange(7)], divisor=None, device=CPU)
+    kept = []
+
+    def hook(step, params, shared, batch):
+        kept.append({name: p.clone() for name, p in params.items()})
+        return {name: torch.ones(2, *p.shape[0 if shared else 1 :]) for name, p in params.items()}
+
+    update = train_cohort(params, iter([batch] * 3), hook, lr=0.5, momentum=0.5)
+    assert all(torch.equal(params[name], before[name]) for name in params)
+    # Velocities 1, 1.5, 1.75.
+    for name, value in update.items():
+        torch.testing.assert_close(value, torch.full_like(value, -0.5 * 4.25))
+        torch.testing.assert_close(kept[2][name] - before[name], torch.full_like(value, -1.25))

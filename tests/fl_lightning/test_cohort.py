@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_lightning.cohort import cohort_schedule
+from fl_lightning.cohort import cohort_schedule, participations_of
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -38,3 +38,18 @@ def test_everyone_takes_part_without_sampling():
 def test_impossible_cohorts_are_refused(size):
     with pytest.raises(ValueError, match=f"clients_per_round={size}"):
         cohort_schedule(4, size, 2, seed=0)
+
+
+@pytest.mark.parametrize("size", [3, 20])
+def test_participations_are_counted(size):
+    schedule = cohort_schedule(20, size, 7, seed=1)
+    counts = [int((schedule == client).sum()) for client in range(20)]
+    assert participations_of(schedule, 20).tolist() == counts
+    assert sum(counts) == 7 * size
+
+
+def test_a_schedule_of_everyone_takes_no_memory():
+    schedule = cohort_schedule(10**6, 10**6, 10**6, seed=0)
+    assert schedule.shape == (10**6, 10**6)
+    assert schedule[999_999][-1] == 10**6 - 1
+    assert participations_of(schedule, 10**6)[5] == 10**6

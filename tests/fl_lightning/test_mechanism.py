@@ -88,7 +88,8 @@ def test_releases_are_the_unnoised_update_plus_exactly_scaled_noise(
 ):
     """End to end through ClientPopulation: the same run without noise gives the private part.
 
-    Two rounds, so that the policies of the second come from released history.
+    Three rounds: policies of the later ones come from released history, and the smallest layer
+    gives enough noise to tell its scale from two thirds of it.
     """
     config, lr, rate, z = config_of(case), 0.05, 0.5, 0.8
     network, everyone, data = make_network(), torch.arange(6), federation(72, clients=6)
@@ -96,7 +97,7 @@ def test_releases_are_the_unnoised_update_plus_exactly_scaled_noise(
     silent = population(data, network, config, lr=lr, sampling_rate=rate)
     params = global_params(network)
     noise = {layer: [] for layer in range(3)}
-    for round in range(2):
+    for round in range(3):
         silent.history.load_state_dict(noisy.history.state_dict())
         # Coins hang on the multiplier too, so silence is put in where the noise is drawn.
         release = noisy.release(everyone, params, round, "x")

@@ -260,7 +260,7 @@ def test_a_vote_is_a_whole_number_of_quanta_and_never_more_than_a_half(mechanism
 def test_released_votes_carry_grid_noise_of_their_scale(
     federation, population, global_params, mechanism
 ):
-    clients, each, z, eta = 400, 4, 0.01, 0.2
+    clients, each, z, eta = 1000, 4, 0.01, 0.2
     config = PrivacyConfig(
         mechanism=mechanism, thresholds="quantile", noise_form="grid", epsilon=None,
         noise_multiplier=z, seed=3,

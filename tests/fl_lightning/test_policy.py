@@ -296,6 +296,27 @@ def test_state_dict_restores_the_policy_exactly(mechanism):
         history(clients=5).load_state_dict(state)
 
 
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("setting", ["record+local", "client+local"])
+def test_a_checkpoint_holds_the_clients_with_a_history_alone(mechanism, setting):
+    past = history(mechanism=mechanism, setting=setting, clients=1000)
+    assert past.checkpoint()["l1_norm"].shape[0] == 0
+    ids = torch.tensor([3, 700])
+    past.observe_votes(ids[:1], torch.ones(1, 2).double(), torch.ones(1))
+    past.observe_norms(ids[1:], torch.full((1, 2), 7.0).double())
+    past.observe_clip_norms(torch.tensor([5]), torch.full((1, 2), 0.3).double())
+    kept = past.checkpoint()
+    assert kept["clients"].tolist() == [3, 5, 700]
+    assert sum(value.numel() for value in kept.values()) < 100
+    again = history(mechanism=mechanism, setting=setting, clients=1000)
+    again.observe_norms(torch.tensor([8]), torch.ones(1, 2).double())
+    again.load_checkpoint(kept)
+    for name, value in past.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="number of clients or layers changed"):
+        history(mechanism=mechanism, setting=setting, clients=999).load_checkpoint(kept)
+
+
 def test_restore_takes_back_a_release_of_some_clients():
     past = moved_history()
     ids = torch.tensor([2, 3])

@@ -1,0 +1,49 @@
+"""Digests of what is released and of what noise is bound to."""
+
+import hashlib
+
+import pytest
+import torch
+
+from fl_lightning import secrets
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = [[torch.full((3,), float(i)), torch.tensor(i)] for i in range(9)]
+        found = secrets.digests(rows)
+    finally:
+        torch.set_num_threads(before)
+    state = hashlib.sha256()
+    for value in rows[4]:
+        data = value.numpy().tobytes()
+        state.update(f"{value.dtype}{tuple(value.shape)}:{len(data)}:".encode() + data)
+    assert found[4] == state.hexdigest()
+    assert len(set(found)) == 9
+    assert secrets.digests([]) == []
+
+
+def test_bulk_digest_sees_every_bit_shape_and_border():
+    base = [torch.arange(200_000.0), torch.zeros(3, 2), 1.5]
+    first = secrets.bulk_digest(base)
+    assert (
+        secrets.bulk_digest([v.clone() if isinstance(v, torch.Tensor) else v for v in base])
+        == first
+    )
+    for where in (0, secrets._PIECE - 1, secrets._PIECE, 199_999):
+        other = base[0].clone()
+        other[where] = torch.nextafter(other[where], torch.tensor(torch.inf))
+        assert secrets.bulk_digest([other, *base[1:]]) != first
+    others = [
+        [base[0].view(2, -1), *base[1:]],
+        [base[0], torch.zeros(2, 3), 1.5],
+        [base[0], torch.zeros(6), 1.5],
+        [base[0][: secrets._PIECE], base[0][secrets._PIECE :], *base[1:]],
+        [*base[:2], 1.25],
+        base[:2],
+        [base[1], base[0], 1.5],
+    ]
+    assert len({first, *map(secrets.bulk_digest, others)}) == len(others) + 1
