@@ -31,9 +31,9 @@ lint: $(VENV)/installed
 tables: $(VENV)/installed  ## write the figures of bench/results into README.md and configs/
 	$(BIN)/python -m bench report
 
-bench: $(VENV)/installed  ## kernels and private steps against peers, about an hour; ARGS=--quick
+bench: $(VENV)/installed  ## kernels, private steps and rounds against peers, about an hour; ARGS=--quick
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m bench kernels dp_step $(ARGS)
+	$(BIN)/python -m bench kernels dp_step rounds $(ARGS)
 
 bench-peers:  ## peers that need other versions than ours, in .venv-peers
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from bench import report
-from bench.measure import ratios
+from bench import report, report_rounds
+from bench.measure import quantiles, ratios
 
 COLOURS = {"ours": "#1b6ca8", "peer": "#c9a227", "floor": "#9a9a9a"}
 LABELS = {"ours": "this package", "peer": "peer", "floor": "reference"}
@@ -34,7 +34,10 @@ def draw(part: str, results: dict, path: Path) -> None:
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, (title, case) in zip(axes.flat, cases, strict=False):
-        panel(axis, part, title, case)
+        if part == "rounds" and report_rounds.grown(case):
+            growth(axis, title, case)
+        else:
+            panel(axis, part, title, case)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in COLOURS]
     figure.legend(handles, LABELS.values(), loc="outside upper right", ncols=3, frameon=False)
     # Without dates and versions equal results give an equal file.
@@ -67,6 +70,28 @@ def panel(axis: plt.Axes, part: str, title: str, case: dict) -> None:
     axis.margins(x=0.12, y=0.08)
     for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         which(FuncFormatter(_tick))
+
+
+def growth(axis: plt.Axes, title: str, case: dict) -> None:
+    """Time of a round by the size of the population or cohort: median, p20 to p80."""
+    sides = report.timed(case)
+    sizes = {n: size for n, size in report_rounds.grown(case).items() if n in sides}
+    values = [[1e3 * q for q in quantiles(sides[n]["seconds"])] for n in sizes]
+    x = list(sizes.values())
+    axis.fill_between(
+        x, [v[1] for v in values], [v[2] for v in values], color=COLOURS["ours"], alpha=0.25,
+        linewidth=0,
+    )  # fmt: skip
+    axis.plot(x, [v[0] for v in values], "o-", color=COLOURS["ours"], markersize=6)
+    axis.set_xscale("log")
+    axis.set_xticks(x, [f"{size:,}" for size in x])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.25 * max(v[2] for v in values))
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel("clients" if case["populations"] else "cohort", fontsize=8)
+    axis.set_ylabel("ms a round", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#e5e5e5", linewidth=0.6)
 
 
 def _tick(value: float, _position: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench import report_rounds
 from bench.machine import ROOT
 from bench.measure import quantiles, ratios
 
@@ -12,7 +13,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
-PARTS = ("kernels", "dp_step")
+PARTS = ("kernels", "dp_step", "rounds")
 BASES = {"kernels": ("eager loop", "eager, per-sample"), "dp_step": ("no privacy",)}
 OURS = ("ours, wide, chacha20", "ours, fast")
 
@@ -54,6 +55,8 @@ def quickest(case: dict, kind: str) -> str | None:
 
 
 def base_of(case: dict) -> str:
+    if "cohort" in case:
+        return report_rounds.base(case)
     return base("dp_step" if "network" in case else "kernels", case)
 
 
@@ -151,6 +154,8 @@ def machine_line(part: dict) -> str:
 
 def full_table(part: str, case: dict) -> list[str]:
     """docs: every side with all that was measured."""
+    if part == "rounds":
+        return report_rounds.full_table(case)
     start = base_of(case)
     kernels = part == "kernels"
     head = ["side", "one norm for", "median ms (p20–p80)", f"time ÷ {start}"]
@@ -178,7 +183,11 @@ def full_table(part: str, case: dict) -> list[str]:
     return lines
 
 
-SUMMARIES = {"kernels": kernels_summary, "dp_step": dp_step_summary}
+SUMMARIES = {
+    "kernels": kernels_summary,
+    "dp_step": dp_step_summary,
+    "rounds": report_rounds.summary,
+}
 
 
 def between(part: str) -> tuple[str, str]:
