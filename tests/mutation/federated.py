@@ -53,7 +53,7 @@ HISTORY = group(
     f"{MECHANISM}::test_personal_multipliers_scale_the_noise_of_their_own_clients",
     ("window of another client", "self.window[clients, slot] = l1_norm.double()", "self.window[0, slot] = l1_norm.double()"),
     ("window never moves on", "self.releases[clients] += 1", "pass"),
-    ("window mean over its length", "filled = self.releases[clients].clamp(max=self.window.shape[1])", "filled = torch.full_like(self.releases[clients], self.window.shape[1])"),
+    ("window mean over its length", "filled = age < self.releases[clients, None]", "filled = age >= 0"),
     ("votes cost nothing", "sums, vote_scale = multiplier * for_sums, multiplier * for_votes", "sums, vote_scale = multiplier, multiplier * for_votes"),
     ("vote noise 2/3", "multiplier * for_sums, multiplier * for_votes", "multiplier * for_sums, multiplier * for_votes * 2 / 3"),
     ("one multiplier for all", "noise_multiplier=sums,", "noise_multiplier=sums[0],"),
