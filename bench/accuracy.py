@@ -66,7 +66,7 @@ LEARNING_RATES: dict[str, dict[float, tuple[float, ...]]] = {
 # Whole updates, and steps without clipping, have other scales.
 WHOLE_UPDATES = tuple({"model.client_lr": lr, _MOMENTUM: 0.0} for lr in (0.03, 0.1, 0.3))
 WITHOUT_PRIVACY: dict[str, tuple[float, ...]] = {
-    "digits": (0.02, 0.06, 0.2),
+    "digits": (0.15, 0.5, 1.5),
     "fashion": (0.3, 1.0),
 }
 BASES = {"digits": "digits", "fashion": "fashion_mnist"}

@@ -29,13 +29,14 @@ def runs(study: str) -> Runs:
 
 
 def scores(found: Runs, case: str, epsilon: float | None) -> dict[int, float]:
-    """Test accuracy of a case by seed; only whole sets of at least three seeds count."""
+    """Test accuracy of a case by seed; sets that are not whole yet do not count."""
     values = {
         r["seed"]: r["accuracy"]
         for r in found.values()
         if r["case"] == case and r["target_epsilon"] == epsilon and r["trial"] is None
     }
-    return values if len(values) >= 3 else {}
+    compared = any(r["study"] in accuracy.BASES for r in found.values())
+    return values if len(values) >= (len(accuracy.SEEDS) if compared else 3) else {}
 
 
 def shown(values: Iterable[float]) -> str:
