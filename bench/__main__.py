@@ -6,6 +6,7 @@
     headline  accuracy of the shipped configurations (an hour)
     accuracy  every method of clipping under one ledger (hours; --only takes a study)
     cohort    clients trained together against one after another
+    faults    accuracy, ε and rounds given up where clients fail (minutes)
     report    tables and plots of the committed results, into README.md and docs/
 
 Nothing is timed that has not computed the right thing in the same run. Results are written to
@@ -31,7 +32,7 @@ from bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 MEASURED = ("kernels", "dp_step", "rounds")
-PARTS = (*MEASURED, "headline", "accuracy", "cohort", "report", "all")
+PARTS = (*MEASURED, "headline", "accuracy", "cohort", "faults", "report", "all")
 
 
 def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:
