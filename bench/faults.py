@@ -85,7 +85,8 @@ def table() -> str:
             rounds = [c for r in runs.values() for c in r["clients"]]
             lines.append(
                 f"| {name} | {100 * float(dropout):.0f} % "
-                f"| {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} % | {len(accuracy)} "
+                f"| {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} % "
+                f"| {len(accuracy)} "
                 f"| {privacy(found[0])}, {found[0]['epsilon_median']:.3g} "
                 f"| {statistics.mean(rounds):.1f} "
                 f"| {rounds.count(0)} of {len(rounds)} |"
