@@ -133,13 +133,14 @@ def settle(
     factor, counts = np.zeros(norm.shape), np.zeros((len(norm), 3))
     _settle(
         (norm if norm1 is None else norm1).numpy(), norm.numpy(), finite.numpy(), mask.numpy(),
-        clip.numpy(), _levels(votes_at, len(norm)), slack, factor, counts,
+        clip.numpy(), levels(votes_at, len(norm)), slack, factor, counts,
     )  # fmt: skip
     return torch.from_numpy(factor), torch.from_numpy(counts)
 
 
-def _levels(votes_at: Tensor | None, clients: int) -> np.ndarray:
-    return np.full(clients, np.nan) if votes_at is None else votes_at.numpy()
+def levels(votes_at: Tensor | None, clients: int) -> np.ndarray:
+    """Vote thresholds [K], NaN for no votes."""
+    return np.full(clients, np.nan) if votes_at is None else array_of(votes_at)
 
 
 class Scaled(NamedTuple):
@@ -186,19 +187,18 @@ def scale_linear(
     clients, batch, out = g.shape
     rows_g = g.detach().contiguous()
     scaled = torch.empty_like(rows_g)
-    live = np.ones((clients, batch), np.bool_) if mask is None else _array(mask)
-    levels = np.full(clients, np.nan) if votes_at is None else _array(votes_at)
+    live = np.ones((clients, batch), np.bool_) if mask is None else array_of(mask)
     total, counts = np.zeros((clients, out)), np.zeros((clients, 3))
-    eps = _EPS[g.dtype]
     clean = _scale_linear(
         a.detach().contiguous().numpy(), rows_g.numpy(), float(weight), float(bias), largest,
-        1 - 8 * eps, p, live, _array(clip), levels, 1e-12, scaled.numpy(), total, counts,
+        1 - 8 * _EPS[g.dtype], p, live, array_of(clip), levels(votes_at, clients), 1e-12,
+        scaled.numpy(), total, counts,
     )  # fmt: skip
     sums = torch.from_numpy(total)
     return Scaled(scaled, sums.to(g.dtype), torch.from_numpy(counts), clean)
 
 
-def _array(x: Tensor) -> np.ndarray:
+def array_of(x: Tensor) -> np.ndarray:
     """A small tensor as the one kind of array that kernels are compiled for."""
     array = np.ascontiguousarray(x.detach().numpy())
     return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

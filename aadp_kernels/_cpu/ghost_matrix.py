@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.ghost import clip_factor
+from aadp_kernels._cpu.ghost import array_of, clip_factor, levels
 from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 
@@ -25,7 +26,7 @@ from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 MOST = 1 << 17
 # Relative error bound of norms that were summed in float64.
 SLACK = 2.0**-33
-_UNITS, _SMALLEST_UNIT = 16, 4
+_UNITS, _SMALLEST_UNIT = 16, 8
 
 
 class Geometry(NamedTuple):
@@ -99,7 +100,8 @@ class _Plan(NamedTuple):
         """Elements of a padded input, of a turned output gradient, of a record's gradients."""
         (channels, high, wide), (above, left) = self.shape, self.padding
         padded = channels * (high + 2 * above) * (wide + 2 * left) if above or left else 0
-        turned = self.groups * len(self.base) * self.width
+        direct = self.last and self.groups == 1 and self.width == self.out
+        turned = 0 if direct else self.groups * len(self.base) * self.width
         return padded, turned, self.groups * len(self.columns) * self.width, self.out
 
 
@@ -226,8 +228,8 @@ def clip_units(
 ):  # fmt: skip
     """Clipped sums of units of `each` records of a client: sum_w, sum_b and counts [units, ...].
 
-    a and g are [K * B, elements of a record]; `scratch` holds four addresses of zeroed memory of
-    the sizes of the plan.
+    a and g are [K * B, elements of a record]; `scratch` holds four addresses of memory of the
+    sizes of the plan, the first two of them zeros.
     """
     batch, used = mask.shape[1], plan.rows * plan.width
     whole = len(plan.columns) * plan.width
@@ -262,10 +264,28 @@ def clip_units(
                 add_scaled(sum_b[unit], lowered, own)
 
 
-def _zeros(elements: int, dtype: np.dtype) -> np.ndarray:
-    """Zeros that begin with a line of the cache."""
-    whole = np.zeros(elements * dtype.itemsize + 64, np.uint8)
+def _aligned(kind: Callable[..., np.ndarray], elements: int, dtype: np.dtype) -> np.ndarray:
+    """Memory by np.zeros or np.empty that begins with a line of the cache."""
+    whole = kind(elements * dtype.itemsize + 64, np.uint8)
     return whole[-whole.ctypes.data % 64 :]
+
+
+def rows_of(x: Tensor) -> np.ndarray:
+    """Records [K, B, ...] as rows [K * B, elements]."""
+    size = math.prod(x.shape[2:])
+    return x.detach().reshape(x.shape[0] * x.shape[1], size).numpy()
+
+
+def share(clients: int, batch: int) -> tuple[int, int]:
+    """Units a client and records a unit, whatever the number of threads."""
+    units = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
+    return units, -(-batch // units)
+
+
+def total_of(units: np.ndarray, clients: int) -> Tensor:
+    """Sums over the units of each client, [K, elements]."""
+    parts = torch.from_numpy(units).view(clients, len(units) // clients, -1)
+    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
 
 
 def clipped_sums(
@@ -301,31 +321,27 @@ def clipped_sums(
         The sums in the dtype of g, whatever the number of threads, and counts [K, 3].
     """
     clients, batch = mask.shape
-    rows_a, rows_g = (t.detach().reshape(clients * batch, -1).numpy() for t in (a, g))
+    rows_a, rows_g = (rows_of(t) for t in (a, g))
     dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
-    per_client = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
-    each, units = -(-batch // per_client), clients * per_client
+    per_client, each = share(clients, batch)
+    units = clients * per_client
     size = plan.groups * plan.rows * plan.width if weight else 0
     sum_w, sum_b, counts = (
         np.zeros((units, n), t) for n, t in ((size, dtype), (out * bias, dtype), (3, np.float64))
     )
-    levels = np.full(clients, np.nan) if votes_at is None else votes_at.numpy()
 
     def work(begin: int, end: int) -> None:
-        own = [_zeros(n, dtype) for n in plan.sizes()]
+        kinds = (np.zeros, np.zeros, np.empty, np.empty)
+        own = [_aligned(kind, n, dtype) for kind, n in zip(kinds, plan.sizes(), strict=True)]
         clip_units(
             rows_a, rows_g, plan, weight, bias, largest, 1 - 2 * torch.finfo(g.dtype).eps, p,
-            mask.numpy(), clip.numpy(), levels, per_client, each,
+            array_of(mask), array_of(clip), levels(votes_at, clients), per_client, each,
             np.array([part.ctypes.data for part in own]), dtype, sum_w, sum_b, counts, begin, end,
         )  # fmt: skip
 
     products = len(plan.base) * plan.rows * plan.width
     spread(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
-    sums, bias_sums, tallies = (
-        torch.from_numpy(t).view(clients, per_client, -1) for t in (sum_w, sum_b, counts)
-    )
-    if per_client > 1:
-        sums, bias_sums, tallies = sums.sum(1), bias_sums.sum(1), tallies.sum(1)
+    sums = total_of(sum_w, clients)
     sums = sums.view(clients, plan.groups, -1, plan.width)[..., : out // plan.groups]
     sums = sums.transpose(2, 3).reshape(clients, out, -1)
-    return sums, bias_sums.view(clients, -1), tallies.view(clients, 3)
+    return sums, total_of(sum_b, clients), total_of(counts, clients)

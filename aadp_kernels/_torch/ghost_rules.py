@@ -15,7 +15,9 @@ from aadp_kernels._torch.ghost_clip import (
     blocks,
     bounded,
     compute_dtype,
+    fast,
     finite_records,
+    largest,
     narrow,
     per_record,
     piece_norms,
@@ -115,7 +117,10 @@ class Norm:
             grad_x = grad_x.reshape(x.shape).to(x.dtype)
         if not (wanted.weight or wanted.bias or wanted.counts):
             return grad_x, None, None, None
-        finite, a, g = finite_records(normed.reshape(x.shape).to(dtype), g)
+        normed = normed.reshape(x.shape).to(dtype)
+        if self.kind != "group" and fast(g):
+            return grad_x, *self._numba_sums(normed, g, terms)
+        finite, a, g = finite_records(normed, g)
         pieces = [self._record_sums(a * g)] if wanted.weight else []
         pieces += [self._record_sums(g)] if wanted.bias else []
         sums, counts = clip_pieces(pieces, finite, terms)
@@ -125,6 +130,24 @@ class Norm:
             shaped[0] if wanted.weight else None,
             shaped[-1] if wanted.bias else None,
             counts,
+        )
+
+    def _numba_sums(
+        self, normed: Tensor, g: Tensor, terms: Terms
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Clipped sums of weight and bias and counts, in one call."""
+        from aadp_kernels._cpu import ghost_norm
+
+        wanted = terms.wanted
+        sum_w, sum_b, counts = ghost_norm.clipped_sums(
+            normed, g, math.prod(self.shape), weight=wanted.weight, bias=wanted.bias,
+            largest=largest(g.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
+            votes_at=terms.votes_at,
+        )  # fmt: skip
+        return (
+            sum_w.view(-1, *self.shape) if wanted.weight else None,
+            sum_b.view(-1, *self.shape) if wanted.bias else None,
+            counts if wanted.counts else None,
         )
 
     def _rows(self, x: Tensor) -> Tensor:

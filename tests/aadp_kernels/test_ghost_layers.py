@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import Bias, Layout, with_clipping
-from aadp_kernels._torch import ghost_clip, ghost_matrix
+from aadp_kernels._torch import ghost_clip, ghost_matrix, ghost_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CLIENTS, BATCH = 3, 5
@@ -194,6 +194,7 @@ def implementation(request, monkeypatch):
     name = request.param
     monkeypatch.setattr(ghost_clip, "fast", lambda _: name != "torch")
     monkeypatch.setattr(ghost_matrix, "fast", lambda _: name != "torch")
+    monkeypatch.setattr(ghost_rules, "fast", lambda _: name == "numba")
     if name == "torch, numba norms":
         monkeypatch.setattr(ghost_matrix.Matrix, "_numba_sums", lambda *_: None)
 
