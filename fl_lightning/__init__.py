@@ -9,9 +9,17 @@ if TYPE_CHECKING:
     from fl_lightning.data import FederatedDataModule, from_arrays
     from fl_lightning.module import FederatedModule
     from fl_lightning.privacy.config import PrivacyConfig
+    from fl_lightning.strategy import ClientParallelStrategy
 
-__all__ = ["FederatedDataModule", "FederatedModule", "PrivacyConfig", "from_arrays"]
+__all__ = [
+    "ClientParallelStrategy",
+    "FederatedDataModule",
+    "FederatedModule",
+    "PrivacyConfig",
+    "from_arrays",
+]
 _HOMES = {
+    "ClientParallelStrategy": "fl_lightning.strategy",
     "FederatedDataModule": "fl_lightning.data",
     "FederatedModule": "fl_lightning.module",
     "PrivacyConfig": "fl_lightning.privacy.config",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def round_context(
     rules: tuple[object, ...],
     execution: tuple[str | int, ...],
     cohort: Tensor,
+    processes: Sequence[int],
     bits: bool,
 ) -> str:
     """Digest of all that the updates of a round depend on and that the round itself does not hold.
@@ -38,6 +39,8 @@ def round_context(
         rules: frozen dataclasses of privacy and local training.
         execution: how clients are computed together.
         cohort: ids of the clients that take part.
+        processes: how many the run began with, then how many it went on with wherever that
+            changed: from there on all noise is fresh.
         bits: whether what decides no more than the last bits counts too: platform, threads,
             execution, the source of both packages. Left out of simulated runs.
     """
@@ -52,6 +55,8 @@ def round_context(
             describe(loss),
             *([*secrets.platform_facts(), *execution, secrets.source_digest()] if bits else []),
             cohort,
+            # A run that never changed has the noise of one process, from a public seed.
+            *([repr(processes)] if bits or len(processes) > 1 else []),
             *fixed,
         ]
     )

@@ -48,6 +48,7 @@ class RoundRecorder(pl.Callback):
         | no validation in the round | empty validation columns |
         | setting `none` | empty epsilon columns; no rows in `layers.csv` |
         | nobody took part | `clients` is 0 |
+        | several processes | rank 0 alone writes |
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,8 @@ class RoundRecorder(pl.Callback):
         # A checkpoint saved while validating has the round in it, which current_epoch misses.
         first = trainer.current_epoch if self._resumed is None else self._resumed
         self._rounds, self._resumed = first, None
+        if not trainer.is_global_zero:
+            return
         for name, columns in (("rounds", plots.ROUND_COLUMNS), ("layers", plots.LAYER_COLUMNS)):
             _keep_before(pl_module.run_path / f"{name}.csv", columns, first)
 
@@ -74,19 +77,23 @@ class RoundRecorder(pl.Callback):
         # Any later hook may come after a checkpoint, depending on how that is configured.
         path = pl_module.run_path
         self._rounds = pl_module.result.round + 1
+        if not trainer.is_global_zero:
+            return
         self._start = (path / "rounds.csv").stat().st_size
         _write_rows(path / "rounds.csv", self._start, [_round_row(pl_module, {})])
         layers = path / "layers.csv"
         _write_rows(layers, layers.stat().st_size, _layer_rows(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or not _this_round(trainer, pl_module):
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if not _this_round(trainer, pl_module):
             return
         row = _round_row(pl_module, _validation(trainer))
         _write_rows(pl_module.run_path / "rounds.csv", self._start, [row])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not _this_round(trainer, pl_module):
+        if not trainer.is_global_zero or not _this_round(trainer, pl_module):
             return
         scalars = _scalars(pl_module)
         for logger in trainer.loggers:

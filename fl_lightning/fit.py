@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentError
 from jsonargparse.typing import lazy_instance
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -38,8 +39,12 @@ from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
 from fl_lightning.preflight import check_run
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.processes import ProcessLost, came_from_another
+from fl_lightning.strategy import ClientParallelStrategy
 
 SUBCOMMANDS = ("fit",)
+_RUN_DIR = "AADP_FL_RUN_DIR"
+_PATIENCE = 20.0  # seconds
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -107,7 +112,8 @@ class FederatedCLI(LightningCLI):
             config.ckpt_path = str(last_checkpoint(Path(config.run_dir)))
         elif resume and "://" not in resume and not Path(resume).exists():
             raise ValueError(f"ckpt_path={resume}: there is no such file")
-        run_dir = Path(config.run_dir or new_run_dir(Path("runs")))
+        inherited = os.environ.get(_RUN_DIR) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+        run_dir = Path(config.run_dir or inherited or new_run_dir(Path("runs")))
         self._run_dir = run_dir
         config.run_dir = config.model.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
@@ -135,14 +141,31 @@ class FederatedCLI(LightningCLI):
             known = kwargs.get("logger", self._get(self.config_init, "trainer.logger")) or []
             known = known if isinstance(known, list) else [known]
             kwargs["logger"] = [*known, tensorboard_logger(self._run_dir)]
+        kwargs |= self._strategy()
         own = self._get(self.config_init, "trainer.plugins") or []
         kwargs["plugins"] = [*(own if isinstance(own, list) else [own]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
+    def _strategy(self) -> dict[str, Any]:
+        """Ours in place of Lightning's DDP, which would wrap the model and deal out rounds."""
+        trainer = self.config[str(self.subcommand)].trainer
+        asked = trainer.strategy
+        if isinstance(asked, str) and asked not in ("auto", "ddp"):
+            raise ValueError(
+                f"trainer.strategy={asked}: processes share clients by strategy 'ddp' alone"
+            )
+        one = str(trainer.devices) == "1" and trainer.num_nodes == 1
+        if asked == "ddp" or (asked == "auto" and not one):
+            return {"strategy": ClientParallelStrategy(), "use_distributed_sampler": False}
+        return {}
+
     def before_fit(self) -> None:
         """Check everything; then say where the run goes and how to go on with it."""
         check_run(self.model, self.datamodule, self.trainer)
+        if not self.trainer.is_global_zero:
+            return
         run_dir = self.config[str(self.subcommand)].run_dir
+        os.environ[_RUN_DIR] = str(run_dir)  # of the processes that Lightning starts from here
         table = Path(run_dir) / "rounds.csv"
         if not self.config[str(self.subcommand)].ckpt_path and table.exists() and _rows(table):
             raise ValueError(
@@ -165,7 +188,8 @@ class FederatedCLI(LightningCLI):
         seconds = time.perf_counter() - self.started
         if self.config[str(self.subcommand)].read_test_set:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        finish_run(self.trainer, self.model, seconds)
+        if self.trainer.is_global_zero:
+            finish_run(self.trainer, self.model, seconds)
 
 
 def default_experiment() -> dict[str, Any]:
@@ -250,11 +274,23 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, OSError, LedgerError, MisconfigurationException) as error:
+    except (ValueError, OSError, LedgerError, MisconfigurationException, ProcessLost) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from None
+
+
+def _say(error: Exception) -> None:
+    """One line, from the process where the error arose."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank and came_from_another(error):
+        # Lightning kills process 0 when it sees another one fail, even before it has said why.
+        first, until = os.getppid(), time.monotonic() + _PATIENCE
+        while os.getppid() == first and time.monotonic() < until:
+            time.sleep(0.05)
+        return
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

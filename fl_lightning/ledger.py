@@ -91,9 +91,9 @@ class Ledger:
         though they may never have left the client: epsilon can only be too high.
     """
 
-    def __init__(self, path: Path, descriptor: int, scan: _chain.Scan) -> None:
+    def __init__(self, path: Path, descriptor: int | None, scan: _chain.Scan) -> None:
         self.path = path
-        self._descriptor: int | None = descriptor
+        self._descriptor = descriptor
         self._header: dict[str, Any] = scan.entries[0]
         self._size = scan.size
         self._releases: list[Release] = []
@@ -172,6 +172,28 @@ class Ledger:
         except BaseException:
             os.close(descriptor)
             raise
+
+    @classmethod
+    def copy_of(
+        cls,
+        path: str | os.PathLike[str],
+        header: Mapping[str, Any],
+        releases: Sequence[Release],
+        head_hash: str,
+    ) -> Ledger:
+        """What another process holds open, to be read here: nothing can be appended to it.
+
+        Args:
+            path: directory or file of the ledger.
+            header, releases, head_hash: of the ledger that is open there.
+        """
+        found = _chain.Scan([dict(header), *releases], [head_hash])
+        return cls(_resolve(path), None, found)
+
+    def follow(self, releases: Sequence[Release], head_hash: str) -> None:
+        """Take over, into a copy, releases that were appended where the ledger is open."""
+        assert self._descriptor is None
+        self._remember(releases, head_hash)
 
     def append(self, releases: Sequence[Release]) -> None:
         """Write releases down, durably, before they leave the client.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from aadp_kernels import Layout
+from aadp_kernels import Layout, NoiseKey
 from fl_lightning import binding, secrets
 from fl_lightning.aggregate import WeightedMean, client_weights
 from fl_lightning.client import bytes_per_example, faster_execution
@@ -33,6 +33,8 @@ from fl_lightning.preflight import check_network, check_run, check_training
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.sharing import add_up
+from fl_lightning.strategy import processes_of
 from fl_lightning.types import Params, PrivateUpdate, RoundResult
 
 
@@ -139,6 +141,7 @@ class FederatedModule(pl.LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._last_paid_round = -1
         self._accuracy: Metric | None = None
+        self._evaluated = torch.zeros(3, dtype=torch.float64)  # records, and sums over them
 
     # The algorithm ------------------------------------------------------------------------------
 
@@ -153,17 +156,28 @@ class FederatedModule(pl.LightningModule):
             rules=(self.privacy, self.clients.training),
             execution=(str(self.device), int(self.vectorize), self._max_examples),
             cohort=cohort,
+            processes=self._process_counts,
             bits=self.privacy.seed is None,
         )
         params = self._global_params()
-        mean, released = WeightedMean(self.layout), []
-        for clients in self._groups(cohort):
+        mean, released, groups = WeightedMean(self.layout), [], self._groups(cohort)
+        for clients in groups:
             # Clip norms and shares from released history, local training, clipping, noise,
             # ledger: after this line everything is public.
             update = self.clients.release(clients, params, self.current_epoch, context)
             released.append(update)
             in_time = self._in_time(update)
             mean.add(in_time.update, self._weights(in_time))
+        if self.processes.size > 1 and not self.privacy.pooled:
+            released = add_up(
+                self.processes,
+                mean,
+                self.history if self.privacy.private else None,
+                released,
+                cohort=cohort,
+                trained=torch.cat([cohort[:0], *map(self.processes.share, groups)]),
+                params=params,
+            )
         if mean.weight.any():
             mean.write_gradient(self.network)
             self._server_step()
@@ -187,10 +201,10 @@ class FederatedModule(pl.LightningModule):
         return torch.from_numpy(there[self.clients.able(there, round)])
 
     def _groups(self, cohort: Tensor) -> Sequence[Tensor]:
-        """Clients that release together: as many as fit into memory, or the whole sum."""
+        """Clients that release together: as many as fit into memories, or the whole sum."""
         if self.privacy.pooled or not len(cohort):
             return [cohort] if len(cohort) else []
-        return cohort.split(self.clients_at_once)
+        return cohort.split(self.clients_at_once * self.processes.size)
 
     def _in_time(self, update: PrivateUpdate) -> PrivateUpdate:
         """The part of a release that the server waits for."""
@@ -266,6 +280,7 @@ class FederatedModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
+        self.processes = processes_of(self.trainer)
         if stage == "fit":
             check_run(self, self.data, self.trainer)
         self._accuracy = MulticlassAccuracy(num_classes=self.data.num_classes, average="micro").to(
@@ -275,6 +290,7 @@ class FederatedModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
         data, resumed = self.data, self._resumed
+        self._share_start()
         planned = self.planned_rounds or self.trainer.max_epochs
         assert planned is not None
         everyone, size = data.num_clients, self.clients_per_round or data.num_clients
@@ -302,22 +318,51 @@ class FederatedModule(pl.LightningModule):
             shares_needed(self.privacy, size),
         )
         if resumed is None and self.privacy.private:
-            self.budget.calibrate(training.noised_steps if record else 1)
-        self.run_path.mkdir(parents=True, exist_ok=True)
-        # Without privacy there is nothing to keep secret: the coins follow the public seed.
-        public = self.privacy.seed if self.privacy.private else self.seed
-        self._key = secrets.run_key(
-            self.run_path,
-            seed=public,
-            rng=self.privacy.rng,
-            resume=resumed is not None,
-        )
+            self._calibrate(training.noised_steps if record else 1)
+        self._key = self._find_key(resumed is not None)
         self._run_id = secrets.public_name(self._key.derive("run"))
         self._records = secrets.public_name(self._key.derive("records", data.digest()))
         if resumed is not None:
             self._restore(resumed)
         self._open_ledger()
         self._prepare_clients(training)
+
+    def _share_start(self) -> None:
+        """One model in all processes, and how many there were and are."""
+        if self.processes.size > 1:
+            state = self.processes.first(self.network.state_dict)
+            self.network.load_state_dict(state)
+        counts = [] if self._resumed is None else list(self._resumed.get("processes", [1]))
+        if counts[-1:] != [self.processes.size]:
+            counts.append(self.processes.size)
+        self._process_counts = counts
+
+    def _calibrate(self, steps_a_release: int) -> None:
+        def state() -> dict[str, object]:
+            self.budget.calibrate(steps_a_release)
+            return self.budget.state_dict()
+
+        self.budget.load_state_dict(self.processes.first(state))
+
+    def _find_key(self, resume: bool) -> NoiseKey:
+        """The key of the run, which process 0 makes and the others read in the same folder."""
+        if len(set(self.processes.together(lambda: str(self.run_path.absolute())))) > 1:
+            raise ValueError(
+                f"run_dir={self.run_dir}: the processes of the run have different folders; give "
+                "--run_dir, one that all of them see"
+            )
+        # Without privacy there is nothing to keep secret: the coins follow the public seed.
+        public = self.privacy.seed if self.privacy.private else self.seed
+
+        def key(resume: bool) -> NoiseKey:
+            return secrets.run_key(self.run_path, seed=public, rng=self.privacy.rng, resume=resume)
+
+        def make() -> None:
+            self.run_path.mkdir(parents=True, exist_ok=True)
+            key(resume)
+
+        self.processes.first(make)
+        return key(True)
 
     def _restore(self, resumed: dict[str, Any]) -> None:
         if resumed["run_id"] != self._run_id:
@@ -331,23 +376,33 @@ class FederatedModule(pl.LightningModule):
     def _open_ledger(self) -> None:
         if not self.privacy.private:
             return
-        resumed = self._resumed
-        if resumed is None:
-            self.ledger = Ledger.create(self.run_path, ledger_header(self, self._run_id))
-            return
-        self.ledger = Ledger.open(self.run_path)
-        if self.ledger.header["run_id"] != self._run_id:
-            raise LedgerError(
-                f"{self.run_path}: the ledger is of another run than the secret there"
-            )
-        if len(self.ledger) < resumed["releases"]:
-            raise LedgerError(
-                f"{self.run_path}: the ledger has {len(self.ledger)} releases, the checkpoint "
-                f"knows of {resumed['releases']}: lines were lost, the run cannot go on"
-            )
+
+        def facts() -> tuple[Any, ...]:
+            self.ledger = ledger = self._ledger_file()
+            return ledger.header, ledger.releases, ledger.head_hash
+
+        known = self.processes.first(facts)
+        if self.ledger is None:
+            self.ledger = Ledger.copy_of(self.run_path, *known)
         for release in self.ledger:
             self.budget.spend(release)
             self._last_paid_round = max(self._last_paid_round, release.round)
+
+    def _ledger_file(self) -> Ledger:
+        resumed = self._resumed
+        if resumed is None:
+            return Ledger.create(self.run_path, ledger_header(self, self._run_id))
+        ledger = self.ledger = Ledger.open(self.run_path)
+        if ledger.header["run_id"] != self._run_id:
+            raise LedgerError(
+                f"{self.run_path}: the ledger is of another run than the secret there"
+            )
+        if len(ledger) < resumed["releases"]:
+            raise LedgerError(
+                f"{self.run_path}: the ledger has {len(ledger)} releases, the checkpoint "
+                f"knows of {resumed['releases']}: lines were lost, the run cannot go on"
+            )
+        return ledger
 
     def _promise(self) -> dict[str, Any]:
         """What the multipliers and affordable steps in a checkpoint were calibrated for."""
@@ -400,9 +455,10 @@ class FederatedModule(pl.LightningModule):
                 vectorize=vectorize,
                 max_examples=self._max_examples,
                 pool=pool,
+                processes=self.processes,
             )
 
-        self.vectorize = self._choose_execution(population)
+        self.vectorize = self.processes.first(lambda: self._choose_execution(population))
         self.clients = population(self.vectorize)
 
     def _choose_execution(self, population: Callable[[bool], ClientPopulation]) -> bool:
@@ -426,6 +482,7 @@ class FederatedModule(pl.LightningModule):
             "budget": self.budget.state_dict(),
             "promise": self._promise(),
             "vectorize": self.vectorize,
+            "processes": self._process_counts,
             "run_id": self._run_id,
             "releases": 0 if self.ledger is None else len(self.ledger),
         }
@@ -447,18 +504,34 @@ class FederatedModule(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Held-out records of the clients: private, so only a simulation may look."""
-        self._evaluate("sim_only/val", batch)
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what all processes found."""
+        self._log_evaluation("sim_only/val_")
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Test records, read once at the end."""
-        self._evaluate("test/", batch)
+        self._evaluate(batch)
 
-    def _evaluate(self, prefix: str, batch: list[Tensor]) -> None:
+    def on_test_epoch_end(self) -> None:
+        """Log what all processes found."""
+        self._log_evaluation("test/")
+
+    def _evaluate(self, batch: list[Tensor]) -> None:
         x, y = batch
+        if not len(x):
+            return  # fewer records than processes
         outputs = self.network(x)
-        separator = "" if prefix.endswith("/") else "_"
-        self.log(f"{prefix}{separator}loss", self.loss(outputs, y).mean(), batch_size=len(x))
         assert self._accuracy is not None
         correct = self._accuracy(outputs, y)
         self._accuracy.reset()
-        self.log(f"{prefix}{separator}accuracy", correct, batch_size=len(x))
+        loss = self.loss(outputs, y).mean()
+        self._evaluated += len(x) * torch.stack([torch.ones_like(loss), loss, correct]).cpu()
+
+    def _log_evaluation(self, prefix: str) -> None:
+        (sums,) = self.processes.sum([self._evaluated])
+        self._evaluated = torch.zeros(3, dtype=torch.float64)
+        several = self.processes.size > 1  # the maximum of equal values is each of them
+        for name, value in (("loss", sums[1] / sums[0]), ("accuracy", sums[2] / sums[0])):
+            self.log(f"{prefix}{name}", value.float(), sync_dist=several, reduce_fx="max")

@@ -20,6 +20,7 @@ from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.pooled_sum import PooledSum
 from fl_lightning.privacy.weights import event_multiplier, pooled_weights
 from fl_lightning.release import ALL_CLIENTS, Release
+from fl_lightning.sharing import record
 from fl_lightning.types import Params, PrivateUpdate
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def release(
 ) -> PrivateUpdate:
     """Draw the cohort, train, clip, sum, add noise, and write the ledger before anything is seen.
 
+    Every process trains its part of the cohort; the sums meet in one all-reduce, and what follows
+    is the same in all of them.
+
     Args:
         population: the clients.
         candidates: ids that may take part: all that can pay under Poisson sampling, else the cohort
@@ -129,7 +133,7 @@ def release(
             # Who could come only to repeat what is paid for cannot be in another sum.
             history.restore(_ROW, before)
             return release(population, candidates[torch.from_numpy(able)], params, round, context)
-        ledger.append(fresh)
+        record(ledger, fresh, population.processes)
     except BaseException:
         history.restore(_ROW, before)
         raise
@@ -160,12 +164,18 @@ def _noised_mean(
         multiplier=z,
         survivors=pool.survivors,
         key=key.derive("noise"),
+        dtypes=[params[name].dtype for name in population.layout.names],
+        processes=population.processes,
     )
     hook = plain_gradient(population.plain)
-    cohort, own = candidates[taking_part], weights[taking_part]
-    groups = zip(cohort.split(pool.clients_at_once), own.split(pool.clients_at_once), strict=True)
-    for clients, weight in groups if len(cohort) else ():
-        total.add(population.train(clients, params, hook, coins, round), clients, weight)
+    own = population.processes.share(taking_part.nonzero()[:, 0])
+
+    def train() -> None:
+        for group in own.split(pool.clients_at_once) if len(own) else ():
+            clients, weight = candidates[group], weights[group]
+            total.add(population.train(clients, params, hook, coins, round), clients, weight)
+
+    total.gather(train)
     # Public denominators: what was expected, not who came.
     expected = 1.0 if rate is None else rate
     return total.release(
@@ -234,12 +244,5 @@ def _entries(
 
 def _nothing(population: ClientPopulation, params: Params) -> PrivateUpdate:
     """A round that was given up before anything was revealed."""
-    layers = population.layout.num_layers
-    return PrivateUpdate(
-        clients=torch.empty(0, dtype=torch.int64),
-        update={name: value.new_empty(0, *value.shape) for name, value in params.items()},
-        events=[],
-        steps=1,
-        policy=population.history.policy(_ROW[:0], torch.empty(0, dtype=torch.float64)),
-        sim_only={"clipped_fraction": torch.empty(0, layers), "nonfinite": torch.empty(0)},
-    )
+    policy = population.history.policy(_ROW[:0], torch.empty(0, dtype=torch.float64))
+    return PrivateUpdate.nothing(params, policy, population.layout.num_layers)

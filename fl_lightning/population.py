@@ -7,7 +7,7 @@ line is written is private to it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,9 @@ from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, release_updates
+from fl_lightning.processes import Processes
 from fl_lightning.release import ALL_CLIENTS, Release
+from fl_lightning.sharing import record
 from fl_lightning.types import Params, PrivateUpdate
 
 
@@ -75,6 +77,7 @@ class ClientPopulation:
         vectorize: train clients under one vmap, or one after another.
         max_examples: records computed at once.
         pool: how a cohort is drawn and weighted, for the settings that release a sum.
+        processes: those that share the clients of a release; None: this one trains all.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class ClientPopulation:
         vectorize: bool,
         max_examples: int,
         pool: pooled.Pool | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.data = data
         self.network = network
@@ -108,6 +112,7 @@ class ClientPopulation:
         self.max_examples = max_examples
         self.pool = pool
         self._whole: dict[tuple[int, ...], Batch] = {}
+        self.processes = processes or Processes()
         device = next(network.parameters()).device
         example = data.x[:1].to(device)
         self.plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
@@ -173,18 +178,23 @@ class ClientPopulation:
         are drawn and charged.
 
         Args:
-            clients: ids [k].
+            clients: ids [k], of which this process trains its share.
             params: global model.
             round: round number.
             context: digest of everything else that local training depends on.
 
         Returns:
-            The update of those clients that could pay.
+            The update of those clients of this process that could pay; the sum of all processes
+            in the settings that release one.
+
+        Raises:
+            Exception: what any process raised, in all of them.
         """
-        if not self.privacy.private:
-            return self._without_privacy(clients, params, round)
         if self.privacy.pooled:
             return pooled.release(self, clients, params, round, context)
+        clients = self.processes.share(clients)
+        if not self.privacy.private:
+            return self._own(lambda: self._without_privacy(clients, params, round))[0]
         before = self.history.rows(clients)
         try:
             return self._charged_release(clients, params, round, context, before)
@@ -192,6 +202,21 @@ class ClientPopulation:
             # What is not in the ledger must not be in a history that a checkpoint could keep.
             self.history.restore(clients, before)
             raise
+
+    def _own(
+        self,
+        work: Callable[[], PrivateUpdate],
+        entries: Callable[[PrivateUpdate], list[Release]] = lambda _: [],
+    ) -> tuple[PrivateUpdate, list[list[Release]]]:
+        """This process's update, and the ledger lines of all processes by rank."""
+        made: list[PrivateUpdate] = []
+
+        def both() -> list[Release]:
+            made.append(work())
+            return entries(made[0])
+
+        lines = self.processes.together(both)
+        return made[0], lines
 
     def _charged_release(
         self,
@@ -207,8 +232,11 @@ class ClientPopulation:
         redraw = 0
         while True:
             key = binding.round_key(self.key, context, round, redraw, *inputs)
-            update = self._private_update(clients, params, key, round)
-            entries = self._entries(update, round, key)
+            update, lines = self._own(
+                lambda key=key: self._private_update(clients, params, key, round),
+                lambda update, key=key: self._entries(update, round, key),
+            )
+            entries = [entry for part in lines for entry in part]
             known = [self.ledger.find(entry.client, round) for entry in entries]
             if not any(map(_same_noise_other_bytes, entries, known)):
                 break
@@ -223,15 +251,17 @@ class ClientPopulation:
             for i, entry in enumerate(entries)
             if paid[i] or self.budget.can_release(entry.client, entry.steps)
         ]
-        left = [i for i in range(len(entries)) if i not in keep]
+        first = sum(map(len, lines[: self.processes.rank]))
+        own = [i - first for i in keep if 0 <= i - first < len(clients)]
+        left = [i for i in range(len(clients)) if i not in own]
         if left:
             rows = torch.tensor(left)
             self.history.restore(clients[rows], {n: v[rows] for n, v in before.items()})
         fresh = [entries[i] for i in keep if not paid[i]]
-        self.ledger.append(fresh)
+        record(self.ledger, fresh, self.processes)
         for entry in fresh:
             self.budget.spend(entry)
-        return update.select(keep) if left else update
+        return update.select(own) if left else update
 
     def rehearse(self, params: Params, examples: int = 1024) -> None:
         """One local step on zeros of the usual shape, to time it."""
@@ -263,6 +293,9 @@ class ClientPopulation:
         self, clients: Tensor, params: Params, key: NoiseKey, round: int
     ) -> PrivateUpdate:
         multiplier = self.budget.multiplier[clients]
+        if not len(clients):
+            policy = self.history.policy(clients, multiplier)
+            return PrivateUpdate.nothing(params, policy, self.layout.num_layers)
         coins = key.derive("coins")
         noise = key.derive("noise")
         if self.privacy.unit == "record":
@@ -293,6 +326,8 @@ class ClientPopulation:
         )
 
     def _without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
+        if not len(clients):
+            return PrivateUpdate.nothing(params, None, self.layout.num_layers)
         coins = self.key.derive("round", round, "coins")
         update = self.train(clients, params, plain_gradient(self.plain), coins, round)
         finite = torch.stack([_finite_rows(v) for v in update.values()]).all(0)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from fl_lightning.aggregate import WEIGHTINGS
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.strategy import ClientParallelStrategy
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
@@ -96,11 +98,7 @@ def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.max_epochs={trainer.max_epochs} is more than planned_rounds={planned}"
         )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"trainer.devices gives {trainer.world_size} processes: sharing a cohort between "
-            "processes is not available yet; use devices=1"
-        )
+    check_processes(trainer)
     if str(trainer.precision) not in ("32-true", "64-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision}: clipping is only proven for 32-true, 64-true"
@@ -114,6 +112,35 @@ def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch "
             "is a round"
+        )
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Whether the processes of a Trainer can share cohorts.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    strategy, size = trainer.strategy, trainer.world_size
+    ours = isinstance(strategy, ClientParallelStrategy)
+    if not ours and (size > 1 or not isinstance(strategy, SingleDeviceStrategy)):
+        raise ValueError(
+            f"trainer.strategy={type(strategy).__name__} with {size} process(es): clients are "
+            "shared by ClientParallelStrategy alone, which is `--trainer.strategy ddp` on the "
+            "command line and strategy=fl_lightning.ClientParallelStrategy() in Python"
+        )
+    if not ours:
+        return
+    connector = trainer._accelerator_connector
+    if connector.use_distributed_sampler:
+        raise ValueError(
+            "trainer.use_distributed_sampler=True would deal records twice to the processes, which "
+            "share clients and validation records exactly: set it to False"
+        )
+    if strategy._layer_sync is not None:
+        raise ValueError(
+            "trainer.sync_batchnorm=True: statistics of batches are shared by clients without "
+            "protection; set it to False"
         )
 
 

@@ -59,6 +59,27 @@ class PrivateUpdate:
     policy: LayerPolicy | None
     sim_only: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def nothing(cls, params: Params, policy: LayerPolicy | None, num_layers: int) -> PrivateUpdate:
+        """The release of nobody: no rows.
+
+        Args:
+            params: the global model, for names and shapes.
+            policy: without rows, or None without privacy.
+            num_layers: L.
+        """
+        return cls(
+            clients=torch.empty(0, dtype=torch.int64),
+            update={name: value.new_empty(0, *value.shape) for name, value in params.items()},
+            events=[],
+            steps=1,
+            policy=policy,
+            sim_only={
+                "clipped_fraction": torch.empty(0, num_layers),
+                "nonfinite": torch.empty(0),
+            },
+        )
+
     def select(self, keep: list[int]) -> PrivateUpdate:
         """The rows of some clients only."""
         rows = torch.tensor(keep, dtype=torch.int64)

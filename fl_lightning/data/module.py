@@ -226,7 +226,10 @@ class FederatedDataModule(pl.LightningDataModule):
         return DataLoader(range(1), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches (x, y) of the held-out records; an empty list where val_fraction is 0."""
+        """Batches (x, y) of the held-out records; an empty list where val_fraction is 0.
+
+        Each process of a Trainer gets its part of every batch, so that no record counts twice.
+        """
         return (
             self._batches(self._prepared.x_val, self._prepared.y_val) if self.val_fraction else []
         )
@@ -243,6 +246,12 @@ class FederatedDataModule(pl.LightningDataModule):
         return self._batches(arrays.x_test, arrays.y_test)
 
     def _batches(self, x: Tensor, y: Tensor) -> DataLoader:
-        size = self.eval_batch_size
-        batches = list(zip(x.split(size), y.split(size), strict=True))
+        size, trainer = self.eval_batch_size, self.trainer
+        shares = 1 if trainer is None else trainer.world_size
+        rank = 0 if trainer is None else trainer.global_rank
+        # Every process has as many batches, though its part of one may be empty.
+        batches = [
+            (a.tensor_split(shares)[rank], b.tensor_split(shares)[rank])
+            for a, b in zip(x.split(size), y.split(size), strict=True)
+        ]
         return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]

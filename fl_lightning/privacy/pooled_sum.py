@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,11 @@ from aadp_kernels import (
     privatize_,
     sample_noise,
 )
-from fl_lightning import binding
+from fl_lightning import binding, secrets
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.shares import noise_share
+from fl_lightning.processes import Processes
 from fl_lightning.release import ALL_CLIENTS
 from fl_lightning.types import Params, PrivateUpdate
 
@@ -34,6 +37,8 @@ class PooledSum:
         survivors: None: one noise for the sum. A number: every client adds a share, and so many
             shares make the whole noise.
         key: noise key of this round.
+        dtypes: of the released tensors; None: those of the updates that are added.
+        processes: those that clients are added in; None: this one.
     """
 
     def __init__(
@@ -44,18 +49,22 @@ class PooledSum:
         multiplier: float,
         survivors: int | None,
         key: NoiseKey,
+        dtypes: Sequence[torch.dtype] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.history = history
         self.layout = layout
         self.survivors = survivors
         self.key = key
+        self.processes = processes or Processes()
+        self.parts: list[str] = []
         self.policy = history.policy(_ROW, torch.tensor([multiplier], dtype=torch.float64))
         self.clients: list[Tensor] = []
         grid = history.config.noise_form == "grid"
         self.gridded = grid and bool((self.policy.noise_scale > 0).all())
         kind = torch.int64 if self.gridded else torch.float64
         self.total = [torch.zeros(s, dtype=kind) for s in layout.shapes]
-        self.dtypes: list[torch.dtype] = [torch.float32] * len(layout.shapes)
+        self.dtypes = list(dtypes or [torch.float32] * len(layout.shapes))
         self.votes = torch.zeros(layout.num_layers, dtype=torch.float64)
         self.clipped = torch.zeros(layout.num_layers, dtype=torch.float64)
         self.nonfinite = torch.zeros(layout.num_layers, dtype=torch.float64)
@@ -120,8 +129,23 @@ class PooledSum:
             counts.append(torch.stack([stats.votes, stats.clipped, stats.nonfinite]))
         return list(torch.stack(counts).sum(0))
 
+    def gather(self, work: Callable[[], None]) -> None:
+        """Let every process add its clients; what they added up to binds the noise of all.
+
+        Args:
+            work: calls `add` for the clients of this process.
+        """
+
+        def digest() -> str:
+            work()
+            if self.key.simulated or self.processes.size == 1:
+                return ""  # a public seed binds no values, and one process has them all
+            return secrets.digest([*self.total, self.votes])
+
+        self.parts = self.processes.together(digest)
+
     def release(self, *, divisor: float, expected_votes: float) -> PrivateUpdate:
-        """Add the noise and divide by a public number.
+        """Add the noise, sum over the processes and divide by a public number.
 
         Args:
             divisor: expected sum of weights, > 0.
@@ -131,22 +155,20 @@ class PooledSum:
             One row [1, ...]: the mean update.
         """
         policy, history = self.policy, self.history
-        values = [*self.total, self.votes, policy.noise_scale, divisor]
-        key, scale = binding.step_key(self.key, 0, values), policy.noise_scale[0]
-        sums = self._noised_quanta(key) if self.gridded else self._noised(scale, key)
+        values = [*self.total, self.votes] if self.processes.size == 1 else self.parts
+        key = binding.step_key(self.key, 0, [*values, policy.noise_scale, divisor])
+        sums, votes, count = self._with_noise(key)
         released = {
             name: (value / divisor)[None].to(dtype)
             for name, value, dtype in zip(self.layout.names, sums, self.dtypes, strict=True)
         }
         if policy.votes_at is not None:
-            votes = self._noised_votes(key)
             history.observe_votes(_ROW, votes, torch.tensor([expected_votes]))
         else:
             tensors = [released[name] for name in self.layout.names]
             norms = layer_norms(tensors, layout=self.layout, p=1, cohort=True)
             history.observe_release(_ROW, norms / history.dims, policy.noise_scale / divisor)
         history.observe_clip_norms(_ROW, policy.clip_norm)
-        count = max(1, sum(map(len, self.clients)))
         return PrivateUpdate(
             clients=torch.tensor([ALL_CLIENTS]),
             update=released,
@@ -154,14 +176,39 @@ class PooledSum:
             steps=1,
             policy=policy,
             sim_only={
-                "clipped_fraction": (self.clipped / count)[None],
+                "clipped_fraction": (self.clipped / max(1, count))[None],
                 "nonfinite": self.nonfinite.amax()[None],
             },
         )
 
-    def _noised(self, scale: Tensor, key: NoiseKey) -> list[Tensor]:
+    def _with_noise(self, key: NoiseKey) -> tuple[list[Tensor], Tensor, int]:
+        """Noised sums and votes [1, L] of all processes, and how many clients are in them.
+
+        A process adds the shares of its own clients before the sums meet; the noise of one hand
+        is the same in every process and added after that.
+        """
+        if self.survivors is not None:
+            self.total = self._noised(key)
+            self._noise_votes(key)
+            count = self._meet()
+            return self.total, self.votes[None].float(), count
+        count = self._meet()
+        sums = self._noised_quanta(key) if self.gridded else self._noised(key)
+        if self.policy.votes_at is None:
+            return sums, self.votes[None], count
+        config = self.history.config
+        return sums, noised_votes(self.votes[None], self.policy, config, key, 0, _ROW), count
+
+    def _meet(self) -> int:
+        """Sum everything over the processes; the number of clients in it."""
+        count = torch.tensor(sum(map(len, self.clients)))
+        parts = [*self.total, self.votes, self.clipped, self.nonfinite, count]
+        *self.total, self.votes, self.clipped, self.nonfinite, count = self.processes.sum(parts)
+        return int(count)
+
+    def _noised(self, key: NoiseKey) -> list[Tensor]:
         """The sums with noise, float64: rounded noise on a rounded sum would show the sum."""
-        layout = self.layout
+        layout, scale = self.layout, self.policy.noise_scale[0]
         places = zip(self.total, layout.shapes, layout.layer_of, layout.offsets, strict=True)
         return [
             total + self._noise(shape, float(scale[layer]), key, layer, offset)
@@ -186,13 +233,11 @@ class PooledSum:
         )
         return noised
 
-    def _noised_votes(self, key: NoiseKey) -> Tensor:
-        votes, policy, layers = self.votes[None], self.policy, self.layout.num_layers
-        if self.survivors is None:
-            return noised_votes(votes, policy, self.history.config, key, 0, _ROW)
-        assert policy.vote_noise_scale is not None
-        noise = self._noise((layers,), float(policy.vote_noise_scale[0]), key, layers, 0)
-        return (votes + noise).float()
+    def _noise_votes(self, key: NoiseKey) -> None:
+        """Add the shares of noise on votes, where there are votes."""
+        if self.policy.vote_noise_scale is not None:
+            layers, scale = self.layout.num_layers, float(self.policy.vote_noise_scale[0])
+            self.votes = self.votes + self._noise((layers,), scale, key, layers, 0)
 
     def _noise(
         self, shape: tuple[int, ...], scale: float, key: NoiseKey, layer: int, offset: int
