@@ -33,7 +33,7 @@ from fl_lightning.preflight import check_network, check_run, check_training
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.sharing import add_up
+from fl_lightning.sharing import add_up, check_agreement
 from fl_lightning.strategy import processes_of
 from fl_lightning.types import Params, PrivateUpdate, RoundResult
 
@@ -160,6 +160,7 @@ class FederatedModule(pl.LightningModule):
             bits=self.privacy.seed is None,
         )
         params = self._global_params()
+        check_agreement(self.processes, [*params.values(), *self.history.state_dict().values()])
         mean, released, groups = WeightedMean(self.layout), [], self._groups(cohort)
         for clients in groups:
             # Clip norms and shares from released history, local training, clipping, noise,
@@ -330,8 +331,9 @@ class FederatedModule(pl.LightningModule):
     def _share_start(self) -> None:
         """One model in all processes, and how many there were and are."""
         if self.processes.size > 1:
-            state = self.processes.first(self.network.state_dict)
-            self.network.load_state_dict(state)
+            state = self.network.state_dict
+            known = self.processes.first(lambda: {n: v.cpu() for n, v in state().items()})
+            self.network.load_state_dict(known)
         counts = [] if self._resumed is None else list(self._resumed.get("processes", [1]))
         if counts[-1:] != [self.processes.size]:
             counts.append(self.processes.size)

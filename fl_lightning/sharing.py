@@ -41,6 +41,22 @@ def record(ledger: Ledger, releases: list[Release], processes: Processes) -> Non
         ledger.follow(releases, digest)
 
 
+def check_agreement(processes: Processes, state: list[Tensor]) -> None:
+    """Compare sums of the model and of the histories between the processes.
+
+    Raises:
+        RuntimeError: they differ; the processes would train other models.
+    """
+    if processes.size == 1:
+        return
+    sums = [float(value.double().sum()) for value in state]
+    if len(set(processes.together(lambda: repr(sums)))) > 1:
+        raise RuntimeError(
+            f"the {processes.size} processes hold different models or histories; go on from the "
+            "last checkpoint by --ckpt_path last"
+        )
+
+
 def add_up(
     processes: Processes,
     mean: WeightedMean,
