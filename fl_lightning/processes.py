@@ -105,19 +105,18 @@ class Processes:
         """Sums over the processes, of the same shapes and dtypes: one all-reduce in float64.
 
         Args:
-            tensors: of this process; the same shapes everywhere. Integers up to 2^53.
+            tensors: of this process; the same shapes everywhere. Sums of integers are exact.
 
         Raises:
             ProcessLost: a process is gone.
         """
         if self.size == 1:
             return list(tensors)
-        flat = torch.cat([t.detach().reshape(-1).to(self.device, torch.float64) for t in tensors])
+        parts = [_as_float64(t).to(self.device) for t in tensors]
+        flat = torch.cat(parts)
         self._reach(lambda: dist.all_reduce(flat, group=self._sums))
-        parts = flat.split([t.numel() for t in tensors])
-        return [
-            part.view(t.shape).to(t.device, t.dtype) for t, part in zip(tensors, parts, strict=True)
-        ]
+        sums = flat.split([len(part) for part in parts])
+        return [_like(t, total) for t, total in zip(tensors, sums, strict=True)]
 
     def _send(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._reach(lambda: collective(*args, group=self._control, **kwargs))
@@ -132,6 +131,23 @@ class Processes:
                 f"reached ({reason[0][:200]}); what was released stands in the ledger: go on by "
                 "--ckpt_path last"
             ) from error
+
+
+def _as_float64(value: Tensor) -> Tensor:
+    """A tensor for a sum, flat; whole numbers in two halves, whose sums are exact."""
+    value = value.detach().reshape(-1)
+    if value.is_floating_point():
+        return value.double()
+    value = value.long()
+    return torch.cat([value >> 32, value & (2**32 - 1)]).double()
+
+
+def _like(value: Tensor, total: Tensor) -> Tensor:
+    """The sum of tensors that went through `_as_float64`."""
+    if not value.is_floating_point():
+        high, low = total.long().view(2, -1)
+        total = (high << 32) + low
+    return total.view(value.shape).to(value.device, value.dtype)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -357,7 +357,6 @@ BAD_COMMANDS = [
     ("--trainer.strategy ddp --trainer.accelerator cpu --trainer.sync_batchnorm true", "sync_batc"),
     ("--trainer.accumulate_grad_batches 2", "accumulate_grad_batches=2"),
     ("--trainer.gradient_clip_val 1", "gradient_clip_val=1"),
-    ("--trainer.devices 2 --trainer.accelerator cpu", "devices", "2"),
     ("--config nowhere.yaml", "config", "nowhere.yaml"),
     ("--config unknown.yaml", "model.nonsense"),
     ("--config broken.yaml", "config", "line 2"),

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from fl_lightning import ClientParallelStrategy
+from fl_lightning import ClientParallelStrategy, processes
 from fl_lightning import ledger as ledgers
 from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.preflight import check_processes
@@ -47,6 +47,7 @@ CASES = {
     "aggregator fixed": {
         "privacy": AGGREGATOR | {"cohort_sampling": "fixed"}, "clients_per_round": 3,
     },
+    "aggregator grid": {"privacy": AGGREGATOR | {"noise_form": "grid"}, "clients_per_round": 3},
     "nobody drawn": {"privacy": AGGREGATOR, "clients_per_round": 1, "clients": 40, "rounds": 6},
     "shares": {"privacy": SHARES},
     "shares laplace": {"privacy": SHARES | {"mechanism": "laplace", "min_survivors": 2}},
@@ -400,3 +401,12 @@ def test_one_process_does_the_plain_thing():
     assert alone.together(lambda: 3) == [3]
     assert alone.first(lambda: 4) == 4
     assert alone.sum([value])[0] is value
+
+
+def test_whole_numbers_are_summed_exactly():
+    numbers = torch.tensor([2**62 - 1, -(2**62) + 3, -1, 0, 5, 2**53 + 1])
+    halves = processes._as_float64(numbers)
+    assert torch.equal(processes._like(numbers, halves), numbers)
+    assert torch.equal(processes._like(numbers, 2 * halves), 2 * numbers)
+    values = torch.tensor([0.1, -2.5])
+    assert torch.equal(processes._like(values, processes._as_float64(values)), values)
