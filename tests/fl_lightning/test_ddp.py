@@ -167,7 +167,7 @@ def test_two_processes_are_one(two, tmp_path, name):
     mine, theirs = checkpoint(tmp_path), checkpoint(both)
     close(theirs["state_dict"], mine["state_dict"])
     close(theirs["aadp_fl"]["history"], mine["aadp_fl"]["history"])
-    assert theirs["aadp_fl"]["budget"]["affordable"] == mine["aadp_fl"]["budget"]["affordable"]
+    close(theirs["aadp_fl"]["budget"], mine["aadp_fl"]["budget"])
     close_rows(table(both / "rounds.csv"), table(tmp_path / "rounds.csv"))
     found, wanted = (json.loads((f / "found.json").read_text()) for f in (both, tmp_path))
     assert found == pytest.approx(wanted, rel=1e-4)
@@ -184,8 +184,11 @@ def test_two_processes_are_one(two, tmp_path, name):
 def test_the_noise_has_the_same_bits(two, tmp_path, name):
     # All records are lost: what is released is the noise and nothing else.
     go(folder=str(tmp_path), **PURE_NOISE[name])
-    both = ledgers.read(two / f"lost {name}")[1]
-    assert both == ledgers.read(tmp_path)[1]
+    both, alone = (ledgers.read(f)[1] for f in (two / f"lost {name}", tmp_path))
+    if name.startswith("record"):
+        # An update is the difference of two models: its low bits are those of the global one too.
+        both, alone = ([r for r in lines if r.round == 0] for lines in (both, alone))
+    assert both == alone
     assert len({r.digest for r in both}) >= 3
 
 
