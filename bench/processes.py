@@ -1,7 +1,7 @@
 """Time of a round in one process and in two, by the command line.
 
     python -m bench.processes run       # three minutes, alone on two cores
-    python -m bench.processes report    # write the table into README.md
+    python -m bench.processes report    # print the table
 
 100 clients of 60 random records of Fashion-MNIST's shape, all of them in every round. The ways take
 turns, twice; a run is six rounds, of which the first two (compilation) are left out. Every way must
@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 
-from bench.headline import README, ROOT, machine
+from bench.headline import ROOT, machine
 from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.data import Arrays, from_arrays
 
 RESULTS = ROOT / "bench" / "results" / "processes.json"
-BEGIN, END = "<!-- processes table: generated -->", "<!-- end of processes table -->"
 ROUNDS, SKIPPED, TURNS = 6, 2, 2
 WAYS = {
     "1 process, 1 thread": (1, 1),
@@ -115,15 +114,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def report(readme: Path = README) -> None:
-    """Put the table between the marks in README.md."""
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     arguments = parser.parse_args()
-    run_all(arguments.only) if arguments.action == "run" else report()
+    run_all(arguments.only) if arguments.action == "run" else print(table())
