@@ -78,7 +78,7 @@ def round_key(
     return key.derive("round", bound, redraw)
 
 
-def step_key(key: NoiseKey, step: int, values: Iterable[Tensor | float]) -> NoiseKey:
+def step_key(key: NoiseKey, step: int, values: Iterable[Tensor | float | str]) -> NoiseKey:
     """The key of the noise of one step on the given values.
 
     Other values can never meet the same secret noise, whatever else was forgotten in the key.
