@@ -156,4 +156,4 @@ def _norm(x: Tensor, p: int) -> Tensor:
     """Norm of each row, [B], summed in float64; `_DOWN` allows for the terms' float32."""
     if p == 1:
         return x.abs().sum(1, dtype=torch.float64)
-    return x.square().sum(1, dtype=torch.float64).sqrt()
+    return x.double().square().sum(1).sqrt()  # float32 squares of small numbers would vanish
