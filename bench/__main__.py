@@ -7,7 +7,7 @@
     accuracy  every method of clipping under one ledger (hours; --only takes a study)
     cohort    clients trained together against one after another
     faults    accuracy, ε and rounds given up where clients fail (minutes)
-    processes a round in one process and in two (three minutes)
+    processes a round in one process and in two (four minutes)
     report    tables and plots of the committed results, into README.md and docs/
 
 Nothing is timed that has not computed the right thing in the same run. Results are written to

@@ -1,7 +1,6 @@
 """Time of a round in one process and in two, by the command line.
 
-    python -m bench.processes run       # three minutes, alone on two cores
-    python -m bench.processes report    # print the table
+    python -m bench processes    # four minutes, alone on two cores
 
 100 clients of 60 random records of Fashion-MNIST's shape, all of them in every round. The ways take
 turns, twice; a run is six rounds, of which the first two (compilation) are left out. Every way must
@@ -10,7 +9,6 @@ end with the same model to float tolerance, from the same public seed.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -27,6 +25,8 @@ from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.data import Arrays, from_arrays
 
 RESULTS = ROOT / "bench" / "results" / "processes.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- processes table: generated -->", "<!-- end of processes table -->"
 ROUNDS, SKIPPED, TURNS = 6, 2, 2
 WAYS = {
     "1 process, 1 thread": (1, 1),
@@ -81,10 +81,10 @@ def run_once(case: str, way: str, folder: Path) -> list[float]:
         return [float(row["seconds"]) for row in csv.DictReader(file)][SKIPPED:]
 
 
-def run_all(only: str = "") -> None:
-    """Every case whose name contains `only`, into the result file."""
-    cases = json.loads(RESULTS.read_text())["cases"] if only and RESULTS.exists() else {}
-    for case in (name for name in CASES if only in name):
+def run_all() -> None:
+    """Every case, into the result file."""
+    cases: dict[str, dict[str, list[float]]] = {}
+    for case in CASES:
         cases[case] = {way: [] for way in WAYS}
         for _ in range(TURNS):
             models = []
@@ -104,7 +104,7 @@ def run_all(only: str = "") -> None:
 def table() -> str:
     """Markdown table of the committed results."""
     lines = [
-        "| a round of | " + " | ".join(WAYS) + " | over 1 thread | over 2 threads |",
+        "| a round of | " + " | ".join(WAYS) + " | times faster than 1 thread | than 2 threads |",
         "|---" * (len(WAYS) + 3) + "|",
     ]
     for case, ways in json.loads(RESULTS.read_text())["cases"].items():
@@ -114,9 +114,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    arguments = parser.parse_args()
-    run_all(arguments.only) if arguments.action == "run" else print(table())
+def report() -> None:
+    """Put the table between the marks in README.md."""
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")

@@ -231,13 +231,14 @@ def replace_between(path: Path, part: str, text: str) -> None:
 
 def report() -> None:
     """Everything that is generated."""
-    from bench import accuracy_report, cohort, faults, headline
+    from bench import accuracy_report, cohort, faults, headline, processes
     from bench.plots import draw
 
     headline.report()
     cohort.report()
     accuracy_report.report()
     faults.report()
+    processes.report()
     for part in PARTS:
         replace_between(README, part, table(part))
     replace_between(DOCS, "all", details())

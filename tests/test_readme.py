@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cohort, faults, headline
+from bench import cohort, faults, headline, processes
 from fl_lightning import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def test_python_examples_run(index: int, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_tables_are_current() -> None:
-    for bench in (headline, cohort, faults):
+    for bench in (headline, cohort, faults, processes):
         between = README.split(bench.BEGIN)[1].split(bench.END)[0].strip()
         assert between == bench.table()
 
