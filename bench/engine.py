@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,14 @@ def fl_lightning(problem: dict[str, Any]) -> None:
     """This package: a Trainer whose steps are rounds, with ledger and metrics."""
     import pytorch_lightning as pl
 
-    from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
+    from bench.rival_engines import join_processes
+    from fl_lightning import (
+        ClientParallelStrategy,
+        FederatedDataModule,
+        FederatedModule,
+        PrivacyConfig,
+        from_arrays,
+    )
     from fl_lightning.callbacks import RoundRecorder
     from fl_lightning.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 
@@ -44,6 +50,8 @@ def fl_lightning(problem: dict[str, Any]) -> None:
 
     turn = Turnstile(pl.__version__)
     options = problem["options"]
+    processes = options.get("processes", 1)
+    join_processes(processes)
     data = FederatedDataModule(
         from_arrays(
             problem["x"], problem["y"], problem["x_test"], problem["y_test"], num_classes=10,
@@ -58,7 +66,7 @@ def fl_lightning(problem: dict[str, Any]) -> None:
         sampling_rate=None, batch_size=problem["batch"], local_steps=problem["steps"],
         client_lr=problem["lr"], seed=problem["seed"],
         execution=options.get("execution", "auto"),
-        run_dir=str(Path(tempfile.mkdtemp(dir=".")).resolve() / "run"),
+        run_dir=str(Path("run").resolve()),
     )  # fmt: skip
     callbacks: list[pl.Callback] = [Turn(), RoundRecorder()]
     if options.get("checkpoint"):
@@ -66,7 +74,8 @@ def fl_lightning(problem: dict[str, Any]) -> None:
     trainer = pl.Trainer(
         max_epochs=len(problem["schedule"]),
         accelerator="gpu" if problem["device"] == "cuda" else "cpu",
-        devices=options.get("processes", 1), plugins=[AtomicCheckpointIO()], callbacks=callbacks,
+        devices=processes, strategy=ClientParallelStrategy() if processes > 1 else "auto",
+        use_distributed_sampler=False, plugins=[AtomicCheckpointIO()], callbacks=callbacks,
         logger=False, enable_checkpointing=bool(options.get("checkpoint")),
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip

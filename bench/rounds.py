@@ -63,13 +63,16 @@ def ours(privacy: dict[str, Any], **options: Any) -> Side:
     return Side("fl_lightning", "ours", {"privacy": privacy, **options}, processes)
 
 
-def contest(brief: bool) -> dict[str, Side]:
+def contest(brief: bool, gpu: bool = False) -> dict[str, Side]:
     """The sides of a comparison of engines; on two cores no engine gains from a third process."""
     sides = {
         "plain loop": Side("plain_loop", "floor"),
         "fl_lightning, FedAvg": ours(FEDAVG),
         "fl_lightning, client+local": ours(AADP),
     }
+    if not gpu:
+        sides["fl_lightning, FedAvg, 2 processes"] = ours(FEDAVG, processes=2)
+        sides["fl_lightning, client+local, 2 processes"] = ours(AADP, processes=2)
     if not brief:
         sides["fl_lightning, client+local, checkpoint every round"] = ours(AADP, checkpoint=True)
     return sides | {
@@ -119,7 +122,7 @@ def cohorts(privacy: dict[str, Any]) -> Case:
 def cases(device: torch.device, quick: bool) -> dict[str, Case]:
     """Everything that is measured, by title."""
     gpu = device.type == "cuda"
-    sides = contest(brief=quick or gpu)
+    sides = contest(brief=quick or gpu, gpu=gpu)
     found = {"MLP, 50 of 200 clients": Case("MLP", 200, 50, 50, 1 if quick else 2, sides)}
     if not quick:
         found = {"CNN, 50 of 200 clients": Case("CNN", 200, 50, 50, 1, sides)} | found
