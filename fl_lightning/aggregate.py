@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout
-from fl_lightning.client import per_row
 from fl_lightning.types import LayerPolicy, Params
 
 WEIGHTINGS = ("records", "uniform", "precision")
@@ -58,7 +57,8 @@ class WeightedMean:
         self.weight += weights.sum(0)
         for name, layer in zip(self.layout.names, self.layout.layer_of, strict=True):
             value = update[name]
-            part = per_row(value, weights[:, layer].to(value.device, value.dtype)).sum(0)
+            row = weights[:, layer].to(value.device, value.dtype)
+            part = (row @ value.flatten(1)).view(value.shape[1:])
             self.total[name] = self.total[name] + part if name in self.total else part
 
     def write_gradient(self, network: nn.Module) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import NoiseKey, poisson_mask
+from fl_lightning.convolutions import CohortConvolutions
+from fl_lightning.recording import Recorded, can_record
 from fl_lightning.types import Params
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -88,14 +90,13 @@ def gather(
     device: torch.device,
 ) -> Batch:
     """Padded batch of the given records; `divisor` None divides by their number."""
-    counts = torch.tensor([len(r) for r in records])
-    width = max(1, int(counts.max()))
-    index = torch.zeros(len(records), width, dtype=torch.int64)
-    for row, r in zip(index, records, strict=True):
-        row[: len(r)] = torch.from_numpy(np.ascontiguousarray(r))
-    mask = torch.arange(width) < counts[:, None]
+    lengths = np.array([len(r) for r in records])
+    held = np.arange(max(1, lengths.max())) < lengths[:, None]
+    rows = np.zeros(held.shape, np.int64)
+    rows[held] = np.concatenate(records)
+    counts, mask, index = (torch.from_numpy(a) for a in (lengths, held, rows))
     inputs = x.index_select(0, index.view(-1)).view(*index.shape, *x.shape[1:])
-    if not bool(mask.all()):
+    if not held.all():
         # A record that stands in for padding must not bring its NaNs along.
         inputs.masked_fill_(~mask.view(*mask.shape, *[1] * (inputs.ndim - 2)), 0)
     active = torch.ones_like(counts, dtype=torch.bool) if divisor is not None else counts > 0
@@ -118,6 +119,8 @@ class CohortGradient:
         vectorize: one vmap over the clients, or a loop over them.
         max_examples: records × clients computed at once; more go into micro-batches.
         mask_names: buffers of the network that are to hold the batch's mask.
+        record: whether the vmapped computation may be recorded and replayed, where it is a function
+            of parameters and records alone.
     """
 
     def __init__(
@@ -128,12 +131,16 @@ class CohortGradient:
         vectorize: bool,
         max_examples: int = 2**62,
         mask_names: tuple[str, ...] = (),
+        record: bool = False,
     ) -> None:
         self.network = network
         self.loss = loss
         self.vectorize = vectorize
         self.max_examples = max_examples
         self.mask_names = mask_names
+        self._recorded: dict[tuple[bool, tuple[str, ...]], Recorded] | None = None
+        if record and vectorize and can_record(network, loss):
+            self._recorded = {}
 
     def __call__(
         self,
@@ -143,6 +150,7 @@ class CohortGradient:
         shared: bool,
         probes: Params | None = None,
         constants: Params | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Params, Params]:
         """Gradients with respect to parameters and probes, each stacked [k, ...].
 
@@ -152,12 +160,13 @@ class CohortGradient:
             shared: whether all clients still hold the same parameters.
             probes: buffers whose gradients carry statistics out of the backward pass, [k, ...].
             constants: buffers that are not differentiated, [k, ...].
+            weight: what each client's loss is multiplied by, [k]; None: nothing.
         """
         total: tuple[Params, Params] | None = None
         for part in batch.split(max(1, self.max_examples // len(batch.x))):
             fixed = dict(constants or {}) | dict.fromkeys(self.mask_names, part.mask)
             run = self._vmapped if self.vectorize else self._looped
-            grads = run(params, probes or {}, fixed, part, shared)
+            grads = run(params, probes or {}, fixed, part, shared, weight)
             if total is None:
                 total = grads
             else:
@@ -168,31 +177,66 @@ class CohortGradient:
         return total
 
     def _summed_loss(
-        self, params: Params, probes: Params, fixed: Params, x: Tensor, y: Tensor, mask: Tensor
+        self,
+        params: Params,
+        probes: Params,
+        fixed: Params,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor,
+        weight: Tensor | None,
     ) -> Tensor:
         losses = self.loss(functional_call(self.network, {**params, **probes, **fixed}, (x,)), y)
-        return torch.where(mask > 0, losses, 0.0).sum()
+        total = torch.where(mask > 0, losses, 0.0).sum()
+        return total if weight is None else total * weight
 
     def _vmapped(
-        self, params: Params, probes: Params, fixed: Params, batch: Batch, shared: bool
+        self,
+        params: Params,
+        probes: Params,
+        fixed: Params,
+        batch: Batch,
+        shared: bool,
+        weight: Tensor | None,
     ) -> tuple[Params, Params]:
         mapped = vmap(
             grad(self._summed_loss, argnums=(0, 1)),
-            in_dims=(None if shared else 0, 0, 0, 0, 0, 0),
+            in_dims=(None if shared else 0, 0, 0, 0, 0, 0, None if weight is None else 0),
             randomness="different",
         )
-        return mapped(params, probes, fixed, batch.x, batch.y, batch.mask)
+        records = (batch.x, batch.y, batch.mask)
+        if self._recorded is None or probes or fixed or weight is None or batch.x.is_cuda:
+            with CohortConvolutions():
+                return mapped(params, probes, fixed, *records, weight)
+        names = tuple(params)
+
+        def function(*inputs: Tensor) -> list[Tensor]:
+            given = dict(zip(names, inputs, strict=False))
+            with CohortConvolutions():
+                grads, _ = mapped(given, {}, {}, *inputs[len(names) :])
+            return [own(grads[name]) for name in names]
+
+        recorded = self._recorded.setdefault((shared, names), Recorded(function))
+        return dict(zip(names, recorded(*params.values(), *records, weight), strict=True)), {}
 
     def _looped(
-        self, params: Params, probes: Params, fixed: Params, batch: Batch, shared: bool
+        self,
+        params: Params,
+        probes: Params,
+        fixed: Params,
+        batch: Batch,
+        shared: bool,
+        weight: Tensor | None,
     ) -> tuple[Params, Params]:
         rows: list[tuple[Tensor, ...]] = []
         for i in range(len(batch.x)):
             own = {n: (v if shared else v[i]).detach().requires_grad_() for n, v in params.items()}
             seen = {n: v[i].detach().requires_grad_() for n, v in probes.items()}
             rest = {n: v[i] for n, v in fixed.items()}
+            factor = None if weight is None else weight[i]
+            records = (batch.x[i], batch.y[i], batch.mask[i])
             with torch.enable_grad():
-                loss = self._summed_loss(own, seen, rest, batch.x[i], batch.y[i], batch.mask[i])
+                loss = self._summed_loss(own, seen, rest, *records, factor)
             rows.append(
                 torch.autograd.grad(
                     loss, [*own.values(), *seen.values()], allow_unused=True, materialize_grads=True
@@ -213,9 +257,10 @@ def plain_gradient(cohort_gradient: CohortGradient) -> GradientHook:
     """Hook for training without per-record privacy: the mean gradient of the batch."""
 
     def hook(step: int, params: Params, shared: bool, batch: Batch) -> Params:
-        grads, _ = cohort_gradient(params, batch, shared=shared)
-        factor = batch.divisor.reciprocal()
-        return {name: own(g).mul_(columns(factor, g)) for name, g in grads.items()}
+        # Dividing the loss costs nothing; dividing the gradients is a pass over memory.
+        weight = batch.divisor.reciprocal()
+        grads, _ = cohort_gradient(params, batch, shared=shared, weight=weight)
+        return {name: own(g) for name, g in grads.items()}
 
     return hook
 
@@ -269,9 +314,9 @@ def _descend(params: Tensor, direction: Tensor, lr: float) -> Tensor:
     """Parameters after a step, in the memory of `direction` [k, ...].
 
     A cohort's tensors are larger than the cache: one that is written afresh costs more than the
-    arithmetic. Product and difference are rounded one after the other.
+    arithmetic.
     """
-    return torch.sub(params, direction.mul_(lr), out=direction)
+    return torch.sub(params, direction, alpha=lr, out=direction)
 
 
 def own(value: Tensor) -> Tensor:

@@ -115,7 +115,9 @@ class ClientPopulation:
         self.processes = processes or Processes()
         device = next(network.parameters()).device
         example = data.x[:1].to(device)
-        self.plain = CohortGradient(network, loss, vectorize=vectorize, max_examples=max_examples)
+        self.plain = CohortGradient(
+            network, loss, vectorize=vectorize, max_examples=max_examples, record=True
+        )
         if privacy.unit == "record":
             self._clipped = clipped_sums(
                 network,

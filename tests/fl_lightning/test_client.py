@@ -266,18 +266,18 @@ def test_faster_execution_takes_the_faster_of_the_two():
 
 
 def test_a_step_is_rounded_as_written():
-    """Product and difference one after the other, whatever memory they are computed in."""
+    """As by torch.sub with a factor, whatever memory it is computed in."""
     network = MLP(in_features=64, hidden=(5,))
     params, (x, y) = params_of(network), records(40)
     batch = gather(x, y, [np.arange(10), np.arange(7)], divisor=None, device=CPU)
     gradient = plain_gradient(CohortGradient(network, cross_entropy, vectorize=True))
     update = train_cohort(params, iter([batch, batch]), gradient, lr=0.3)
     once = {
-        n: p - 0.3 * g
+        n: torch.sub(p, g, alpha=0.3)
         for (n, p), g in zip(params.items(), gradient(0, params, True, batch).values(), strict=True)
     }
     twice = {
-        n: p - 0.3 * g
+        n: torch.sub(p, g, alpha=0.3)
         for (n, p), g in zip(once.items(), gradient(1, once, False, batch).values(), strict=True)
     }
     for name, value in update.items():
