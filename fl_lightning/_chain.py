@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _NO_HASH = "0" * 64
+# json.dumps would make one for every line.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class LedgerError(RuntimeError):
@@ -26,7 +28,7 @@ class LedgerError(RuntimeError):
 
 def plain(value: Any) -> Any:
     """Strict JSON: infinities as strings, tuples as lists, arrays and tensors by `tolist`."""
-    if value is None or isinstance(value, bool | str | int):
+    if value is None or isinstance(value, (bool, str, int)):
         return value
     if isinstance(value, float):
         if math.isnan(value):
@@ -43,7 +45,7 @@ def plain(value: Any) -> Any:
 
 def canonical(entry: Mapping[str, Any]) -> bytes:
     """The one way to write an entry: sorted keys, no spaces, ASCII, no infinities."""
-    return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(entry).encode()
 
 
 def seal(entry: Mapping[str, Any], previous: str | None) -> tuple[bytes, str]:

@@ -408,10 +408,11 @@ class ClientPopulation:
         assert self.ledger is not None
         name = secrets.public_name(key)
         digests = self._digests(update)
+        clip_norm, shares = policy.clip_norm.tolist(), policy.shares.tolist()
+        votes = policy.vote_noise_scale
         entries = []
         for i, client in enumerate(update.clients.tolist()):
             event, extra = update.events[i], self.budget.extra(client)
-            votes = policy.vote_noise_scale
             entries.append(
                 Release(
                     client=client,
@@ -425,8 +426,8 @@ class ClientPopulation:
                     adjacency=event.adjacency,
                     vote_noise_scale=None if votes is None else float(votes[i]),
                     num_layers=self.layout.num_layers,
-                    clip_norm=tuple(policy.clip_norm[i].tolist()),
-                    shares=tuple(policy.shares[i].tolist()),
+                    clip_norm=tuple(clip_norm[i]),
+                    shares=tuple(shares[i]),
                     binding=name,
                     digest=digests[i],
                     quantum=self.quantum(policy.noise_scale[i]),
@@ -442,7 +443,7 @@ class ClientPopulation:
         seen = list(update.update.values())
         if self.privacy.setting != "abstract":
             seen.append(self.history.l1_norm[update.clients])
-        return secrets.digests([[value[i] for value in seen] for i in range(len(update.clients))])
+        return secrets.digests(seen)
 
     def quantum(self, noise_scale: Tensor) -> float | None:
         """Coarsest grid of a release, None where it is not on a grid."""

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,43 +86,62 @@ def digest(parts: Iterable[Part]) -> str:
     return state.hexdigest()
 
 
-def digests(rows: Sequence[Iterable[Part]]) -> list[str]:
-    """SHA-256 of each of many sequences of values, on the threads that torch may use.
+def digests(columns: Sequence[Tensor]) -> list[str]:
+    """SHA-256 of each row of some tensors [k, ...] together, on the threads that torch may use.
 
     For updates of whole cohorts: processors have instructions for this function.
     """
+    parts = []
+    for value in columns:
+        data = _bytes(value)
+        size = len(data) // max(1, len(value))
+        head = f"{value.dtype}{tuple(value.shape[1:])}:{size}:".encode()
+        parts.append((head, data, size))
 
-    def one(parts: Iterable[Part]) -> str:
+    def row(i: int) -> str:
         state = hashlib.sha256()
-        _feed(state, parts)
+        for head, data, size in parts:
+            state.update(head)
+            state.update(data[i * size : (i + 1) * size])
         return state.hexdigest()
 
-    threads = min(torch.get_num_threads(), len(rows))
-    if threads < 2:
-        return [one(parts) for parts in rows]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(one, rows))
+    return _on_threads(row, range(len(columns[0]) if columns else 0))
 
 
 def bulk_digest(parts: Iterable[Part]) -> str:
     """One digest of values of many megabytes, hashed piece by piece; not that of `digest`."""
-    pieces: list[list[Part]] = []
+    kinds: list[Part] = []
+    pieces: list[memoryview | bytes] = []
     for part in parts:
         if isinstance(part, Tensor):
-            pieces.append([f"{part.dtype}{tuple(part.shape)}"])
-            pieces += [[piece] for piece in part.detach().contiguous().cpu().view(-1).split(_PIECE)]
+            data, step = _bytes(part), _PIECE * part.element_size()
+            kinds.append(f"{part.dtype}{tuple(part.shape)}")
+            pieces += [data[start : start + step] for start in range(0, len(data), step)]
         else:
-            pieces.append([part])
-    return digest(digests(pieces))
+            kinds.append(part)
+    found = _on_threads(lambda i: hashlib.sha256(pieces[i]).hexdigest(), range(len(pieces)))
+    return digest([len(kinds), *kinds, *found])
+
+
+def _on_threads(work: Callable[[int], str], items: Sequence[int]) -> list[str]:
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        return [work(i) for i in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def _bytes(value: Tensor) -> memoryview | bytes:
+    """The memory of a tensor, row by row."""
+    flat = value.detach().contiguous().cpu().view(-1)
+    # An empty tensor may have a stride of 0, which cannot be seen as bytes.
+    return flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 
 def _feed(state: Any, parts: Iterable[Part]) -> None:
     for part in parts:
         if isinstance(part, Tensor):
-            kind = f"{part.dtype}{tuple(part.shape)}"
-            flat = part.detach().contiguous().cpu().view(-1)
-            # An empty tensor may have a stride of 0, which cannot be seen as bytes.
-            data = flat.view(torch.uint8).numpy().data if len(flat) else b""
+            kind, data = f"{part.dtype}{tuple(part.shape)}", _bytes(part)
         else:
             kind = type(part).__name__
             data = part if isinstance(part, bytes) else repr(part).encode()

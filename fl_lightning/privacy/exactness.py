@@ -35,6 +35,7 @@ Reference:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ def noise_streams(dims: Sequence[int], *, votes: bool) -> tuple[int, ...]:
     return (*dims, *([len(dims)] if votes else []))
 
 
+@functools.lru_cache(maxsize=4096)
 def inexact_noise(
     event: NoiseEvent,
     form: str,
