@@ -103,6 +103,24 @@ def test_one_record_counts_for_the_clip_norm_and_not_more(automatic):
     assert big == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("inputs", "slopes"), [(1e18, 1e-23), (1e-23, 1e18)])
+def test_squares_that_float32_has_no_numbers_for_count_in_the_norm(inputs, slopes):
+    network = nn.Sequential(nn.Linear(8, 3, bias=False))
+
+    def loss(output, y):
+        return slopes * output.sum(-1)
+
+    x, one = torch.full((1, 1, 8), inputs), torch.ones(1, 1)
+    batch = Batch(x, one.long(), one, torch.ones(1), torch.ones(1).bool())
+    run = flat_sums(network, loss, flat_layout(network), p=2, automatic=False)
+    norm = math.sqrt(24) * inputs * slopes
+    for clip, expected in ((norm / 50, norm / 50), (50 * norm, norm)):
+        sums, counts = run(parameters(network), True, batch, policy_of(clip, clients=1))
+        assert joint_norm(sums) <= clip
+        assert joint_norm(sums) == pytest.approx(expected, rel=1e-5)
+        assert counts[0, 0, 1:].tolist() == [float(norm > clip), 0]
+
+
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_record_that_is_not_finite_contributes_nothing(bad):
     network, batch = make_network(), some_batch()
