@@ -35,10 +35,12 @@ def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
     """Raise unless all elements are >= 0 (and finite). Not checked on an accelerator: no sync."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
-    good = (value >= 0) & (torch.isfinite(value) if finite else torch.tensor(True))
-    if not bool(good.all()):
+    # NaN comes back as both.
+    lowest, highest = (extreme.item() for extreme in value.detach().aminmax())
+    if not (lowest >= 0 and (highest < math.inf or not finite)):
+        bad = ~((value >= 0) & torch.isfinite(value)) if finite else ~(value >= 0)
         kind = "finite and not negative" if finite else "not negative and not NaN"
-        raise ValueError(f"{name} must be {kind}, got {value[~good].flatten()[0].item()!r}")
+        raise ValueError(f"{name} must be {kind}, got {value[bad].flatten()[0].item()!r}")
 
 
 def client_ids(client: int | Tensor, device: torch.device) -> Tensor:

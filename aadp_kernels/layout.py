@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -115,6 +116,16 @@ class Layout:
             tuple(i for i, layer in enumerate(self.layer_of) if layer == index)
             for index in range(self.num_layers)
         )
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Tensor indices, layer after layer."""
+        return tuple(i for members in self.members for i in members)
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Where in `order` each layer begins, and its end: L + 1 of them."""
+        return tuple(accumulate((len(members) for members in self.members), initial=0))
 
 
 def _group(

@@ -100,7 +100,8 @@ def privatize_(
     out = tensors if out is None else out
     lead = (len(clients),) if cohort else ()
     check_tensors("tensors", tensors, layout, lead)
-    check_tensors("out", out, layout, lead)
+    if out is not tensors:
+        check_tensors("out", out, layout, lead)
     device = tensors[0].device
     if reference is not None:
         check_tensors("reference", reference, layout, ())
@@ -174,7 +175,7 @@ def check_tensors(
         raise ValueError(f"{name} must be {len(layout.names)} tensors, got {len(tensors)}")
     _validate.floating(name, tensors)
     for label, shape, tensor in zip(layout.names, layout.shapes, tensors, strict=True):
-        if tuple(tensor.shape) != (*lead, *shape):
+        if tensor.shape != ((*lead, *shape) if lead else shape):
             raise ValueError(
                 f"{name}: {label} must have shape {(*lead, *shape)}, got {tuple(tensor.shape)}"
             )
@@ -210,7 +211,7 @@ def noise_source(
 ) -> Noise | None:
     """The noise of a release, or None if every scale is zero (on an accelerator: without a key)."""
     if scale.device.type == "cpu":
-        if not bool((scale > 0).any()):
+        if not scale.any():
             return None
         if key is None:
             raise ValueError("key must be a NoiseKey where scale is positive, got None")

@@ -17,14 +17,13 @@ from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread, threads_for
 from aadp_kernels._cpu.passes import (
     SCRATCH,
-    Pieces,
     Plan,
     sum_units,
-    sum_units_of,
     unit_sums,
     write,
     write_units,
 )
+from aadp_kernels._cpu.pieces import Pieces, frame_of
 from aadp_kernels._torch.privatize import ClipStats, Precision
 from aadp_kernels.layout import Layout
 
@@ -36,7 +35,7 @@ class Cells(NamedTuple):
     """What is decided for every row and layer; all arrays but the first are [K, L].
 
     Attributes:
-        elements: float64 [L], sizes of the layers.
+        elements: int64 [L], sizes of the layers.
         eps, smallest: float64, precision of the outputs.
         clip, votes_at: float64, as given; NaN does not vote.
         norm1: float64 out, L1 norm.
@@ -61,11 +60,11 @@ class Cells(NamedTuple):
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
     ) -> Cells:
         """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [L]."""
-        if votes_at is None:
-            votes_at = torch.full(clip.shape, torch.nan, dtype=torch.float64)
-        given = (t.expand(clip.shape).contiguous().numpy() for t in (*dtypes, clip, votes_at))
-        made = (np.empty(clip.shape, kind) for kind in (float, float, bool, bool, float))
-        return cls(np.array(layout.dims, np.float64), *given, *made)
+        made = [np.empty(clip.shape, kind) for kind in (float,) * 6 + (bool, bool, float)]
+        given = (*(t.numpy() for t in (*dtypes, clip)), np.nan if votes_at is None else votes_at)
+        for array, values in zip(made, given, strict=False):
+            array[...] = values
+        return cls(frame_of(layout).ends, *made)
 
     def stats(self) -> ClipStats:
         """As tensors."""
@@ -122,10 +121,10 @@ def privatize_rows(pieces, bounds, units, p, sums, cells, plan, scratch, begin, 
 
 def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
     """Clip all rows and write them with noise; fills `cells`."""
-    rows, elements = len(cells.clip), len(cells.clip) * int(pieces.ends.sum())
-    units, threads = sum_units_of(pieces), threads_for(elements)
-    if 1 < threads > rows // _ROWS_PER_THREAD:
-        decide_all(unit_sums(pieces, units, rows, p), units, p, cells)
+    frame, rows = pieces.frame, len(cells.clip)
+    units, elements = frame.chunks, rows * frame.elements
+    if 1 < threads_for(elements) > rows // _ROWS_PER_THREAD:
+        decide_all(unit_sums(pieces, rows, p), units, p, cells)
         write(pieces, plan, cells.factor, cells.dead)
         return
     sums = np.zeros((2, rows, int(units[-1])))
@@ -133,7 +132,7 @@ def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
         privatize_rows(
-            pieces.table, pieces.bounds, units, p, sums, cells, plan.own(), scratch.ctypes.data,
+            pieces.table, frame.bounds, units, p, sums, cells, plan.own(), scratch.ctypes.data,
             begin, end,
         )  # fmt: skip
 

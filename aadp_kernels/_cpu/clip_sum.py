@@ -16,9 +16,9 @@ from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.clip import Cells, decide
 from aadp_kernels._cpu.grid import GridNoise
-from aadp_kernels._cpu.passes import Pieces, Plan, clipped_sums, native, target, write
+from aadp_kernels._cpu.passes import Plan, clipped_sums, write
+from aadp_kernels._cpu.pieces import Pieces, native, target
 from aadp_kernels._cpu.privatize import norms
-from aadp_kernels._cpu.rng import Generator
 from aadp_kernels._cpu.rows import absolute, add_scaled, memory, square
 from aadp_kernels._torch import clip_sum as _torch
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
@@ -93,11 +93,10 @@ def _clip_records(
 ) -> ClipStats:
     """`clip_sum` in one walk over memory; sums do not depend on the number of threads."""
     batch, layers = len(mask), layout.num_layers
-    order = [i for members in layout.members for i in members]
+    order, bounds = layout.order, np.array(layout.bounds)
     tensors = [native(per_sample[i]) for i in order]
     table = ([t.data_ptr() for t in tensors], [layout.sizes[i] for i in order],
              [t.element_size() for t in tensors])  # fmt: skip
-    bounds = np.cumsum([0, *(len(members) for members in layout.members)])
     exact = torch.finfo(torch.float64)
     precision = Precision(*(torch.full((layers,), n).double() for n in (exact.eps, exact.tiny)))
     spot = None if votes_at is None else votes_at.expand(batch, layers)
@@ -180,10 +179,6 @@ def finish(
     targets = [target(t) for t in results]
     one = np.ones((1, layout.num_layers))
     pieces = Pieces.of_layout(layout, list(sums), None, targets)
-    plan = Plan.build(
-        pieces, Generator.build(noise.rng, noise.key_words, int(noise.step)), noise.clients.numpy(),
-        mechanism=noise.mechanism, form=noise.form, scale=scale.numpy().reshape(1, -1),
-        layers=np.arange(layout.num_layers),
-    )  # fmt: skip
+    plan = Plan.of_release(pieces.frame, noise, scale[None])
     write(pieces, plan, factor=one, dead=one == 0)
     return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)]

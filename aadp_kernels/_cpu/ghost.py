@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.rows import absolute, jit_sums, square
+from aadp_kernels._cpu.rows import absolute, jit_sums, memory, square
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
@@ -79,27 +79,32 @@ def _scale_linear(
     Norms of g aᵀ are products of those of g and a [K, B, in]. Returns whether all records were
     finite.
     """
-    clean = True
-    for k in range(g.shape[0]):
+    clean, (clients, batch, out), features = True, g.shape, a.shape[2]
+    for k in range(clients):
         needs_l1 = p == 1 or not np.isnan(votes_at[k])
-        for b in range(g.shape[1]):
-            square_a, square_g = square(a[k, b]), square(g[k, b])
+        sums = memory(total.ctypes.data + 8 * k * out, out, np.float64)
+        for b in range(batch):
+            row = (k * batch + b) * g.itemsize
+            row_a = memory(a.ctypes.data + row * features, features, a.dtype)
+            row_g = memory(g.ctypes.data + row * out, out, g.dtype)
+            row_scaled = memory(scaled.ctypes.data + row * out, out, g.dtype)
+            square_a, square_g = square(row_a), square(row_g)
             norm_a, norm_g = np.sqrt(square_a), np.sqrt(square_g)
             finite = norm_a * norm_g + norm_a + norm_g <= largest
             clean = clean and finite
             norm1 = 0.0
             if needs_l1:
-                norm1 = (absolute(a[k, b]) * weight + bias) * absolute(g[k, b])
+                norm1 = (absolute(row_a) * weight + bias) * absolute(row_g)
             norm = norm1 if p == 1 else np.sqrt((square_a * weight + bias) * square_g)
             factor = clip_factor(
                 norm1, norm, finite, mask[k, b], clip[k], votes_at[k], slack, counts[k]
             )
             if factor == 0:
-                scaled[k, b] = 0
+                row_scaled[:] = 0
                 continue
             if factor < 1:
                 factor *= shrink
-            _scale(g[k, b], factor, scaled[k, b], total[k])
+            _scale(row_g, factor, row_scaled, sums)
     return clean
 
 
@@ -147,9 +152,9 @@ class Scaled(NamedTuple):
     """Output gradients of a linear layer times the clip factors of their records.
 
     Attributes:
-        g: [K, B, out].
-        total: its sum over the records [K, out], summed in float64.
-        counts: votes, clipped and non-finite records [K, 3], float64.
+        g: of the shape of the output gradients.
+        total: its sum over the records [K, out] (or [out]), summed in float64.
+        counts: votes, clipped and non-finite records [K, 3] (or [3]), float64.
         clean: whether all records were finite.
     """
 
@@ -174,31 +179,34 @@ def scale_linear(
     """Clip the gradients g aᵀ of records, of which no one is formed.
 
     Args:
-        a: inputs [K, B, in], float32 or float64.
-        g: output gradients [K, B, out].
+        a: inputs [K, B, in], or [B, in] of one client, float32 or float64.
+        g: output gradients [K, B, out], or [B, out].
         weight: whether the weight gradient counts in the norm.
         bias: whether the bias gradient does.
         largest: bound on the norms of a finite record.
         p: norm of the clipping.
-        mask: which records count [K, B], bool; None: all.
-        clip: [K]; also votes_at (None or NaN: no votes).
+        mask: which records count, bool [K, B] (or [B]); None: all.
+        clip: [K] (or []); also votes_at (None or NaN: no votes).
         votes_at: see clip.
     """
-    clients, batch, out = g.shape
-    rows_g = g.detach().contiguous()
-    scaled = torch.empty_like(rows_g)
-    live = np.ones((clients, batch), np.bool_) if mask is None else array_of(mask)
+    *lead, batch, out = g.shape
+    inputs, slopes = a.detach().contiguous().numpy(), g.detach().contiguous().numpy()
+    scaled, clients = np.empty_like(slopes), lead[0] if lead else 1
     total, counts = np.zeros((clients, out)), np.zeros((clients, 3))
+    live = np.ones((clients, batch), np.bool_)
+    if mask is not None:
+        live[...] = mask.numpy()
     clean = _scale_linear(
-        a.detach().contiguous().numpy(), rows_g.numpy(), float(weight), float(bias), largest,
-        1 - 8 * _EPS[g.dtype], p, live, array_of(clip), levels(votes_at, clients), 1e-12,
-        scaled.numpy(), total, counts,
+        inputs.reshape(clients, batch, -1), slopes.reshape(clients, batch, out), float(weight),
+        float(bias), largest, 1 - 8 * _EPS[g.dtype], p, live, array_of(clip),
+        levels(votes_at, clients), 1e-12, scaled.reshape(clients, batch, out), total, counts,
     )  # fmt: skip
-    sums = torch.from_numpy(total)
-    return Scaled(scaled, sums.to(g.dtype), torch.from_numpy(counts), clean)
+    sums = torch.from_numpy(total.astype(slopes.dtype).reshape(*lead, out))
+    seen = torch.from_numpy(counts.reshape(*lead, 3))
+    return Scaled(torch.from_numpy(scaled), sums, seen, clean)
 
 
 def array_of(x: Tensor) -> np.ndarray:
-    """A small tensor as the one kind of array that kernels are compiled for."""
+    """A small tensor as the one kind of array that kernels are compiled for, never 0-d."""
     array = np.ascontiguousarray(x.detach().numpy())
     return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

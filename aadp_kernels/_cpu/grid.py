@@ -14,14 +14,11 @@ from aadp_kernels._cpu._jit import jit, jit_inline, leading_zeros, wide_vectors
 from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.clip import Cells, decide_all
 from aadp_kernels._cpu.passes import (
-    FIRST,
-    SIZE,
-    Pieces,
     load_difference,
     store,
-    sum_units_of,
     unit_sums,
 )
+from aadp_kernels._cpu.pieces import FIRST, SIZE, Pieces
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import log
 from aadp_kernels._torch import grid as _torch
@@ -355,20 +352,20 @@ def privatize(
         torch.where(scale == 0, dtypes.eps, exact.eps),
         torch.where(scale == 0, dtypes.smallest_normal, exact.smallest_normal),
     )
-    cells, sums = Cells.build(layout, dtypes, clip, votes_at), sum_units_of(pieces)
-    decide_all(unit_sums(pieces, sums, rows, p), sums, p, cells)
+    frame, cells = pieces.frame, Cells.build(layout, dtypes, clip, votes_at)
+    decide_all(unit_sums(pieces, rows, p), frame.chunks, p, cells)
     source = Source.build(
         noise.rng, noise.key_words, int(noise.step), noise.mechanism, noise.clients,
         range(layout.num_layers),
     )  # fmt: skip
     units = np.zeros(layout.num_layers + 1, np.int64)
-    np.cumsum(-(-pieces.ends // source.per_tile), out=units[1:])
+    np.cumsum(-(-frame.ends // source.per_tile), out=units[1:])
     quanta = _torch.quantum(scale, noise.mechanism).contiguous().numpy()
     offset = _torch.OFFSETS[noise.mechanism]
 
     def work(begin: int, end: int) -> None:
         write_units(
-            pieces.table, pieces.bounds, units, cells, quanta, offset, source.own(),
+            pieces.table, frame.bounds, units, cells, quanta, offset, source.own(),
             Scratch.build(source.per_tile), begin, end,
         )  # fmt: skip
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.passes import Pieces, Plan, write
+from aadp_kernels._cpu.passes import Plan, write
+from aadp_kernels._cpu.pieces import Frame, Pieces
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
+from aadp_kernels._cpu.transform import TILE
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
 
 _COINS = WORDS // 2
@@ -65,9 +67,10 @@ def scaled_noise(
         return out.to(dtype)
     row = [first, count, 0, 0, 0, 0, out.data_ptr(), out.element_size()]
     one = np.ones((len(clients), 1))
-    pieces = Pieces(np.array([row]), np.array([0, 1]), np.array([first + count]), [out])
+    frame = Frame.build([0, 1], [first + count], first // TILE)
+    pieces = Pieces(np.array([row]), frame, [out])
     plan = Plan.build(
-        pieces, Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism,
+        frame, Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism,
         form=form, scale=one * scale, layers=np.array([layer]),
     )  # fmt: skip
     write(pieces, plan, factor=one, dead=one == 0)

@@ -6,32 +6,37 @@ size, so that any thread may take any range of units and the result does not cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
 from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu.pieces import (
+    CHUNK,
+    FIRST,
+    MINUS,
+    MINUS_BYTES,
+    OUT,
+    OUT_BYTES,
+    SIZE,
+    VALUE,
+    VALUE_BYTES,
+    Frame,
+    Pieces,
+)
 from aadp_kernels._cpu.rng import WORDS, Generator
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
-from aadp_kernels.layout import Layout
+from aadp_kernels._torch.privatize import Noise
 
-CHUNK = 1 << 16
 # In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
 # of a product, and a scale is never below its float64 value. Smaller factors would underflow.
 LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
 SCRATCH = 5 * 8 * TILE
-NATIVE = (torch.float32, torch.float64)
-
-# Columns of the table of pieces: the layer's element that it begins with, its elements, then the
-# address and the bytes an element of the value, of what is subtracted and of the output.
-FIRST, SIZE, _VALUE, _VALUE_BYTES, _MINUS, _MINUS_BYTES, _OUT, _OUT_BYTES = range(8)
 
 
 @jit_inline
@@ -57,9 +62,9 @@ def _load(x, address, bytes_each, start, count):
 def load_difference(x, minus, pieces, k, row, start, count):
     """x = value - reference of the elements start .. start + count - 1 of a row."""
     at = row * pieces[k, SIZE] + start
-    _load(x, pieces[k, _VALUE], pieces[k, _VALUE_BYTES], at, count)
-    if pieces[k, _MINUS] != 0:
-        _load(minus, pieces[k, _MINUS], pieces[k, _MINUS_BYTES], start, count)
+    _load(x, pieces[k, VALUE], pieces[k, VALUE_BYTES], at, count)
+    if pieces[k, MINUS] != 0:
+        _load(minus, pieces[k, MINUS], pieces[k, MINUS_BYTES], start, count)
         for i in range(count):
             x[i] -= minus[i]
 
@@ -67,8 +72,8 @@ def load_difference(x, minus, pieces, k, row, start, count):
 @jit_inline
 def store(x, pieces, k, row, start, count):
     """The elements start .. start + count - 1 of a row's output = x, rounded."""
-    bytes_each = pieces[k, _OUT_BYTES]
-    address = pieces[k, _OUT] + (row * pieces[k, SIZE] + start) * bytes_each
+    bytes_each = pieces[k, OUT_BYTES]
+    address = pieces[k, OUT] + (row * pieces[k, SIZE] + start) * bytes_each
     if bytes_each == 4:
         single = _array(address, np.float32, count)
         for i in range(count):
@@ -113,16 +118,16 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
     wide_vectors()
     first, size = pieces[k, FIRST], pieces[k, SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
-    count, bytes_each = stop - start, pieces[k, _OUT_BYTES]
+    count, bytes_each = stop - start, pieces[k, OUT_BYTES]
     value = _array(x, dtype, count)
     drawn = _array(noise + (first + start - low) * value.itemsize, dtype, count)
-    address = pieces[k, _OUT] + (row * size + start) * bytes_each
-    same = pieces[k, _VALUE] == pieces[k, _OUT] and pieces[k, _MINUS] == 0 and not dead
+    address = pieces[k, OUT] + (row * size + start) * bytes_each
+    same = pieces[k, VALUE] == pieces[k, OUT] and pieces[k, MINUS] == 0 and not dead
     if same and bytes_each == value.itemsize:
         _in_place(_array(address, dtype, count), count, factor, drawn, scale)
         return
     mode = 1 if scale > 0 else 0
-    if pieces[k, _VALUE] == 0:
+    if pieces[k, VALUE] == 0:
         mode = 2
     elif dead:
         for i in range(count):
@@ -169,9 +174,9 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
         for k in range(bounds[layer], bounds[layer + 1]):
             stop = min(low + CHUNK - pieces[k, FIRST], pieces[k, SIZE])
             start = max(0, low - pieces[k, FIRST])
-            if pieces[k, _MINUS] == 0 and pieces[k, _VALUE_BYTES] == 4 and start < stop:
+            if pieces[k, MINUS] == 0 and pieces[k, VALUE_BYTES] == 4 and start < stop:
                 whole = (stop - start) // 128 * 128
-                at = pieces[k, _VALUE] + 4 * (row * pieces[k, SIZE] + start)
+                at = pieces[k, VALUE] + 4 * (row * pieces[k, SIZE] + start)
                 _add_up(at, np.float32, whole, p, lanes)
                 start += whole
             while start < stop:
@@ -242,7 +247,7 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
         for k in range(nearest, stop):
             if pieces[k, FIRST] >= low + TILE:
                 break
-            widest = max(pieces[k, _VALUE_BYTES], pieces[k, _MINUS_BYTES], pieces[k, _OUT_BYTES])
+            widest = max(pieces[k, VALUE_BYTES], pieces[k, MINUS_BYTES], pieces[k, OUT_BYTES])
             if fast and widest == 4 and weight >= SMALLEST_FACTOR:
                 lowered = np.float32(weight * LOWER if weight < 1 else weight)
                 raised = np.float32(size * RAISE)
@@ -277,128 +282,53 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             start, stop = max(0, low - first), min(low + TILE - first, size)
             if start >= stop:
                 continue
-            count, bytes_each = stop - start, pieces[k, _VALUE_BYTES]
+            count, bytes_each = stop - start, pieces[k, VALUE_BYTES]
             x = _array(scratch, np.float64, count)
-            total = _array(pieces[k, _OUT] + 8 * start, np.float64, count)
+            total = _array(pieces[k, OUT] + 8 * start, np.float64, count)
             for row in range(len(live)):
                 if live[row, layer]:
-                    _load(x, pieces[k, _VALUE], bytes_each, row * size + start, count)
+                    _load(x, pieces[k, VALUE], bytes_each, row * size + start, count)
                     weight = factor[row, layer]
                     for i in range(count):
                         total[i] += x[i] * weight
 
 
-class Pieces(NamedTuple):
-    """The tensors of a call, sorted by layer, as the kernels take them.
-
-    Attributes:
-        table: int64 [T, 8], one row a tensor; its addresses are those of `keep`.
-        bounds: int64 [L + 1], the rows of the table that belong to each layer.
-        ends: int64 [L], one past the last element of each layer that is in the table.
-        keep: Tensors that must live while the table is in use.
-    """
-
-    table: np.ndarray
-    bounds: np.ndarray
-    ends: np.ndarray
-    keep: list[Tensor]
-
-    @classmethod
-    def of_layout(
-        cls,
-        layout: Layout,
-        values: Sequence[Tensor],
-        minus: Sequence[Tensor] | None = None,
-        out: Sequence[Tensor] | None = None,
-    ) -> Pieces:
-        """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
-        keep = [*values, *(minus or ()), *(out or ())]
-        table = np.zeros((len(values), 8), np.int64)
-        table[:, FIRST], table[:, SIZE] = layout.offsets, layout.sizes
-        for tensors, column in ((values, _VALUE), (minus, _MINUS), (out, _OUT)):
-            if tensors is not None:
-                table[:, column] = [t.data_ptr() for t in tensors]
-                table[:, column + 1] = [t.element_size() for t in tensors]
-        bounds = np.zeros(layout.num_layers + 1, np.int64)
-        np.cumsum([len(members) for members in layout.members], out=bounds[1:])
-        order = [i for members in layout.members for i in members]
-        return cls(table[order], bounds, np.array(layout.dims, np.int64), keep)
-
-
-def native(tensor: Tensor) -> Tensor:
-    """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
-    if tensor.dtype not in NATIVE:
-        tensor = tensor.float()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def target(tensor: Tensor) -> Tensor:
-    """What to write for `tensor`: itself where it is native, else new memory."""
-    if tensor.dtype in NATIVE and tensor.is_contiguous():
-        return tensor
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.empty(tensor.shape, dtype=dtype)
-
-
-def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """Copy what was not written to `out` itself; autograd learns of what was."""
-    written = []
-    for made, tensor in zip(targets, out, strict=True):
-        if made is not tensor:
-            tensor.copy_(made)
-        elif not tensor.is_inference():
-            written.append(tensor)
-    torch.autograd.graph.increment_version(written)
-
-
-def sum_units_of(pieces: Pieces) -> np.ndarray:
-    """Where the units of CHUNK elements of each layer begin: int64 [L + 1], at least one each."""
-    units = np.zeros(len(pieces.ends) + 1, np.int64)
-    np.cumsum(np.maximum(1, -(-pieces.ends // CHUNK)), out=units[1:])
-    return units
-
-
-def unit_sums(pieces: Pieces, units: np.ndarray, rows: int, p: int) -> np.ndarray:
-    """Sums of |x| (and of x^2 for p = 2) of the units of every row: float64 [2, K, units]."""
+def unit_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
+    """Sums of |x| (and of x^2 for p = 2) of the chunks of every row: float64 [2, K, chunks]."""
+    bounds, units = pieces.frame.bounds, pieces.frame.chunks
     sums = np.zeros((2, rows, int(units[-1])))
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
-        sum_units(pieces.table, pieces.bounds, units, p, sums, scratch.ctypes.data, begin, end)
+        sum_units(pieces.table, bounds, units, p, sums, scratch.ctypes.data, begin, end)
 
-    spread(work, sums[0].size, elements=rows * int(pieces.ends.sum()))
+    spread(work, sums[0].size, elements=rows * pieces.frame.elements)
     return sums
 
 
 def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
     """Sums of |x| (and of x^2 for p = 2) of the layers of every row: float64 [2, K, L]."""
-    units = sum_units_of(pieces)
-    sums = unit_sums(pieces, units, rows, p)
-    totals = np.empty((2, rows, len(pieces.ends)))
-    add_units(sums, units, totals)
+    totals = np.empty((2, rows, len(pieces.frame.ends)))
+    add_units(unit_sums(pieces, rows, p), pieces.frame.chunks, totals)
     return totals
 
 
 def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
     """Add the clipped records to the float64 outputs of `pieces`; live and factor are [B, L]."""
-    units = np.zeros(len(pieces.ends) + 1, np.int64)
-    np.cumsum(-(-pieces.ends // TILE), out=units[1:])
+    bounds, units = pieces.frame.bounds, pieces.frame.tiles
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
-        add_records(
-            pieces.table, pieces.bounds, units, live, factor, scratch.ctypes.data, begin, end
-        )
+        add_records(pieces.table, bounds, units, live, factor, scratch.ctypes.data, begin, end)
 
-    spread(work, int(units[-1]), elements=len(live) * int(pieces.ends.sum()))
+    spread(work, int(units[-1]), elements=len(live) * pieces.frame.elements)
 
 
 class Plan(NamedTuple):
     """What `write_units` writes beside the clipped values.
 
     Attributes:
-        units: int64 [L + 1], where the tiles of each layer begin.
-        skip: int64 [L], tiles of each layer that come before its pieces.
+        units, skip: `Frame.tiles` and `Frame.skip`.
         scale: float64 [K, L] noise scales.
         clients: int64 [K] ids.
         layer_words: int64 [L], the word of the address that names layer and domain.
@@ -420,18 +350,23 @@ class Plan(NamedTuple):
 
     @classmethod
     def build(
-        cls, pieces: Pieces, generator: Generator, clients: np.ndarray, *,
+        cls, frame: Frame, generator: Generator, clients: np.ndarray, *,
         mechanism: str, form: str, scale: np.ndarray, layers: np.ndarray,
     ) -> Plan:  # fmt: skip
-        """For pieces that begin in the first tile of their layer, or for one piece."""
+        """`layers` [L] are the layers' numbers in the address."""
         fast = form == "fast"
-        skip = np.zeros_like(pieces.ends)
-        if len(pieces.table) == 1:
-            skip[0] = pieces.table[0, FIRST] // TILE
-        units = np.zeros(len(pieces.ends) + 1, np.int64)
-        np.cumsum(-(-pieces.ends // TILE) - skip, out=units[1:])
         words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
-        return cls(units, skip, scale, clients, words, *generator, fast, mechanism == "gaussian")
+        gaussian = mechanism == "gaussian"
+        return cls(frame.tiles, frame.skip, scale, clients, words, *generator, fast, gaussian)
+
+    @classmethod
+    def of_release(cls, frame: Frame, noise: Noise, scale: Tensor) -> Plan:
+        """For whole layers; `scale` is [K, L]."""
+        generator = Generator.build(noise.rng, noise.key_words, int(noise.step))
+        return cls.build(
+            frame, generator, noise.clients.numpy(), mechanism=noise.mechanism, form=noise.form,
+            scale=scale.contiguous().numpy(), layers=np.arange(len(frame.ends)),
+        )  # fmt: skip
 
     def own(self) -> Plan:
         """For one thread: the state changes in use."""
@@ -443,12 +378,11 @@ def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> N
 
     `factor` and `dead` (the value counts as zero) are [K, L].
     """
+    bounds = pieces.frame.bounds
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
-        write_units(
-            pieces.table, pieces.bounds, dead, factor, plan.own(), scratch.ctypes.data, begin, end
-        )
+        write_units(pieces.table, bounds, dead, factor, plan.own(), scratch.ctypes.data, begin, end)
 
     units = len(plan.clients) * int(plan.units[-1])
     spread(work, units, elements=units * TILE)

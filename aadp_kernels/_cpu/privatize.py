@@ -8,30 +8,30 @@ the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aadp_kernels._cpu import clip as _clip
 from aadp_kernels._cpu import grid
-from aadp_kernels._cpu.passes import Pieces, Plan, deliver, layer_sums, native, target
-from aadp_kernels._cpu.rng import Generator
+from aadp_kernels._cpu.passes import Plan, layer_sums
+from aadp_kernels._cpu.pieces import Pieces, deliver, native, target
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 
 def coarsest(tensors: Sequence[Tensor], layout: Layout) -> Precision:
     """The precision of the coarsest dtype of each layer's tensors."""
-    known = {dtype: torch.finfo(dtype) for dtype in {t.dtype for t in tensors}}
-    if len(known) == 1:
-        infos = [*known.values()] * layout.num_layers
-    else:
-        each = [known[t.dtype] for t in tensors]
-        infos = [max((each[i] for i in m), key=lambda info: info.eps) for m in layout.members]
-    eps = torch.tensor([info.eps for info in infos], dtype=torch.float64)
-    tiny = torch.tensor([info.smallest_normal for info in infos], dtype=torch.float64)
-    return Precision(eps, tiny)
+    return _precision(*(frozenset(tensors[i].dtype for i in m) for m in layout.members))
+
+
+@lru_cache(maxsize=64)
+def _precision(*layers: frozenset[torch.dtype]) -> Precision:
+    """The coarsest precision of each set of dtypes."""
+    infos = [max(map(torch.finfo, dtypes), key=lambda info: info.eps) for dtypes in layers]
+    columns = [info.eps for info in infos], [info.smallest_normal for info in infos]
+    return Precision(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
 def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,6 @@ def privatize(
     votes_at: Tensor | None,
 ) -> ClipStats:
     """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
-    rows, layers = clip.shape
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
@@ -75,12 +74,8 @@ def privatize(
         deliver(targets, out)
         return stats
     if noise is None:
-        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64))
-    plan = Plan.build(
-        pieces, Generator.build(noise.rng, noise.key_words, int(noise.step)), noise.clients.numpy(),
-        mechanism=noise.mechanism, form=noise.form, scale=scale.contiguous().numpy(),
-        layers=np.arange(layers),
-    )  # fmt: skip
+        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(len(clip)).long())
+    plan = Plan.of_release(pieces.frame, noise, scale)
     cells = _clip.Cells.build(layout, dtypes, clip, votes_at)
     _clip.privatize(pieces, p, cells, plan)
     deliver(targets, out)

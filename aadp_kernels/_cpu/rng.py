@@ -226,8 +226,11 @@ class Generator(NamedTuple):
         """The generator `rng` with the counter (0, step, 0, 0)."""
         secure = rng.startswith("chacha")
         rounds = int(rng.removeprefix("chacha" if secure else "philox"))
-        schedule = [k + r * w for r in range(rounds) for k, w in zip(key, _WEYL, strict=False)]
-        words = [0, step, 0, 0, *(_CHACHA if secure else ()), *(key if secure else schedule)]
+        words = [0, step, 0, 0]
+        if secure:
+            words += [*_CHACHA, *key]
+        else:
+            words += [k + r * w for r in range(rounds) for k, w in zip(key, _WEYL, strict=True)]
         state = np.zeros(24, dtype=np.uint32)
         state[: len(words)] = [word & 0xFFFFFFFF for word in words]
         return cls(state, rounds, WORDS // words_per_block(rng))

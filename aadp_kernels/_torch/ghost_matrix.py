@@ -268,20 +268,19 @@ class Linear(Matrix):
 
         clip, mask, votes_at = terms
         assert clip is not None
-        live = None if mask is None else (mask != 0).expand(1, len(x))
-        votes = None if votes_at is None or not wanted.counts else votes_at[None]
         found = ghost.scale_linear(
-            x[None], grad[None], weight=wanted.weight, bias=wanted.bias, largest=largest(x.dtype),
-            p=wanted.p, mask=live, clip=clip[None], votes_at=votes,
+            x, grad, weight=wanted.weight, bias=wanted.bias, largest=largest(x.dtype), p=wanted.p,
+            mask=None if mask is None else mask != 0, clip=clip,
+            votes_at=votes_at if wanted.counts else None,
         )  # fmt: skip
         grad_w = None
         if wanted.weight:
-            grad_w = found.g[0].t().mm(x if found.clean else _without_nan(x))
+            grad_w = found.g.t().mm(x if found.clean else _without_nan(x))
         return (
             grad.mm(weight) if wanted.x else None,
             grad_w,
-            found.total[0] if wanted.bias else None,
-            found.counts[0] if wanted.counts else None,
+            found.total if wanted.bias else None,
+            found.counts if wanted.counts else None,
         )
 
 

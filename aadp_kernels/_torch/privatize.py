@@ -42,10 +42,11 @@ class Noise(NamedTuple):
 
     def noisy_layers(self, layout: Layout, scale: Tensor) -> list[int]:
         """Layers where somebody's scale is positive; all on an accelerator, where none is read."""
-        noisy = [True] * layout.num_layers
-        if scale.device.type == "cpu":
-            noisy = (scale > 0).reshape(-1, layout.num_layers).any(0).tolist()
-        return [i for i in range(layout.num_layers) if noisy[i] and layout.dims[i]]
+        layers = [i for i, elements in enumerate(layout.dims) if elements]
+        if scale.device.type != "cpu":
+            return layers
+        rows = scale.reshape(-1, layout.num_layers).tolist()
+        return [i for i in layers if any(row[i] > 0 for row in rows)]
 
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.

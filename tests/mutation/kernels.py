@@ -87,7 +87,7 @@ UPDATES = group(
     ("clip norm of the first layer", "size, rows = scale[:, layer], (norm, clip[:, layer], finite", "size, rows = scale[:, layer], (norm, clip[:, 0], finite"),
     ("noise scale of the first layer", "size, rows = scale[:, layer], (norm", "size, rows = scale[:, 0], (norm"),
     ("tensors of a layer share their noise", "piece = piece[:, start : start + part.shape[1]]", "piece = piece[:, : part.shape[1]]"),
-    ("noise missing in the last layer", "return [i for i in range(layout.num_layers) if noisy[i]", "return [i for i in range(layout.num_layers - 1) if noisy[i]"),
+    ("noise missing in the last layer", "enumerate(layout.dims) if elements]", "enumerate(layout.dims[:-1]) if elements]"),
     ("what is not finite stays", "finite = torch.isfinite(norm) & torch.isfinite(norm1)", "finite = torch.ones_like(norm, dtype=torch.bool)"),
     ("votes of the first layer's threshold", "None if votes_at is None else votes_at[:, layer]", "None if votes_at is None else votes_at[:, 0]"),
 )  # fmt: skip

@@ -1,0 +1,118 @@
+"""The tensors of a call as the kernels take them: a table of addresses, and where walks are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadp_kernels._cpu.transform import TILE
+from aadp_kernels.layout import Layout
+
+CHUNK = 1 << 16
+NATIVE = (torch.float32, torch.float64)
+
+# Columns of the table of pieces: the layer's element that it begins with, its elements, then the
+# address and the bytes an element of the value, of what is subtracted and of the output.
+FIRST, SIZE, VALUE, VALUE_BYTES, MINUS, MINUS_BYTES, OUT, OUT_BYTES = range(8)
+
+
+class Frame(NamedTuple):
+    """Where walks over layers are cut: their sizes decide it, so that it is made once a layout.
+
+    Attributes:
+        bounds: int64 [L + 1], the rows of the table that belong to each layer.
+        ends: int64 [L], one past the last element of each layer that is in the table.
+        skip: int64 [L], tiles of each layer that come before its pieces.
+        tiles: int64 [L + 1], where the tiles of each layer begin.
+        chunks: int64 [L + 1], where its units of CHUNK elements begin; at least one each.
+        elements: of all layers.
+    """
+
+    bounds: np.ndarray
+    ends: np.ndarray
+    skip: np.ndarray
+    tiles: np.ndarray
+    chunks: np.ndarray
+    elements: int
+
+    @classmethod
+    def build(cls, bounds: Sequence[int], ends: Sequence[int], first_tile: int = 0) -> Frame:
+        """For layers whose pieces begin in the tile `first_tile`."""
+        stops = np.array(ends, np.int64)
+        skip = np.full_like(stops, first_tile)
+        tiles, chunks = np.zeros((2, len(stops) + 1), np.int64)
+        np.cumsum(-(-stops // TILE) - skip, out=tiles[1:])
+        np.cumsum(np.maximum(1, -(-stops // CHUNK)), out=chunks[1:])
+        return cls(np.array(bounds, np.int64), stops, skip, tiles, chunks, sum(ends))
+
+
+@lru_cache(maxsize=64)
+def frame_of(layout: Layout) -> Frame:
+    """The frame of whole layers."""
+    return Frame.build(layout.bounds, layout.dims)
+
+
+class Pieces(NamedTuple):
+    """The tensors of a call, sorted by layer, as the kernels take them.
+
+    Attributes:
+        table: int64 [T, 8], one row a tensor; its addresses are those of `keep`.
+        frame: Their layers.
+        keep: Tensors that must live while the table is in use.
+    """
+
+    table: np.ndarray
+    frame: Frame
+    keep: list[Tensor]
+
+    @classmethod
+    def of_layout(
+        cls,
+        layout: Layout,
+        values: Sequence[Tensor],
+        minus: Sequence[Tensor] | None = None,
+        out: Sequence[Tensor] | None = None,
+    ) -> Pieces:
+        """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
+        places = [
+            [(0, 0)] * len(values) if tensors is None
+            else [(t.data_ptr(), t.element_size()) for t in tensors]
+            for tensors in (values, minus, out)
+        ]  # fmt: skip
+        rows = [
+            (layout.offsets[i], layout.sizes[i], *(n for place in places for n in place[i]))
+            for i in layout.order
+        ]
+        keep = [*values, *(minus or ()), *(out or ())]
+        return cls(np.array(rows, np.int64), frame_of(layout), keep)
+
+
+def native(tensor: Tensor) -> Tensor:
+    """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
+    if tensor.dtype not in NATIVE:
+        tensor = tensor.float()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def target(tensor: Tensor) -> Tensor:
+    """What to write for `tensor`: itself where it is native, else new memory."""
+    if tensor.dtype in NATIVE and tensor.is_contiguous():
+        return tensor
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.empty(tensor.shape, dtype=dtype)
+
+
+def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy what was not written to `out` itself; autograd learns of what was."""
+    written = []
+    for made, tensor in zip(targets, out, strict=True):
+        if made is not tensor:
+            tensor.copy_(made)
+        elif not tensor.is_inference():
+            written.append(tensor)
+    torch.autograd.graph.increment_version(written)
