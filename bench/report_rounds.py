@@ -64,7 +64,7 @@ def comparison(title: str, case: dict) -> str:
 def summary(results: dict) -> list[str]:
     """README: engines by case, then what grows."""
     contests = {t: c for t, c in results.items() if not grown(c)}
-    names = list(dict.fromkeys(n for c in contests.values() for n in c["sides"]))
+    names = list(dict.fromkeys(n for c in contests.values() for n in timed(c)))
     heads = [f"{c['network']}, ms a round | rounds/s | MB" for c in contests.values()]
     lines = [f"| engine | {' | '.join(heads)} |", "|---" * (1 + 3 * len(contests)) + "|"]
     for name in names:

@@ -23,6 +23,10 @@ from bench import federation, measure, parity
 from bench.child import PYTHON
 from bench.turns import Engine
 
+NVFLARE = (
+    "2.9 runs at most 100 sites, and where they outnumber its threads it starts a process for every "
+    "task: 50 tasks that compute nothing took over half a minute"
+)
 GATED_ROUNDS = 2
 PLANNED = 2000
 CLIP = 0.5
@@ -44,7 +48,7 @@ class Side:
         options: For the engine.
         processes: That compute; cores are shared out between them.
         elsewhere: Runs in the peers' environment.
-        cpu_only: Has no place on a GPU machine without network.
+        no_part: Why it is not run at all.
     """
 
     engine: str
@@ -52,6 +56,7 @@ class Side:
     options: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     elsewhere: bool = False
+    no_part: str = ""
 
     @property
     def private(self) -> bool:
@@ -80,6 +85,7 @@ def contest(brief: bool, gpu: bool = False) -> dict[str, Side]:
         "Flower simulation": Side("flower", "peer", {"processes": 2}, 2, elsewhere=True),
         "pfl, 1 process": Side("pfl", "peer", {"processes": 1}, 1, elsewhere=True),
         "pfl, 2 processes": Side("pfl", "peer", {"processes": 2}, 2, elsewhere=True),
+        "NVFlare simulator": Side("nvflare", "peer", no_part=NVFLARE),
     }
 
 
@@ -180,7 +186,10 @@ def launch(side: Side, problem: dict[str, Any]) -> Engine:
 
     Raises:
         ImportError: Its library or environment is not there.
+        NotImplementedError: It takes no part.
     """
+    if side.no_part:
+        raise NotImplementedError(side.no_part)
     python = str(PYTHON) if side.elsewhere else sys.executable
     if side.elsewhere and problem["device"] == "cuda":
         raise ImportError("measured on a CPU only")

@@ -199,16 +199,27 @@ class CohortGradient:
         shared: bool,
         weight: Tensor | None,
     ) -> tuple[Params, Params]:
-        mapped = vmap(
-            grad(self._summed_loss, argnums=(0, 1)),
-            in_dims=(None if shared else 0, 0, 0, 0, 0, 0, None if weight is None else 0),
-            randomness="different",
-        )
         records = (batch.x, batch.y, batch.mask)
         if self._recorded is None or probes or fixed or weight is None or batch.x.is_cuda:
+            own_weight = None if weight is None else 0
             with CohortConvolutions():
-                return mapped(params, probes, fixed, *records, weight)
+                return self._mapped(shared, own_weight)(params, probes, fixed, *records, weight)
         names = tuple(params)
+        if (shared, names) not in self._recorded:
+            self._recorded[shared, names] = Recorded(self._flat(shared, names))
+        grads = self._recorded[shared, names](*params.values(), *records, weight)
+        return dict(zip(names, grads, strict=True)), {}
+
+    def _mapped(self, shared: bool, weight: int | None) -> Callable[..., tuple[Params, Params]]:
+        return vmap(
+            grad(self._summed_loss, argnums=(0, 1)),
+            in_dims=(None if shared else 0, 0, 0, 0, 0, 0, weight),
+            randomness="different",
+        )
+
+    def _flat(self, shared: bool, names: tuple[str, ...]) -> Callable[..., list[Tensor]]:
+        """The gradients of parameters of these names as a function of tensors alone."""
+        mapped = self._mapped(shared, 0)
 
         def function(*inputs: Tensor) -> list[Tensor]:
             given = dict(zip(names, inputs, strict=False))
@@ -216,8 +227,7 @@ class CohortGradient:
                 grads, _ = mapped(given, {}, {}, *inputs[len(names) :])
             return [own(grads[name]) for name in names]
 
-        recorded = self._recorded.setdefault((shared, names), Recorded(function))
-        return dict(zip(names, recorded(*params.values(), *records, weight), strict=True)), {}
+        return function
 
     def _looped(
         self,
@@ -260,7 +270,7 @@ def plain_gradient(cohort_gradient: CohortGradient) -> GradientHook:
         # Dividing the loss costs nothing; dividing the gradients is a pass over memory.
         weight = batch.divisor.reciprocal()
         grads, _ = cohort_gradient(params, batch, shared=shared, weight=weight)
-        return {name: own(g) for name, g in grads.items()}
+        return _each_its_own(grads)
 
     return hook
 
@@ -322,6 +332,17 @@ def _descend(params: Tensor, direction: Tensor, lr: float) -> Tensor:
 def own(value: Tensor) -> Tensor:
     """The tensor, or a copy where some of its elements share memory."""
     return value if value.is_contiguous() else value.contiguous()
+
+
+def _each_its_own(grads: Params) -> Params:
+    """Gradients that can be overwritten one by one: autograd hands one tensor to both of a + b."""
+    found: dict[int, Tensor] = {}
+    result = {}
+    for name, value in grads.items():
+        value = own(value)
+        result[name] = value.clone() if value.data_ptr() in found else value
+        found[value.data_ptr()] = value
+    return result
 
 
 def _unless(idle: Tensor | None, old: Tensor, new: Tensor) -> Tensor:

@@ -11,11 +11,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # A recording takes a tenth of a second: shapes that come once are not worth it.
 SEEN_BEFORE = 4
 MOST = 16
+
+_OPERATORS = torch.ops.aten
+_VIEWS = {
+    _OPERATORS.view.default,
+    _OPERATORS.expand.default,
+    _OPERATORS.permute.default,
+    _OPERATORS.detach.default,
+    _OPERATORS._unsafe_view.default,
+}
 
 Function = Callable[..., Sequence[Tensor]]
 _OURS = ("torch.nn.", "fl_lightning.models", "fl_lightning.module")
@@ -67,6 +77,7 @@ class Recorded:
         with torch.random.fork_rng([]):
             graph = make_fx(self.function)(*inputs)
             graph.graph.eliminate_dead_code()
+            _drop_views_of_nothing(graph.graph)
             graph.recompile()
         before = torch.get_rng_state()
         want = self.function(*inputs)
@@ -78,6 +89,18 @@ class Recorded:
         self._replays[known] = graph if same else self.function
         torch.set_rng_state(after)
         return want
+
+
+def _drop_views_of_nothing(graph: Graph) -> None:
+    """Take out what vmap leaves everywhere: views of a tensor as it is. Forget traced values."""
+    for node in list(graph.nodes):
+        if node.target in _VIEWS:
+            source, now = (n.meta["tensor_meta"] for n in (node.args[0], node))
+            if (source.shape, source.stride) == (now.shape, now.stride):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta.clear()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

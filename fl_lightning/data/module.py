@@ -137,7 +137,10 @@ class FederatedDataModule(pl.LightningDataModule):
         order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)
         held = max(1, round(self.val_fraction * num_records)) if self.val_fraction else 0
         val, train = (torch.from_numpy(np.sort(part)) for part in (order[:held], order[held:]))
-        x, y = arrays.x_train[train], arrays.y_train[train]
+        # A copy of all records only where some are taken out of them.
+        x, y = arrays.x_train, arrays.y_train
+        if held:
+            x, y = x[train], y[train]
         owners = None if arrays.client_train is None else arrays.client_train[train]
         partition = self._split(y, owners)
         return _Prepared(arrays, x, y, arrays.x_train[val], arrays.y_train[val], partition)

@@ -301,3 +301,24 @@ def test_training_leaves_its_inputs_alone():
     for name, value in update.items():
         torch.testing.assert_close(value, torch.full_like(value, -0.5 * 4.25))
         torch.testing.assert_close(kept[2][name] - before[name], torch.full_like(value, -1.25))
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_parameters_with_one_gradient_are_stepped_each_by_itself(vectorize):
+    """The derivatives of a + b are one tensor, and steps are taken in its memory."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.ones(10))
+
+        def forward(self, x):
+            return x.flatten(1)[:, :10] + (self.a + self.b)
+
+    network = Sum()
+    batch, *_ = batch_of([5, 3])
+    hook = plain_gradient(CohortGradient(network, cross_entropy, vectorize=vectorize))
+    with torch.no_grad():
+        update = train_cohort(params_of(network), iter([batch, batch]), hook, lr=0.3)
+    torch.testing.assert_close(update["a"], update["b"], rtol=1e-4, atol=1e-6)
+    assert update["a"].abs().max() > 0.01
