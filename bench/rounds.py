@@ -24,7 +24,7 @@ from bench.child import PYTHON
 from bench.turns import Engine
 
 NVFLARE = (
-    "2.9 runs at most 100 sites, and where they outnumber its threads it starts a process for every "
+    "2.9 runs at most 100 sites, and where they outnumber its threads it starts a process for each "
     "task: 50 tasks that compute nothing took over half a minute"
 )
 GATED_ROUNDS = 2
