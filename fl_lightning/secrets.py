@@ -11,14 +11,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aadp_kernels import NoiseKey
+from aadp_kernels import NoiseKey, threads
 
 KEY_FILE = "secret.key"
 _PIECE = 1 << 16
@@ -105,7 +104,8 @@ def digests(columns: Sequence[Tensor]) -> list[str]:
             state.update(data[i * size : (i + 1) * size])
         return state.hexdigest()
 
-    return _on_threads(row, range(len(columns[0]) if columns else 0))
+    count = len(columns[0]) if columns else 0
+    return _on_threads(row, count, sum(len(data) for _, data, _ in parts))
 
 
 def bulk_digest(parts: Iterable[Part]) -> str:
@@ -119,16 +119,24 @@ def bulk_digest(parts: Iterable[Part]) -> str:
             pieces += [data[start : start + step] for start in range(0, len(data), step)]
         else:
             kinds.append(part)
-    found = _on_threads(lambda i: hashlib.sha256(pieces[i]).hexdigest(), range(len(pieces)))
+    size = sum(map(len, pieces))
+    found = _on_threads(lambda i: hashlib.sha256(pieces[i]).hexdigest(), len(pieces), size)
     return digest([len(kinds), *kinds, *found])
 
 
-def _on_threads(work: Callable[[int], str], items: Sequence[int]) -> list[str]:
-    threads = min(torch.get_num_threads(), len(items))
-    if threads < 2:
-        return [work(i) for i in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
+def _on_threads(work: Callable[[int], str], count: int, size: int) -> list[str]:
+    """work(i) for i below `count`, which together read `size` bytes.
+
+    On torch's own threads: after an operation they spin for a while, and others find no core free.
+    """
+    found = [""] * count
+
+    def part(begin: int, end: int) -> None:
+        for i in range(begin, end):
+            found[i] = work(i)
+
+    threads.spread(part, count, elements=size // 4)
+    return found
 
 
 def _bytes(value: Tensor) -> memoryview | bytes:

@@ -14,7 +14,8 @@ def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads):
     torch.set_num_threads(threads)
     try:
         numbers, empty = torch.arange(9), torch.zeros(9, 0)
-        columns = [numbers.float()[:, None].expand(9, 3), numbers, empty]
+        # Large enough to be worth a second thread.
+        columns = [numbers.float()[:, None].expand(9, 30_000), numbers, empty]
         found = secrets.digests(columns)
     finally:
         torch.set_num_threads(before)
