@@ -128,6 +128,18 @@ EXACTNESS_PLACES = group(
     ("votes draw no noise", "return (*dims, *([len(dims)] if votes else []))", "return tuple(dims)"),
 )  # fmt: skip
 
+FLAT = group(
+    "fl_lightning/privacy/flat.py",
+    "tests/fl_lightning/test_flat.py",
+    ("clip dropped", "factor = (clip / norms.clamp(min=1e-300)).clamp(max=1.0)", "factor = torch.ones_like(norms)"),
+    ("records below the clip norm doubled", ".clamp(max=1.0)", ".clamp(max=2.0)"),
+    ("bias not in the norm", "(_norm(inputs[name], 2).square() + bias)", "_norm(inputs[name], 2).square()"),
+    ("squares in float32", "return x.double().square().sum(1).sqrt()", "return x.square().sum(1, dtype=torch.float64).sqrt()"),
+    ("automatic clipping without its constant", "factor = clip / (norms + AUTOMATIC_GAMMA)", "factor = clip / norms"),
+    ("votes turned round", "(l1 <= votes_at).double() - 0.5", "(l1 > votes_at).double() - 0.5"),
+    ("roundings of the factors not covered", "_DOWN = 1 - 1e-6", "_DOWN = 1 + 1e-6"),
+)  # fmt: skip
+
 BUDGET = group(
     "fl_lightning/privacy/budget.py",
     f"{EXACTNESS} {MECHANISM}::test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history "
@@ -149,5 +161,5 @@ POPULATION = group(
 
 MUTATIONS = [
     *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *BUDGET, *POPULATION,
+    *FLAT, *BUDGET, *POPULATION,
 ]  # fmt: skip

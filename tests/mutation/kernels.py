@@ -242,6 +242,59 @@ CLIP_MATRICES = group(
     ("bias not in the ghost norm", "square = (a2 * w + b) * g2", "square = (a2 * w) * g2"),
 )  # fmt: skip
 
+_CPU_GHOST = "tests/aadp_kernels/test_cpu_ghost.py"
+_PRODUCTS = f"{_CPU_GHOST}::test_sequences_of_any_shape {_CPU_GHOST}::test_convolutions_of_any_shape"
+
+TILES = group(
+    "aadp_kernels/_cpu/tile.py",
+    _PRODUCTS,
+    ("every column is the first", "load_long(columns, long(j))", "load_long(columns, long(0))"),
+    ("the second vector is the first", "_address(builder, builder.add(row, long(VECTOR * v)), vector), align=bytes_each", "_address(builder, row, vector), align=bytes_each"),
+    ("positions are not added up", "[left, right[v], total]", "[left, right[v], ir.Constant(vector, None)]"),
+)  # fmt: skip
+
+ROWS = group(
+    "aadp_kernels/_cpu/rows.py",
+    f"{_PRODUCTS} {_CPU_GHOST}::test_a_record_alone_never_passes_the_clip_norm_in_float32",
+    ("L2 norm 2/3", "        total += value * value\n", "        total += value * value * 4 / 9\n"),
+    ("squares in float32", "value = np.float64(x[i])", "value = x[i]"),
+    ("signed sum for the L1 norm", "total += abs(np.float64(x[i]))", "total += np.float64(x[i])"),
+    ("only the last record", "total[i] += factor * x[i]", "total[i] = factor * x[i]"),
+)  # fmt: skip
+
+LINEAR_ROWS = group(
+    "aadp_kernels/_cpu/ghost.py",
+    f"{GHOST}::test_clipped_sums_and_counts {GHOST}::test_one_record_never_passes_the_clip_norm_in_float32 "
+    f"{GHOST}::test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences",
+    ("bias not in the norm", "np.sqrt((square_a * weight + bias) * square_g)", "np.sqrt(square_a * weight * square_g)"),
+    ("clip dropped", "return clip * (1 - 1e-12) / inflated if clip >= 0 else 0.0", "return 1.0"),
+    ("clip doubled", "return clip * (1 - 1e-12) / inflated", "return 2 * clip * (1 - 1e-12) / inflated"),
+    ("records of the first client", "row = (k * batch + b) * g.itemsize", "row = b * g.itemsize"),
+    ("rounding of the scaled gradient not covered", "factor *= shrink", "factor *= 1.0"),
+    ("padding counts", "    if not live:\n", "    if not live and clip < 0:\n"),
+)  # fmt: skip
+
+PRODUCTS = group(
+    "aadp_kernels/_cpu/ghost_matrix.py",
+    _CPU_GHOST,
+    ("first group for all", "part = record[i * whole : i * whole + used]\n                    add_scaled", "part = record[:used]\n                    add_scaled"),
+    ("padding on one side", "(high + 2 * above) + y + above) * across + beside", "(high + 2 * above) + y + above) * across"),
+    ("bias not in the norm", "norm1, total = absolute(own), square(own)", "norm1, total = 0.0, 0.0"),
+    ("last record of a unit missing", "range(first, min(batch, first + each))", "range(first, min(batch, first + each - 1))"),
+    ("only the last position in the bias", "bias[o] += g[start + o]", "bias[o] = g[start + o]"),
+    ("clip factor not rounded down", "g.dtype.type(factor * shrink if factor < 1 else factor)", "g.dtype.type(factor * (1 + 1e-7))"),
+)  # fmt: skip
+
+NORM_LAYERS = group(
+    "aadp_kernels/_cpu/ghost_norm.py",
+    "tests/aadp_kernels/test_ghost_layers.py::test_sums_and_counts "
+    "tests/aadp_kernels/test_ghost_layers.py::test_one_record_never_passes_the_clip_norm_in_float32 -k norm",
+    ("input not in the weight's gradient", "own[0, j] += a[start + j] * g[start + j]", "own[0, j] += g[start + j]"),
+    ("norm of the first parameter only", "for i in range(first, last):\n                    norm1", "for i in range(first, first + 1):\n                    norm1"),
+    ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),
+    ("mask ignored", "if not mask[k, b]:", "if not mask[k, b] and clip[k] < 0:"),
+)  # fmt: skip
+
 LAUNCHES = group(
     "aadp_kernels/_triton/privatize.py",
     f"{LAUNCH} tests/aadp_kernels/test_triton_privatize.py::test_reference_and_out "
@@ -273,5 +326,6 @@ TRITON_TRANSFORMS = group(
 
 MUTATIONS = [
     *WORDS, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
-    *CLIP_IN_BACKWARD, *CLIP_MATRICES, *PASSES, *DECISIONS, *GRID_PASS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
+    *CLIP_IN_BACKWARD, *CLIP_MATRICES,
+    *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
 ]  # fmt: skip
