@@ -71,4 +71,9 @@ def backend(
     name = choose(impl, operation, device=device, elements=elements, form=form)
     module = {"coins": "noise", "norms": "privatize"}.get(operation, operation)
     module = "grid" if (operation, form) == ("noise", "grid") else module
-    return import_module(f"aadp_kernels.{_PACKAGES[name]}.{module}")
+    return _module(name, module)
+
+
+@cache
+def _module(impl: str, name: str) -> ModuleType:
+    return import_module(f"aadp_kernels.{_PACKAGES[impl]}.{name}")

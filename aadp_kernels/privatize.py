@@ -211,7 +211,7 @@ def noise_source(
 ) -> Noise | None:
     """The noise of a release, or None if every scale is zero (on an accelerator: without a key)."""
     if scale.device.type == "cpu":
-        if not scale.any():
+        if not any(scale.flatten().tolist()):
             return None
         if key is None:
             raise ValueError("key must be a NoiseKey where scale is positive, got None")

@@ -40,8 +40,8 @@ class Cells(NamedTuple):
         clip, votes_at: float64, as given; NaN does not vote.
         norm1: float64 out, L1 norm.
         votes: float64 out, 1[norm1 <= votes_at] - 1/2, zero for what is not finite.
-        clipped, dead: bool out, whether the norm passed the clip norm; whether it is not finite.
         factor: float64 out, certified clip factors.
+        clipped, dead: int64 out, 1 where the norm passed the clip norm; where it is not finite.
     """
 
     elements: np.ndarray
@@ -51,26 +51,24 @@ class Cells(NamedTuple):
     votes_at: np.ndarray
     norm1: np.ndarray
     votes: np.ndarray
+    factor: np.ndarray
     clipped: np.ndarray
     dead: np.ndarray
-    factor: np.ndarray
 
     @classmethod
     def build(
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
     ) -> Cells:
         """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [L]."""
-        made = [np.empty(clip.shape, kind) for kind in (float,) * 6 + (bool, bool, float)]
+        numbers, flags = np.empty((7, *clip.shape)), np.empty((2, *clip.shape), np.int64)
         given = (*(t.numpy() for t in (*dtypes, clip)), np.nan if votes_at is None else votes_at)
-        for array, values in zip(made, given, strict=False):
+        for array, values in zip(numbers, given, strict=False):
             array[...] = values
-        return cls(frame_of(layout).ends, *made)
+        return cls(frame_of(layout).ends, *numbers, *flags)
 
     def stats(self) -> ClipStats:
         """As tensors."""
-        floats = (torch.from_numpy(a) for a in (self.norm1, self.votes))
-        flags = (torch.from_numpy(a.astype(np.int64)) for a in (self.clipped, self.dead))
-        return ClipStats(*floats, *flags)
+        return ClipStats(*map(torch.from_numpy, (self.norm1, self.votes, self.clipped, self.dead)))
 
 
 @jit

@@ -180,5 +180,5 @@ def finish(
     one = np.ones((1, layout.num_layers))
     pieces = Pieces.of_layout(layout, list(sums), None, targets)
     plan = Plan.of_release(pieces.frame, noise, scale[None])
-    write(pieces, plan, factor=one, dead=one == 0)
+    write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)]

@@ -7,6 +7,7 @@ without the cost of some twenty small torch calls a slice.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +77,13 @@ def _scale_linear(
 ):
     """g [K, B, out] times the clip factors of g aᵀ into `scaled`, its sum over B into `total`.
 
-    Norms of g aᵀ are products of those of g and a [K, B, in]. Returns whether all records were
-    finite.
+    Norms of g aᵀ are products of those of g and a [K, B, in]. A mask [K, 0] masks nothing. Returns
+    whether all records were finite.
     """
     clean, (clients, batch, out), features = True, g.shape, a.shape[2]
     for k in range(clients):
         needs_l1 = p == 1 or not np.isnan(votes_at[k])
-        sums = memory(total.ctypes.data + 8 * k * out, out, np.float64)
+        sums = np.zeros(out)
         for b in range(batch):
             row = (k * batch + b) * g.itemsize
             row_a = memory(a.ctypes.data + row * features, features, a.dtype)
@@ -96,15 +97,16 @@ def _scale_linear(
             if needs_l1:
                 norm1 = (absolute(row_a) * weight + bias) * absolute(row_g)
             norm = norm1 if p == 1 else np.sqrt((square_a * weight + bias) * square_g)
-            factor = clip_factor(
-                norm1, norm, finite, mask[k, b], clip[k], votes_at[k], slack, counts[k]
-            )
+            live = mask.shape[1] == 0 or mask[k, b]
+            factor = clip_factor(norm1, norm, finite, live, clip[k], votes_at[k], slack, counts[k])
             if factor == 0:
                 row_scaled[:] = 0
                 continue
             if factor < 1:
                 factor *= shrink
             _scale(row_g, factor, row_scaled, sums)
+        for j in range(out):
+            total[k, j] = sums[j]
     return clean
 
 
@@ -145,7 +147,12 @@ def settle(
 
 def levels(votes_at: Tensor | None, clients: int) -> np.ndarray:
     """Vote thresholds [K], NaN for no votes."""
-    return np.full(clients, np.nan) if votes_at is None else array_of(votes_at)
+    return _no_votes(clients) if votes_at is None else array_of(votes_at)
+
+
+@lru_cache(maxsize=64)
+def _no_votes(clients: int) -> np.ndarray:
+    return np.full(clients, np.nan)
 
 
 class Scaled(NamedTuple):
@@ -192,18 +199,17 @@ def scale_linear(
     *lead, batch, out = g.shape
     inputs, slopes = a.detach().contiguous().numpy(), g.detach().contiguous().numpy()
     scaled, clients = np.empty_like(slopes), lead[0] if lead else 1
-    total, counts = np.zeros((clients, out)), np.zeros((clients, 3))
-    live = np.ones((clients, batch), np.bool_)
+    total, counts = np.empty((clients, out), slopes.dtype), np.zeros((clients, 3))
+    live = np.empty((clients, 0), np.bool_)
     if mask is not None:
-        live[...] = mask.numpy()
+        live = array_of(mask.expand(*lead, batch)).reshape(clients, batch)
     clean = _scale_linear(
         inputs.reshape(clients, batch, -1), slopes.reshape(clients, batch, out), float(weight),
         float(bias), largest, 1 - 8 * _EPS[g.dtype], p, live, array_of(clip),
         levels(votes_at, clients), 1e-12, scaled.reshape(clients, batch, out), total, counts,
     )  # fmt: skip
-    sums = torch.from_numpy(total.astype(slopes.dtype).reshape(*lead, out))
-    seen = torch.from_numpy(counts.reshape(*lead, 3))
-    return Scaled(torch.from_numpy(scaled), sums, seen, clean)
+    sums, seen = total.reshape(*lead, out), counts.reshape(*lead, 3)
+    return Scaled(torch.from_numpy(scaled), torch.from_numpy(sums), torch.from_numpy(seen), clean)
 
 
 def array_of(x: Tensor) -> np.ndarray:

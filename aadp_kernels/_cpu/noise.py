@@ -73,7 +73,7 @@ def scaled_noise(
         frame, Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism,
         form=form, scale=one * scale, layers=np.array([layer]),
     )  # fmt: skip
-    write(pieces, plan, factor=one, dead=one == 0)
+    write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return out.to(dtype)
 
 

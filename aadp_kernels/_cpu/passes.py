@@ -376,7 +376,7 @@ class Plan(NamedTuple):
 def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:
     """Write all pieces: factor * (value - reference) + scale * noise, or scale * noise.
 
-    `factor` and `dead` (the value counts as zero) are [K, L].
+    `factor` and `dead` (int64, the value counts as zero where it is 1) are [K, L].
     """
     bounds = pieces.frame.bounds
 

@@ -79,17 +79,22 @@ class Pieces(NamedTuple):
         out: Sequence[Tensor] | None = None,
     ) -> Pieces:
         """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
-        places = [
-            [(0, 0)] * len(values) if tensors is None
-            else [(t.data_ptr(), t.element_size()) for t in tensors]
-            for tensors in (values, minus, out)
-        ]  # fmt: skip
+        read = _places(values, len(values))
+        less = _places(minus, len(values))
+        written = read if out is values else _places(out, len(values))
         rows = [
-            (layout.offsets[i], layout.sizes[i], *(n for place in places for n in place[i]))
+            (layout.offsets[i], layout.sizes[i], *read[i], *less[i], *written[i])
             for i in layout.order
         ]
         keep = [*values, *(minus or ()), *(out or ())]
         return cls(np.array(rows, np.int64), frame_of(layout), keep)
+
+
+def _places(tensors: Sequence[Tensor] | None, count: int) -> list[tuple[int, int]]:
+    """Address and bytes an element of each tensor; zeros where there are none."""
+    if tensors is None:
+        return [(0, 0)] * count
+    return [(t.data_ptr(), t.element_size()) for t in tensors]
 
 
 def native(tensor: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ from aadp_kernels.layout import Layout
 
 def coarsest(tensors: Sequence[Tensor], layout: Layout) -> Precision:
     """The precision of the coarsest dtype of each layer's tensors."""
-    return _precision(*(frozenset(tensors[i].dtype for i in m) for m in layout.members))
+    return _precision(tuple(t.dtype for t in tensors), layout.members)
 
 
 @lru_cache(maxsize=64)
-def _precision(*layers: frozenset[torch.dtype]) -> Precision:
-    """The coarsest precision of each set of dtypes."""
-    infos = [max(map(torch.finfo, dtypes), key=lambda info: info.eps) for dtypes in layers]
+def _precision(dtypes: tuple[torch.dtype, ...], members: tuple[tuple[int, ...], ...]) -> Precision:
+    known = [torch.finfo(dtype) for dtype in dtypes]
+    infos = [max((known[i] for i in m), key=lambda info: info.eps) for m in members]
     columns = [info.eps for info in infos], [info.smallest_normal for info in infos]
     return Precision(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch._C._functorch import CInterpreter, peek_interpreter_stack
 
 from aadp_kernels._torch.ghost_clip import Terms, Wanted
@@ -79,17 +80,9 @@ class ClippedLayer(torch.autograd.Function):
                 for need, like in zip((*needs[:3], counts), likes, strict=True)
             ]
             return *grads[:3], None, None, None, grads[3], None, None
-        plain = not in_functorch()
-        if plain and isinstance(ctx.rule, Linear) and not torch.compiler.is_compiling():
-            results = ctx.rule.alone(x, grad, weight, wanted, clip, mask, votes_at)
-            if results is not None:
-                grad_x, grad_w, grad_b, seen = results
-                if seen is not None:
-                    seen = seen.to(saved[6].dtype)
-                return grad_x, grad_w, grad_b, None, None, None, seen, None, None
         tensors = (x, grad, weight, clip, mask, votes_at)
         led = [None if t is None else t.unsqueeze(0) for t in tensors]
-        if plain or torch.compiler.is_compiling():
+        if not in_functorch() or torch.compiler.is_compiling():
             results = clip_backward(ctx.rule, wanted, *led)
         else:
             results = _Clients.apply(ctx.rule, wanted, *led)
@@ -105,15 +98,25 @@ class _PlainClippedLayer(torch.autograd.Function):
     """`ClippedLayer` outside torch.func: a call costs half as much without `setup_context`."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, rule, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The ordinary layer."""
-        x, weight, bias, *_, rule, _p = inputs
-        ClippedLayer.setup_context(ctx, inputs, x)
+        ctx.save_for_backward(x, weight, bias, clip, mask, votes_at, probe)
+        ctx.rule, ctx.p = rule, p
         return rule.forward(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        """As `ClippedLayer`."""
+        """As `ClippedLayer`; a linear layer has a short way.
+
+        The input's gradient depends on the weight: what a second derivative would bring there is
+        not clipped.
+        """
+        if isinstance(ctx.rule, Linear) and not in_functorch():
+            results = ctx.rule.alone(ctx.saved_tensors, grads[0], ctx.needs_input_grad, ctx.p)
+            if results is not None:
+                grad_x, grad_w, grad_b, seen = results
+                return grad_x, grad_w, grad_b, None, None, None, seen, None, None
         return ClippedLayer.backward(ctx, *grads)
 
 

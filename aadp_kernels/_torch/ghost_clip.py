@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -114,8 +115,17 @@ def fast(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
-        and _dispatch.choose("auto", "ghost", device=x.device, elements=1 << 20) == "numba"
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and _numba_runs()
     )
+
+
+@cache
+def _numba_runs() -> bool:
+    """Whether numba is what large operations on a CPU run on."""
+    cpu = torch.device("cpu")
+    return _dispatch.choose("auto", "ghost", device=cpu, elements=1 << 20) == "numba"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

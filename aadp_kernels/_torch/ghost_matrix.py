@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from aadp_kernels._torch.ghost_clip import (
     Terms,
-    Wanted,
     blocks,
     bounded,
     compute_dtype,
@@ -250,37 +249,38 @@ class Linear(Matrix):
         return sum_w, found.total if wanted.bias else None, found.counts if wanted.counts else None
 
     def alone(
-        self, x: Tensor, grad: Tensor, weight: Tensor, wanted: Wanted, *terms: Tensor | None
+        self, saved: tuple[Any, ...], grad: Tensor, needs: Sequence[bool], p: int
     ) -> Results | None:
-        """`backward` of one client without the axis of the clients; None: it has no short way.
+        """`backward` of one client, without tables and the axis of the clients.
+
+        A small layer's step is mostly the time of such calls.
 
         Args:
-            x: [B, in], B > 0.
+            saved: x [B, in], weight, bias, clip [], mask [B] or [1], votes_at [], probe, or None.
             grad: gradient of the output, [B, out].
-            weight: of the layer.
-            wanted: what is wanted.
-            *terms: clip [], mask [B] or [1] or None, votes_at [] or None.
+            needs: which of `saved` need a gradient.
+            p: norm of the clipping.
+
+        Returns:
+            None if this way is not open.
         """
-        short = x.dim() == 2 and x.dtype == grad.dtype == weight.dtype and fast(grad)
+        x, weight, _, clip, mask, votes_at, probe = saved
+        short = x.dim() == 2 and len(x) and x.dtype == grad.dtype == weight.dtype and fast(grad)
         if not short or torch.is_autocast_enabled("cpu"):
             return None
         from aadp_kernels._cpu import ghost
 
-        clip, mask, votes_at = terms
-        assert clip is not None
+        counts = probe if needs[6] else None
         found = ghost.scale_linear(
-            x, grad, weight=wanted.weight, bias=wanted.bias, largest=largest(x.dtype), p=wanted.p,
+            x, grad, weight=needs[1], bias=needs[2], largest=largest(x.dtype), p=p,
             mask=None if mask is None else mask != 0, clip=clip,
-            votes_at=votes_at if wanted.counts else None,
+            votes_at=None if counts is None else votes_at,
         )  # fmt: skip
-        grad_w = None
-        if wanted.weight:
-            grad_w = found.g.t().mm(x if found.clean else _without_nan(x))
         return (
-            grad.mm(weight) if wanted.x else None,
-            grad_w,
-            found.total if wanted.bias else None,
-            found.counts if wanted.counts else None,
+            grad.mm(weight) if needs[0] else None,
+            found.g.t().mm(x if found.clean else _without_nan(x)) if needs[1] else None,
+            found.total if needs[2] else None,
+            None if counts is None else found.counts.to(counts.dtype),
         )
 
 

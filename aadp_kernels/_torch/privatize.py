@@ -45,8 +45,8 @@ class Noise(NamedTuple):
         layers = [i for i, elements in enumerate(layout.dims) if elements]
         if scale.device.type != "cpu":
             return layers
-        rows = scale.reshape(-1, layout.num_layers).tolist()
-        return [i for i in layers if any(row[i] > 0 for row in rows)]
+        each, count = scale.flatten().tolist(), layout.num_layers
+        return [i for i in layers if any(each[i::count])]
 
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.

@@ -208,6 +208,17 @@ def test_frozen_parameters_do_not_count_in_the_norm():
     torch.testing.assert_close(norm, torch.tensor(1.0), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 4, 3)])
+@pytest.mark.parametrize("wrt", ["x", "weight"])
+def test_a_second_derivative_is_refused(shape, wrt):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    y = clipped_linear(x, weight, clip=torch.tensor(0.5))
+    of = {"x": x, "weight": weight}[wrt]
+    (first,) = torch.autograd.grad(y.square().sum(), of, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 def test_a_second_derivative_is_refused_under_functorch():
     x, weight = torch.randn(2, 4), torch.randn(3, 4)
 
