@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch._C._functorch import CInterpreter, peek_interpreter_stack
+from torch.autograd.function import once_differentiable
 
 from aadp_kernels._torch.ghost_clip import Terms, Wanted
 from aadp_kernels._torch.ghost_matrix import Linear, Results

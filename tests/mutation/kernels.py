@@ -243,7 +243,9 @@ CLIP_MATRICES = group(
 )  # fmt: skip
 
 _CPU_GHOST = "tests/aadp_kernels/test_cpu_ghost.py"
-_PRODUCTS = f"{_CPU_GHOST}::test_sequences_of_any_shape {_CPU_GHOST}::test_convolutions_of_any_shape"
+_PRODUCTS = (
+    f"{_CPU_GHOST}::test_sequences_of_any_shape {_CPU_GHOST}::test_convolutions_of_any_shape"
+)
 
 TILES = group(
     "aadp_kernels/_cpu/tile.py",
