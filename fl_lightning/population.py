@@ -128,7 +128,8 @@ class ClientPopulation:
                 max_examples=max_examples,
                 example=example,
                 grid=privacy.mechanism if privacy.noise_form == "grid" else None,
-                flat=privacy.clipping == "flat",
+                clipping=privacy.clipping,
+                mechanism=privacy.mechanism,
                 automatic=privacy.clip_function == "automatic",
             )
 

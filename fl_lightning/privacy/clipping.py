@@ -8,6 +8,7 @@ floating point needs, are made of per-sample gradients.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,18 @@ from aadp_kernels import (
     UnsupportedLayerError,
     check_single_use,
     clip_sum_noise,
+    layer_norms,
     with_clipping,
 )
 from fl_lightning.client import Batch, CohortGradient, Loss
-from fl_lightning.privacy.flat import ClippedSums, dense_layers, flat_sums
+from fl_lightning.privacy.flat import (
+    ClippedSums,
+    clip_factors,
+    count_layers,
+    dense_layers,
+    flat_sums,
+    layer_units,
+)
 from fl_lightning.types import LayerPolicy, Params
 
 
@@ -35,7 +44,8 @@ def clipped_sums(
     max_examples: int,
     example: Tensor,
     grid: str | None = None,
-    flat: bool = False,
+    clipping: str = "layer",
+    mechanism: str = "gaussian",
     automatic: bool = False,
 ) -> ClippedSums:
     """Clip in backward where every layer can; per-sample gradients otherwise.
@@ -47,19 +57,28 @@ def clipped_sums(
         example: some records, for their shape.
         grid: mechanism whose whole-number noise is added to the sums, or None. Such sums are made
             of per-sample gradients.
-        flat: whether one norm is clipped over all layers; `layout` then has one.
+        clipping: "layer", "flat" (`layout` has one layer) or "joint".
+        mechanism: whose noise joint clipping is for.
         automatic: scale by C/(‖g‖+γ) instead; for flat clipping of dense layers.
 
     Raises:
         ValueError: `automatic` for a network with other layers.
     """
-    if flat and grid is None:
+    if clipping != "layer" and grid is None:
         if dense_layers(network, layout, example) is not None:
-            return flat_sums(network, loss, layout, p=p, automatic=automatic)
+            return flat_sums(
+                network, loss, layout, p=p, clipping=clipping, mechanism=mechanism,
+                automatic=automatic,
+            )  # fmt: skip
         if automatic:
             raise ValueError(
                 "clip_function='automatic': the network must be of Linear layers, a vector a record"
             )
+    if clipping == "joint":
+        return joint_sample_sums(
+            network, loss, layout, p=p, mechanism=mechanism, vectorize=vectorize,
+            max_examples=max_examples,
+        )  # fmt: skip
     if grid is not None:
         logging.getLogger("pytorch_lightning").info(
             "noise_form=grid: every record's gradient is computed by itself, since sums in "
@@ -69,7 +88,7 @@ def clipped_sums(
             network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples, grid=grid
         )
     try:
-        if flat:
+        if clipping == "flat":
             raise UnsupportedLayerError("one norm over all layers")
         if any("." not in name for name in layout.names):
             raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
@@ -129,22 +148,12 @@ def clip_in_backward_sums(
     return run
 
 
-def per_sample_sums(
-    network: nn.Module,
-    loss: Loss,
-    layout: Layout,
-    *,
-    p: int,
-    vectorize: bool,
-    max_examples: int,
-    grid: str | None = None,
-) -> ClippedSums:
-    """Sums of clipped gradients for any network without batch statistics, by per-sample gradients.
+def per_sample_gradients(
+    network: nn.Module, loss: Loss, vectorize: bool
+) -> Callable[[Params, Tensor, Tensor], Params]:
+    """(params, x [B, ...], y [B]) -> gradients [B, ...] of any network without batch statistics.
 
-    One vmap over the records of a client, or a loop over them if the network cannot be vmapped.
-    Memory grows with records × parameters; `max_examples` bounds the records held at once. With
-    `grid` each clipped record is cut to whole quanta of that mechanism's noise and the sums are
-    int64, unless there is no noise.
+    One vmap over the records, or a loop over them if the network cannot be vmapped.
     """
 
     def record_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -165,6 +174,87 @@ def per_sample_sums(
             )
         return {n: torch.stack(c) for n, c in zip(params, zip(*rows, strict=True), strict=True)}
 
+    return per_sample if vectorize else looped
+
+
+def joint_sample_sums(
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    mechanism: str,
+    vectorize: bool,
+    max_examples: int,
+) -> ClippedSums:
+    """Joint clipping (see `privacy.flat`) by per-sample gradients, for networks of any layers."""
+    gradients = per_sample_gradients(network, loss, vectorize)
+    order = 1 if mechanism == "laplace" else 2
+
+    def part_sums(
+        own: Params, x: Tensor, y: Tensor, real: Tensor, units: Tensor, votes_at: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        grads = gradients(own, x, y)
+        values = [grads[n] for n in layout.names]
+        l1, sizes = (
+            layer_norms(values, layout=layout, p=order_, cohort=True).double().T
+            for order_ in (1, p)
+        )
+        finite = sizes.isfinite().all(0)
+        factor = clip_factors(sizes.masked_fill(~finite, 0.0), units, order=order, automatic=False)
+        counts = count_layers(l1, votes_at, (factor < 1) & finite & real, finite, real)
+        factor = (factor * (1 - 1e-6) * (finite & real)).float()
+        sums = [
+            torch.tensordot(factor, g.nan_to_num(0.0, 0.0, 0.0) if not finite.all() else g, 1)
+            for g in values
+        ]
+        return sums, counts
+
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        rows, counts = [], []
+        units = layer_units(policy, "joint", mechanism).to(batch.x.device)
+        votes_at = torch.full_like(units, torch.nan)  # no votes
+        if policy.votes_at is not None:
+            votes_at = policy.votes_at.to(units)
+        for i in range(len(batch.x)):
+            own = params if shared else {n: v[i] for n, v in params.items()}
+            parts = [
+                part_sums(own, x, y, mask > 0, units[i], votes_at[i])
+                for x, y, mask in zip(
+                    *(t[i].split(max_examples) for t in (batch.x, batch.y, batch.mask)),
+                    strict=True,
+                )
+            ]
+            rows.append([torch.stack(t).sum(0) for t in zip(*(s for s, _ in parts), strict=True)])
+            counts.append(torch.stack([c for _, c in parts]).sum(0))
+        sums = [torch.stack(column) for column in zip(*rows, strict=True)]
+        return dict(zip(layout.names, sums, strict=True)), torch.stack(counts)
+
+    return run
+
+
+def per_sample_sums(
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    vectorize: bool,
+    max_examples: int,
+    grid: str | None = None,
+) -> ClippedSums:
+    """Sums of clipped gradients for any network without batch statistics, by per-sample gradients.
+
+    One vmap over the records of a client, or a loop over them if the network cannot be vmapped.
+    Memory grows with records × parameters; `max_examples` bounds the records held at once. With
+    `grid` each clipped record is cut to whole quanta of that mechanism's noise and the sums are
+    int64, unless there is no noise.
+    """
+
+    gradients = per_sample_gradients(network, loss, vectorize)
+
     def run(
         params: Params, shared: bool, batch: Batch, policy: LayerPolicy
     ) -> tuple[Params, Tensor]:
@@ -176,9 +266,7 @@ def per_sample_sums(
             seen = torch.zeros(layout.num_layers, 3)
             for start in range(0, batch.x.shape[1], max_examples):
                 part = slice(start, start + max_examples)
-                grads = (per_sample if vectorize else looped)(
-                    own, batch.x[i, part], batch.y[i, part]
-                )
+                grads = gradients(own, batch.x[i, part], batch.y[i, part])
                 total, stats = clip_sum_noise(
                     [grads[n] for n in layout.names],
                     layout=layout,

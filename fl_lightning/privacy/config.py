@@ -75,8 +75,11 @@ class PrivacyConfig:
         quantile_lr: Step size η of the quantile rule, in log norm a vote.
         vote_share: Share ρ of the privacy budget that the votes cost, in (0, 1).
         clip_factor: Factor κ between the tracked L1 norm and the L2 clip norm.
-        clipping: What shares one clip norm: each ``layer``, or the whole gradient (``flat``), which
-            then counts as one layer for clip norms, votes and shares.
+        clipping: What is scaled down together: each ``layer``, to its own clip norm; the whole
+            gradient (``flat``), which then counts as one layer for clip norms, votes and shares; or
+            (``joint``, under record+local) the whole gradient by the norm in which each layer is
+            measured by its own noise. Joint clipping has the noise of ``layer``, keeps the
+            direction of each gradient, and shortens fewer (fl_lightning/privacy/flat.py).
         clip_function: ``clip`` scales what is longer than C down to C; ``automatic`` scales every
             record's gradient g to C·g/(‖g‖+0.01) (Bu et al., 2022, arXiv:2206.07136), for flat
             clipping of dense layers under record+local.
@@ -126,7 +129,7 @@ class PrivacyConfig:
     quantile_lr: float = 0.2
     vote_share: float = 0.05
     clip_factor: float = 1.0
-    clipping: Literal["layer", "flat"] = "layer"
+    clipping: Literal["layer", "flat", "joint"] = "layer"
     clip_function: Literal["clip", "automatic"] = "clip"
     votes_on: Literal["l1", "clipped"] = "l1"
     history: int = 10
@@ -370,6 +373,17 @@ def _check_comparators(config: PrivacyConfig) -> None:
                 f"clip_function='automatic' with noise_form='{config.noise_form}' and thresholds="
                 f"'{config.resolved_thresholds}': use noise_form 'wide' or 'fast' and thresholds "
                 "'fixed' or 'released'"
+            )
+    if config.clipping == "joint":
+        if config.setting != "record+local" or config.noise_form == "grid":
+            raise ValueError(
+                f"clipping='joint' with setting='{config.setting}' and noise_form="
+                f"'{config.noise_form}': only setting='record+local' with noise_form 'wide' or "
+                "'fast' has it"
+            )
+        if config.votes_on == "clipped":
+            raise ValueError(
+                "votes_on='clipped' with clipping='joint': all layers would vote alike; use 'l1'"
             )
     if config.votes_on != "l1" and config.setting not in ("record+local", "none"):
         raise ValueError(

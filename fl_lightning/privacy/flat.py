@@ -1,4 +1,9 @@
-"""One norm over all layers, for networks of dense layers: what per-layer clipping is compared with.
+"""One clip factor a record over all layers: flat and joint clipping.
+
+`flat` clips the norm over all layers. `joint` clips the norm in which a layer is measured by its
+own noise, A_l = C_l/√π_l (Gaussian; C_l/π_l for Laplace): Σ (‖g_l‖/A_l)² <= 1 (Σ ‖g_l‖/A_l <= 1).
+Layers clipped one by one to C_l lie within that bound, so the same noise covers both; the joint
+clip keeps the direction of a record's gradient and shortens fewer records.
 
 A record's gradient of a dense layer is the outer product of what comes in and the gradient of what
 goes out, so its norm is a product of two norms, and the clipped sum is one matrix product. One
@@ -51,42 +56,76 @@ def dense_layers(
     return layers if seen == [2] * len(layers) else None
 
 
+def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
+    """A_l, the unit in which a layer's norm counts, float64 [k, L]: C for flat clipping."""
+    if clipping == "flat":
+        return policy.clip_norm
+    part = policy.shares / policy.shares.sum(-1, keepdim=True)
+    return policy.clip_norm / (part.sqrt() if mechanism == "gaussian" else part)
+
+
+def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -> Tensor:
+    """Factor of each record, float64 [B]; above 1 minus rounding only where nothing is clipped.
+
+    Args:
+        sizes: norms of each record's layers, finite, [L, B].
+        units: A_l [L].
+        order: of the norm that is taken over the layers, 1 or 2.
+        automatic: 1/(N + γ/A) in place of min(1, 1/N), for one layer.
+    """
+    size = torch.linalg.vector_norm(sizes / units[:, None].clamp(min=1e-300), order, dim=0)
+    if automatic:
+        return 1 / (size + AUTOMATIC_GAMMA / units[0])
+    return (1 / size.clamp(min=1e-300)).clamp(max=1.0)
+
+
 def flat_sums(
-    network: nn.Module, loss: Loss, layout: Layout, *, p: int, automatic: bool
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    clipping: str = "flat",
+    mechanism: str = "gaussian",
+    automatic: bool = False,
 ) -> ClippedSums:
-    """Sums over records of g·min(1, C/‖g‖), or of g·C/(‖g‖+γ), with g over all layers.
+    """Sums over records of g·min(1, 1/N(g)), N the norm over all layers of the clipping.
 
     Args:
         network: all of its parameters in `dense_layers`.
         loss: loss of each record.
-        layout: one layer.
-        p: norm, 1 or 2.
-        automatic: the second form (Bu et al. 2022, arXiv:2206.07136).
+        layout: one layer for flat, the network's for joint clipping.
+        p: norm of a layer, 1 or 2.
+        clipping: "flat" or "joint".
+        mechanism: whose noise joint clipping is for.
+        automatic: g·C/(‖g‖+γ) instead (Bu et al. 2022, arXiv:2206.07136), for flat clipping.
 
     Guarantees:
-        Every record's part has norm at most C in real arithmetic, given its rounded factors. A
+        Every record's part has norm N at most 1 in real arithmetic, given its rounded factors. A
         record whose norm is not finite contributes zero and counts as such.
     """
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
+    row = [layout.layer_of[layout.names.index(f"{n}.weight")] for n in linear]
+    order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
 
     def client(
-        params: Params, x: Tensor, y: Tensor, mask: Tensor, clip: Tensor, votes_at: float
+        params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
     ) -> tuple[Params, Tensor]:
         inputs, outputs = _pass(network, linear, loss, params, x, y, mask)
-        norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        l1 = torch.zeros_like(norms)
-        for name, module in linear.items():
+        sizes = torch.zeros(layout.num_layers, len(x), dtype=torch.float64, device=x.device)
+        l1 = torch.zeros_like(sizes)
+        for at, (name, module) in zip(row, linear.items(), strict=True):
             bias = 0.0 if module.bias is None else 1.0
-            l1 += _norm(outputs[name], 1) * (_norm(inputs[name], 1) + bias)
-            norms += _norm(outputs[name], 2).square() * (_norm(inputs[name], 2).square() + bias)
-        norms = l1 if p == 1 else norms.sqrt()
-        real = mask > 0
-        finite = norms.isfinite()
-        norms = norms.masked_fill(~finite, 0.0)
-        if automatic:
-            factor = clip / (norms + AUTOMATIC_GAMMA)
-        else:
-            factor = (clip / norms.clamp(min=1e-300)).clamp(max=1.0)
+            l1[at] += _norm(outputs[name], 1) * (_norm(inputs[name], 1) + bias)
+            square = _norm(inputs[name], 2).square() + bias
+            sizes[at] += _norm(outputs[name], 2).square() * square
+        sizes = l1 if p == 1 else sizes.sqrt()
+        real, finite = mask > 0, sizes.isfinite().all(0)
+        factor = clip_factors(
+            sizes.masked_fill(~finite, 0.0), units, order=order, automatic=automatic
+        )
+        clipped = (factor < 1 if not automatic else sizes[0] > units[0]) & finite & real
         factor = (factor * _DOWN * (finite & real)).float()
         sums: Params = {}
         strange = None if bool(finite.all()) else ~finite[:, None]
@@ -98,26 +137,40 @@ def flat_sums(
             sums[f"{name}.weight"] = g.T @ a
             if module.bias is not None:
                 sums[f"{name}.bias"] = g.sum(0)
-        below = (l1 <= votes_at).double() - 0.5
-        counted = finite & real
-        votes = (below * counted).sum() if votes_at == votes_at else below.new_zeros(())
-        clipped = ((norms > clip) & counted).sum()
-        counts = torch.stack([votes, clipped, (~finite & real).sum()])
-        return {n: sums[n] for n in layout.names}, counts.float()[None]
+        counts = count_layers(l1, votes_at, clipped, finite, real)
+        return {n: sums[n] for n in layout.names}, counts
 
     def run(
         params: Params, shared: bool, batch: Batch, policy: LayerPolicy
     ) -> tuple[Params, Tensor]:
         rows = []
+        units = layer_units(policy, clipping, mechanism).to(batch.x.device)
+        votes_at = torch.full_like(units, torch.nan)  # no votes
+        if policy.votes_at is not None:
+            votes_at = policy.votes_at.to(units)
         for i in range(len(batch.x)):
             own = {n: (v if shared else v[i]).detach() for n, v in params.items()}
-            at = float("nan") if policy.votes_at is None else float(policy.votes_at[i, 0])
-            clip = policy.clip_norm[i, 0].to(batch.x.device)
-            rows.append(client(own, batch.x[i], batch.y[i], batch.mask[i], clip, at))
+            rows.append(client(own, batch.x[i], batch.y[i], batch.mask[i], units[i], votes_at[i]))
         sums = {n: torch.stack([row[n] for row, _ in rows]) for n in layout.names}
         return sums, torch.stack([counts for _, counts in rows])
 
     return run
+
+
+def count_layers(
+    l1: Tensor, votes_at: Tensor, clipped: Tensor, finite: Tensor, real: Tensor
+) -> Tensor:
+    """Votes Σ (1[‖g_l‖₁ <= M_l] - ½), clipped and non-finite records, float32 [L, 3].
+
+    Args:
+        l1: L1 norms [L, B].
+        votes_at: M_l [L]; NaN: no votes.
+        clipped, finite, real: of each record, bool [B].
+    """
+    votes = ((l1 <= votes_at[:, None]).double() - 0.5) * (finite & real)
+    votes = votes.masked_fill(votes_at.isnan()[:, None], 0.0).sum(1)
+    others = torch.stack([clipped.sum(), (~finite & real).sum()]).to(votes)
+    return torch.cat([votes[:, None], others.expand(len(l1), 2)], 1).float()
 
 
 def _pass(

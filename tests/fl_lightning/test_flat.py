@@ -14,8 +14,8 @@ from fl_lightning import PrivacyConfig
 from fl_lightning.client import Batch
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
-from fl_lightning.privacy.clipping import clipped_sums, per_sample_sums
-from fl_lightning.privacy.flat import AUTOMATIC_GAMMA, dense_layers, flat_sums
+from fl_lightning.privacy.clipping import clipped_sums, joint_sample_sums, per_sample_sums
+from fl_lightning.privacy.flat import AUTOMATIC_GAMMA, dense_layers, flat_sums, layer_units
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.types import LayerPolicy
 
@@ -62,7 +62,7 @@ def test_sums_and_counts_are_those_of_per_sample_gradients(p, shared):
         params = {n: torch.stack([v, 1.5 * v]) for n, v in params.items()}
     # Between the records' norms, so that some are clipped and some are not.
     clip, votes_at = (45.0, 45.0) if p == 1 else (1.8, 45.0)
-    fast = flat_sums(network, cross_entropy, layout, p=p, automatic=False)
+    fast = flat_sums(network, cross_entropy, layout, p=p)
     slow = per_sample_sums(network, cross_entropy, layout, p=p, vectorize=True, max_examples=100)
     (sums, counts), (expected, known) = (
         run(params, shared, batch, policy_of(clip, votes_at)) for run in (fast, slow)
@@ -71,6 +71,143 @@ def test_sums_and_counts_are_those_of_per_sample_gradients(p, shared):
     torch.testing.assert_close(counts, known)
     for name in sums:
         torch.testing.assert_close(sums[name], expected[name].float(), rtol=2e-5, atol=2e-6)
+
+
+def joint_policy(mechanism: str, scale: float = 1.0, votes_at: float | None = None) -> LayerPolicy:
+    """Unequal clip norms and shares for two clients and three layers."""
+    clip = scale * torch.tensor([[2.0, 0.5, 1.0], [1.0, 1.0, 3.0]], dtype=torch.float64)
+    shares = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]], dtype=torch.float64)
+    at = None if votes_at is None else torch.full_like(clip, votes_at)
+    return LayerPolicy(clip, shares, shares, 0 * clip, at)
+
+
+def records_of(network: nn.Module, batch: Batch, client: int) -> list[dict]:
+    """Each real record's gradient, one backward pass each."""
+    rows = []
+    for x, y, real in zip(batch.x[client], batch.y[client], batch.mask[client], strict=True):
+        network.zero_grad()
+        cross_entropy(network(x[None]), y[None]).sum().backward()
+        if real:
+            rows.append({n: p.grad.double().clone() for n, p in network.named_parameters()})
+    return rows
+
+
+def by_layer(record: dict, layout: Layout, p: int) -> torch.Tensor:
+    return torch.stack([
+        torch.cat([record[n].flatten() for n, at in zip(layout.names, layout.layer_of, strict=True)
+                   if at == layer]).norm(p)
+        for layer in range(layout.num_layers)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("mechanism", "p"), [("gaussian", 2), ("gaussian", 1), ("laplace", 1)])
+@pytest.mark.parametrize("dense", [True, False])
+def test_joint_clipping_scales_whole_records_by_the_norm_of_the_noise(mechanism, p, dense):
+    network, batch = make_network(), some_batch()
+    layout = Layout.build(dict(network.named_parameters()))
+    policy = joint_policy(mechanism, 1.5 if p == 2 else 25.0, votes_at=9.0)
+    if dense:
+        run = flat_sums(network, cross_entropy, layout, p=p, clipping="joint", mechanism=mechanism)
+    else:
+        run = joint_sample_sums(
+            network, cross_entropy, layout, p=p, mechanism=mechanism, vectorize=True, max_examples=3
+        )
+    sums, counts = run(parameters(network), True, batch, policy)
+    some = []
+    for k in range(2):
+        total = {n: torch.zeros_like(v) for n, v in records_of(network, batch, k)[0].items()}
+        votes, clipped = torch.zeros(3), 0
+        for record in records_of(network, batch, k):
+            # By hand: sigma_l = z C_l / sqrt(pi_l), so the norm in units of sigma / z is N.
+            part = policy.shares[k].sqrt() if mechanism == "gaussian" else policy.shares[k]
+            units = by_layer(record, layout, p) * part / policy.clip_norm[k]
+            size = float(units.norm() if mechanism == "gaussian" else units.sum())
+            clipped += size > 1
+            some.append(size > 1)
+            votes += (by_layer(record, layout, 1) <= 9.0).float() - 0.5
+            for n in total:
+                total[n] += record[n] * min(1.0, 1 / size)
+        assert counts[k].tolist() == [[float(v), clipped, 0] for v in votes]
+        for n in total:
+            torch.testing.assert_close(sums[n][k].double(), total[n], rtol=2e-5, atol=2e-6)
+    assert 0 < sum(some) < len(some), "the test needs both kinds"
+
+
+@pytest.mark.parametrize(("mechanism", "p"), [("gaussian", 2), ("laplace", 1)])
+def test_joint_clipping_holds_every_record_and_what_layers_would_hold(mechanism, p):
+    """A record's part is in the bound that the noise is for; what lies in the box is left alone."""
+    network, whole = make_network(), some_batch(2, 1)
+    whole.mask[:] = 1
+    layout = Layout.build(dict(network.named_parameters()))
+    run = flat_sums(network, cross_entropy, layout, p=p, clipping="joint", mechanism=mechanism)
+    plain = records_of(network, whole, 0)[0]
+    norms = by_layer(plain, layout, p)
+    for scale in (1e-3, 0.1, 1.0):
+        policy = joint_policy(mechanism, scale)
+        sums, _ = run(parameters(network), True, whole, policy)
+        held = by_layer({n: v[0].double() for n, v in sums.items()}, layout, p)
+        units = held / layer_units(policy, "joint", mechanism)[0]
+        size = float(units.norm() if mechanism == "gaussian" else units.sum())
+        assert size <= 1
+        assert size > 0.999
+    policy = joint_policy(mechanism)
+    policy.clip_norm[0] = 1.001 * norms
+    sums, counts = run(parameters(network), True, whole, policy)
+    assert float(counts[0, :, 1].sum()) == 0
+    for n, v in plain.items():
+        torch.testing.assert_close(sums[n][0].double(), v, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_joint_clipping_drops_records_that_are_not_finite(bad, dense):
+    network, batch = make_network(), some_batch()
+    layout = Layout.build(dict(network.named_parameters()))
+    options = {"p": 2, "mechanism": "gaussian"}
+    if dense:
+        run = flat_sums(network, cross_entropy, layout, clipping="joint", **options)
+    else:
+        run = joint_sample_sums(
+            network, cross_entropy, layout, vectorize=False, max_examples=4, **options
+        )
+    without = Batch(batch.x, batch.y, batch.mask.clone(), batch.divisor, batch.active)
+    without.mask[1, 3] = 0
+    policy = joint_policy("gaussian", votes_at=12.0)
+    expected, known = run(parameters(network), True, without, policy)
+    batch.x[1, 3, 0] = bad
+    sums, counts = run(parameters(network), True, batch, policy)
+    assert counts[:, :, 2].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert torch.equal(counts[..., :2], known[..., :2])
+    for name in sums:
+        torch.testing.assert_close(sums[name], expected[name])
+
+
+def test_joint_clipping_has_the_noise_of_clipping_by_layer(federation, population, global_params):
+    network, data = make_network(), federation(72, clients=6)
+    everyone, params = torch.arange(6), global_params(network)
+    policies, released = {}, {}
+    for clipping in ("layer", "joint"):
+        for z in (0.0, 0.8):
+            config = PrivacyConfig(
+                clipping=clipping, thresholds="fixed", clip_norm=[0.3, 0.1, 0.2],
+                allocation="contribution", epsilon=None, noise_multiplier=z, seed=3,
+            )  # fmt: skip
+            clients = population(data, network, config)
+            released[clipping, z] = clients.release(everyone, params, 0, "x")
+            policies[clipping, z] = released[clipping, z].policy
+    noise_scale = policies["joint", 0.8].noise_scale
+    torch.testing.assert_close(noise_scale, policies["layer", 0.8].noise_scale)
+    silent, noisy = released["joint", 0.0], released["joint", 0.8]
+    layout = Layout.build(dict(network.named_parameters()))
+    for name, layer in zip(layout.names, layout.layer_of, strict=True):
+        part = 12 * (noisy.update[name] - silent.update[name]).double().flatten()
+        if len(part) > 1000:
+            scale = float(noise_scale[0, layer])
+            assert stats.kstest(part.numpy() / scale, stats.norm.cdf).pvalue > 1e-3
+            for factor in (2 / 3, 3 / 2):
+                wrong = part.numpy() / (factor * scale)
+                assert stats.kstest(wrong, stats.norm.cdf).pvalue < 1e-6
+    assert noisy.events[0].noise_multiplier == 0.8
 
 
 def joint_norm(sums: dict, row: int = 0) -> float:
@@ -89,7 +226,7 @@ def test_one_record_counts_for_the_clip_norm_and_not_more(automatic):
         return joint_norm(run(parameters(network), True, batch, policy_of(clip, clients=1))[0])
 
     unclipped = joint_norm(
-        flat_sums(network, cross_entropy, flat_layout(network), p=2, automatic=False)(
+        flat_sums(network, cross_entropy, flat_layout(network), p=2)(
             parameters(network), True, whole, policy_of(1e9, clients=1)
         )[0]
     )
@@ -124,7 +261,7 @@ def test_squares_that_float32_has_no_numbers_for_count_in_the_norm(inputs, slope
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_record_that_is_not_finite_contributes_nothing(bad):
     network, batch = make_network(), some_batch()
-    run = flat_sums(network, cross_entropy, flat_layout(network), p=2, automatic=False)
+    run = flat_sums(network, cross_entropy, flat_layout(network), p=2)
     without = Batch(batch.x, batch.y, batch.mask.clone(), batch.divisor, batch.active)
     without.mask[1, 3] = 0
     expected, _ = run(parameters(network), True, without, policy_of(1.0, 12.0))
@@ -153,7 +290,7 @@ def test_networks_that_have_other_layers_are_told_apart():
     cnn = CNN(num_classes=3)
     image = torch.zeros(2, 1, 8, 8)
     assert dense_layers(cnn, flat_layout(cnn), image) is None
-    options = {"p": 2, "vectorize": True, "max_examples": 9, "example": image, "flat": True}
+    options = {"p": 2, "vectorize": True, "max_examples": 9, "example": image, "clipping": "flat"}
     clipped_sums(cnn, cross_entropy, flat_layout(cnn), **options)
     with pytest.raises(ValueError, match="automatic"):
         clipped_sums(cnn, cross_entropy, flat_layout(cnn), automatic=True, **options)
@@ -309,6 +446,9 @@ def test_every_record_is_in_every_batch_of_rate_one(federation, population):
         ({"nominal_sensitivity": "records"}, "nominal_sensitivity='records'"),
         ({"thresholds": "fixed", "history_cosine": True}, "history_cosine"),
         ({"clipping": "group"}, "clipping='group'"),
+        ({"clipping": "joint", "setting": "client+local"}, "clipping='joint'"),
+        ({"clipping": "joint", "noise_form": "grid"}, "noise_form='grid'"),
+        ({"clipping": "joint", "votes_on": "clipped"}, "votes_on='clipped'"),
         ({"history_rule": "mode"}, "history_rule='mode'"),
     ],
 )  # fmt: skip
