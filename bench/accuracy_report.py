@@ -223,4 +223,4 @@ def draw() -> None:
     plt.close(figure)
 
 
-SHOWN = (accuracy.DEFAULT_AADP, accuracy.RELEASED_AADP)
+SHOWN = accuracy.AADP_SHOWN

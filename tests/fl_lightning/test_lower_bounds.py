@@ -178,8 +178,9 @@ def local_records(
     replaced = config.resolved_adjacency == "replace_one"
     x = torch.ones(n, 1, 1)
     sums = clipped_sums(
-        network, signed_loss, layout, p=config.p, vectorize=True, max_examples=2**40, example=x[0]
-    )
+        network, signed_loss, layout, p=config.p, vectorize=True, max_examples=2**40, example=x[0],
+        clipping=config.clipping, mechanism=config.mechanism,
+    )  # fmt: skip
     known = history_of(config, n, change, layout.dims).policy(clients, multiplier)
     ratios = []
     for world in (1.0, -1.0 if replaced else 0.0):
@@ -195,6 +196,10 @@ def local_records(
         before = history.l1_norm.clone()
         released = hook(0, params, True, batch)
         u = known.clip_norm[0]
+        if config.clipping == "joint":
+            # Equal gradients of both layers, on the edge of the bound.
+            inverse = known.shares[0] ** (0.5 if config.mechanism == "gaussian" else 1.0) / u
+            u = (1 / inverse.norm(p=2 if config.mechanism == "gaussian" else 1)).expand(2)
         got = torch.cat([released[m].double().view(n, 1) for m in layout.names], 1)
         back = -u if replaced else torch.zeros(2, dtype=torch.float64)
         ratio = log_ratio(got, u, back, known.noise_scale, config.mechanism)
@@ -332,7 +337,19 @@ def cases() -> Iterator[tuple[str, Callable[[Policy], tuple[NDArray, NDArray, fl
                     )
 
 
-CASES = {name: (run, mechanism, DELTA) for name, run, mechanism in cases()}
+def joint_cases() -> Iterator[tuple[str, Callable[[Policy], tuple[NDArray, NDArray, float]], str]]:
+    """One factor a record; client after client, hence fewer trials."""
+    for mechanism in ("gaussian", "laplace"):
+        for rate in (1.0, 0.4):
+            config = config_of("record+local", mechanism, clipping="joint")
+            yield (
+                f"record+local-{mechanism}-joint-q{rate}",
+                lambda c, p=config, q=rate: local_records(p, c, 9_000, q),
+                mechanism,
+            )
+
+
+CASES = {name: (run, mechanism, DELTA) for name, run, mechanism in (*cases(), *joint_cases())}
 CASES |= {name: (attack, attack.config.mechanism, attack.delta) for name, attack in sum_attacks()}
 
 
