@@ -236,6 +236,28 @@ MEASURES: dict[str, Options] = {
         _LR: 80.0,
     },
     "pixels in place of features": _PIXELS | {_LR: 0.5},
+    "warm-up over 6 rounds, then the schedule": {
+        "model.server_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+            "init_args": {
+                "max_lr": 80.0,
+                "total_steps": 61,
+                "pct_start": 0.1,
+                "anneal_strategy": "linear",
+                "cycle_momentum": False,
+            },
+        },
+    },
+}
+# The same on the comparison's network of four layers, under AADP with joint clipping.
+_ACTIVATION = "model.network.init_args.activation"
+DEEP_MEASURES: dict[str, Options] = {
+    "four layers: tanh, records standardised": {},
+    "four layers: relu": {_ACTIVATION: "relu"},
+    "four layers: gelu": {_ACTIVATION: "gelu"},
+    "four layers: records not standardised": {"model.network.init_args.standardize": False},
+    "four layers: without momentum": {_MOMENTUM: 0.0, _LR: 5.0},
+    "four layers: every record in every round (q = 1)": {"model.sampling_rate": 1.0},
 }
 PERSONAL = {
     "(B/z)², by noise (precision)": {"model.weighting": "precision"},
@@ -244,16 +266,21 @@ PERSONAL = {
 
 
 def measures_runs() -> Iterator[Run]:
-    """The best run at ε = 3 with one measure changed."""
+    """The best run at ε = 3, then a deeper network, with one measure changed."""
     for case, options in MEASURES.items():
         for seed in SEEDS[:3]:
             base = BEST_OPTIONS[MEASURES_EPSILON]
             yield Run("measures", case, MEASURES_EPSILON, seed, BEST, base | options)
+    files = (f"{FOLDER}/fashion_mnist.yaml", f"{FOLDER}/aadp_joint_mse.yaml")
+    for case, options in DEEP_MEASURES.items():
+        for seed in SEEDS[:3]:
+            base = {_QUANTILE: 0.9, _LR: 0.5}
+            yield Run("measures", case, MEASURES_EPSILON, seed, files, base | options)
 
 
 def personal_runs() -> Iterator[Run]:
     """Clients with ε of 1, 3 and 8 on digits, AADP's rules."""
-    files = (f"{FOLDER}/digits.yaml", f"{FOLDER}/aadp_released_contribution.yaml")
+    files = (f"{FOLDER}/digits.yaml", f"{FOLDER}/aadp_joint_mse.yaml")
     for case, options in PERSONAL.items():
         for seed in SEEDS:
             epsilons = {"privacy.epsilon": [1.0, 3.0, 8.0], _LR: 0.5}
