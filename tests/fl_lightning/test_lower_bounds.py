@@ -342,9 +342,10 @@ def joint_cases() -> Iterator[tuple[str, Callable[[Policy], tuple[NDArray, NDArr
     for mechanism in ("gaussian", "laplace"):
         for rate in (1.0, 0.4):
             config = config_of("record+local", mechanism, clipping="joint")
+            trials = 18_000 if (mechanism, rate) == ("laplace", 0.4) else 9_000
             yield (
                 f"record+local-{mechanism}-joint-q{rate}",
-                lambda c, p=config, q=rate: local_records(p, c, 9_000, q),
+                lambda c, p=config, q=rate, n=trials: local_records(p, c, n, q),
                 mechanism,
             )
 
