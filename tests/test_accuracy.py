@@ -114,10 +114,24 @@ def test_winners_are_chosen_by_validation_and_every_method_has_as_many_trials(
     accuracy.compare("digits", results, lambda config: None, (3.0,))
     for method in accuracy.METHODS:
         mine = [r for r in results.runs.values() if r["case"] == method]
-        assert sum(r["trial"] is not None for r in mine) == 3
-        assert sorted(r["seed"] for r in mine if r["trial"] is None) == list(accuracy.SEEDS)
+        trials = [r for r in mine if r["trial"] is not None]
+        assert sorted({r["trial"] for r in trials}) == list(range(6))
+        assert len(trials) == 6 * len(accuracy.TRIAL_SEEDS["digits"])
+        kept = [r for r in mine if r["trial"] is None]
+        assert sorted(r["seed"] for r in kept) == list(accuracy.SEEDS)
+        best = max(trials, key=lambda r: r["accuracy"])
+        assert all(r["options"] == best["options"] for r in kept)
     winner = results.runs["digits | flat, fixed | 3.0 | seed 1"]["options"]
-    assert winner["model.server_optimizer.init_args.lr"] == 0.5
+    assert winner["model.server_optimizer.init_args.lr"] == 0.4
+
+
+@pytest.mark.parametrize("study", accuracy.BASES)
+def test_trials_of_all_methods_are_as_many_and_all_different(study: str) -> None:
+    for epsilon in accuracy.EPSILONS:
+        for method in accuracy.METHODS:
+            trials = accuracy.trials_of(study, method, epsilon)
+            assert len(trials) == 2 * len(accuracy.STEPS[study])
+            assert len({str(t) for t in trials}) == len(trials)
 
 
 def test_margins_are_paired_t_intervals() -> None:
