@@ -76,7 +76,7 @@ STEPS = {"digits": (0.5, 1.0, 2.0), "fashion": (0.5, 1.0)}
 TRIAL_SEEDS = {"digits": (0, 100), "fashion": (0,)}
 # The typical norm that each clip norm or quantile stands for.
 CLIP_NORMS = {1.0: 1.0, 4.0: 4.0}
-QUANTILES = {"digits": {0.5: 2.0, 0.8: 2.0}, "fashion": {0.5: 2.0, 0.9: 4.0}}
+QUANTILES = {"digits": {0.5: 2.0, 0.8: 2.0}, "fashion": {0.8: 4.0, 0.95: 4.0}}
 # Whole updates, and steps without clipping, have other scales.
 WHOLE_UPDATES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.4)
 WITHOUT_PRIVACY = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
