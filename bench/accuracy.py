@@ -50,10 +50,10 @@ AADP = {
     "AADP: released, mse": "aadp_released_mse",
     "AADP: fixed, contribution": "aadp_fixed_contribution",
 }
-BEST_AADP = "AADP: joint quantile, mse"
+BEST_AADP = "AADP: joint quantile, contribution"
 DEFAULT_AADP = "AADP: quantile, contribution"
 RELEASED_AADP = "AADP: released, contribution"
-AADP_SHOWN = (BEST_AADP, DEFAULT_AADP, RELEASED_AADP)
+AADP_SHOWN = (BEST_AADP, "AADP: joint quantile, mse", DEFAULT_AADP, RELEASED_AADP)
 NOMINAL = {
     "NbAFL": "nbafl",
     "median and cosine, published": "median_cosine_published",
