@@ -35,8 +35,9 @@ def scores(found: Runs, case: str, epsilon: float | None) -> dict[int, float]:
         for r in found.values()
         if r["case"] == case and r["target_epsilon"] == epsilon and r["trial"] is None
     }
-    compared = any(r["study"] in accuracy.BASES for r in found.values())
-    return values if len(values) >= (len(accuracy.SEEDS) if compared else 3) else {}
+    studies = {r["study"] for r in found.values()}
+    whole = [len(seeds) for study, seeds in accuracy.SEEDS_OF.items() if study in studies]
+    return values if len(values) >= (whole[0] if whole else 3) else {}
 
 
 def shown(values: Iterable[float]) -> str:
@@ -169,7 +170,7 @@ def sections() -> dict[str, str]:
     made = {"best": best_table(), "measures": measures_table(), "personal": personal_table()}
     for study in accuracy.BASES:
         made[study] = comparison_table(study)
-        made[f"{study} margins"] = margin_table(study, accuracy.DEFAULT_AADP)
+        made[f"{study} margins"] = margin_table(study, accuracy.BEST_AADP)
     return made | {"commands": commands()}
 
 
@@ -195,28 +196,35 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    drawn = (*accuracy.COMPARATORS, *SHOWN)
     for axis, study in zip(axes, accuracy.BASES, strict=True):
         found = runs(study)
-        for method in {**accuracy.COMPARATORS, **accuracy.AADP}:
+        for i, method in enumerate(drawn):
             points = [(e, scores(found, method, e)) for e in sorted(accuracy.EPSILONS)]
             points = [(e, list(v.values())) for e, v in points if v]
-            if not points or (method in accuracy.AADP and method not in SHOWN):
-                continue
+            ours = method in accuracy.AADP
+            # A little to the side, so that neighbours can be told apart.
             axis.errorbar(
-                [e for e, _ in points],
+                [e * 1.025 ** (i - len(drawn) / 2) for e, _ in points],
                 [statistics.mean(v) for _, v in points],
                 yerr=[statistics.stdev(v) for _, v in points],
-                marker="o",
+                marker="o" if ours else "s",
+                markersize=6 if ours else 4,
                 capsize=2,
-                linewidth=2.4 if method in accuracy.AADP else 1.2,
+                linewidth=2.2 if ours else 0.9,
+                linestyle="-" if ours else "--",
+                color=f"C{i - len(accuracy.COMPARATORS)}"
+                if ours
+                else plt.get_cmap("Greys")(0.35 + 0.6 * i / len(accuracy.COMPARATORS)),
                 label=method,
             )
         axis.set(xscale="log", xlabel="ε of every record", ylabel="test accuracy, %", title=study)
         axis.set_xticks(sorted(accuracy.EPSILONS), [f"{e:g}" for e in sorted(accuracy.EPSILONS)])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  fontsize=8, frameon=False)  # fmt: skip
     path = ROOT / "docs" / "images" / IMAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
