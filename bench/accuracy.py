@@ -149,34 +149,38 @@ def trials_of(study: str, method: str, epsilon: float) -> list[Options]:
     ]
 
 
-def methods_of(study: str, epsilon: float) -> dict[str, str]:
-    """All methods on digits; on Fashion-MNIST the ablation of AADP only at ε = 3."""
-    if study == "digits":
-        return METHODS
+def planned(study: str, epsilons: tuple[float, ...]) -> Iterator[tuple[str, str, float]]:
+    """Methods with their files at every ε; on Fashion-MNIST the ablation comes last, at ε = 3."""
     shown = PUBLIC | COMPARATORS | {name: AADP[name] for name in AADP_SHOWN}
-    return shown | AADP if epsilon == 3.0 else shown
+    for epsilon in epsilons:
+        for method, file in (METHODS if study == "digits" else shown).items():
+            yield method, file, epsilon
+    if study != "digits" and 3.0 in epsilons:
+        yield from ((m, file, 3.0) for m, file in AADP.items() if m not in AADP_SHOWN)
 
 
 def compare(study: str, results: Results, load: Any, epsilons: tuple[float, ...]) -> None:
     """Trials of every method at every ε, then other seeds of the best trial."""
-    base = f"{FOLDER}/{BASES[study]}.yaml"
-    for epsilon in epsilons:
-        for method, file in methods_of(study, epsilon).items():
-            target = None if method in PUBLIC else epsilon
-            files = (base, f"{FOLDER}/{file}.yaml")
-            trials = trials_of(study, method, epsilon)
-            found = [
-                statistics.mean(
-                    results.do(Run(study, method, target, seed, files, options, i), load)[
-                        "accuracy"
-                    ]
-                    for seed in TRIAL_SEEDS[study]
-                )
-                for i, options in enumerate(trials)
-            ]
-            best = trials[found.index(max(found))]
-            for seed in SEEDS_OF[study]:
-                results.do(Run(study, method, target, seed, files, best), load)
+    for method, file, epsilon in planned(study, epsilons):
+        tuned(study, method, file, epsilon, results, load)
+
+
+def tuned(study: str, method: str, file: str, epsilon: float, results: Results, load: Any) -> None:
+    """Trials of one method, judged by validation, then the seeds of the best."""
+    target = None if method in PUBLIC else epsilon
+    files = (f"{FOLDER}/{BASES[study]}.yaml", f"{FOLDER}/{file}.yaml")
+
+    def accuracy(seed: int, options: Options, trial: int | None = None) -> float:
+        one = Run(study, method, target, seed, files, options, trial)
+        return results.do(one, load)["accuracy"]
+
+    trials = trials_of(study, method, epsilon)
+    found = [
+        statistics.mean(accuracy(seed, options, i) for seed in TRIAL_SEEDS[study])
+        for i, options in enumerate(trials)
+    ]
+    for seed in SEEDS_OF[study]:
+        accuracy(seed, trials[found.index(max(found))])
 
 
 BEST = ("configs/best/fashion_mnist.yaml",)
