@@ -97,6 +97,17 @@ def best_table() -> str:
     return table(head, rows)
 
 
+def gap_table() -> str:
+    """What privacy costs the best network: its accuracy without, less that at every ε."""
+    found = runs("best")
+    without = scores(found, "IID, 10 clients, without privacy", None)
+    rows = [
+        (f"{e:g}", signed(margin(without, scores(found, "IID, 10 clients", e))))
+        for e in sorted(accuracy.EPSILONS)
+    ]
+    return table(("ε", "points below training without privacy"), rows)
+
+
 def comparison_table(study: str) -> str:
     """Every method of a comparison at every ε."""
     found = runs(study)
@@ -167,7 +178,12 @@ def commands() -> str:
 
 def sections() -> dict[str, str]:
     """Everything that is generated, by the name of its place in the page."""
-    made = {"best": best_table(), "measures": measures_table(), "personal": personal_table()}
+    made = {
+        "best": best_table(),
+        "gap": gap_table(),
+        "measures": measures_table(),
+        "personal": personal_table(),
+    }
     for study in accuracy.BASES:
         made[study] = comparison_table(study)
         made[f"{study} margins"] = margin_table(study, accuracy.BEST_AADP)
