@@ -317,7 +317,8 @@ def train_cohort(
         shared = False
     if shared:
         return {n: params[n] - global_params[n] for n in global_params}
-    return {n: params[n].sub_(global_params[n]) for n in global_params}
+    # Convolutions leave their weights in an order of their own.
+    return {n: params[n].sub_(global_params[n]).contiguous() for n in global_params}
 
 
 def _descend(params: Tensor, direction: Tensor, lr: float) -> Tensor:
@@ -330,8 +331,13 @@ def _descend(params: Tensor, direction: Tensor, lr: float) -> Tensor:
 
 
 def own(value: Tensor) -> Tensor:
-    """The tensor, or a copy where some of its elements share memory."""
-    return value if value.is_contiguous() else value.contiguous()
+    """The tensor, or a copy where some of its elements share memory or have gaps between them."""
+    apart = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride != apart:
+            return value.contiguous()
+        apart *= size
+    return value
 
 
 def _each_its_own(grads: Params) -> Params:

@@ -13,6 +13,7 @@ from fl_lightning.client import (
     bytes_per_example,
     faster_execution,
     gather,
+    own,
     plain_gradient,
     poisson_rows,
     shuffled_rows,
@@ -322,3 +323,23 @@ def test_parameters_with_one_gradient_are_stepped_each_by_itself(vectorize):
         update = train_cohort(params_of(network), iter([batch, batch]), hook, lr=0.3)
     torch.testing.assert_close(update["a"], update["b"], rtol=1e-4, atol=1e-6)
     assert update["a"].abs().max() > 0.01
+
+
+def test_only_tensors_with_shared_memory_or_gaps_are_copied():
+    whole = torch.arange(24.0).view(2, 3, 4)
+    for kept in (whole, whole.permute(2, 0, 1), whole[:1], whole[:, :1].squeeze(1)[:1]):
+        assert own(kept) is kept
+    for copied in (torch.ones(3, 1).expand(3, 4), whole[..., :2], whole[:, 1:], whole[:, :1]):
+        assert own(copied) is not copied
+        assert own(copied).is_contiguous()
+        assert torch.equal(own(copied), copied)
+
+
+@torch.no_grad()
+def test_updates_of_convolutions_are_in_the_usual_order():
+    network = CNN(channels=(4, 6), kernel_sizes=(4, 4), strides=(2, 2))
+    batch, *_ = batch_of([5, 3])
+    hook = plain_gradient(CohortGradient(network, cross_entropy, vectorize=True))
+    update = train_cohort(params_of(network), iter([batch] * 3), hook, lr=0.1)
+    assert all(value.is_contiguous() for value in update.values())
+    assert update["conv2.weight"].shape == (2, 6, 4, 4, 4)
