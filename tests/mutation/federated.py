@@ -131,12 +131,15 @@ EXACTNESS_PLACES = group(
 FLAT = group(
     "fl_lightning/privacy/flat.py",
     "tests/fl_lightning/test_flat.py",
-    ("clip dropped", "factor = (clip / norms.clamp(min=1e-300)).clamp(max=1.0)", "factor = torch.ones_like(norms)"),
+    ("clip dropped", "return (1 / size.clamp(min=1e-300)).clamp(max=1.0)", "return torch.ones_like(size)"),
     ("records below the clip norm doubled", ".clamp(max=1.0)", ".clamp(max=2.0)"),
-    ("bias not in the norm", "(_norm(inputs[name], 2).square() + bias)", "_norm(inputs[name], 2).square()"),
+    ("bias not in the norm", "_norm(inputs[name], 2).square() + bias", "_norm(inputs[name], 2).square()"),
     ("squares in float32", "return x.double().square().sum(1).sqrt()", "return x.square().sum(1, dtype=torch.float64).sqrt()"),
-    ("automatic clipping without its constant", "factor = clip / (norms + AUTOMATIC_GAMMA)", "factor = clip / norms"),
-    ("votes turned round", "(l1 <= votes_at).double() - 0.5", "(l1 > votes_at).double() - 0.5"),
+    ("automatic clipping without its constant", "1 / (size + AUTOMATIC_GAMMA / units[0])", "1 / size"),
+    ("votes turned round", "(l1 <= votes_at[:, None]).double() - 0.5", "(l1 > votes_at[:, None]).double() - 0.5"),
+    ("joint: noise of a layer not its unit", "return policy.clip_norm / (part.sqrt() if", "return policy.clip_norm * (part.sqrt() if"),
+    ("joint: Gaussian units of Laplace", "part.sqrt() if mechanism", "part if mechanism"),
+    ("joint: L1 over layers", 'order = p if clipping == "flat" else 1 if', 'order = p if clipping == "flat" else 2 if'),
     ("roundings of the factors not covered", "_DOWN = 1 - 1e-6", "_DOWN = 1 + 1e-6"),
 )  # fmt: skip
 
