@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from aadp_kernels import _validate, ghost
 
@@ -276,17 +276,18 @@ def _foreign(module: nn.Module, key: str) -> str:
 
 
 def check_single_use(model: nn.Module, *example: Any) -> None:
-    """Raise unless every parameter is used once in a forward, by its own layer.
+    """Raise unless every parameter is used once in a forward, by its own layer, on the records.
 
     Uses of a layer would be clipped one by one, and a record could contribute twice the clip norm;
-    a parameter used outside of its layer would not be clipped at all.
+    a parameter used outside of its layer would not be clipped at all. A layer whose first axis is
+    not the records, but positions or positions of records, would clip each of those by itself.
 
     Args:
         model: The result of `with_clipping`.
         *example: A batch [B, ...] of the model's inputs; its values do not matter.
 
     Raises:
-        UnsupportedLayerError: Names the layer and the number of calls, or the parameter.
+        UnsupportedLayerError: Names the layer and the number of calls or of rows, or the parameter.
 
     Guarantees:
         Leaves the model and the global random state as they were.
@@ -294,32 +295,57 @@ def check_single_use(model: nn.Module, *example: Any) -> None:
     Edge cases:
         Only the path that the example takes through the model is seen.
     """
-    calls: Counter[str] = Counter()
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ClippingMixin):
+    first = next((t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()), None)
+    records = -1 if first is None else len(first)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # One record, then two: no other axis has both lengths.
+    for count in (1, 2):
+        some = tree_map(partial(_records, records=records, count=count), example)
+        output, calls = _calls(model, some)
+        for name, rows in calls.items():
+            label = name or "<model>"
+            if len(rows) > 1:
+                raise UnsupportedLayerError(f"{label} is used {len(rows)} times in one forward")
+            if rows != [count]:
+                raise UnsupportedLayerError(
+                    f"{label} gets {rows[0]} rows for {count} record(s): the first axis of what it "
+                    "gets must be the records"
+                )
+        for user, parameter in _uses(output):
+            if not user.endswith("ClippedLayerBackward") and id(parameter) in names:
+                raise UnsupportedLayerError(
+                    f"the parameter {names[id(parameter)]!r} is used outside of its layer, by "
+                    f"{user}"
+                )
 
-            def count(_module: nn.Module, _inputs: object, name: str = name) -> None:
-                calls[name] += 1
 
-            handles.append(module.register_forward_pre_hook(count))
+def _calls(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, dict[str, list[int]]]:
+    """Outputs, and the length of the first axis in every call of each layer that clips."""
+    rows: dict[str, list[int]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: rows.setdefault(name, []).append(len(inputs[0]))
+
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, _ClippingMixin)
+    ]
     try:
         with torch.enable_grad(), torch.random.fork_rng():
-            output = model(*example)
+            return model(*example), rows
     finally:
         for handle in handles:
             handle.remove()
-    for name, number in calls.items():
-        if number > 1:
-            raise UnsupportedLayerError(
-                f"{name or '<model>'} is used {number} times in one forward"
-            )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for user, parameter in _uses(output):
-        if not user.endswith("ClippedLayerBackward") and id(parameter) in names:
-            raise UnsupportedLayerError(
-                f"the parameter {names[id(parameter)]!r} is used outside of its layer, by {user}"
-            )
+
+
+def _records(value: Any, records: int, count: int) -> Any:
+    """The first `count` records of what holds `records` of them, again from the start if few."""
+    if not (isinstance(value, Tensor) and value.dim() and len(value) == records):
+        return value
+    if not records:
+        return value.new_zeros((count, *value.shape[1:]))
+    return value[[i % records for i in range(count)]]
 
 
 def _uses(output: object) -> Iterator[tuple[str, Tensor]]:

@@ -241,6 +241,12 @@ MEASURES: dict[str, Options] = {
         _LR: 80.0,
     },
     "pixels in place of features": _PIXELS | {_LR: 0.5},
+    "noise shrunk out of every mean": {"model.denoise": True},
+    "noise shrunk out of every mean, without momentum": {
+        "model.denoise": True,
+        _MOMENTUM: 0.0,
+        _LR: 400.0,
+    },
     "warm-up over 6 rounds, then the schedule": {
         "model.server_scheduler": {
             "class_path": "torch.optim.lr_scheduler.OneCycleLR",
@@ -264,6 +270,41 @@ DEEP_MEASURES: dict[str, Options] = {
     "four layers: without momentum": {_MOMENTUM: 0.0, _LR: 5.0},
     "four layers: every record in every round (q = 1)": {"model.sampling_rate": 1.0},
 }
+# The same on a network of one convolution and one dense layer on pixels, in 30 rounds of AADP.
+_NETWORK = "model.network"
+_CNN = {
+    "image_size": 28,
+    "channels": [32],
+    "kernel_sizes": [8],
+    "strides": [4],
+    "standardize": True,
+}
+_COPIES = {"class_path": "fl_lightning.augmentation.Shifts"}
+
+
+def _copies(**options: Any) -> Options:
+    """Training on copies of every record."""
+    inner = {"class_path": "fl_lightning.models.CNN", "init_args": _CNN}
+    made = {"network": inner, "copies": _COPIES | {"init_args": options}}
+    return {
+        _NETWORK: {"class_path": "fl_lightning.augmentation.MeanOverCopies", "init_args": made},
+        "model.loss": {"class_path": "torch.nn.NLLLoss", "init_args": {"reduction": "none"}},
+    }
+
+
+def _normalized(standardize_weights: bool) -> Options:
+    options = _CNN | {"groups": 4, "standardize_weights": standardize_weights}
+    return {
+        _NETWORK: {"class_path": "fl_lightning.models.NormalizedCNN", "init_args": options},
+    }
+
+
+CNN_MEASURES: dict[str, Options] = {
+    "convolution: tanh, records standardised": {},
+    "convolution: five shifted copies of a record": _copies(pixels=1),
+    "convolution: group normalisation": _normalized(False),
+    "convolution: group normalisation, weights standardised": _normalized(True),
+}
 PERSONAL = {
     "(B/z)², by noise (precision)": {"model.weighting": "precision"},
     "records alike": {"model.weighting": "records"},
@@ -280,6 +321,11 @@ def measures_runs() -> Iterator[Run]:
     for case, options in DEEP_MEASURES.items():
         for seed in SEEDS[:3]:
             base = {_QUANTILE: 0.9, _LR: 0.5}
+            yield Run("measures", case, MEASURES_EPSILON, seed, files, base | options)
+    for case, options in CNN_MEASURES.items():
+        for seed in SEEDS[:3]:
+            base = {"trainer.max_epochs": 30}
+            files = ("configs/fashion_mnist_aadp.yaml",)
             yield Run("measures", case, MEASURES_EPSILON, seed, files, base | options)
 
 

@@ -7,8 +7,9 @@ Strided convolutions take the place of pooling: fewer positions, so less work a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Activation = Literal["tanh", "relu", "gelu"]
@@ -164,3 +165,42 @@ class CNN(_Chain):
             self.add_module(f"act{i}", _activation(activation))
             width = size
         self.add_module(f"fc{len(hidden) + 1}", nn.Linear(width, num_classes))
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution by weights of mean 0 and variance 1 an output channel (arXiv:1903.10520)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, in_channels, H, W] → [B, out_channels, H', W']."""
+        axes = (1, 2, 3)
+        variance, mean = torch.var_mean(self.weight, axes, unbiased=False, keepdim=True)
+        count = self.weight[0].numel()
+        # Divided by the root of the fan-in too, so that outputs have the size of the inputs.
+        weight = (self.weight - mean) / (variance + 1e-6).sqrt() / count**0.5
+        return self._conv_forward(input, weight, self.bias)
+
+
+class NormalizedCNN(CNN):
+    """A CNN whose convolutions are followed by group normalisation without parameters.
+
+    Args:
+        groups: groups of channels of a record that are normalised together; each of `channels`
+            must be a multiple of it.
+        standardize_weights: whether weights of convolutions are standardised. Such layers do not
+            clip in backward: gradients are then computed record by record, which is slower.
+        options: those of `CNN`.
+    """
+
+    def __init__(self, groups: int = 4, standardize_weights: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        _check_positive(groups=groups)
+        for name, conv in list(self.named_children()):
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            if conv.out_channels % groups:
+                raise ValueError(f"channels: {conv.out_channels} is no multiple of groups={groups}")
+            if standardize_weights:
+                conv.__class__ = StandardizedConv2d
+            after = name.replace("conv", "conv_act")
+            norm = nn.GroupNorm(groups, conv.out_channels, affine=False)
+            setattr(self, after, nn.Sequential(norm, getattr(self, after)))

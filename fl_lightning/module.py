@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning import binding, secrets
-from fl_lightning.aggregate import WeightedMean, client_weights
+from fl_lightning.aggregate import WeightedMean, client_weights, noise_variance
 from fl_lightning.client import bytes_per_example, faster_execution
 from fl_lightning.cohort import cohort_schedule, participations_of
 from fl_lightning.data import FederatedDataModule
@@ -70,6 +70,8 @@ class FederatedModule(pl.LightningModule):
         server_scheduler: torch.optim.lr_scheduler class stepped once a round, or null.
         weighting: weight of a client in the mean: records (n_k), uniform, or precision (inverse
             noise variance, for clients with different ε).
+        denoise: whether the server shrinks each layer's mean by the share of its energy that is
+            noise (post-processing); needs noise added once a release, by each client for itself.
         planned_rounds: rounds that the noise is calibrated for; null: the Trainer's max_epochs.
         execution: whether the clients of a cohort are trained together under vmap, one after
             another in a loop, or in whichever way is measured to be faster (auto).
@@ -101,6 +103,7 @@ class FederatedModule(pl.LightningModule):
         server_optimizer: OptimizerCallable = server_sgd,
         server_scheduler: LRSchedulerCallable | None = None,
         weighting: Literal["records", "uniform", "precision"] = "records",
+        denoise: bool = False,
         planned_rounds: int | None = None,
         execution: Literal["auto", "vmap", "loop"] = "auto",
         memory_budget: float = 1.0,
@@ -124,6 +127,7 @@ class FederatedModule(pl.LightningModule):
         self.server_optimizer = server_optimizer
         self.server_scheduler = server_scheduler
         self.weighting = weighting
+        self.denoise = denoise
         self.planned_rounds = planned_rounds
         self.execution = execution
         self.memory_budget = memory_budget
@@ -168,7 +172,7 @@ class FederatedModule(pl.LightningModule):
             update = self.clients.release(clients, params, self.current_epoch, context)
             released.append(update)
             in_time = self._in_time(update)
-            mean.add(in_time.update, self._weights(in_time))
+            mean.add(in_time.update, self._weights(in_time), self._noise_variance(in_time))
         if self.processes.size > 1 and not self.privacy.pooled:
             released = add_up(
                 self.processes,
@@ -180,7 +184,7 @@ class FederatedModule(pl.LightningModule):
                 params=params,
             )
         if mean.weight.any():
-            mean.write_gradient(self.network)
+            mean.write_gradient(self.network, denoise=self.denoise)
             self._server_step()
         spent = self.budget.epsilon_spent() if self.privacy.private else None
         self.result = RoundResult.of(
@@ -237,6 +241,14 @@ class FederatedModule(pl.LightningModule):
             policy=update.policy,
             num_layers=self.layout.num_layers,
         )
+
+    def _noise_variance(self, update: PrivateUpdate) -> Tensor | None:
+        if not self.denoise:
+            return None
+        assert update.policy is not None
+        lr = self.client_lr if self.privacy.unit == "record" else 1.0
+        factor = lr / self.clients.expected_batch(update.clients).double()
+        return noise_variance(update.policy, self.privacy.mechanism, factor)
 
     def _server_step(self) -> None:
         optimizer: Any = self.optimizers()

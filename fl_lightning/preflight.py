@@ -56,6 +56,24 @@ def check_training(module: FederatedModule) -> None:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
     if module.seed < 0:
         raise ValueError(f"seed={module.seed} must be at least 0")
+    _check_denoise(module)
+
+
+def _check_denoise(module: FederatedModule) -> None:
+    """Whether the noise of a release is known to the server."""
+    if not module.denoise:
+        return
+    privacy = module.privacy
+    if not privacy.private or privacy.pooled:
+        raise ValueError(
+            f"denoise=True with setting={privacy.setting!r}: there is no noise of each client to "
+            "take away; use record+local or client+local"
+        )
+    if privacy.unit == "record" and module.local_steps != 1:
+        raise ValueError(
+            f"denoise=True with local_steps={module.local_steps}: later steps start from noisy "
+            "ones, so that the noise of a release is known for local_steps=1 alone"
+        )
 
 
 def check_network(network: nn.Module) -> None:

@@ -89,11 +89,11 @@ def add_up(
     rows = [v.masked_fill(~columns(mine, v), 0) for v in known.values()]
     totals = [mean.total.get(name, torch.zeros_like(params[name])) for name in mean.layout.names]
     figures = _figures(released, place, mean.layout.num_layers)
-    summed = processes.sum([*totals, mean.weight, *rows, *figures])
+    summed = processes.sum([*totals, mean.weight, mean.variance, *rows, *figures])
     mean.total = dict(zip(mean.layout.names, summed, strict=False))
-    mean.weight = summed[len(totals)]
+    mean.weight, mean.variance = summed[len(totals) : len(totals) + 2]
     if history is not None:
-        whole = summed[len(totals) + 1 : len(totals) + 1 + len(rows)]
+        whole = summed[len(totals) + 2 : len(totals) + 2 + len(rows)]
         history.restore(cohort, dict(zip(known, whole, strict=True)))
     taken, nonfinite, table = summed[-3:]
     there = taken > 0

@@ -106,7 +106,7 @@ class _PlainClippedLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """As `ClippedLayer`; a linear layer has a short way.
 
         The input's gradient depends on the weight: what a second derivative would bring there is
@@ -151,7 +151,7 @@ class _Clients(torch.autograd.Function):
         """Nothing to keep: clipped sums are not differentiated."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums have no derivative."""
         raise RuntimeError("clipped gradients cannot be differentiated")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aadp_kernels import Layout
+from aadp_kernels import Layout, UnsupportedLayerError, check_single_use, with_clipping
 from fl_lightning.client import Batch, Loss
 from fl_lightning.types import LayerPolicy, Params
 
@@ -36,15 +36,24 @@ def dense_layers(
 ) -> dict[str, nn.Linear] | None:
     """The Linear layers that hold all parameters, by name; None if something else does.
 
-    Each must be applied once, to one vector a record.
+    Each must be applied once, to one vector a record, and its parameters nowhere else.
+
+    Args:
+        network: the model.
+        layout: its trained parameters.
+        example: some records.
     """
     layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     held = {f"{n}.{p}" for n, m in layers.items() for p, _ in m.named_parameters()}
     if set(layout.names) != held:
         return None
-    seen: list[int] = []
+    try:
+        check_single_use(with_clipping(network, p=2), example)
+    except UnsupportedLayerError:
+        return None
+    dims: list[int] = []
     handles = [
-        m.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].dim()))
+        m.register_forward_hook(lambda _, inputs, __: dims.append(inputs[0].dim()))
         for m in layers.values()
     ]
     try:
@@ -53,7 +62,7 @@ def dense_layers(
     finally:
         for handle in handles:
             handle.remove()
-    return layers if seen == [2] * len(layers) else None
+    return layers if set(dims) == {2} else None
 
 
 def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:

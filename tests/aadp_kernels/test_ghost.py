@@ -322,6 +322,29 @@ def test_check_single_use():
     check_single_use(model, torch.zeros(2, 3))
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(m._forward_pre_hooks for m in model.modules())
+    check_single_use(model, torch.zeros(0, 3))
+
+
+class Rows(nn.Module):
+    """A dense layer on the positions of records [B, T, 3], all at once or time before records."""
+
+    def __init__(self, axis: str):
+        super().__init__()
+        self.axis = axis
+        self.dense = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if self.axis == "both":
+            return self.dense(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+        return self.dense(x.transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize("axis", ["both", "time"])
+@pytest.mark.parametrize(("records", "times"), [(1, 2), (2, 2), (3, 2), (1, 3), (3, 3), (0, 2)])
+def test_layers_whose_rows_are_not_records_are_refused(axis, records, times):
+    model = with_clipping(Rows(axis), p=2)
+    with pytest.raises(UnsupportedLayerError, match=r"dense gets \d+ rows for"):
+        check_single_use(model, torch.zeros(records, times, 3))
 
 
 def test_bad_arguments():

@@ -281,6 +281,54 @@ class Twice(nn.Module):
         return self.fc(self.fc(x))
 
 
+class Positions(nn.Module):
+    """Dense layers on two halves of a record, all records' halves at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x.view(-1, 4)).tanh()).view(-1, 2, 3).mean(1)
+
+
+class Elsewhere(nn.Module):
+    """A weight used by its layer and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(x) + nn.functional.linear(x.square(), self.fc.weight)
+
+
+@pytest.mark.parametrize("clipping", ["layer", "flat", "joint"])
+@pytest.mark.parametrize("network", [Positions(), Elsewhere(), Twice()])
+def test_records_are_clipped_whole_whatever_the_network_does_with_them(clipping, network):
+    """Rows of a layer that are no records, parameters used twice or beside their layer."""
+    whole = Layout.build(dict(network.named_parameters()))
+    layout = flat_layout(network) if clipping == "flat" else whole
+    batch = some_batch(1)
+    batch.mask[:] = 1
+    run = clipped_sums(
+        network, cross_entropy, layout, p=2, vectorize=True, max_examples=4, example=batch.x[0, :1],
+        clipping=clipping,
+    )  # fmt: skip
+    clip = torch.full((1, layout.num_layers), 0.3, dtype=torch.float64)
+    shares = torch.full_like(clip, 1 / layout.num_layers)
+    sums, _ = run(parameters(network), True, batch, LayerPolicy(clip, shares, shares, 0 * clip))
+    expected = {n: torch.zeros_like(v) for n, v in parameters(network).items()}
+    for record in records_of(network, batch, 0):
+        norms = by_layer(record, layout, 2)
+        units = norms / 0.3 * shares[0].sqrt()
+        for n, layer in zip(layout.names, layout.layer_of, strict=True):
+            size = units.norm() if clipping == "joint" else norms[layer] / 0.3
+            expected[n] += record[n] * min(1.0, 1 / float(size))
+    for n in expected:
+        torch.testing.assert_close(sums[n][0].float(), expected[n].float(), rtol=2e-5, atol=2e-6)
+
+
 def test_networks_that_have_other_layers_are_told_apart():
     network, x = make_network(), torch.zeros(2, 8)
     found = dense_layers(network, flat_layout(network), x)

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from fl_lightning.data import digits
-from fl_lightning.models import CNN, MLP, LogisticRegression, layer_dims
+from fl_lightning.models import CNN, MLP, LogisticRegression, NormalizedCNN, layer_dims
 
 MODELS = [LogisticRegression, MLP, CNN]
 
@@ -138,3 +138,35 @@ def test_configured_by_jsonargparse():
     assert isinstance(model, CNN)
     assert layer_dims(model)["conv1"] == 4 * 16 + 4
     assert parser.parse_string(parser.dump(config)) == config
+
+
+@pytest.mark.parametrize("standardize_weights", [False, True])
+def test_normalized_cnn(standardize_weights):
+    torch.manual_seed(0)
+    options = {"channels": (8, 12), "kernel_sizes": (4, 4), "strides": (2, 2)}
+    model = NormalizedCNN(groups=4, standardize_weights=standardize_weights, **options)
+    x = torch.randn(3, 1, 8, 8)
+    assert layer_dims(model) == layer_dims(CNN(**options))
+    first = model.conv1(x)
+    if standardize_weights:
+        weight = model.conv1.weight
+        flat = weight.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, unbiased=False, keepdim=True)
+        want = nn.functional.conv2d(
+            x, flat.view_as(weight) / 16**0.5, model.conv1.bias, stride=2, padding=1
+        )
+        # The variance of initial weights is 1/48, beside which 1e-6 is small.
+        torch.testing.assert_close(first, want, rtol=1e-3, atol=1e-3)
+    grouped = first.view(3, 4, -1)
+    mean, std = grouped.mean(-1, keepdim=True), grouped.std(-1, unbiased=False, keepdim=True)
+    want = ((grouped - mean) / std).view_as(first).tanh()
+    torch.testing.assert_close(model.conv_act1(first), want, rtol=1e-3, atol=1e-3)
+    alone = torch.cat([model(x[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(x), alone)
+
+
+def test_normalized_cnn_needs_groups_that_divide_the_channels():
+    with pytest.raises(ValueError, match="6 is no multiple of groups=4"):
+        NormalizedCNN(groups=4, channels=(6,))
+    with pytest.raises(ValueError, match="groups=0"):
+        NormalizedCNN(groups=0)
