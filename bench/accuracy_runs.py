@@ -69,8 +69,14 @@ def records() -> Records:
 
 
 def _made(described: Config, *arguments: Any) -> Any:
+    """An object of a class with its arguments, which may be such descriptions themselves."""
     cls = pkgutil.resolve_name(described["class_path"])
-    return cls(*arguments, **described.get("init_args", {}))
+    given = described.get("init_args", {}).items()
+    return cls(*arguments, **{n: _made(v) if _is_class(v) else v for n, v in given})
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" in value
 
 
 def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, Any, pl.Trainer]:
@@ -80,6 +86,8 @@ def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, 
     datamodule = FederatedDataModule(**{**data, "source": arrays, "seed": seed})
     model = dict(config["model"])
     network = _made(model.pop("network"))
+    if model.get("loss"):
+        model["loss"] = _made(model["loss"])
     for name in ("server_optimizer", "server_scheduler"):
         if model.get(name):
             model[name] = functools.partial(_made, model[name])

@@ -69,6 +69,26 @@ def test_the_bench_makes_what_the_command_line_makes(
         assert made_optimizer.defaults["momentum"] == 0.9
 
 
+@pytest.mark.parametrize(
+    "case", [*accuracy.MEASURES, *accuracy.DEEP_MEASURES, *accuracy.CNN_MEASURES]
+)
+def test_every_measure_is_made_as_the_command_line_would_make_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = next(r for r in accuracy.measures_runs() if r.case == case)
+    config = compose(one.files, one.options)
+    ours, _, _ = build(config, digits(), 2, str(tmp_path))
+    config.pop("averaging", None)
+    path = tmp_path / "whole.yaml"
+    path.write_text(yaml.safe_dump(config))
+    theirs = made(monkeypatch, tmp_path, "--config", str(path), "--seed_everything", "2").model
+    assert repr(ours.network) == repr(theirs.network)
+    assert repr(ours.loss) == repr(theirs.loss)
+    for name, value in theirs.network.state_dict().items():
+        assert torch.equal(ours.network.state_dict()[name], value)
+    assert ours.denoise == theirs.denoise
+
+
 def test_a_run_gives_its_accuracy_epsilon_and_groups() -> None:
     options = {"trainer.max_epochs": 2, "privacy.epsilon": [1.0, 3.0, 8.0]}
     config = compose([DIGITS, f"{accuracy.FOLDER}/layer_fixed.yaml"], options)
