@@ -323,11 +323,13 @@ def _calls(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, dict[str, l
     """Outputs, and the length of the first axis in every call of each layer that clips."""
     rows: dict[str, list[int]] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: rows.setdefault(name, []).append(len(inputs[0]))
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        return lambda _, args, kwargs: rows.setdefault(name, []).append(
+            len((*args, *kwargs.values())[0])
+        )
 
     handles = [
-        module.register_forward_pre_hook(note(name))
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, _ClippingMixin)
     ]

@@ -205,7 +205,9 @@ def joint_sample_sums(
         counts = count_layers(l1, votes_at, (factor < 1) & finite & real, finite, real)
         factor = (factor * (1 - 1e-6) * (finite & real)).float()
         sums = [
-            torch.tensordot(factor, g.nan_to_num(0.0, 0.0, 0.0) if not finite.all() else g, 1)
+            torch.tensordot(
+                factor.to(g.dtype), g.nan_to_num(0.0, 0.0, 0.0) if not finite.all() else g, 1
+            )
             for g in values
         ]
         return sums, counts

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
 from aadp_kernels import Layout, UnsupportedLayerError, check_single_use, with_clipping
@@ -53,7 +54,10 @@ def dense_layers(
         return None
     dims: list[int] = []
     handles = [
-        m.register_forward_hook(lambda _, inputs, __: dims.append(inputs[0].dim()))
+        m.register_forward_hook(
+            lambda _, args, kwargs, __: dims.append((*args, *kwargs.values())[0].dim()),
+            with_kwargs=True,
+        )
         for m in layers.values()
     ]
     try:
@@ -125,6 +129,8 @@ def flat_sums(
         sizes = torch.zeros(layout.num_layers, len(x), dtype=torch.float64, device=x.device)
         l1 = torch.zeros_like(sizes)
         for at, (name, module) in zip(row, linear.items(), strict=True):
+            if name not in outputs:
+                continue
             bias = 0.0 if module.bias is None else 1.0
             l1[at] += _norm(outputs[name], 1) * (_norm(inputs[name], 1) + bias)
             square = _norm(inputs[name], 2).square() + bias
@@ -139,6 +145,9 @@ def flat_sums(
         sums: Params = {}
         strange = None if bool(finite.all()) else ~finite[:, None]
         for name, module in linear.items():
+            if name not in outputs:
+                sums |= {f"{name}.{p}": torch.zeros_like(v) for p, v in module.named_parameters()}
+                continue
             a, g = inputs[name], outputs[name]
             if strange is not None:
                 a, g = a.masked_fill(strange, 0.0), g.masked_fill(strange, 0.0)
@@ -191,27 +200,36 @@ def _pass(
     y: Tensor,
     mask: Tensor,
 ) -> tuple[Params, Params]:
-    """What came into each layer, and each record's gradient of what went out, [B, ...]."""
-    inputs: Params = {}
-    made: Params = {}
+    """What came into each layer, and each record's gradient of what went out, [B, ...].
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], made[name] = given[0].detach(), output
+    Layers that the loss does not depend on are left out.
+    """
+    inputs: Params = {}
+    made: dict[str, GradientEdge] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Params, Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Params, output: Tensor) -> None:
+            inputs[name] = (*args, *kwargs.values())[0].detach()
+            # Not the tensor: an activation in place would make it its own output.
+            made[name] = get_gradient_edge(output)
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in linear.items()]
+    handles = [
+        module.register_forward_hook(keep(name), with_kwargs=True)
+        for name, module in linear.items()
+    ]
     try:
         with torch.enable_grad():
             leaves = {n: v.requires_grad_() for n, v in params.items()}
             losses = loss(functional_call(network, leaves, (x,)), y)
             total = torch.where(mask > 0, losses, 0.0).sum()
-            gradients = torch.autograd.grad(total, list(made.values()))
+            gradients = torch.autograd.grad(total, list(made.values()), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, dict(zip(made, gradients, strict=True))
+    found = zip(made, gradients, strict=True)
+    return inputs, {name: gradient for name, gradient in found if gradient is not None}
 
 
 def _norm(x: Tensor, p: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -327,6 +328,69 @@ def test_records_are_clipped_whole_whatever_the_network_does_with_them(clipping,
             expected[n] += record[n] * min(1.0, 1 / float(size))
     for n in expected:
         torch.testing.assert_close(sums[n][0].float(), expected[n].float(), rtol=2e-5, atol=2e-6)
+
+
+class InPlace(nn.Module):
+    """Activations that overwrite what a layer gave, and an argument by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 30), nn.Linear(30, 3)
+
+    def forward(self, x):
+        hidden = self.fc1(input=x)
+        hidden *= 2.0
+        return self.fc2(hidden.relu_())
+
+
+class Unused(nn.Module):
+    """One layer that nobody calls and one that the outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.never, self.beside = nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.beside(x)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("clipping", ["layer", "flat", "joint"])
+@pytest.mark.parametrize("network", [InPlace(), Unused()])
+def test_unclipped_sums_are_ordinary_gradients(clipping, network):
+    whole = Layout.build(dict(network.named_parameters()))
+    layout = flat_layout(network) if clipping == "flat" else whole
+    batch = some_batch(1)
+    batch.mask[:] = 1
+    run = clipped_sums(
+        network, cross_entropy, layout, p=2, vectorize=True, max_examples=9, example=batch.x[0, :1],
+        clipping=clipping,
+    )  # fmt: skip
+    clip = torch.full((1, layout.num_layers), 1e6, dtype=torch.float64)
+    shares = torch.full_like(clip, 1 / layout.num_layers)
+    sums, _ = run(parameters(network), True, batch, LayerPolicy(clip, shares, shares, 0 * clip))
+    loss = cross_entropy(network(batch.x[0]), batch.y[0]).sum()
+    leaves = list(network.parameters())
+    found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    for n, expected in zip(parameters(network), found, strict=True):
+        torch.testing.assert_close(sums[n][0], expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clipping", ["layer", "flat", "joint"])
+def test_networks_in_float64(clipping):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    whole = Layout.build(dict(network.named_parameters()))
+    layout = flat_layout(network) if clipping == "flat" else whole
+    batch = replace(some_batch(1), x=some_batch(1).x.double())
+    run = clipped_sums(
+        network, cross_entropy, layout, p=2, vectorize=True, max_examples=9, example=batch.x[0, :1],
+        clipping=clipping,
+    )  # fmt: skip
+    clip = torch.full((1, layout.num_layers), 0.1, dtype=torch.float64)
+    shares = torch.full_like(clip, 1 / layout.num_layers)
+    sums, _ = run(parameters(network), True, batch, LayerPolicy(clip, shares, shares, 0 * clip))
+    assert all(v.dtype == torch.float64 and v.isfinite().all() for v in sums.values())
 
 
 def test_networks_that_have_other_layers_are_told_apart():
