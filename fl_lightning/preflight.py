@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fl_lightning.aggregate import WEIGHTINGS
 from fl_lightning.data import FederatedDataModule
@@ -95,6 +97,11 @@ def check_network(network: nn.Module) -> None:
             raise ValueError(
                 f"network: layer '{name}' keeps unprotected running statistics; set "
                 "track_running_stats=False or use GroupNorm"
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+            raise ValueError(
+                f"network: layer '{name}' has max_norm={layer.max_norm}, which rescales weights by "
+                "the codes that records hold, without clipping or noise; leave max_norm out"
             )
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("network: it has no trainable parameters")
@@ -222,19 +229,31 @@ def _check_pool(module: FederatedModule, num_clients: int) -> None:
 
 
 def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
-    """Apply the network to a few records: shapes, buffers that it writes, records that it mixes."""
+    """Apply the network to a few records: shapes, what it writes or keeps, records that it mixes.
+
+    Raises:
+        ValueError: saying which.
+    """
     x, y = data.x[:3].nan_to_num(), data.y[:3]
+    # The first record that is not like the one at the beginning, if there is any.
+    some = data.x[:100].reshape(len(data.x[:100]), -1)
+    at = int((some != some[0]).any(1).int().argmax())
     network = module.network
     device = next(network.parameters()).device
     x, y = x.to(device), y.to(device)
+    beside = x.clone(), y.clone()
+    beside[0][0], beside[1][0] = data.x[at].nan_to_num().to(device), data.y[at].to(device)
     modes = {name: layer.training for name, layer in network.named_modules()}
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    state = dict(network.named_parameters()) | dict(network.named_buffers())
+    before = {name: value.detach().clone() for name, value in state.items()}
+    given, alone, again = x.clone(), True, True
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            network.train()(x)
-            written = [n for n, b in network.named_buffers() if not torch.equal(b, before[n])]
-            losses = module.loss(network.eval()(x), y)
-            alone = [module.loss(network(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
+            network.train()(given)
+            written = [n for n, v in state.items() if not torch.equal(v, before[n])]
+            losses = module.loss(network.eval()(x.clone()), y)
+            if losses.shape == (len(x),):
+                alone, again = _depends_on_the_record_alone(module, (x, y), beside, modes)
     except Exception as error:
         raise ValueError(
             f"network: it cannot be applied to records of shape {tuple(x.shape[1:])} of "
@@ -243,22 +262,72 @@ def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
     finally:
         for name, layer in network.named_modules():
             layer.training = modes[name]
-        for name, buffer in network.named_buffers():
-            buffer.copy_(before[name])
+        with torch.no_grad():
+            for name, value in state.items():
+                value.copy_(before[name])
     if written:
+        kind = "buffer" if written[0] in dict(network.named_buffers()) else "parameter"
         raise ValueError(
-            f"network: applying it changes the buffer '{written[0]}', which would leave a client "
+            f"network: applying it changes the {kind} '{written[0]}', which would leave a client "
             "without clipping or noise; keep no statistics in the network"
+        )
+    if not torch.equal(given, x):
+        raise ValueError(
+            "network: applying it changes the records that it is given; use no operation in place "
+            "on them (x = x / 255, not x /= 255)"
         )
     if losses.shape != (len(x),):
         raise ValueError(
             f"loss: it gave shape {tuple(losses.shape)} for {len(x)} records; it must give one "
             "number a record (reduction='none')"
         )
-    if module.privacy.unit == "record" and not torch.allclose(
-        losses, torch.cat(alone), rtol=1e-3, atol=1e-4, equal_nan=True
-    ):
+    if module.privacy.private and not again:
+        raise ValueError(
+            "network or loss: equal records have other losses when it is applied again; it must "
+            "keep nothing of the records that it has seen (neither clipped nor noised), and draw "
+            "random numbers from torch alone (or no run can be repeated)"
+        )
+    if module.privacy.unit == "record" and not alone:
         raise ValueError(
             "network or loss: a record's loss changes with the records beside it, so no clipping "
             "of single records bounds what one of them does; compute every record by itself"
         )
+
+
+def _depends_on_the_record_alone(
+    module: FederatedModule,
+    records: tuple[Tensor, Tensor],
+    beside: tuple[Tensor, Tensor],
+    modes: dict[str, bool],
+) -> tuple[bool, bool]:
+    """Whether losses change neither with the other records nor from one application to the next.
+
+    The weights are moved a little: behind a layer of zeros nothing would be seen.
+
+    Args:
+        module: network, loss.
+        records: inputs and labels of some records.
+        beside: the same with another record in the first place.
+        modes: what is in training mode when the network trains, by name.
+    """
+    network, generator, moved = module.network, torch.Generator().manual_seed(0), {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            size = 0.3 / (p[0].numel() if p.ndim > 1 else 10) ** 0.5
+            moved[name] = p.detach() + size * torch.randn(p.shape, generator=generator).to(p)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(0)  # dropout and the like are the same each time
+        return module.loss(functional_call(network, moved, (x.clone(),)), y)
+
+    network.eval()
+    single = [losses(x[None], y[None]) for x, y in zip(*records, strict=True)]
+    alone = torch.allclose(
+        losses(*records), torch.cat(single), rtol=1e-3, atol=1e-4, equal_nan=True
+    )
+    for name, layer in network.named_modules():
+        layer.training = modes[name]
+    first, other, again = (losses(*some) for some in (records, beside, records))
+    close = partial(torch.allclose, rtol=1e-4, atol=1e-5, equal_nan=True)
+    repeated = close(first, again)
+    return alone and (not repeated or close(first[1:], other[1:])), repeated

@@ -73,6 +73,60 @@ class Counting(nn.Module):
         return self.last(x)
 
 
+class Mixing(nn.Module):
+    """Takes the mean of the batch away, in training alone or behind a layer of zeros."""
+
+    def __init__(self, hidden_by):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.always = hidden_by == "zeros"
+        if self.always:
+            nn.init.zeros_(self.last.weight)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x - x.mean(0) if self.always or self.training else x)
+
+
+class Keeping(nn.Module):
+    """Keeps a statistic that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+        self.mean = torch.zeros(6)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.last(x - self.mean)
+
+
+class Rescaling(nn.Module):
+    """Changes a weight by what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.last.bias.add_(x.mean())
+        return self.last(x)
+
+
+class Overwriting(nn.Module):
+    """Scales its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x /= 255
+        return self.last(x)
+
+
 def plateau(optimizer):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
@@ -170,6 +224,13 @@ BAD_OPTIONS = [
         "'1' keeps unprotected running statistics",
     ),
     ({"network": Counting()}, "changes the buffer 'seen'"),
+    ({"network": sequence(nn.Embedding(9, 4, max_norm=1.0))}, "'1' has max_norm=1.0"),
+    ({"network": sequence(nn.EmbeddingBag(9, 4, max_norm=1.0))}, "'1' has max_norm=1.0"),
+    ({"network": Rescaling()}, "changes the parameter 'last.bias'"),
+    ({"network": Overwriting()}, "changes the records that it is given"),
+    ({"network": Keeping()}, "other losses when it is applied again"),
+    ({"network": Mixing("training")}, "changes with the records beside it"),
+    ({"network": Mixing("zeros")}, "changes with the records beside it"),
     ({"loss": Centred()}, "changes with the records beside it"),
     ({"server_scheduler": plateau}, "ReduceLROnPlateau.*private"),
     ({"server_optimizer": torch.optim.LBFGS}, "server_optimizer=LBFGS"),
