@@ -88,8 +88,12 @@ def gather(
     *,
     divisor: Tensor | None,
     device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Batch:
-    """Padded batch of the given records; `divisor` None divides by their number."""
+    """Padded batch of the given records; `divisor` None divides by their number.
+
+    `dtype` is that of the inputs, None: their own.
+    """
     lengths = np.array([len(r) for r in records])
     held = np.arange(max(1, lengths.max())) < lengths[:, None]
     rows = np.zeros(held.shape, np.int64)
@@ -102,12 +106,18 @@ def gather(
     active = torch.ones_like(counts, dtype=torch.bool) if divisor is not None else counts > 0
     divisor = counts.clamp(min=1) if divisor is None else divisor
     return Batch(
-        inputs.to(device),
+        inputs.to(device=device, dtype=dtype),
         y[index].to(device),
         mask.to(device, torch.float32),
         divisor.to(device, torch.float32),
         active.to(device),
     )
+
+
+def input_dtype(network: nn.Module, x: Tensor) -> torch.dtype:
+    """What a network takes real records in: float64 if that is what its parameters are."""
+    double = next(network.parameters()).dtype == torch.float64 and x.is_floating_point()
+    return torch.float64 if double else x.dtype
 
 
 class CohortGradient:

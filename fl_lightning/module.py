@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning import binding, secrets
 from fl_lightning.aggregate import WeightedMean, client_weights, noise_variance
-from fl_lightning.client import bytes_per_example, faster_execution
+from fl_lightning.client import bytes_per_example, faster_execution, input_dtype
 from fl_lightning.cohort import cohort_schedule, participations_of
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.faults import Faults
@@ -438,7 +438,7 @@ class FederatedModule(pl.LightningModule):
 
     def _prepare_clients(self, training: LocalTraining) -> None:
         data = self.data
-        example = data.x[0].to(self.device)
+        example = data.x[0].to(self.device, input_dtype(self.network, data.x))
         self._max_examples = max(
             1, int(self.memory_budget * 2**30 / bytes_per_example(self.network, example))
         )
@@ -536,7 +536,7 @@ class FederatedModule(pl.LightningModule):
         x, y = batch
         if not len(x):
             return  # fewer records than processes
-        outputs = self.network(x)
+        outputs = self.network(x.to(input_dtype(self.network, x)))
         assert self._accuracy is not None
         correct = self._accuracy(outputs, y)
         self._accuracy.reset()

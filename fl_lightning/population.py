@@ -23,6 +23,7 @@ from fl_lightning.client import (
     Loss,
     columns,
     gather,
+    input_dtype,
     plain_gradient,
     poisson_rows,
     shuffled_rows,
@@ -114,7 +115,8 @@ class ClientPopulation:
         self._whole: dict[tuple[int, ...], Batch] = {}
         self.processes = processes or Processes()
         device = next(network.parameters()).device
-        example = data.x[:1].to(device)
+        self.dtype = input_dtype(network, data.x)
+        example = data.x[:1].to(device, self.dtype)
         self.plain = CohortGradient(
             network, loss, vectorize=vectorize, max_examples=max_examples, record=True
         )
@@ -275,7 +277,7 @@ class ClientPopulation:
         k = min(len(sizes), max(2, examples // width))
         device = next(self.network.parameters()).device
         batch = Batch(
-            torch.zeros(k, width, *self.data.x.shape[1:], dtype=self.data.x.dtype, device=device),
+            torch.zeros(k, width, *self.data.x.shape[1:], dtype=self.dtype, device=device),
             torch.zeros(k, width, *self.data.y.shape[1:], dtype=self.data.y.dtype, device=device),
             torch.ones(k, width, device=device),
             torch.full((k,), float(width), device=device),
@@ -385,7 +387,9 @@ class ClientPopulation:
         device = next(self.network.parameters()).device
         for step in chosen:
             records = [r[s] for r, s in zip(rows, step, strict=True)]
-            yield gather(self.data.x, self.data.y, records, divisor=divisor, device=device)
+            yield gather(
+                self.data.x, self.data.y, records, divisor=divisor, device=device, dtype=self.dtype
+            )
 
     def _all_records(self, clients: tuple[int, ...]) -> Batch:
         """Every record of some clients, gathered once: at rate 1 every step has the same batch."""
@@ -399,6 +403,7 @@ class ClientPopulation:
                 records,
                 divisor=torch.tensor([float(len(r)) for r in records]),
                 device=next(self.network.parameters()).device,
+                dtype=self.dtype,
             )
         return self._whole[clients]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_lightning.aggregate import WEIGHTINGS
+from fl_lightning.client import input_dtype
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
@@ -234,15 +235,15 @@ def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
     Raises:
         ValueError: saying which.
     """
-    x, y = data.x[:3].nan_to_num(), data.y[:3]
+    whole = data.x[:100]
+    x, y = whole[:3].nan_to_num(), data.y[:3]
     # The first record that is not like the one at the beginning, if there is any.
-    some = data.x[:100].reshape(len(data.x[:100]), -1)
-    at = int((some != some[0]).any(1).int().argmax())
+    at = int((whole != whole[0]).reshape(len(whole), -1).any(1).int().argmax())
     network = module.network
     device = next(network.parameters()).device
-    x, y = x.to(device), y.to(device)
+    x, y = x.to(device, input_dtype(network, x)), y.to(device)
     beside = x.clone(), y.clone()
-    beside[0][0], beside[1][0] = data.x[at].nan_to_num().to(device), data.y[at].to(device)
+    beside[0][0], beside[1][0] = whole[at].nan_to_num().to(x), data.y[at].to(y)
     modes = {name: layer.training for name, layer in network.named_modules()}
     state = dict(network.named_parameters()) | dict(network.named_buffers())
     before = {name: value.detach().clone() for name, value in state.items()}

@@ -297,6 +297,17 @@ def test_the_defaults_of_these_tests_are_good(tmp_path):
     assert len(module.ledger) == 2 * 3
 
 
+@pytest.mark.parametrize("setting", ["record+local", "client+local", "client+aggregator", "none"])
+def test_double_precision_trains(tmp_path, setting):
+    module = train(
+        tmp_path, privacy={"setting": setting}, trainer={"precision": "64-true"}, local_steps=2
+    )
+    assert module.result is not None
+    for p in module.network.parameters():
+        assert p.dtype == torch.float64
+        assert p.isfinite().all()
+
+
 class Tied(nn.Module):
     """One weight that is used twice: its per-record gradient is a sum over both uses."""
 
