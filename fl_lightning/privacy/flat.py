@@ -216,7 +216,7 @@ def _pass(
         return hook
 
     handles = [
-        module.register_forward_hook(keep(name), with_kwargs=True)
+        module.register_forward_hook(keep(name), with_kwargs=True, prepend=True)
         for name, module in linear.items()
     ]
     try:

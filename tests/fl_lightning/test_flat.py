@@ -331,11 +331,13 @@ def test_records_are_clipped_whole_whatever_the_network_does_with_them(clipping,
 
 
 class InPlace(nn.Module):
-    """Activations that overwrite what a layer gave, and an argument by name."""
+    """Activations that overwrite what a layer gave, hooks, and an argument by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(8, 30), nn.Linear(30, 3)
+        self.fc2.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+        self.fc2.register_forward_hook(lambda _, __, output: 3 * output)
 
     def forward(self, x):
         hidden = self.fc1(input=x)
