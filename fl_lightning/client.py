@@ -304,12 +304,22 @@ def train_cohort(
 
     Returns:
         client updates: local minus global parameters, each [k, ...].
+
+    Raises:
+        RuntimeError: computing a gradient changed the parameters.
     """
     params, shared = global_params, True
     velocity: Params | None = None
     for step, batch in enumerate(batches):
         idle = None if bool(batch.active.all()) else ~batch.active
+        versions = [p._version for p in params.values()]
         direction = gradient(step, params, shared, batch)
+        if versions != [p._version for p in params.values()]:
+            # The first step is in the memory of the global model.
+            raise RuntimeError(
+                "network: applying it changes its parameters in place, which nothing clips or "
+                "noises; leave out what does (max_norm of embeddings, for instance)"
+            )
         if momentum:
             if velocity is None:
                 velocity = direction

@@ -315,7 +315,8 @@ def _depends_on_the_record_alone(
     for name, p in network.named_parameters():
         if p.requires_grad:
             size = 0.3 / (p[0].numel() if p.ndim > 1 else 10) ** 0.5
-            moved[name] = p.detach() + size * torch.randn(p.shape, generator=generator).to(p)
+            by = torch.empty(p.shape).normal_(std=size, generator=generator)
+            moved[name] = p.detach() + by.to(p)
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         torch.manual_seed(0)  # dropout and the like are the same each time

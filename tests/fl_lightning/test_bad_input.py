@@ -308,6 +308,37 @@ def test_double_precision_trains(tmp_path, setting):
         assert p.isfinite().all()
 
 
+class Renormed(nn.Module):
+    """Rescales a row of its weights when a record holds the code 9."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.last = nn.Embedding(10, 4), nn.Linear(4, 3)
+        self.codes.weight.data[9] = 100.0
+
+    def forward(self, x):
+        rows = nn.functional.embedding(x, self.codes.weight, max_norm=50.0)
+        return self.last(rows.mean(1))
+
+
+@pytest.mark.parametrize("setting", ["record+local", "client+local"])
+def test_weights_that_a_later_record_changes(tmp_path, setting):
+    x = torch.arange(60).reshape(30, 2) % 8
+    x[-1] = 9
+    records = FederatedDataModule(
+        from_arrays(x, torch.arange(30) % 3, codes=True), num_clients=3, val_fraction=0.0
+    )
+    with pytest.raises(RuntimeError, match="changes its parameters in place"):
+        train(
+            tmp_path,
+            network=Renormed(),
+            records=records,
+            privacy={"setting": setting},
+            sampling_rate=1.0,
+        )
+    assert not ledgers.read(tmp_path)[1], "nothing was released"
+
+
 class Tied(nn.Module):
     """One weight that is used twice: its per-record gradient is a sum over both uses."""
 
