@@ -42,7 +42,7 @@ CASES = {
     "record+local grid": {"privacy": NOISE | {"noise_form": "grid"}},
     "precision": {"privacy": NOISE | {"noise_multiplier": [0.5, 1.0]}, "weighting": "precision"},
     "client+local": {"privacy": LOCAL},
-    "denoised": {"privacy": NOISE | {"noise_multiplier": 0.2}, "denoise": True, "sampling_rate": 1.0},
+    "denoised": {"privacy": NOISE | {"noise_multiplier": 0.2}, "denoise": True},
     "one at a time": {"privacy": LOCAL, "memory_budget": 1e-9},
     "aggregator poisson": {"privacy": AGGREGATOR, "clients_per_round": 3},
     "aggregator fixed": {
