@@ -162,7 +162,32 @@ POPULATION = group(
     ("noise not bound to the round", "binding.round_key(self.key, context, round, redraw", "binding.round_key(self.key, context, 0, redraw"),
 )  # fmt: skip
 
+DENOISING = group(
+    "fl_lightning/aggregate.py",
+    "tests/fl_lightning/test_denoise.py",
+    ("variance of Laplace noise halved", 'of_unit = 2.0 if mechanism == "laplace"', 'of_unit = 1.0 if mechanism == "laplace"'),
+    ("weights not squared in the variance", "(weights.square() * variance)", "(weights * variance)"),
+    ("noise of one number taken for that of a layer", "torch.tensor(self.layout.dims, dtype=torch.float64) * self.variance", "self.variance"),
+)  # fmt: skip
+
+RECORDS_ALONE = group(
+    "fl_lightning/preflight.py",
+    "tests/fl_lightning/test_bad_input.py",
+    ("parameters that a forward writes accepted", "written = [n for n, v in state.items() if not torch.equal(v, before[n])]", "written = []"),
+    ("records that mix accepted", "and not alone:", "and False:"),
+    ("mixing in training mode not seen", "return alone and (not repeated or close(first[1:], other[1:])), repeated", "return alone, repeated"),
+    ("what is kept of records not seen", "if module.privacy.private and not again:", "if False:"),
+)  # fmt: skip
+
+ONE_USE = group(
+    "aadp_kernels/clipping.py",
+    "tests/aadp_kernels/test_ghost.py",
+    ("rows that are no records accepted", "if rows != [count]:", "if False:"),
+    ("two records alone looked at", "for count in (1, 2):", "for count in (2,):"),
+    ("layers used twice accepted", "if len(rows) > 1:", "if len(rows) > 9:"),
+)  # fmt: skip
+
 MUTATIONS = [
     *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *FLAT, *BUDGET, *POPULATION,
+    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *ONE_USE,
 ]  # fmt: skip
