@@ -16,7 +16,6 @@ from torch import Tensor
 from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread, threads_for
 from aadp_kernels._cpu.passes import (
-    NOISE_COST,
     SCRATCH,
     Plan,
     sum_units,
@@ -122,7 +121,7 @@ def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
     """Clip all rows and write them with noise; fills `cells`."""
     frame, rows = pieces.frame, len(cells.clip)
     units, elements = frame.chunks, rows * frame.elements
-    if 1 < threads_for(NOISE_COST * elements) > rows // _ROWS_PER_THREAD:
+    if 1 < threads_for(elements) > rows // _ROWS_PER_THREAD:
         decide_all(unit_sums(pieces, rows, p), units, p, cells)
         write(pieces, plan, cells.factor, cells.dead)
         return
@@ -131,7 +130,7 @@ def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
         privatize_rows(
-            pieces.table, frame.bounds, units, p, sums, cells, plan, scratch.ctypes.data,
+            pieces.table, frame.bounds, units, p, sums, cells, plan.own(), scratch.ctypes.data,
             begin, end,
         )  # fmt: skip
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
-from aadp_kernels._cpu._parallel import parallel
-from aadp_kernels._cpu._threads import region_for, spread
+from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.rows import absolute, jit_sums, memory, square
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
@@ -73,46 +72,31 @@ def _scale(x, factor, out, total):
 
 
 @jit
-def _row_norms(a, g, needs_l1, norms, begin, end):
-    """Sums of a^2, g^2, |a| and |g| of the records begin .. end - 1 into `norms` [K·B, 4]."""
-    out, features = g.shape[2], a.shape[2]
-    for b in range(begin, end):
-        row_a = memory(a.ctypes.data + b * features * a.itemsize, features, a.dtype)
-        row_g = memory(g.ctypes.data + b * out * g.itemsize, out, g.dtype)
-        norms[b, 0], norms[b, 1] = square(row_a), square(row_g)
-        if needs_l1:
-            norms[b, 2], norms[b, 3] = absolute(row_a), absolute(row_g)
-
-
-@jit
 def _scale_linear(
-    a, g, weight, bias, largest, shrink, p, mask, clip, votes_at, slack, scaled, total, counts,
-    threads, region,
-):  # fmt: skip
+    a, g, weight, bias, largest, shrink, p, mask, clip, votes_at, slack, scaled, total, counts
+):
     """g [K, B, out] times the clip factors of g aᵀ into `scaled`, its sum over B into `total`.
 
     Norms of g aᵀ are products of those of g and a [K, B, in]. A mask [K, 0] masks nothing. Returns
     whether all records were finite.
     """
-    clean, (clients, batch, out) = True, g.shape
-    norms = np.zeros((clients * batch, 4))
-    needs_l1 = p == 1 or not np.isnan(votes_at).all()
-    if region != 0:
-        parallel(_row_norms, (a, g, needs_l1, norms), len(norms), threads, region)
-    else:
-        _row_norms(a, g, needs_l1, norms, 0, len(norms))
+    clean, (clients, batch, out), features = True, g.shape, a.shape[2]
     for k in range(clients):
+        needs_l1 = p == 1 or not np.isnan(votes_at[k])
         sums = np.zeros(out)
         for b in range(batch):
             row = (k * batch + b) * g.itemsize
+            row_a = memory(a.ctypes.data + row * features, features, a.dtype)
             row_g = memory(g.ctypes.data + row * out, out, g.dtype)
             row_scaled = memory(scaled.ctypes.data + row * out, out, g.dtype)
-            own = norms[k * batch + b]
-            norm_a, norm_g = np.sqrt(own[0]), np.sqrt(own[1])
+            square_a, square_g = square(row_a), square(row_g)
+            norm_a, norm_g = np.sqrt(square_a), np.sqrt(square_g)
             finite = norm_a * norm_g + norm_a + norm_g <= largest
             clean = clean and finite
-            norm1 = (own[2] * weight + bias) * own[3]
-            norm = norm1 if p == 1 else np.sqrt((own[0] * weight + bias) * own[1])
+            norm1 = 0.0
+            if needs_l1:
+                norm1 = (absolute(row_a) * weight + bias) * absolute(row_g)
+            norm = norm1 if p == 1 else np.sqrt((square_a * weight + bias) * square_g)
             live = mask.shape[1] == 0 or mask[k, b]
             factor = clip_factor(norm1, norm, finite, live, clip[k], votes_at[k], slack, counts[k])
             if factor == 0:
@@ -223,7 +207,6 @@ def scale_linear(
         inputs.reshape(clients, batch, -1), slopes.reshape(clients, batch, out), float(weight),
         float(bias), largest, 1 - 8 * _EPS[g.dtype], p, live, array_of(clip),
         levels(votes_at, clients), 1e-12, scaled.reshape(clients, batch, out), total, counts,
-        *region_for(inputs.size + slopes.size),
     )  # fmt: skip
     sums, seen = total.reshape(*lead, out), counts.reshape(*lead, 3)
     return Scaled(torch.from_numpy(scaled), torch.from_numpy(sums), torch.from_numpy(seen), clean)

@@ -6,7 +6,6 @@ size, so that any thread may take any range of units and the result does not cha
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +13,7 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
-from aadp_kernels._cpu._parallel import parallel
-from aadp_kernels._cpu._threads import region_for, spread
+from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.pieces import (
     CHUNK,
     FIRST,
@@ -39,9 +37,6 @@ from aadp_kernels._torch.privatize import Noise
 LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
 SCRATCH = 5 * 8 * TILE
-
-# To draw the noise of an element takes as long as to add up so many, at least.
-NOISE_COST = 8
 
 
 @jit_inline
@@ -220,9 +215,9 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
     Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
     float64; in the fast form it is float32 where all tensors are. Without a value: scale * noise.
     Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` is the address
-    of SCRATCH bytes.
+    of SCRATCH bytes; the state of the plan changes.
     """
-    units, skip, scale, state = plan.units, plan.skip, plan.scale, plan.state.copy()
+    units, skip, scale, state = plan.units, plan.skip, plan.scale, plan.state
     rounds, blocks, fast, gaussian = plan.rounds, plan.blocks, plan.fast, plan.gaussian
     x, minus, spare = scratch, scratch + 4096, scratch + 8192
     noise, noise32 = scratch + 12288, scratch + 16384
@@ -272,28 +267,6 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
 
 
 @jit
-def _sum_part(pieces, bounds, units, p, sums, begin, end):
-    scratch = np.empty(SCRATCH, np.uint8)
-    sum_units(pieces, bounds, units, p, sums, scratch.ctypes.data, begin, end)
-
-
-@jit
-def _sum_parallel(pieces, bounds, units, p, sums, threads, region):
-    parallel(_sum_part, (pieces, bounds, units, p, sums), sums[0].size, threads, region)
-
-
-@jit
-def _write_part(pieces, bounds, dead, factor, plan, begin, end):
-    scratch = np.empty(SCRATCH, np.uint8)
-    write_units(pieces, bounds, dead, factor, plan, scratch.ctypes.data, begin, end)
-
-
-@jit
-def _write_parallel(pieces, bounds, dead, factor, plan, count, threads, region):
-    parallel(_write_part, (pieces, bounds, dead, factor, plan), count, threads, region)
-
-
-@jit
 def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
     """Add factor * record, where `live`, to the float64 outputs, in units of a tile of a layer.
 
@@ -323,13 +296,13 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
 def unit_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
     """Sums of |x| (and of x^2 for p = 2) of the chunks of every row: float64 [2, K, chunks]."""
     bounds, units = pieces.frame.bounds, pieces.frame.chunks
-    sums, elements = np.zeros((2, rows, int(units[-1]))), rows * pieces.frame.elements
-    given = (pieces.table, bounds, units, p, sums)
-    threads, region = region_for(elements)
-    if region:
-        _sum_parallel(*given, threads, region)
-    else:
-        spread(partial(_sum_part, *given), sums[0].size, elements=elements)
+    sums = np.zeros((2, rows, int(units[-1])))
+
+    def work(begin: int, end: int) -> None:
+        scratch = np.empty(SCRATCH, np.uint8)
+        sum_units(pieces.table, bounds, units, p, sums, scratch.ctypes.data, begin, end)
+
+    spread(work, sums[0].size, elements=rows * pieces.frame.elements)
     return sums
 
 
@@ -395,16 +368,21 @@ class Plan(NamedTuple):
             scale=scale.contiguous().numpy(), layers=np.arange(len(frame.ends)),
         )  # fmt: skip
 
+    def own(self) -> Plan:
+        """For one thread: the state changes in use."""
+        return self._replace(state=self.state.copy())
+
 
 def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:
     """Write all pieces: factor * (value - reference) + scale * noise, or scale * noise.
 
     `factor` and `dead` (int64, the value counts as zero where it is 1) are [K, L].
     """
-    given = (pieces.table, pieces.frame.bounds, dead, factor, plan)
+    bounds = pieces.frame.bounds
+
+    def work(begin: int, end: int) -> None:
+        scratch = np.empty(SCRATCH, np.uint8)
+        write_units(pieces.table, bounds, dead, factor, plan.own(), scratch.ctypes.data, begin, end)
+
     units = len(plan.clients) * int(plan.units[-1])
-    threads, region = region_for(NOISE_COST * units * TILE)
-    if region:
-        _write_parallel(*given, units, threads, region)
-    else:
-        spread(partial(_write_part, *given), units, elements=units * TILE)
+    spread(work, units, elements=units * TILE)
