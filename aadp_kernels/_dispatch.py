@@ -15,6 +15,9 @@ IMPLS = ("auto", "torch", "numba", "triton")
 AUTO_ELEMENTS = 64
 
 _PACKAGES = {"torch": "_torch", "numba": "_cpu", "triton": "_triton"}
+_FASTEST = {"cpu": "numba", "cuda": "triton"}
+# Modules of operations that have no module of their own.
+_MODULES = {"coins": "noise", "norms": "privatize"}
 
 
 @cache
@@ -54,7 +57,7 @@ def choose(
     if impl == "auto":
         if torch.compiler.is_compiling():
             return "torch"
-        impl = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
+        impl = _FASTEST.get(device.type, "torch")
         if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
         return impl if unavailable(impl, operation, form, device) is None else "torch"
@@ -69,9 +72,8 @@ def backend(
 ) -> ModuleType:
     """The module of the chosen implementation; numba or triton is imported here."""
     name = choose(impl, operation, device=device, elements=elements, form=form)
-    module = {"coins": "noise", "norms": "privatize"}.get(operation, operation)
-    module = "grid" if (operation, form) == ("noise", "grid") else module
-    return _module(name, module)
+    grid = form == "grid" and operation == "noise"
+    return _module(name, "grid" if grid else _MODULES.get(operation, operation))
 
 
 @cache

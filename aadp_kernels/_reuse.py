@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from threading import Lock
 
@@ -34,13 +35,12 @@ class _Stream:
 
     def record(self, step: int, clients: Sequence[int], start: int, stop: int) -> None:
         """Note elements that do not conflict."""
-        pieces = {}
+        drawn = dict.fromkeys(clients, (step, ((start, stop),)))
         if step <= self.newest:
             for client in clients:
                 if client in self.last and self.last[client][0] == step:
-                    pieces[client] = (step, _joined(self.last[client][1], start, stop))
-        self.last.update(dict.fromkeys(clients, (step, ((start, stop),))))
-        self.last.update(pieces)
+                    drawn[client] = (step, _joined(self.last[client][1], start, stop))
+        self.last.update(drawn)
         self.newest = max(self.newest, step)
 
 
@@ -66,7 +66,7 @@ class UsedNoise:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._streams: dict[tuple[str, int], _Stream] = {}
+        self._streams: defaultdict[tuple[str, int], _Stream] = defaultdict(_Stream)
 
     def claim(
         self, domain: str, step: int, clients: Sequence[int], segments: Sequence[Segment]
@@ -81,7 +81,7 @@ class UsedNoise:
             raise ReusedNoiseError("client must hold every id once: rows with one id share noise")
         with self._lock:
             wanted = [
-                (self._streams.setdefault((domain, layer), _Stream()), layer, start, start + count)
+                (self._streams[domain, layer], layer, start, start + count)
                 for layer, start, count in segments
                 if count
             ]

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from aadp_kernels import _dispatch, _ops, _validate
 from aadp_kernels._torch.grid import quantum
-from aadp_kernels._torch.privatize import ClipStats
+from aadp_kernels._torch.privatize import ClipStats, noisy_layers
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey
-from aadp_kernels.privatize import check_tensors, claim_layers, noise_source, per_layer
+from aadp_kernels.noise import NoiseKey
+from aadp_kernels.privatize import (
+    check_kind,
+    check_tensors,
+    claim_layers,
+    noise_source,
+    per_layer,
+)
 
 
 @_ops.without_grad
@@ -91,9 +97,7 @@ def clip_sum_noise(
             step=step, client=client, mask=mask, votes_at=votes_at, accumulate=accumulate,
             last=last, form=form, impl=impl,
         )  # fmt: skip
-    _validate.one_of("mechanism", mechanism, MECHANISMS)
-    _validate.one_of("form", form, FORMS)
-    _validate.one_of("p", p, (1, 2))
+    check_kind(mechanism, form, p)
     if not per_sample or per_sample[0].dim() == 0:
         raise ValueError("per_sample must be tensors [B, ...], got none or a 0-d tensor")
     batch, device = per_sample[0].shape[0], per_sample[0].device
@@ -110,9 +114,10 @@ def clip_sum_noise(
             raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
         live = mask.to(device) != 0
     ids = _validate.client_ids(client, device)
-    noise = noise_source(key, scale, mechanism, form, p, step, ids) if last else None
+    noisy_ones = noisy_layers(layout, scale)
+    noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids) if last else None
     backend = _dispatch.backend(
-        impl, "clip_sum", device=device, elements=sum(layout.sizes), form=form
+        impl, "clip_sum", device=device, elements=layout.elements, form=form
     )
     quanta = None
     if form == "grid" and noisy:
@@ -122,7 +127,7 @@ def clip_sum_noise(
     kind = torch.float64 if quanta is None else torch.int64
     running = None if accumulate is None else _running_sums(accumulate, layout, device, kind)
     if last:
-        claim_layers(key, noise, client, layout, scale)
+        claim_layers(key, noise, client, layout, noisy_ones)
     if hasattr(backend, "clip_sum_noise"):
         return backend.clip_sum_noise(
             per_sample, layout, clip=clip, scale=scale, p=p, noise=noise, mask=live,

@@ -74,11 +74,13 @@ class _ClippingMixin(nn.Module):
 
     def clipping(self) -> _Clipping:
         """The keyword arguments of the clipped operation."""
+        # Attributes that are buffers cost a function call each.
+        found: Any = self._buffers
         return {
-            "clip": self.clip_norm,
-            "votes_at": self.votes_at,
-            "mask": self.mask,
-            "probe": self.probe,
+            "clip": found["clip_norm"],
+            "votes_at": found["votes_at"],
+            "mask": found["mask"],
+            "probe": found["probe"],
             "p": self.norm_p,
         }
 

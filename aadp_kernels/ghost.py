@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _validate
-from aadp_kernels._torch.ghost import clipped_layer, in_functorch
+from aadp_kernels._torch.ghost import clipped_layer
 from aadp_kernels._torch.ghost_matrix import Conv, Linear
 from aadp_kernels._torch.ghost_rules import Bias, Embedding, Norm
+
+_LINEAR = Linear()
 
 
 def clipped_linear(
@@ -72,7 +73,7 @@ def clipped_linear(
         Karypis 2023, arXiv:2210.00038 (clipped sums in one backward pass).
     """
     _check(x, x.dim() >= 2, "[B, ..., in]", clip, votes_at, p)
-    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, Linear(), p)
+    return clipped_layer(x, weight, bias, clip, mask, votes_at, probe, _LINEAR, p)
 
 
 def clipped_conv1d(
@@ -423,21 +424,12 @@ def clipped_bias(
 
 def _check(x: Tensor, fits: bool, want: str, clip: Tensor, votes_at: Tensor | None, p: int) -> None:
     """Public arguments of a clip-in-backward call."""
-    _refuse_compiled_functorch()
-    _validate.one_of("p", p, (1, 2))
+    if p not in (1, 2):
+        raise ValueError(f"p must be one of 1, 2, got {p!r}")
     if not fits:
         raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
     if clip.dim() != 0 or (votes_at is not None and votes_at.dim() != 0):
         raise ValueError("clip and votes_at must be 0-d tensors")
-
-
-def _refuse_compiled_functorch() -> None:
-    """torch.compile drops custom backwards inside functorch: refuse rather than not clip."""
-    if torch.compiler.is_compiling() and in_functorch():
-        raise RuntimeError(
-            "clip-in-backward cannot be used inside a torch.func transform under torch.compile: "
-            "its backward would be dropped and the gradients left unclipped"
-        )
 
 
 def _axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:

@@ -81,6 +81,14 @@ class Layout:
         layer_names, layer_of = _group(names, groups, named=isinstance(tensors, Mapping))
         return cls(names, shapes, layer_names, layer_of)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept, since layouts are the keys of what is made once for each."""
+        return hash((self.names, self.shapes, self.layer_names, self.layer_of))
+
     @property
     def num_layers(self) -> int:
         """Number of layers L."""
@@ -90,6 +98,11 @@ class Layout:
     def sizes(self) -> tuple[int, ...]:
         """Elements of each tensor."""
         return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(self.sizes)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

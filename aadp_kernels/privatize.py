@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from aadp_kernels import _dispatch, _ops, _validate
-from aadp_kernels._torch.privatize import ClipStats, Noise
+from aadp_kernels._torch.privatize import ClipStats, Noise, noisy_layers
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
 
@@ -93,37 +94,29 @@ def privatize_(
             tensors, layout, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key, step=step,
             clients=clients, reference=reference, out=out, votes_at=votes_at, form=form, impl=impl,
         )  # fmt: skip
-    _validate.one_of("mechanism", mechanism, MECHANISMS)
-    _validate.one_of("form", form, FORMS)
-    _validate.one_of("p", p, (1, 2))
-    cohort = clients is not None
+    check_kind(mechanism, form, p)
     out = tensors if out is None else out
-    lead = (len(clients),) if cohort else ()
-    check_tensors("tensors", tensors, layout, lead)
+    lead = () if clients is None else (len(clients),)
+    device = check_tensors("tensors", tensors, layout, lead)
     if out is not tensors:
         check_tensors("out", out, layout, lead)
-    device = tensors[0].device
     if reference is not None:
         check_tensors("reference", reference, layout, ())
     clip = per_layer("clip", clip, layout, lead, device, finite=False)
     scale = per_layer("scale", scale, layout, lead, device, finite=True)
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, lead, device, finite=None)
-    ids = torch.zeros(1, dtype=torch.int64, device=device)
-    if clients is not None:
-        ids = _validate.client_ids(clients, device)
-    noise = noise_source(key, scale, mechanism, form, p, step, ids)
-    elements = sum(layout.sizes)
-    backend = _dispatch.backend(impl, "privatize", device=device, elements=elements, form=form)
-    claim_layers(key, noise, 0 if clients is None else clients, layout, scale)
-    stats = backend.privatize(
+    ids = _client_zero(device) if clients is None else _validate.client_ids(clients, device)
+    noisy = noisy_layers(layout, scale)
+    noise = noise_source(key, noisy, mechanism, form, p, step, ids)
+    backend = _dispatch.backend(
+        impl, "privatize", device=device, elements=layout.elements, form=form
+    )
+    claim_layers(key, noise, 0 if clients is None else clients, layout, noisy)
+    return backend.privatize(
         tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
         votes_at=votes_at,
     )  # fmt: skip
-    if cohort:
-        return stats
-    l1_norm = None if stats.l1_norm is None else stats.l1_norm[0]
-    return ClipStats(l1_norm, stats.votes[0], stats.clipped[0], stats.nonfinite[0])
 
 
 @_ops.without_grad
@@ -161,24 +154,35 @@ def layer_norms(
     if reference is not None:
         check_tensors("reference", reference, layout, ())
     backend = _dispatch.backend(
-        impl, "norms", device=tensors[0].device, elements=sum(layout.sizes), form="wide"
+        impl, "norms", device=tensors[0].device, elements=layout.elements, form="wide"
     )
     result = backend.layer_norms(tensors, layout, p, reference)
     return result if cohort else result[0]
 
 
+def check_kind(mechanism: str, form: str, p: int) -> None:
+    """Raise unless mechanism, form and norm are known."""
+    if mechanism not in MECHANISMS or form not in FORMS or p not in (1, 2):
+        _validate.one_of("mechanism", mechanism, MECHANISMS)
+        _validate.one_of("form", form, FORMS)
+        _validate.one_of("p", p, (1, 2))
+
+
 def check_tensors(
     name: str, tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]
-) -> None:
-    """Raise unless the tensors are floating point, on one device and shaped (*lead, *layout)."""
+) -> torch.device:
+    """The one device of the tensors; raise unless they are floating and shaped (*lead, *layout)."""
     if len(tensors) != len(layout.names):
         raise ValueError(f"{name} must be {len(layout.names)} tensors, got {len(tensors)}")
-    _validate.floating(name, tensors)
-    for label, shape, tensor in zip(layout.names, layout.shapes, tensors, strict=True):
+    device = _validate.floating(name, tensors)
+    for shape, tensor in zip(layout.shapes, tensors, strict=True):
         if tensor.shape != ((*lead, *shape) if lead else shape):
+            wrong = next(i for i, each in enumerate(tensors) if each is tensor)
             raise ValueError(
-                f"{name}: {label} must have shape {(*lead, *shape)}, got {tuple(tensor.shape)}"
+                f"{name}: {layout.names[wrong]} must have shape {(*lead, *shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
+    return device
 
 
 def per_layer(
@@ -190,28 +194,40 @@ def per_layer(
     *,
     finite: bool | None,
 ) -> Tensor:
-    """A per-layer argument as float64 [K, L] ([1, L] alone); finite=None: not checked."""
-    value = torch.as_tensor(value).detach()
-    if tuple(value.shape) not in {(layout.num_layers,), (*lead, layout.num_layers)}:
-        wanted = f"[{layout.num_layers}]" + (f" or {[*lead, layout.num_layers]}" if lead else "")
-        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    """A per-layer argument as float64 [K, L] ([L] alone); finite=None: not checked."""
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value)
+    layers, shape = layout.num_layers, value.shape
+    if shape != (layers,) and shape != (*lead, layers):
+        wanted = f"[{layers}]" + (f" or {[*lead, layers]}" if lead else "")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(shape)}")
     if finite is not None:
         _validate.nonnegative_tensor(name, value, finite=finite)
-    return value.to(device=device, dtype=torch.float64).expand(*(lead or (1,)), layout.num_layers)
+    if value.requires_grad:
+        value = value.detach()
+    if value.dtype != torch.float64 or value.device != device:
+        value = value.to(device, torch.float64)
+    return value.expand(*lead, layers) if lead else value
+
+
+@cache
+def _client_zero(device: torch.device) -> Tensor:
+    """The ids of an update alone."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def noise_source(
     key: NoiseKey | None,
-    scale: Tensor,
+    noisy: list[int],
     mechanism: str,
     form: str,
     p: int,
     step: int | Tensor,
     clients: Tensor,
 ) -> Noise | None:
-    """The noise of a release, or None if every scale is zero (on an accelerator: without a key)."""
-    if scale.device.type == "cpu":
-        if not any(scale.flatten().tolist()):
+    """The noise of a release, or None without noisy layers (on an accelerator: without a key)."""
+    if clients.is_cpu:
+        if not noisy:
             return None
         if key is None:
             raise ValueError("key must be a NoiseKey where scale is positive, got None")
@@ -228,10 +244,10 @@ def claim_layers(
     noise: Noise | None,
     client: int | Tensor,
     layout: Layout,
-    scale: Tensor,
+    noisy: list[int],
 ) -> None:
     """Note the noise of whole layers, or raise if it was drawn before."""
     if key is None or noise is None:
         return
-    segments = [(i, 0, layout.dims[i]) for i in noise.noisy_layers(layout, scale)]
+    segments = [(i, 0, layout.dims[i]) for i in noisy]
     claim(key, noise.mechanism, noise.form, noise.step, client, segments)

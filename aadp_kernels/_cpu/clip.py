@@ -7,6 +7,7 @@ cache when it is written. Few large rows are summed on all threads first and the
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,34 +15,42 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu._threads import spread, threads_for
+from aadp_kernels._cpu._parallel import parallel
+from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.passes import (
+    NOISE_COST,
     SCRATCH,
     Plan,
+    sum_part,
     sum_units,
     unit_sums,
     write,
+    write_part,
     write_units,
 )
-from aadp_kernels._cpu.pieces import Pieces, frame_of
+from aadp_kernels._cpu.pieces import Pieces, frame_of, table
 from aadp_kernels._torch.privatize import ClipStats, Precision
 from aadp_kernels.layout import Layout
 
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)
+_NOBODY = np.empty((0, 0))
+
+# Planes of the tables of a `Cells`.
+NORM1, VOTES, FACTOR = range(3)
+CLIPPED, DEAD = range(2)
 
 
 class Cells(NamedTuple):
-    """What is decided for every row and layer; all arrays but the first are [K, L].
+    """What is decided for every row and layer.
 
     Attributes:
         elements: int64 [L], sizes of the layers.
-        eps, smallest: float64, precision of the outputs.
-        clip, votes_at: float64, as given; NaN does not vote.
-        norm1: float64 out, L1 norm.
-        votes: float64 out, 1[norm1 <= votes_at] - 1/2, zero for what is not finite.
-        factor: float64 out, certified clip factors.
-        clipped, dead: int64 out, 1 where the norm passed the clip norm; where it is not finite.
+        eps, smallest: float64 [1, L] or [K, L], precision of the outputs.
+        clip, votes_at: float64 [K, L], as given; NaN does not vote, nor do tables of no rows.
+        numbers: float64 [3, K, L] out: L1 norm; vote, 1[norm1 <= votes_at] - 1/2 and zero for what
+            is not finite; certified clip factor.
+        flags: int64 [2, K, L] out: 1 where the norm passed the clip norm; where it is not finite.
     """
 
     elements: np.ndarray
@@ -49,26 +58,23 @@ class Cells(NamedTuple):
     smallest: np.ndarray
     clip: np.ndarray
     votes_at: np.ndarray
-    norm1: np.ndarray
-    votes: np.ndarray
-    factor: np.ndarray
-    clipped: np.ndarray
-    dead: np.ndarray
+    numbers: np.ndarray
+    flags: np.ndarray
 
     @classmethod
     def build(
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
     ) -> Cells:
-        """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [L]."""
-        numbers, flags = np.empty((7, *clip.shape)), np.empty((2, *clip.shape), np.int64)
-        given = (*(t.numpy() for t in (*dtypes, clip)), np.nan if votes_at is None else votes_at)
-        for array, values in zip(numbers, given, strict=False):
-            array[...] = values
-        return cls(frame_of(layout).ends, *numbers, *flags)
+        """Nothing decided yet; `clip` and `votes_at` are [K, L] or [L], `dtypes` that or [1, L]."""
+        limit, levels = table(clip), _NOBODY if votes_at is None else table(votes_at)
+        numbers, flags = np.empty((3, *limit.shape)), np.empty((2, *limit.shape), np.int64)
+        eps, smallest = (each.numpy() for each in dtypes)
+        return cls(frame_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
 
-    def stats(self) -> ClipStats:
-        """As tensors."""
-        return ClipStats(*map(torch.from_numpy, (self.norm1, self.votes, self.clipped, self.dead)))
+    def stats(self, *, alone: bool = False) -> ClipStats:
+        """As tensors [K, L], or [L] of one row alone."""
+        planes = (*self.numbers[:FACTOR], *self.flags)
+        return ClipStats(*(torch.from_numpy(each[0] if alone else each) for each in planes))
 
 
 @jit
@@ -81,18 +87,22 @@ def decide(sums, units, p, cells, row, layer):
             norm += sums[1, row, unit]
     norm = math.sqrt(norm) if p == 2 else norm1
     finite = math.isfinite(norm) and math.isfinite(norm1)
-    clip, count, eps = cells.clip[row, layer], cells.elements[layer], cells.eps[row, layer]
+    clip, count = cells.clip[row, layer], cells.elements[layer]
+    of = row if len(cells.eps) > 1 else 0
+    eps, smallest = cells.eps[of, layer], cells.smallest[of, layer]
     bound = norm * (1 + (count + 16) * 2.0**-52)
     clipped = bound > clip and finite
     factor = 1.0
     if clipped:
-        factor = max(clip - count * cells.smallest[row, layer] * eps, 0.0) / (bound * (1 + eps))
-    cells.factor[row, layer] = factor if finite and factor >= _TINY else 0.0
-    cells.clipped[row, layer], cells.dead[row, layer] = clipped, not finite
-    threshold, vote = cells.votes_at[row, layer], 0.0
+        factor = max(clip - count * smallest * eps, 0.0) / (bound * (1 + eps))
+    cells.numbers[FACTOR, row, layer] = factor if finite and factor >= _TINY else 0.0
+    cells.flags[CLIPPED, row, layer], cells.flags[DEAD, row, layer] = clipped, not finite
+    threshold, vote = np.nan, 0.0
+    if len(cells.votes_at) > 0:
+        threshold = cells.votes_at[row, layer]
     if finite and not math.isnan(threshold):
         vote = 0.5 if norm1 <= threshold else -0.5
-    cells.norm1[row, layer], cells.votes[row, layer] = norm1, vote
+    cells.numbers[NORM1, row, layer], cells.numbers[VOTES, row, layer] = norm1, vote
 
 
 @jit
@@ -104,34 +114,46 @@ def decide_all(sums, units, p, cells):
 
 
 @jit
-def privatize_rows(pieces, bounds, units, p, sums, cells, plan, scratch, begin, end):
+def _privatize_rows(pieces, frame, p, sums, cells, plan, begin, end):
     """Sum, decide and write the layers of rows begin .. end - 1, one after another."""
-    layers, tiles = len(units) - 1, plan.units
+    scratch, dead, factor = np.empty(SCRATCH, np.uint8), cells.flags[DEAD], cells.numbers[FACTOR]
+    units, tiles, layers = frame.chunks, frame.tiles, len(frame.ends)
     for row in range(begin, end):
         start, tile = row * units[layers], row * tiles[layers]
         for layer in range(layers):
             low, high = start + units[layer], start + units[layer + 1]
-            sum_units(pieces, bounds, units, p, sums, scratch, low, high)
+            sum_units(pieces, frame.bounds, units, p, sums, scratch, low, high)
             decide(sums, units, p, cells, row, layer)
             low, high = tile + tiles[layer], tile + tiles[layer + 1]
-            write_units(pieces, bounds, cells.dead, cells.factor, plan, scratch, low, high)
+            write_units(pieces, frame, dead, factor, plan, scratch, low, high)
+
+
+@jit
+def _privatize_parallel(pieces, frame, p, sums, cells, plan, threads, region):
+    """Sum, decide and write: rows beside each other, or one after another on several threads."""
+    rows = len(cells.clip)
+    if rows // _ROWS_PER_THREAD >= threads:
+        parallel(_privatize_rows, (pieces, frame, p, sums, cells, plan), rows, threads, region)
+        return
+    read = (pieces, frame.bounds, frame.chunks, p, sums)
+    parallel(sum_part, read, sums[0].size, threads, region)
+    decide_all(sums, frame.chunks, p, cells)
+    written = (pieces, frame, cells.flags[DEAD], cells.numbers[FACTOR], plan)
+    parallel(write_part, written, rows * frame.tiles[-1], threads, region)
 
 
 def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
     """Clip all rows and write them with noise; fills `cells`."""
     frame, rows = pieces.frame, len(cells.clip)
-    units, elements = frame.chunks, rows * frame.elements
-    if 1 < threads_for(elements) > rows // _ROWS_PER_THREAD:
-        decide_all(unit_sums(pieces, rows, p), units, p, cells)
-        write(pieces, plan, cells.factor, cells.dead)
-        return
-    sums = np.zeros((2, rows, int(units[-1])))
-
-    def work(begin: int, end: int) -> None:
-        scratch = np.empty(SCRATCH, np.uint8)
-        privatize_rows(
-            pieces.table, frame.bounds, units, p, sums, cells, plan.own(), scratch.ctypes.data,
-            begin, end,
-        )  # fmt: skip
-
-    spread(work, rows, elements=elements)
+    sums, elements = np.zeros((2, rows, int(frame.chunks[-1]))), NOISE_COST * rows * frame.elements
+    given = (pieces.table, frame, p, sums, cells, plan)
+    threads, region = region_for(elements)
+    if threads == 1:
+        _privatize_rows(*given, 0, rows)
+    elif region:
+        _privatize_parallel(*given, threads, region)
+    elif threads > rows // _ROWS_PER_THREAD:
+        decide_all(unit_sums(pieces, rows, p), frame.chunks, p, cells)
+        write(pieces, plan, cells.numbers[FACTOR], cells.flags[DEAD])
+    else:
+        spread(partial(_privatize_rows, *given), rows, elements=elements)

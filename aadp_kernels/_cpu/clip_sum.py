@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.clip import Cells, decide
+from aadp_kernels._cpu.clip import FACTOR, Cells, decide
 from aadp_kernels._cpu.grid import GridNoise
 from aadp_kernels._cpu.passes import Plan, clipped_sums, write
 from aadp_kernels._cpu.pieces import Pieces, native, target
@@ -68,7 +68,7 @@ def clip_records(
                     sums[0, row, layer] += norm1
                     sums[1, row, layer] += total
                 decide(sums, units, p, cells, row, layer)
-                factor = cells.factor[row, layer] if mask[row] else 0.0
+                factor = cells.numbers[FACTOR, row, layer] if mask[row] else 0.0
                 for k in range(bounds[layer], bounds[layer + 1]):
                     part = totals[unit, start : start + sizes[k]]
                     start += sizes[k]
@@ -98,7 +98,7 @@ def _clip_records(
     table = ([t.data_ptr() for t in tensors], [layout.sizes[i] for i in order],
              [t.element_size() for t in tensors])  # fmt: skip
     exact = torch.finfo(torch.float64)
-    precision = Precision(*(torch.full((layers,), n).double() for n in (exact.eps, exact.tiny)))
+    precision = Precision(*(torch.full((1, layers), n).double() for n in (exact.eps, exact.tiny)))
     spot = None if votes_at is None else votes_at.expand(batch, layers)
     cells = Cells.build(layout, precision, clip.expand(batch, layers), spot)
     units = max(1, min(_UNITS, batch // _SMALLEST_UNIT))
@@ -179,6 +179,6 @@ def finish(
     targets = [target(t) for t in results]
     one = np.ones((1, layout.num_layers))
     pieces = Pieces.of_layout(layout, list(sums), None, targets)
-    plan = Plan.of_release(pieces.frame, noise, scale[None])
+    plan = Plan.build(noise, scale[None].contiguous().numpy())
     write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)]

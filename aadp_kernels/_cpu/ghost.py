@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
-from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.rows import absolute, jit_sums, memory, square
+from aadp_kernels._cpu._parallel import parallel
+from aadp_kernels._cpu._threads import region_for, spread
+from aadp_kernels._cpu.rows import absolute, bytes_of, jit_sums, memory, square
 
-_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+# As kernels take them, and a factor that covers the roundings of a scaled row.
+_DTYPES = {
+    torch.float32: (np.dtype(np.float32), 1 - 8 * 2.0**-23),
+    torch.float64: (np.dtype(np.float64), 1 - 8 * 2.0**-52),
+}
+_SLACK = 1e-12
 
 
 @jit_sums
@@ -72,41 +78,70 @@ def _scale(x, factor, out, total):
 
 
 @jit
-def _scale_linear(
-    a, g, weight, bias, largest, shrink, p, mask, clip, votes_at, slack, scaled, total, counts
-):
-    """g [K, B, out] times the clip factors of g aᵀ into `scaled`, its sum over B into `total`.
+def _row_norms(a, g, dtype, features, out, needs_l1, norms, begin, end):
+    """Sums of a^2, g^2, |a| and |g| of the records begin .. end - 1 into `norms` [B, 4]."""
+    for b in range(begin, end):
+        row_a = memory(a + b * features * bytes_of(dtype), features, dtype)
+        row_g = memory(g + b * out * bytes_of(dtype), out, dtype)
+        norms[b, 0], norms[b, 1] = square(row_a), square(row_g)
+        if needs_l1:
+            norms[b, 2], norms[b, 3] = absolute(row_a), absolute(row_g)
 
-    Norms of g aᵀ are products of those of g and a [K, B, in]. A mask [K, 0] masks nothing. Returns
-    whether all records were finite.
+
+@jit
+def _scale_rows(
+    a, g, scaled, total, mask, dtype, batch, features, out, weight, bias, p, clip, votes_at,
+    largest, shrink, threads, region,
+):  # fmt: skip
+    """g [B, out] times the clip factors of g aᵀ into `scaled`, its sum over B into `total` [out].
+
+    Norms of g aᵀ are products of those of g and a [B, in]. The first five are addresses; that of a
+    mask may be 0 and masks nothing. Returns whether all records were finite, and the counts.
     """
-    clean, (clients, batch, out), features = True, g.shape, a.shape[2]
+    norms, counts, sums = np.zeros((batch, 4)), np.zeros(3), np.zeros(out)
+    needs_l1 = p == 1 or not np.isnan(votes_at)
+    if region != 0:
+        given = (a, g, dtype, features, out, needs_l1, norms)
+        parallel(_row_norms, given, batch, threads, region)
+    else:
+        _row_norms(a, g, dtype, features, out, needs_l1, norms, 0, batch)
+    live, clean, width = memory(mask, batch, np.bool_), True, out * bytes_of(dtype)
+    for b in range(batch):
+        norm_a, norm_g = np.sqrt(norms[b, 0]), np.sqrt(norms[b, 1])
+        finite = norm_a * norm_g + norm_a + norm_g <= largest
+        clean = clean and finite
+        norm1 = (norms[b, 2] * weight + bias) * norms[b, 3]
+        norm = norm1 if p == 1 else np.sqrt((norms[b, 0] * weight + bias) * norms[b, 1])
+        counted = mask == 0 or live[b]
+        factor = clip_factor(norm1, norm, finite, counted, clip, votes_at, _SLACK, counts)
+        row = memory(scaled + b * width, out, dtype)
+        if factor == 0:
+            row[:] = 0
+            continue
+        if factor < 1:
+            factor *= shrink
+        _scale(memory(g + b * width, out, dtype), factor, row, sums)
+    whole = memory(total, out, dtype)
+    for j in range(out):
+        whole[j] = sums[j]
+    return clean, counts[0], counts[1], counts[2]
+
+
+@jit
+def _scale_clients(
+    a, g, scaled, total, mask, dtype, clients, batch, features, out, weight, bias, p, clip,
+    votes_at, largest, shrink, counts,
+):  # fmt: skip
+    """`_scale_rows` of all clients; clip and votes_at are [K], counts [K, 3]."""
+    clean, each = True, batch * bytes_of(dtype)
     for k in range(clients):
-        needs_l1 = p == 1 or not np.isnan(votes_at[k])
-        sums = np.zeros(out)
-        for b in range(batch):
-            row = (k * batch + b) * g.itemsize
-            row_a = memory(a.ctypes.data + row * features, features, a.dtype)
-            row_g = memory(g.ctypes.data + row * out, out, g.dtype)
-            row_scaled = memory(scaled.ctypes.data + row * out, out, g.dtype)
-            square_a, square_g = square(row_a), square(row_g)
-            norm_a, norm_g = np.sqrt(square_a), np.sqrt(square_g)
-            finite = norm_a * norm_g + norm_a + norm_g <= largest
-            clean = clean and finite
-            norm1 = 0.0
-            if needs_l1:
-                norm1 = (absolute(row_a) * weight + bias) * absolute(row_g)
-            norm = norm1 if p == 1 else np.sqrt((square_a * weight + bias) * square_g)
-            live = mask.shape[1] == 0 or mask[k, b]
-            factor = clip_factor(norm1, norm, finite, live, clip[k], votes_at[k], slack, counts[k])
-            if factor == 0:
-                row_scaled[:] = 0
-                continue
-            if factor < 1:
-                factor *= shrink
-            _scale(row_g, factor, row_scaled, sums)
-        for j in range(out):
-            total[k, j] = sums[j]
+        found = _scale_rows(
+            a + k * each * features, g + k * each * out, scaled + k * each * out,
+            total + k * out * bytes_of(dtype), mask + k * batch if mask != 0 else 0, dtype, batch,
+            features, out, weight, bias, p, clip[k], votes_at[k], largest, shrink, 1, 0,
+        )  # fmt: skip
+        clean = clean and found[0]
+        counts[k, 0], counts[k, 1], counts[k, 2] = found[1], found[2], found[3]
     return clean
 
 
@@ -161,20 +196,55 @@ class Scaled(NamedTuple):
     Attributes:
         g: of the shape of the output gradients.
         total: its sum over the records [K, out] (or [out]), summed in float64.
-        counts: votes, clipped and non-finite records [K, 3] (or [3]), float64.
         clean: whether all records were finite.
+        counts: votes, clipped and non-finite records, float64 [K, 3] (or three numbers).
     """
 
     g: Tensor
     total: Tensor
-    counts: Tensor
     clean: bool
+    counts: Any
 
 
 def scale_linear(
     a: Tensor,
     g: Tensor,
-    *,
+    weight: bool,
+    bias: bool,
+    largest: float,
+    p: int,
+    mask: Tensor,
+    clip: Tensor,
+    votes_at: Tensor | None,
+) -> Scaled:
+    """Clip the gradients g aᵀ of records, of which no one is formed.
+
+    Args:
+        a: inputs [K, B, in], float32 or float64.
+        g: output gradients [K, B, out].
+        weight: whether the weight gradient counts in the norm.
+        bias: whether the bias gradient does.
+        largest: bound on the norms of a finite record.
+        p: norm of the clipping.
+        mask: which records count, bool [K, B].
+        clip: [K]; also votes_at (None or NaN: no votes).
+        votes_at: see clip.
+    """
+    a, g, mask = a.contiguous(), g.contiguous(), mask.contiguous()
+    clients, batch, out = g.shape
+    scaled, total, counts = torch.empty_like(g), g.new_empty((clients, out)), np.empty((clients, 3))
+    dtype, shrink = _DTYPES[g.dtype]
+    clean = _scale_clients(
+        a.data_ptr(), g.data_ptr(), scaled.data_ptr(), total.data_ptr(), mask.data_ptr(), dtype,
+        clients, batch, a.shape[2], out, float(weight), float(bias), p, array_of(clip),
+        levels(votes_at, clients), largest, shrink, counts,
+    )  # fmt: skip
+    return Scaled(scaled, total, clean, torch.from_numpy(counts))
+
+
+def scale_alone(
+    a: Tensor,
+    g: Tensor,
     weight: bool,
     bias: bool,
     largest: float,
@@ -183,36 +253,25 @@ def scale_linear(
     clip: Tensor,
     votes_at: Tensor | None,
 ) -> Scaled:
-    """Clip the gradients g aᵀ of records, of which no one is formed.
-
-    Args:
-        a: inputs [K, B, in], or [B, in] of one client, float32 or float64.
-        g: output gradients [K, B, out], or [B, out].
-        weight: whether the weight gradient counts in the norm.
-        bias: whether the bias gradient does.
-        largest: bound on the norms of a finite record.
-        p: norm of the clipping.
-        mask: which records count, bool [K, B] (or [B]); None: all.
-        clip: [K] (or []); also votes_at (None or NaN: no votes).
-        votes_at: see clip.
-    """
-    *lead, batch, out = g.shape
-    inputs, slopes = a.detach().contiguous().numpy(), g.detach().contiguous().numpy()
-    scaled, clients = np.empty_like(slopes), lead[0] if lead else 1
-    total, counts = np.empty((clients, out), slopes.dtype), np.zeros((clients, 3))
-    live = np.empty((clients, 0), np.bool_)
+    """`scale_linear` of one client: a [B, in], g [B, out], mask [B] or [1], the others []."""
+    a, g = a.contiguous(), g.contiguous()
+    batch, out = g.shape
+    scaled, total = torch.empty_like(g), g.new_empty(out)
     if mask is not None:
-        live = array_of(mask.expand(*lead, batch)).reshape(clients, batch)
-    clean = _scale_linear(
-        inputs.reshape(clients, batch, -1), slopes.reshape(clients, batch, out), float(weight),
-        float(bias), largest, 1 - 8 * _EPS[g.dtype], p, live, array_of(clip),
-        levels(votes_at, clients), 1e-12, scaled.reshape(clients, batch, out), total, counts,
+        mask = (mask != 0).expand(batch).contiguous()
+    dtype, shrink = _DTYPES[g.dtype]
+    clean, *counts = _scale_rows(
+        a.data_ptr(), g.data_ptr(), scaled.data_ptr(), total.data_ptr(),
+        0 if mask is None else mask.data_ptr(), dtype, batch, a.shape[1], out, float(weight),
+        float(bias), p, clip.item(), math.nan if votes_at is None else votes_at.item(), largest,
+        shrink, *region_for(a.numel() + g.numel()),
     )  # fmt: skip
-    sums, seen = total.reshape(*lead, out), counts.reshape(*lead, 3)
-    return Scaled(torch.from_numpy(scaled), torch.from_numpy(sums), torch.from_numpy(seen), clean)
+    return Scaled(scaled, total, clean, counts)
 
 
 def array_of(x: Tensor) -> np.ndarray:
     """A small tensor as the one kind of array that kernels are compiled for, never 0-d."""
+    if x.dim() == 0:
+        return np.array([float(x)])
     array = np.ascontiguousarray(x.detach().numpy())
     return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

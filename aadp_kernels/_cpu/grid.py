@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, leading_zeros, wide_vectors
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.clip import Cells, decide_all
+from aadp_kernels._cpu.clip import DEAD, FACTOR, Cells, decide_all
 from aadp_kernels._cpu.passes import (
     load_difference,
     store,
@@ -31,7 +31,7 @@ from aadp_kernels._torch.grid import (
     TAIL_DOMAINS,
 )
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
-from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
+from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, by_rows
 from aadp_kernels.layout import Layout
 
 _LN2, _MAX_WEIGHT, _FLOAT_LIMIT = _torch._LN2, _torch._MAX_WEIGHT, float(LIMIT)
@@ -326,21 +326,22 @@ def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin
             count = end_of - start
             if count <= 0:
                 continue
-            if cells.dead[row, layer]:
+            if cells.flags[DEAD, row, layer]:
                 x[:count] = 0.0
             else:
                 load_difference(x, minus, pieces, k, row, start, count)
             if quantum > 0:
-                weight = min(cells.factor[row, layer] / quantum, _MAX_WEIGHT)
+                weight = min(cells.numbers[FACTOR, row, layer] / quantum, _MAX_WEIGHT)
                 _release(x, count, weight, own.values, first + start - low, quantum, offset)
             else:
-                x[:count] *= cells.factor[row, layer]
+                x[:count] *= cells.numbers[FACTOR, row, layer]
             store(x, pieces, k, row, start, count)
         column += 1
         if column == per_row:
             row, column, layer = row + 1, 0, 0
 
 
+@by_rows
 def privatize(
     pieces: Pieces, layout: Layout, dtypes: Precision, noise: Noise, *,
     clip: Tensor, scale: Tensor, p: int, votes_at: Tensor | None,

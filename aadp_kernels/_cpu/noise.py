@@ -16,6 +16,7 @@ from aadp_kernels._cpu.pieces import Frame, Pieces
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import TILE
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
+from aadp_kernels._torch.privatize import Noise
 
 _COINS = WORDS // 2
 
@@ -69,10 +70,8 @@ def scaled_noise(
     one = np.ones((len(clients), 1))
     frame = Frame.build([0, 1], [first + count], first // TILE)
     pieces = Pieces(np.array([row]), frame, [out])
-    plan = Plan.build(
-        frame, Generator.build(rng, key_words, step), clients.numpy(), mechanism=mechanism,
-        form=form, scale=one * scale, layers=np.array([layer]),
-    )  # fmt: skip
+    noise = Noise(rng, key_words, mechanism, form, step, clients)
+    plan = Plan.build(noise, one * scale, layer)
     write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return out.to(dtype)
 

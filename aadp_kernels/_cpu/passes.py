@@ -6,14 +6,15 @@ size, so that any thread may take any range of units and the result does not cha
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
-from aadp_kernels._cpu._threads import spread
+from aadp_kernels._cpu._parallel import parallel
+from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.pieces import (
     CHUNK,
     FIRST,
@@ -24,10 +25,9 @@ from aadp_kernels._cpu.pieces import (
     SIZE,
     VALUE,
     VALUE_BYTES,
-    Frame,
     Pieces,
 )
-from aadp_kernels._cpu.rng import WORDS, Generator
+from aadp_kernels._cpu.rng import WORDS, first_state, rounds_of
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
 from aadp_kernels._torch.privatize import Noise
@@ -37,6 +37,9 @@ from aadp_kernels._torch.privatize import Noise
 LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
 SCRATCH = 5 * 8 * TILE
+
+# To draw the noise of an element takes as long as to add up so many, at least.
+NOISE_COST = 8
 
 
 @jit_inline
@@ -159,10 +162,11 @@ def _add_up(address, dtype, count, p, lanes):
 def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
     """Sums of |x| (and of x^2 for p = 2) of units of CHUNK elements of a layer: sums [2, K, units].
 
-    32 running sums a unit, added up in order. `scratch` is the address of SCRATCH bytes.
+    32 running sums a unit, added up in order. `scratch` has SCRATCH bytes.
     """
-    x, minus = _array(scratch, np.float64, TILE), _array(scratch + 4096, np.float64, TILE)
-    lanes = _array(scratch + 8192, np.float64, 64)
+    place = scratch.ctypes.data
+    x, minus = _array(place, np.float64, TILE), _array(place + 4096, np.float64, TILE)
+    lanes = _array(place + 8192, np.float64, 64)
     per_row = units[len(units) - 1]
     row, column, layer = begin // per_row, begin % per_row, 0
     for _ in range(begin, end):
@@ -186,7 +190,7 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
                 while count % 128:
                     x[count] = 0.0
                     count += 1
-                _add_up(scratch, np.float64, count, p, lanes)
+                _add_up(place, np.float64, count, p, lanes)
         for half in range(p):
             total = 0.0
             for j in range(32):
@@ -209,18 +213,19 @@ def add_units(sums, units, totals):
 
 
 @jit
-def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
+def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
     Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
     float64; in the fast form it is float32 where all tensors are. Without a value: scale * noise.
-    Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` is the address
-    of SCRATCH bytes; the state of the plan changes.
+    Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` has
+    SCRATCH bytes.
     """
-    units, skip, scale, state = plan.units, plan.skip, plan.scale, plan.state
-    rounds, blocks, fast, gaussian = plan.rounds, plan.blocks, plan.fast, plan.gaussian
-    x, minus, spare = scratch, scratch + 4096, scratch + 8192
-    noise, noise32 = scratch + 12288, scratch + 16384
+    bounds, units, skip = frame.bounds, frame.tiles, frame.skip
+    scale, state = plan.scale, plan.state.copy()
+    layer_words, rounds, blocks, fast, gaussian = plan.kind
+    x = scratch.ctypes.data
+    minus, spare, noise, noise32 = x + 4096, x + 8192, x + 12288, x + 16384
     words, tails = _array(x, np.uint32, WORDS), _array(minus, np.uint32, WORDS)
     rows = _array(spare, np.float64, TILE // 2)
     drawn, drawn32 = _array(noise, np.float64, TILE), _array(noise32, np.float32, TILE)
@@ -236,7 +241,7 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
         zero, weight, size = dead[row, layer], factor[row, layer], scale[row, layer]
         if size > 0:
             state[2] = np.uint32(plan.clients[row])
-            state[3] = np.uint32(plan.layer_words[layer])
+            state[3] = np.uint32(layer_words[layer])
             if fast:
                 fast_tile(drawn32, words, tails, state, rounds, blocks, tile, gaussian)
             else:
@@ -267,6 +272,29 @@ def write_units(pieces, bounds, dead, factor, plan, scratch, begin, end):
 
 
 @jit
+def sum_part(pieces, bounds, units, p, sums, begin, end):
+    """`sum_units` with memory of its own."""
+    # The array, not its address: numba frees an array after the last line that names it.
+    sum_units(pieces, bounds, units, p, sums, np.empty(SCRATCH, np.uint8), begin, end)
+
+
+@jit
+def _sum_parallel(pieces, bounds, units, p, sums, threads, region):
+    parallel(sum_part, (pieces, bounds, units, p, sums), sums[0].size, threads, region)
+
+
+@jit
+def write_part(pieces, frame, dead, factor, plan, begin, end):
+    """`write_units` with memory of its own."""
+    write_units(pieces, frame, dead, factor, plan, np.empty(SCRATCH, np.uint8), begin, end)
+
+
+@jit
+def _write_parallel(pieces, frame, dead, factor, plan, count, threads, region):
+    parallel(write_part, (pieces, frame, dead, factor, plan), count, threads, region)
+
+
+@jit
 def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
     """Add factor * record, where `live`, to the float64 outputs, in units of a tile of a layer.
 
@@ -283,7 +311,7 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             if start >= stop:
                 continue
             count, bytes_each = stop - start, pieces[k, VALUE_BYTES]
-            x = _array(scratch, np.float64, count)
+            x = _array(scratch.ctypes.data, np.float64, count)
             total = _array(pieces[k, OUT] + 8 * start, np.float64, count)
             for row in range(len(live)):
                 if live[row, layer]:
@@ -296,13 +324,13 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
 def unit_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
     """Sums of |x| (and of x^2 for p = 2) of the chunks of every row: float64 [2, K, chunks]."""
     bounds, units = pieces.frame.bounds, pieces.frame.chunks
-    sums = np.zeros((2, rows, int(units[-1])))
-
-    def work(begin: int, end: int) -> None:
-        scratch = np.empty(SCRATCH, np.uint8)
-        sum_units(pieces.table, bounds, units, p, sums, scratch.ctypes.data, begin, end)
-
-    spread(work, sums[0].size, elements=rows * pieces.frame.elements)
+    sums, elements = np.zeros((2, rows, int(units[-1]))), rows * pieces.frame.elements
+    given = (pieces.table, bounds, units, p, sums)
+    threads, region = region_for(elements)
+    if region:
+        _sum_parallel(*given, threads, region)
+    else:
+        spread(partial(sum_part, *given), sums[0].size, elements=elements)
     return sums
 
 
@@ -319,58 +347,59 @@ def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
-        add_records(pieces.table, bounds, units, live, factor, scratch.ctypes.data, begin, end)
+        add_records(pieces.table, bounds, units, live, factor, scratch, begin, end)
 
     spread(work, int(units[-1]), elements=len(live) * pieces.frame.elements)
+
+
+class Kind(NamedTuple):
+    """What is the same for all releases of one kind.
+
+    Attributes:
+        layer_words: int64 [L], the word of the address that names layer and domain.
+        rounds: Of the generator.
+        blocks: Of the generator, a tile.
+        fast: Whether the noise is of the fast form.
+        gaussian: Whether it is Gaussian.
+    """
+
+    layer_words: np.ndarray
+    rounds: int
+    blocks: int
+    fast: bool
+    gaussian: bool
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(rng: str, mechanism: str, form: str, first: int, layers: int) -> Kind:
+        """For `layers` layers, of which the first has the number `first`."""
+        fast = form == "fast"
+        domain = DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS
+        words = np.arange(first, first + layers) + domain
+        return Kind(words, *rounds_of(rng), fast, mechanism == "gaussian")
 
 
 class Plan(NamedTuple):
     """What `write_units` writes beside the clipped values.
 
     Attributes:
-        units, skip: `Frame.tiles` and `Frame.skip`.
         scale: float64 [K, L] noise scales.
         clients: int64 [K] ids.
-        layer_words: int64 [L], the word of the address that names layer and domain.
-        state, rounds, blocks: `Generator`.
-        fast: Whether the noise is of the fast form.
-        gaussian: Whether it is Gaussian.
+        state: See `Generator`.
+        kind: Of all layers.
     """
 
-    units: np.ndarray
-    skip: np.ndarray
     scale: np.ndarray
     clients: np.ndarray
-    layer_words: np.ndarray
     state: np.ndarray
-    rounds: int
-    blocks: int
-    fast: bool
-    gaussian: bool
+    kind: Kind
 
     @classmethod
-    def build(
-        cls, frame: Frame, generator: Generator, clients: np.ndarray, *,
-        mechanism: str, form: str, scale: np.ndarray, layers: np.ndarray,
-    ) -> Plan:  # fmt: skip
-        """`layers` [L] are the layers' numbers in the address."""
-        fast = form == "fast"
-        words = layers + (DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS)
-        gaussian = mechanism == "gaussian"
-        return cls(frame.tiles, frame.skip, scale, clients, words, *generator, fast, gaussian)
-
-    @classmethod
-    def of_release(cls, frame: Frame, noise: Noise, scale: Tensor) -> Plan:
-        """For whole layers; `scale` is [K, L]."""
-        generator = Generator.build(noise.rng, noise.key_words, int(noise.step))
-        return cls.build(
-            frame, generator, noise.clients.numpy(), mechanism=noise.mechanism, form=noise.form,
-            scale=scale.contiguous().numpy(), layers=np.arange(len(frame.ends)),
-        )  # fmt: skip
-
-    def own(self) -> Plan:
-        """For one thread: the state changes in use."""
-        return self._replace(state=self.state.copy())
+    def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> Plan:
+        """For L layers from `first` on; `scale` is [K, L]."""
+        kind = Kind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
+        state = first_state(noise.rng, noise.key_words, int(noise.step))
+        return cls(scale, noise.clients.numpy(), state, kind)
 
 
 def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:
@@ -378,11 +407,10 @@ def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> N
 
     `factor` and `dead` (int64, the value counts as zero where it is 1) are [K, L].
     """
-    bounds = pieces.frame.bounds
-
-    def work(begin: int, end: int) -> None:
-        scratch = np.empty(SCRATCH, np.uint8)
-        write_units(pieces.table, bounds, dead, factor, plan.own(), scratch.ctypes.data, begin, end)
-
-    units = len(plan.clients) * int(plan.units[-1])
-    spread(work, units, elements=units * TILE)
+    given = (pieces.table, pieces.frame, dead, factor, plan)
+    units = len(plan.clients) * int(pieces.frame.tiles[-1])
+    threads, region = region_for(NOISE_COST * units * TILE)
+    if region:
+        _write_parallel(*given, units, threads, region)
+    else:
+        spread(partial(write_part, *given), units, elements=units * TILE)

@@ -79,22 +79,29 @@ class Pieces(NamedTuple):
         out: Sequence[Tensor] | None = None,
     ) -> Pieces:
         """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
-        read = _places(values, len(values))
-        less = _places(minus, len(values))
-        written = read if out is values else _places(out, len(values))
-        rows = [
-            (layout.offsets[i], layout.sizes[i], *read[i], *less[i], *written[i])
-            for i in layout.order
-        ]
+        rows: list[int] = []
+        for first, size, i in _extents(layout):
+            value, less = values[i], 0 if minus is None else minus[i].data_ptr()
+            written = value if out is None else out[i]
+            rows += (
+                first, size, value.data_ptr(), value.element_size(), less,
+                0 if minus is None else minus[i].element_size(), written.data_ptr(),
+                written.element_size(),
+            )  # fmt: skip
         keep = [*values, *(minus or ()), *(out or ())]
-        return cls(np.array(rows, np.int64), frame_of(layout), keep)
+        return cls(np.array(rows, np.int64).reshape(-1, 8), frame_of(layout), keep)
 
 
-def _places(tensors: Sequence[Tensor] | None, count: int) -> list[tuple[int, int]]:
-    """Address and bytes an element of each tensor; zeros where there are none."""
-    if tensors is None:
-        return [(0, 0)] * count
-    return [(t.data_ptr(), t.element_size()) for t in tensors]
+@lru_cache(maxsize=64)
+def _extents(layout: Layout) -> tuple[tuple[int, int, int], ...]:
+    """First element in its layer, size and index of each tensor, layer after layer."""
+    return tuple((layout.offsets[i], layout.sizes[i], i) for i in layout.order)
+
+
+def table(values: Tensor) -> np.ndarray:
+    """Values a layer, [K, L] or [L] of one row, as [K, L]."""
+    array = values.contiguous().numpy()
+    return array.reshape(1, -1) if array.ndim == 1 else array
 
 
 def native(tensor: Tensor) -> Tensor:
@@ -120,4 +127,5 @@ def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
             tensor.copy_(made)
         elif not tensor.is_inference():
             written.append(tensor)
-    torch.autograd.graph.increment_version(written)
+    if written:
+        torch.autograd.graph.increment_version(written)

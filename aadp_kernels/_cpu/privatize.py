@@ -16,22 +16,22 @@ from torch import Tensor
 from aadp_kernels._cpu import clip as _clip
 from aadp_kernels._cpu import grid
 from aadp_kernels._cpu.passes import Plan, layer_sums
-from aadp_kernels._cpu.pieces import Pieces, deliver, native, target
+from aadp_kernels._cpu.pieces import Pieces, deliver, native, table, target
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 
 def coarsest(tensors: Sequence[Tensor], layout: Layout) -> Precision:
-    """The precision of the coarsest dtype of each layer's tensors."""
-    return _precision(tuple(t.dtype for t in tensors), layout.members)
+    """The precision of the coarsest dtype of each layer's tensors, [1, L]."""
+    return _precision(tuple(t.dtype for t in tensors), layout)
 
 
 @lru_cache(maxsize=64)
-def _precision(dtypes: tuple[torch.dtype, ...], members: tuple[tuple[int, ...], ...]) -> Precision:
+def _precision(dtypes: tuple[torch.dtype, ...], layout: Layout) -> Precision:
     known = [torch.finfo(dtype) for dtype in dtypes]
-    infos = [max((known[i] for i in m), key=lambda info: info.eps) for m in members]
+    infos = [max((known[i] for i in m), key=lambda info: info.eps) for m in layout.members]
     columns = [info.eps for info in infos], [info.smallest_normal for info in infos]
-    return Precision(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+    return Precision(*(torch.tensor([column], dtype=torch.float64) for column in columns))
 
 
 def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,10 @@ def privatize(
     reference: Sequence[Tensor] | None,
     votes_at: Tensor | None,
 ) -> ClipStats:
-    """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L]."""
+    """Clip and noise K updates layer by layer into `out`.
+
+    clip, scale and votes_at are [K, L], or [L] of one update; statistics have the same shape.
+    """
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
@@ -74,9 +77,10 @@ def privatize(
         deliver(targets, out)
         return stats
     if noise is None:
-        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(len(clip)).long())
-    plan = Plan.of_release(pieces.frame, noise, scale)
+        ids = torch.zeros(clip.numel() // layout.num_layers, dtype=torch.int64)
+        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, ids)
+    plan = Plan.build(noise, table(scale))
     cells = _clip.Cells.build(layout, dtypes, clip, votes_at)
     _clip.privatize(pieces, p, cells, plan)
     deliver(targets, out)
-    return cells.stats()
+    return cells.stats(alone=clip.dim() == 1)

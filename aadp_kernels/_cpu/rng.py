@@ -8,6 +8,7 @@ Philox blocks, word c of block 32r + t. Either way word c of lane t belongs to e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -224,13 +225,22 @@ class Generator(NamedTuple):
     @classmethod
     def build(cls, rng: str, key: Sequence[int], step: int = 0) -> Generator:
         """The generator `rng` with the counter (0, step, 0, 0)."""
-        secure = rng.startswith("chacha")
-        rounds = int(rng.removeprefix("chacha" if secure else "philox"))
-        words = [0, step, 0, 0]
-        if secure:
-            words += [*_CHACHA, *key]
-        else:
-            words += [k + r * w for r in range(rounds) for k, w in zip(key, _WEYL, strict=True)]
-        state = np.zeros(24, dtype=np.uint32)
-        state[: len(words)] = [word & 0xFFFFFFFF for word in words]
-        return cls(state, rounds, WORDS // words_per_block(rng))
+        return cls(first_state(rng, key, step), *rounds_of(rng))
+
+
+@cache
+def rounds_of(rng: str) -> tuple[int, int]:
+    """Rounds of a generator, and its blocks of a tile."""
+    return int(rng.removeprefix("chacha").removeprefix("philox")), WORDS // words_per_block(rng)
+
+
+def first_state(rng: str, key: Sequence[int], step: int) -> np.ndarray:
+    """The state of `Generator`, with the counter (0, step, 0, 0)."""
+    words = [0, step, 0, 0]
+    if rng.startswith("chacha"):
+        words += *_CHACHA, *key
+    else:
+        a, b = key
+        for r in range(10):
+            words += (a + r * _WEYL[0]) & 0xFFFFFFFF, (b + r * _WEYL[1]) & 0xFFFFFFFF
+    return np.array(words + [0] * (24 - len(words)), np.uint32)

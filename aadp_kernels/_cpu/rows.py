@@ -19,6 +19,12 @@ def memory(address, count, dtype):
     return carray(pointer(address, dtype), (count,))
 
 
+@jit_inline
+def bytes_of(dtype):
+    """Bytes an element."""
+    return memory(0, 0, dtype).itemsize
+
+
 @jit_sums
 def square(x):
     """Sum of x^2, float64."""

@@ -43,9 +43,20 @@ def in_functorch() -> bool:
 
 
 def clipped_layer(*args: Any) -> Tensor:
-    """The output of a layer that clips in backward; arguments of `ClippedLayer.forward`."""
-    plain = not in_functorch() and not torch.compiler.is_compiling()
-    return (_PlainClippedLayer if plain else ClippedLayer).apply(*args)
+    """The output of a layer that clips in backward; arguments of `ClippedLayer.forward`.
+
+    Raises:
+        RuntimeError: Inside a torch.func transform under torch.compile, which would drop the
+            backward.
+    """
+    if not torch.compiler.is_compiling():
+        return (ClippedLayer if in_functorch() else _PlainClippedLayer).apply(*args)
+    if in_functorch():
+        raise RuntimeError(
+            "clip-in-backward cannot be used inside a torch.func transform under torch.compile: "
+            "its backward would be dropped and the gradients left unclipped"
+        )
+    return ClippedLayer.apply(*args)
 
 
 class ClippedLayer(torch.autograd.Function):
@@ -68,30 +79,7 @@ class ClippedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
-        saved: tuple[Any, ...] = ctx.saved_tensors
-        x, weight, _, clip, mask, votes_at, probe = saved
-        needs = ctx.needs_input_grad
-        counts = probe is not None and needs[6]
-        wanted = Wanted(ctx.p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
-        likes = [saved[i] for i in (0, 1, 2, 6)]
-        if x.shape[0] == 0:
-            grads = [
-                torch.zeros_like(like) if need else None
-                for need, like in zip((*needs[:3], counts), likes, strict=True)
-            ]
-            return *grads[:3], None, None, None, grads[3], None, None
-        tensors = (x, grad, weight, clip, mask, votes_at)
-        led = [None if t is None else t.unsqueeze(0) for t in tensors]
-        if not in_functorch() or torch.compiler.is_compiling():
-            results = clip_backward(ctx.rule, wanted, *led)
-        else:
-            results = _Clients.apply(ctx.rule, wanted, *led)
-        left = iter(results)
-        grads = [
-            next(left)[0].to(like.dtype) if need else None
-            for need, like in zip((*needs[:3], counts), likes, strict=True)
-        ]
-        return *grads[:3], None, None, None, grads[3], None, None
+        return _gradients(ctx.saved_tensors, grad, ctx.needs_input_grad, ctx.rule, ctx.p)
 
 
 class _PlainClippedLayer(torch.autograd.Function):
@@ -101,23 +89,58 @@ class _PlainClippedLayer(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, rule, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The ordinary layer."""
         ctx.save_for_backward(x, weight, bias, clip, mask, votes_at, probe)
-        ctx.rule, ctx.p = rule, p
+        ctx.how = rule, p
         return rule.forward(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As `ClippedLayer`; a linear layer has a short way.
+        """As `ClippedLayer`.
 
         The input's gradient depends on the weight: what a second derivative would bring there is
         not clipped.
         """
-        if isinstance(ctx.rule, Linear) and not in_functorch():
-            results = ctx.rule.alone(ctx.saved_tensors, grads[0], ctx.needs_input_grad, ctx.p)
-            if results is not None:
-                grad_x, grad_w, grad_b, seen = results
-                return grad_x, grad_w, grad_b, None, None, None, seen, None, None
-        return ClippedLayer.backward(ctx, *grads)
+        return (_once if torch.is_grad_enabled() else _clipped)(ctx, grads[0])
+
+
+def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Results of `_PlainClippedLayer.backward`; a linear layer has a short way."""
+    saved, needs, (rule, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.how
+    if isinstance(rule, Linear) and not in_functorch():
+        results = rule.alone(saved, grad, needs, p)
+        if results is not None:
+            return results
+    return _gradients(saved, grad, needs, rule, p)
+
+
+_once = once_differentiable(_clipped)
+
+
+def _gradients(
+    saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...], rule: Rule, p: int
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments of `ClippedLayer.forward`."""
+    x, weight, _, clip, mask, votes_at, probe = saved
+    counts = probe is not None and needs[6]
+    wanted = Wanted(p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
+    likes = [saved[i] for i in (0, 1, 2, 6)]
+    if x.shape[0] == 0:
+        grads = [
+            torch.zeros_like(like) if need else None
+            for need, like in zip((*needs[:3], counts), likes, strict=True)
+        ]
+        return *grads[:3], None, None, None, grads[3], None, None
+    tensors = (x, grad, weight, clip, mask, votes_at)
+    led = [None if t is None else t.unsqueeze(0) for t in tensors]
+    if not in_functorch() or torch.compiler.is_compiling():
+        results = clip_backward(rule, wanted, *led)
+    else:
+        results = _Clients.apply(rule, wanted, *led)
+    left = iter(results)
+    grads = [
+        next(left)[0].to(like.dtype) if need else None
+        for need, like in zip((*needs[:3], counts), likes, strict=True)
+    ]
+    return *grads[:3], None, None, None, grads[3], None, None
 
 
 def clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:

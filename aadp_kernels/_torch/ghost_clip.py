@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,17 +116,21 @@ def fast(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
-        and _numba_runs()
+        and kernels() is not None
     )
 
 
 @cache
-def _numba_runs() -> bool:
-    """Whether numba is what large operations on a CPU run on."""
+def kernels() -> Any:
+    """`_cpu.ghost` if numba is what large operations on a CPU run on, else None."""
     cpu = torch.device("cpu")
-    return _dispatch.choose("auto", "ghost", device=cpu, elements=1 << 20) == "numba"
+    if _dispatch.choose("auto", "ghost", device=cpu, elements=1 << 20) != "numba":
+        return None
+    from aadp_kernels._cpu import ghost
+
+    return ghost
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -156,6 +161,7 @@ def bounded(*squares: Tensor | None, dtype: torch.dtype) -> Tensor:
     return bound <= largest(dtype)
 
 
+@cache
 def largest(dtype: torch.dtype) -> float:
     """Bound on the norms, and their product, of a record that counts as finite."""
     return torch.finfo(dtype).max ** 0.5 / 4096

@@ -19,6 +19,7 @@ from aadp_kernels._torch.ghost_clip import (
     fast,
     finite_records,
     fused_norms,
+    kernels,
     largest,
     narrow,
     per_record,
@@ -236,12 +237,10 @@ class Linear(Matrix):
         return sum_w, scaled.sum(1) if wanted.bias else None, counts
 
     def _numba_ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
-        from aadp_kernels._cpu import ghost
-
         wanted = terms.wanted
-        found = ghost.scale_linear(
-            a, g, weight=wanted.weight, bias=wanted.bias, largest=largest(a.dtype), p=wanted.p,
-            mask=terms.mask, clip=terms.clip, votes_at=terms.votes_at,
+        found = kernels().scale_linear(
+            a, g, wanted.weight, wanted.bias, largest(a.dtype), wanted.p, terms.mask, terms.clip,
+            terms.votes_at,
         )  # fmt: skip
         sum_w = None
         if wanted.weight:
@@ -250,7 +249,7 @@ class Linear(Matrix):
 
     def alone(
         self, saved: tuple[Any, ...], grad: Tensor, needs: Sequence[bool], p: int
-    ) -> Results | None:
+    ) -> tuple[Tensor | None, ...] | None:
         """`backward` of one client, without tables and the axis of the clients.
 
         A small layer's step is mostly the time of such calls.
@@ -258,30 +257,25 @@ class Linear(Matrix):
         Args:
             saved: x [B, in], weight, bias, clip [], mask [B] or [1], votes_at [], probe, or None.
             grad: gradient of the output, [B, out].
-            needs: which of `saved` need a gradient.
+            needs: which arguments of the layer need a gradient, `saved` first.
             p: norm of the clipping.
 
         Returns:
-            None if this way is not open.
+            Gradients of the arguments of the layer; None if this way is not open.
         """
         x, weight, _, clip, mask, votes_at, probe = saved
-        short = x.dim() == 2 and len(x) and x.dtype == grad.dtype == weight.dtype and fast(grad)
-        if not short or torch.is_autocast_enabled("cpu"):
+        same = x.dtype == grad.dtype == weight.dtype and x.dim() == 2 and len(x)
+        if not same or not fast(grad) or torch.is_autocast_enabled("cpu"):
             return None
-        from aadp_kernels._cpu import ghost
-
-        counts = probe if needs[6] else None
-        found = ghost.scale_linear(
-            x, grad, weight=needs[1], bias=needs[2], largest=largest(x.dtype), p=p,
-            mask=None if mask is None else mask != 0, clip=clip,
-            votes_at=None if counts is None else votes_at,
+        counted = probe is not None and needs[6]
+        scaled, total, clean, counts = kernels().scale_alone(
+            x, grad, needs[1], needs[2], largest(x.dtype), p, mask, clip,
+            votes_at if counted else None,
         )  # fmt: skip
-        return (
-            grad.mm(weight) if needs[0] else None,
-            found.g.t().mm(x if found.clean else _without_nan(x)) if needs[1] else None,
-            found.total if needs[2] else None,
-            None if counts is None else found.counts.to(counts.dtype),
-        )
+        grad_x = grad.mm(weight) if needs[0] else None
+        grad_w = scaled.t().mm(x if clean else _without_nan(x)) if needs[1] else None
+        seen = probe.new_tensor(counts) if counted else None
+        return grad_x, grad_w, total if needs[2] else None, None, None, None, seen, None, None
 
 
 def _without_nan(a: Tensor) -> Tensor:

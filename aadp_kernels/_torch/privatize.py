@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,21 +41,13 @@ class Noise(NamedTuple):
     step: int | Tensor
     clients: Tensor
 
-    def noisy_layers(self, layout: Layout, scale: Tensor) -> list[int]:
-        """Layers where somebody's scale is positive; all on an accelerator, where none is read."""
-        layers = [i for i, elements in enumerate(layout.dims) if elements]
-        if scale.device.type != "cpu":
-            return layers
-        each, count = scale.flatten().tolist(), layout.num_layers
-        return [i for i in layers if any(each[i::count])]
-
     def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
         """Per layer, noise of scale one, float64 [K, d_l]; None where nobody's scale is positive.
 
         In the grid form it is in quanta, int64. All layers come from one call, since small layers
         cost only dispatch.
         """
-        layers = self.noisy_layers(layout, scale)
+        layers = noisy_layers(layout, scale)
         drawn: list[Tensor | None] = [None] * layout.num_layers
         if layers and len(self.clients):
             segments = [(i, 0, layout.dims[i]) for i in layers]
@@ -75,6 +68,15 @@ class Noise(NamedTuple):
             self.rng, self.key_words, segments, self.clients, step=self.step,
             mechanism=self.mechanism,
         )  # fmt: skip
+
+
+def noisy_layers(layout: Layout, scale: Tensor) -> list[int]:
+    """Layers where somebody's scale is positive; all on an accelerator, where none is read."""
+    layers = [i for i, elements in enumerate(layout.dims) if elements]
+    if not scale.is_cpu:
+        return layers
+    each = (scale if scale.dim() == 1 else scale.any(0)).tolist()
+    return [i for i in layers if each[i]]
 
 
 def norms(parts: Sequence[Tensor], p: int) -> Tensor:
@@ -172,6 +174,24 @@ def layer_norms(
     )
 
 
+def by_rows(privatize: Callable[..., ClipStats]) -> Callable[..., ClipStats]:
+    """For an implementation that knows rows only: an update alone is one row.
+
+    Then clip, scale, votes_at and statistics are [L] outside, [1, L] within.
+    """
+
+    @wraps(privatize)
+    def either(*args: Any, clip: Tensor, scale: Tensor, votes_at: Tensor | None, **kwargs: Any):
+        if clip.dim() == 2:
+            return privatize(*args, clip=clip, scale=scale, votes_at=votes_at, **kwargs)
+        row = None if votes_at is None else votes_at[None]
+        stats = privatize(*args, clip=clip[None], scale=scale[None], votes_at=row, **kwargs)
+        return ClipStats(*(None if each is None else each[0] for each in stats))
+
+    return either
+
+
+@by_rows
 def privatize(
     tensors: Sequence[Tensor],
     out: Sequence[Tensor],

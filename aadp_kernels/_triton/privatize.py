@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aadp_kernels._torch.privatize import ClipStats, Noise
+from aadp_kernels._torch.privatize import ClipStats, Noise, by_rows
 from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import (
@@ -413,6 +413,7 @@ def _layer_table(
     return to_device(np.array(rows, dtype=np.float64), device)
 
 
+@by_rows
 def privatize(
     tensors: Sequence[Tensor],
     out: Sequence[Tensor],

@@ -79,7 +79,7 @@ def add_shard_noise_(
             raise ValueError(
                 f"shards: {name} must have shape [{stop - start}], got {tuple(shard.shape)}"
             )
-    scales = per_layer("scale", scale, layout, (), torch.device("cpu"), finite=True)[0].tolist()
+    scales = per_layer("scale", scale, layout, (), torch.device("cpu"), finite=True).tolist()
     for i, (shard, (start, _)) in enumerate(zip(shards, ranges, strict=True)):
         layer = layout.layer_of[i]
         if shard.numel() == 0 or scales[layer] == 0:

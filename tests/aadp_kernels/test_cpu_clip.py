@@ -15,6 +15,8 @@ from aadp_kernels._torch.privatize import Precision, ballots, clip_factors
 pytest.importorskip("numba")
 clip = pytest.importorskip("aadp_kernels._cpu.clip")
 _threads = pytest.importorskip("aadp_kernels._cpu._threads")
+_parallel = pytest.importorskip("aadp_kernels._cpu._parallel")
+_jit = pytest.importorskip("aadp_kernels._cpu._jit")
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 edges = st.sampled_from([0.0, math.inf, 5e-324, 1e-310, 2.3e-308, 1.0, 1e300])
@@ -33,7 +35,7 @@ def test_decisions_are_those_of_the_specification(cases, dtype, count, p):
         torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True)
     )
     rows, info = len(cases), torch.finfo(dtype)
-    precision = Precision(*(torch.tensor([v], dtype=torch.float64) for v in
+    precision = Precision(*(torch.tensor([[v]], dtype=torch.float64) for v in
                             (info.eps, info.smallest_normal)))  # fmt: skip
     layout = Layout.build([torch.empty(count, device="meta")])
     cells = clip.Cells.build(layout, precision, limit[:, None], at[:, None])
@@ -44,7 +46,7 @@ def test_decisions_are_those_of_the_specification(cases, dtype, count, p):
     finite = torch.isfinite(norm) & torch.isfinite(total)
     factor, clipped = clip_factors(norm, limit, finite, count, dtype)
     stats = cells.stats()
-    assert torch.equal(torch.from_numpy(cells.factor)[:, 0], factor)
+    assert torch.equal(torch.from_numpy(cells.numbers)[clip.FACTOR, :, 0], factor)
     assert torch.equal(stats.clipped[:, 0], clipped.long())
     assert torch.equal(stats.nonfinite[:, 0], (~finite).long())
     assert torch.equal(stats.votes[:, 0], ballots(total, at, finite))
@@ -75,7 +77,7 @@ def test_one_walk_and_two_give_the_same(monkeypatch, rows, form):
     results = []
     for fewest in (1, 10**9):
         monkeypatch.setattr(clip, "_ROWS_PER_THREAD", fewest)
-        monkeypatch.setattr(clip, "threads_for", lambda elements: 2)
+        monkeypatch.setattr(clip, "region_for", lambda elements: (2, 0))
         own = [t.clone() for t in tensors]
         stats = privatize_(own, layout=layout, clip=torch.tensor([5e4, 1e9]), step=0, form=form,
                            scale=torch.full((2,), 0.1), key=NoiseKey.from_seed(0), impl="numba",
@@ -108,6 +110,40 @@ def test_every_index_is_worked_on_once(threads):
         assert (seen == 1).all()
 
 
+@_jit.jit
+def _count(seen, offset, begin, end):
+    for i in range(begin, end):
+        seen[i] += offset
+
+
+@_jit.jit
+def _count_parallel(seen, threads, region):
+    _parallel.parallel(_count, (seen, 3), len(seen), threads, region)
+
+
+@pytest.mark.skipif(_threads._openmp() is None, reason="torch brings no libgomp here")
+def test_compiled_code_works_on_every_index_once():
+    for count in (0, 1, 2, 7, 8, 9, 100_003):
+        seen = np.zeros(count, int)
+        for _ in range(5):
+            _count_parallel(seen, 3, _threads.region_for(1 << 30)[1])
+        assert (seen == 15).all()
+
+
+@pytest.mark.parametrize("form", ["wide", "fast"])
+def test_noise_and_norms_have_the_same_bits_on_any_threads(threads, form):
+    def release():
+        value = torch.linspace(-1, 1, 300_001)
+        stats = privatize_([value], layout=Layout.build([value]), clip=torch.tensor([3.0]), step=0,
+                           scale=torch.ones(1), key=NoiseKey.from_seed(0), form=form,
+                           impl="numba")  # fmt: skip
+        return [value, *stats]
+
+    several = release()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(several, release(), strict=True))
+
+
 def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):
     ended = []
 
@@ -131,5 +167,5 @@ def test_a_forked_process_does_not_wait_for_workers_it_has_not():
         done = []
         torch.set_num_threads(2)
         _threads.spread(lambda begin, end: done.append(begin), 2, elements=1 << 30)
-        os._exit(len(done))
+        os._exit(len(done) + 10 * (_threads.region_for(1 << 30) != (2, 0)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

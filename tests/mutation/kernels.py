@@ -268,10 +268,11 @@ LINEAR_ROWS = group(
     "aadp_kernels/_cpu/ghost.py",
     f"{GHOST}::test_clipped_sums_and_counts {GHOST}::test_one_record_never_passes_the_clip_norm_in_float32 "
     f"{GHOST}::test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences",
-    ("bias not in the norm", "np.sqrt((square_a * weight + bias) * square_g)", "np.sqrt(square_a * weight * square_g)"),
+    ("bias not in the norm", "np.sqrt((own[0] * weight + bias) * own[1])", "np.sqrt(own[0] * weight * own[1])"),
     ("clip dropped", "return clip * (1 - 1e-12) / inflated if clip >= 0 else 0.0", "return 1.0"),
     ("clip doubled", "return clip * (1 - 1e-12) / inflated", "return 2 * clip * (1 - 1e-12) / inflated"),
     ("records of the first client", "row = (k * batch + b) * g.itemsize", "row = b * g.itemsize"),
+    ("norms of the first client", "own = norms[k * batch + b]", "own = norms[b]"),
     ("rounding of the scaled gradient not covered", "factor *= shrink", "factor *= 1.0"),
     ("padding counts", "    if not live:\n", "    if not live and clip < 0:\n"),
 )  # fmt: skip

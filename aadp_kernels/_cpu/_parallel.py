@@ -1,0 +1,84 @@
+"""Loops of kernels on torch's OpenMP threads, without the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_LONG = ir.IntType(64)
+_ADDRESS = ir.IntType(8).as_pointer()
+# More parts than threads: a thread that is late leaves some to the others.
+_PARTS_PER_THREAD = 4
+
+
+def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.Function, ir.Type]:
+    """The function of a thread: parts of the loop, one after another, until there are no more.
+
+    It reads a structure of the arguments, the length of the loop, that of a part, and where the
+    next part begins.
+    """
+    job = ir.LiteralStructType([kind, _LONG, _LONG, _LONG])
+    function = ir.Function(
+        builder.module, ir.FunctionType(ir.VoidType(), [_ADDRESS]),
+        builder.module.get_unique_name("body"),
+    )  # fmt: skip
+    function.linkage = "internal"
+    inner = ir.IRBuilder(function.append_basic_block("entry"))
+    shared = inner.bitcast(function.args[0], job.as_pointer())
+    fixed = [inner.load(cgutils.gep_inbounds(inner, shared, 0, i)) for i in range(3)]
+    given, count, step = fixed
+    place = cgutils.gep_inbounds(inner, shared, 0, 3)
+    loop, work, done = (function.append_basic_block(name) for name in ("loop", "work", "done"))
+    inner.branch(loop)
+    inner.position_at_end(loop)
+    begin = inner.atomic_rmw("add", place, step, "monotonic")
+    inner.cbranch(inner.icmp_signed("<", begin, count), work, done)
+    inner.position_at_end(work)
+    end = inner.add(begin, step)
+    end = inner.select(inner.icmp_signed("<", end, count), end, count)
+    values = [inner.extract_value(given, i) for i in range(len(compiled.signature.args) - 2)]
+    kernel = context.declare_function(builder.module, compiled.fndesc)
+    context.call_conv.call_function(
+        inner, kernel, compiled.fndesc.restype, compiled.fndesc.argtypes, [*values, begin, end]
+    )
+    inner.branch(loop)
+    inner.position_at_end(done)
+    inner.ret_void()
+    return function, job
+
+
+def _parallel(_context, kernel, arguments, count, threads, region):
+    """parallel(kernel, arguments, count, threads, region): kernel(*arguments, begin, end).
+
+    Covers [0, count) on threads of `_threads.region_for`. The kernel is compiled; it must raise
+    nothing, and give the same result however the range is cut.
+    """
+    kinds = (*arguments.types, types.int64, types.int64)
+    kernel.dispatcher.compile(kinds)
+    compiled = kernel.dispatcher.overloads[kinds]
+
+    def emit(context, builder, signature, values):
+        _, given, count, threads, region = values
+        context.add_linking_libs([compiled.library])
+        body, kind = _body(context, builder, compiled, given.type)
+        shared = cgutils.alloca_once(builder, kind)
+        parts = builder.mul(threads, _LONG(_PARTS_PER_THREAD))
+        step = builder.add(builder.sdiv(count, parts), _LONG(1))
+        for i, value in enumerate((given, count, step, _LONG(0))):
+            builder.store(value, cgutils.gep_inbounds(builder, shared, 0, i))
+        number = ir.IntType(32)
+        call = ir.FunctionType(ir.VoidType(), [body.type, _ADDRESS, number, number])
+        builder.call(
+            builder.inttoptr(region, call.as_pointer()),
+            [body, builder.bitcast(shared, _ADDRESS), builder.trunc(threads, number), number(0)],
+        )
+        return context.get_dummy_value()
+
+    return types.void(kernel, arguments, count, threads, region), emit
+
+
+parallel: Any = intrinsic(_parallel)
