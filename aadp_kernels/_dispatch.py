@@ -71,11 +71,16 @@ def backend(
     impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
 ) -> ModuleType:
     """The module of the chosen implementation; numba or triton is imported here."""
-    name = choose(impl, operation, device=device, elements=elements, form=form)
-    grid = form == "grid" and operation == "noise"
-    return _module(name, "grid" if grid else _MODULES.get(operation, operation))
+    small, compiling = elements < AUTO_ELEMENTS, torch.compiler.is_compiling()
+    return _backend(impl, operation, device, form, small, compiling)
 
 
 @cache
-def _module(impl: str, name: str) -> ModuleType:
-    return import_module(f"aadp_kernels.{_PACKAGES[impl]}.{name}")
+def _backend(
+    impl: str, operation: str, device: torch.device, form: str, small: bool, compiling: bool
+) -> ModuleType:
+    elements = 0 if small else AUTO_ELEMENTS
+    name = choose(impl, operation, device=device, elements=elements, form=form)
+    grid = form == "grid" and operation == "noise"
+    module = "grid" if grid else _MODULES.get(operation, operation)
+    return import_module(f"aadp_kernels.{_PACKAGES[name]}.{module}")

@@ -25,12 +25,11 @@ class _Stream:
 
     def conflict(self, step: int, clients: Sequence[int], start: int, stop: int) -> int | None:
         """A client whose elements may have been drawn: at a later step, or in this one."""
-        if step <= self.newest:
-            for client in clients:
-                if client in self.last:
-                    last, spans = self.last[client]
-                    if step < last or (step == last and _overlap(spans, start, stop)):
-                        return client
+        for client in clients:
+            if client in self.last:
+                last, spans = self.last[client]
+                if step < last or (step == last and _overlap(spans, start, stop)):
+                    return client
         return None
 
     def record(self, step: int, clients: Sequence[int], start: int, stop: int) -> None:
@@ -77,20 +76,19 @@ class UsedNoise:
             ReusedNoiseError: Elements that were drawn in this step, a step lower than the last, or
                 a client that appears twice.
         """
-        if len(set(clients)) < len(clients):
+        if len(clients) > 1 and len(set(clients)) < len(clients):
             raise ReusedNoiseError("client must hold every id once: rows with one id share noise")
         with self._lock:
-            wanted = [
-                (self._streams[domain, layer], layer, start, start + count)
-                for layer, start, count in segments
-                if count
-            ]
-            for stream, layer, start, stop in wanted:
-                client = stream.conflict(step, clients, start, stop)
-                if client is not None:
-                    raise ReusedNoiseError(
-                        f"step {step} of client {client}, layer {layer} must be released once: "
-                        "this key has drawn its noise, or that of a later step, before"
-                    )
-            for stream, _, start, stop in wanted:
-                stream.record(step, clients, start, stop)
+            drawn = [piece for piece in segments if piece[2]]
+            for layer, start, count in drawn:
+                stream = self._streams[domain, layer]
+                # Noise of a later step than any before is new.
+                if step <= stream.newest:
+                    client = stream.conflict(step, clients, start, start + count)
+                    if client is not None:
+                        raise ReusedNoiseError(
+                            f"step {step} of client {client}, layer {layer} must be released once: "
+                            "this key has drawn its noise, or that of a later step, before"
+                        )
+            for layer, start, count in drawn:
+                self._streams[domain, layer].record(step, clients, start, start + count)

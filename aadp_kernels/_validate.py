@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_FEW = 64
-
 
 def one_of(name: str, value: object, known: Sequence[object]) -> None:
     """Raise unless `value` is one of the known ones."""
@@ -35,15 +33,17 @@ def finite_nonnegative(name: str, value: float) -> float:
 
 def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
     """Raise unless all elements are >= 0 (and finite). Not checked on an accelerator: no sync."""
-    if not value.is_cpu or not (size := value.numel()):
+    if not value.is_cpu:
         return
-    if size <= _FEW:
-        each = value.flatten().tolist()
-        fits = all([0 <= x < math.inf for x in each]) if finite else all([x >= 0 for x in each])
+    if value.dim() == 1:
+        fits = True
+        for x in value.tolist():
+            if not x >= 0 or (finite and x == math.inf):
+                fits = False
     else:
         # NaN comes back as both.
-        lowest, highest = (extreme.item() for extreme in value.detach().aminmax())
-        fits = lowest >= 0 and (highest < math.inf or not finite)
+        extremes = value.detach().aminmax() if value.numel() else ()
+        fits = all(x >= 0 and (x < math.inf or not finite) for x in map(float, extremes))
     if not fits:
         bad = ~((value >= 0) & torch.isfinite(value)) if finite else ~(value >= 0)
         kind = "finite and not negative" if finite else "not negative and not NaN"
@@ -67,14 +67,12 @@ def client_ids(client: int | Tensor, device: torch.device) -> Tensor:
     return ids.to(device=device, dtype=torch.int64)
 
 
-def floating(name: str, tensors: Sequence[Tensor]) -> torch.device:
-    """The one device of tensors that are real floating point, or an error."""
-    if not tensors:
-        raise ValueError(f"{name} must not be empty")
-    device = tensors[0].device
+def floating(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless every tensor is real floating point and all are on one device."""
     for i, tensor in enumerate(tensors):
         if not tensor.is_floating_point():
             raise ValueError(f"{name}[{i}] must be floating point, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on one device, got {device} and {tensor.device}")
-    return device
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name} must be on one device, got {tensors[0].device} and {tensor.device}"
+            )

@@ -383,12 +383,11 @@ def claim(
     """
     if isinstance(step, Tensor):
         return
+    clients = [client]
     if isinstance(client, Tensor):
-        if client.device.type != "cpu":
+        if not client.is_cpu:
             return
         clients = client.reshape(-1).tolist()
-    else:
-        clients = [client]
     key._used.claim(f"{form} {mechanism}", step, clients, segments)
 
 

@@ -174,12 +174,13 @@ def check_tensors(
     """The one device of the tensors; raise unless they are floating and shaped (*lead, *layout)."""
     if len(tensors) != len(layout.names):
         raise ValueError(f"{name} must be {len(layout.names)} tensors, got {len(tensors)}")
-    device = _validate.floating(name, tensors)
-    for shape, tensor in zip(layout.shapes, tensors, strict=True):
+    device = tensors[0].device
+    for i, (shape, tensor) in enumerate(zip(layout.shapes, tensors, strict=True)):
+        if not tensor.is_floating_point() or tensor.device != device:
+            _validate.floating(name, tensors)
         if tensor.shape != ((*lead, *shape) if lead else shape):
-            wrong = next(i for i, each in enumerate(tensors) if each is tensor)
             raise ValueError(
-                f"{name}: {layout.names[wrong]} must have shape {(*lead, *shape)}, "
+                f"{name}: {layout.names[i]} must have shape {(*lead, *shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
     return device

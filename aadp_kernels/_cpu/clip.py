@@ -12,23 +12,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu._jit import jit, pointer
 from aadp_kernels._cpu._parallel import parallel
 from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.passes import (
     NOISE_COST,
     SCRATCH,
+    Kind,
     Plan,
     sum_part,
     sum_units,
-    unit_sums,
-    write,
     write_part,
     write_units,
 )
-from aadp_kernels._cpu.pieces import Pieces, frame_of, table
+from aadp_kernels._cpu.pieces import Frame, frame_of, table
 from aadp_kernels._torch.privatize import ClipStats, Precision
 from aadp_kernels.layout import Layout
 
@@ -71,10 +71,9 @@ class Cells(NamedTuple):
         eps, smallest = (each.numpy() for each in dtypes)
         return cls(frame_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
 
-    def stats(self, *, alone: bool = False) -> ClipStats:
-        """As tensors [K, L], or [L] of one row alone."""
-        planes = (*self.numbers[:FACTOR], *self.flags)
-        return ClipStats(*(torch.from_numpy(each[0] if alone else each) for each in planes))
+    def stats(self) -> ClipStats:
+        """As tensors."""
+        return ClipStats(*map(torch.from_numpy, (*self.numbers[:FACTOR], *self.flags)))
 
 
 @jit
@@ -113,47 +112,127 @@ def decide_all(sums, units, p, cells):
             decide(sums, units, p, cells, row, layer)
 
 
+class Job(NamedTuple):
+    """A release as one call takes it: few arrays, since each costs time to hand over.
+
+    Attributes:
+        table: int64, the rows of `Pieces.table` and then the words of `rng.first_words`.
+        tensors: rows of that table.
+        frame: layers.
+        kind: noise.
+        eps, smallest: see `Cells`.
+        p: norm of the clipping.
+        clip, scale, clients: addresses of float64 [K, L] (twice) and int64 [K].
+        votes_at: address of float64 [K, L], or 0.
+        numbers, flags: see `Cells`.
+    """
+
+    table: np.ndarray
+    tensors: int
+    frame: Frame
+    kind: Kind
+    eps: np.ndarray
+    smallest: np.ndarray
+    p: int
+    clip: int
+    scale: int
+    clients: int
+    votes_at: int
+    numbers: np.ndarray
+    flags: np.ndarray
+
+
 @jit
-def _privatize_rows(pieces, frame, p, sums, cells, plan, begin, end):
+def _opened(job):
+    """The pieces, cells and plan of a job."""
+    shape, width = job.numbers.shape[1:], 8 * job.tensors
+    pieces = job.table[:width].reshape((job.tensors, 8))
+    votes_at = carray(
+        pointer(job.votes_at, np.float64), (shape[0] if job.votes_at else 0, shape[1])
+    )
+    cells = Cells(
+        job.frame.ends, job.eps, job.smallest, carray(pointer(job.clip, np.float64), shape),
+        votes_at, job.numbers, job.flags,
+    )  # fmt: skip
+    plan = Plan(
+        carray(pointer(job.scale, np.float64), shape),
+        carray(pointer(job.clients, np.int64), (shape[0],)),
+        job.table[width:].astype(np.uint32), job.kind,
+    )  # fmt: skip
+    return pieces, cells, plan
+
+
+@jit
+def _privatize_rows(job, sums, begin, end):
     """Sum, decide and write the layers of rows begin .. end - 1, one after another."""
+    frame, (pieces, cells, plan) = job.frame, _opened(job)
     scratch, dead, factor = np.empty(SCRATCH, np.uint8), cells.flags[DEAD], cells.numbers[FACTOR]
     units, tiles, layers = frame.chunks, frame.tiles, len(frame.ends)
     for row in range(begin, end):
         start, tile = row * units[layers], row * tiles[layers]
         for layer in range(layers):
             low, high = start + units[layer], start + units[layer + 1]
-            sum_units(pieces, frame.bounds, units, p, sums, scratch, low, high)
-            decide(sums, units, p, cells, row, layer)
+            sum_units(pieces, frame.bounds, units, job.p, sums, scratch, low, high)
+            decide(sums, units, job.p, cells, row, layer)
             low, high = tile + tiles[layer], tile + tiles[layer + 1]
             write_units(pieces, frame, dead, factor, plan, scratch, low, high)
 
 
 @jit
-def _privatize_parallel(pieces, frame, p, sums, cells, plan, threads, region):
+def _sums_of(job):
+    return np.zeros((2, job.numbers.shape[1], job.frame.chunks[-1]))
+
+
+@jit
+def _privatize_serial(job):
+    _privatize_rows(job, _sums_of(job), 0, job.numbers.shape[1])
+
+
+@jit
+def _privatize_parallel(job, threads, region):
     """Sum, decide and write: rows beside each other, or one after another on several threads."""
-    rows = len(cells.clip)
+    rows, sums, frame = job.numbers.shape[1], _sums_of(job), job.frame
     if rows // _ROWS_PER_THREAD >= threads:
-        parallel(_privatize_rows, (pieces, frame, p, sums, cells, plan), rows, threads, region)
+        parallel(_privatize_rows, (job, sums), rows, threads, region)
         return
-    read = (pieces, frame.bounds, frame.chunks, p, sums)
+    pieces, cells, plan = _opened(job)
+    read = (pieces, frame.bounds, frame.chunks, job.p, sums)
     parallel(sum_part, read, sums[0].size, threads, region)
-    decide_all(sums, frame.chunks, p, cells)
+    decide_all(sums, frame.chunks, job.p, cells)
     written = (pieces, frame, cells.flags[DEAD], cells.numbers[FACTOR], plan)
     parallel(write_part, written, rows * frame.tiles[-1], threads, region)
 
 
-def privatize(pieces: Pieces, p: int, cells: Cells, plan: Plan) -> None:
-    """Clip all rows and write them with noise; fills `cells`."""
-    frame, rows = pieces.frame, len(cells.clip)
-    sums, elements = np.zeros((2, rows, int(frame.chunks[-1]))), NOISE_COST * rows * frame.elements
-    given = (pieces.table, frame, p, sums, cells, plan)
+@jit
+def _sum_some(job, sums, begin, end):
+    sum_part(_opened(job)[0], job.frame.bounds, job.frame.chunks, job.p, sums, begin, end)
+
+
+@jit
+def _decide(job, sums):
+    decide_all(sums, job.frame.chunks, job.p, _opened(job)[1])
+
+
+@jit
+def _write_some(job, begin, end):
+    pieces, cells, plan = _opened(job)
+    write_part(pieces, job.frame, cells.flags[DEAD], cells.numbers[FACTOR], plan, begin, end)
+
+
+def privatize(job: Job) -> None:
+    """Clip all rows and write them with noise; fills `numbers` and `flags`."""
+    rows = job.numbers.shape[1]
+    elements = NOISE_COST * rows * job.frame.elements
     threads, region = region_for(elements)
     if threads == 1:
-        _privatize_rows(*given, 0, rows)
+        _privatize_serial(job)
     elif region:
-        _privatize_parallel(*given, threads, region)
-    elif threads > rows // _ROWS_PER_THREAD:
-        decide_all(unit_sums(pieces, rows, p), frame.chunks, p, cells)
-        write(pieces, plan, cells.numbers[FACTOR], cells.flags[DEAD])
+        _privatize_parallel(job, threads, region)
+    elif rows // _ROWS_PER_THREAD >= threads:
+        spread(partial(_privatize_rows, job, _sums_of(job)), rows, elements=elements)
     else:
-        spread(partial(_privatize_rows, *given), rows, elements=elements)
+        sums = _sums_of(job)
+        spread(partial(_sum_some, job, sums), sums[0].size, elements=elements)
+        _decide(job, sums)
+        tiles = rows * int(job.frame.tiles[-1])
+        spread(partial(_write_some, job), tiles, elements=elements)

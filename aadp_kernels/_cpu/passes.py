@@ -27,7 +27,7 @@ from aadp_kernels._cpu.pieces import (
     VALUE_BYTES,
     Pieces,
 )
-from aadp_kernels._cpu.rng import WORDS, first_state, rounds_of
+from aadp_kernels._cpu.rng import WORDS, first_words, rounds_of
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
 from aadp_kernels._torch.privatize import Noise
@@ -398,8 +398,8 @@ class Plan(NamedTuple):
     def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> Plan:
         """For L layers from `first` on; `scale` is [K, L]."""
         kind = Kind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
-        state = first_state(noise.rng, noise.key_words, int(noise.step))
-        return cls(scale, noise.clients.numpy(), state, kind)
+        words = first_words(noise.rng, noise.key_words, int(noise.step))
+        return cls(scale, noise.clients.numpy(), np.array(words, np.uint32), kind)
 
 
 def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:

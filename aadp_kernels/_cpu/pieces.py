@@ -79,17 +79,29 @@ class Pieces(NamedTuple):
         out: Sequence[Tensor] | None = None,
     ) -> Pieces:
         """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
-        rows: list[int] = []
-        for first, size, i in _extents(layout):
-            value, less = values[i], 0 if minus is None else minus[i].data_ptr()
-            written = value if out is None else out[i]
-            rows += (
-                first, size, value.data_ptr(), value.element_size(), less,
-                0 if minus is None else minus[i].element_size(), written.data_ptr(),
-                written.element_size(),
-            )  # fmt: skip
+        rows = rows_of(layout, values, minus, out)
         keep = [*values, *(minus or ()), *(out or ())]
         return cls(np.array(rows, np.int64).reshape(-1, 8), frame_of(layout), keep)
+
+
+def rows_of(
+    layout: Layout,
+    values: Sequence[Tensor],
+    minus: Sequence[Tensor] | None,
+    out: Sequence[Tensor] | None,
+) -> list[int]:
+    """The table of `Pieces.of_layout`, row after row."""
+    rows: list[int] = []
+    for first, size, i in _extents(layout):
+        value = values[i]
+        here = value.data_ptr(), value.element_size()
+        less = (0, 0) if minus is None else (minus[i].data_ptr(), minus[i].element_size())
+        if out is not None and out is not values:
+            written = out[i].data_ptr(), out[i].element_size()
+        else:
+            written = here
+        rows += (first, size, *here, *less, *written)
+    return rows
 
 
 @lru_cache(maxsize=64)

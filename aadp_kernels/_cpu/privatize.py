@@ -10,28 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu import clip as _clip
 from aadp_kernels._cpu import grid
-from aadp_kernels._cpu.passes import Plan, layer_sums
-from aadp_kernels._cpu.pieces import Pieces, deliver, native, table, target
+from aadp_kernels._cpu.clip import FACTOR, Job
+from aadp_kernels._cpu.clip import privatize as run
+from aadp_kernels._cpu.passes import Kind, layer_sums
+from aadp_kernels._cpu.pieces import Pieces, deliver, frame_of, native, rows_of, target
+from aadp_kernels._cpu.rng import first_words
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 
-def coarsest(tensors: Sequence[Tensor], layout: Layout) -> Precision:
-    """The precision of the coarsest dtype of each layer's tensors, [1, L]."""
-    return _precision(tuple(t.dtype for t in tensors), layout)
-
-
 @lru_cache(maxsize=64)
-def _precision(dtypes: tuple[torch.dtype, ...], layout: Layout) -> Precision:
+def _precision(dtypes: tuple[torch.dtype, ...], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """eps and smallest normal number of the coarsest dtype of each layer's tensors, [1, L]."""
     known = [torch.finfo(dtype) for dtype in dtypes]
     infos = [max((known[i] for i in m), key=lambda info: info.eps) for m in layout.members]
-    columns = [info.eps for info in infos], [info.smallest_normal for info in infos]
-    return Precision(*(torch.tensor([column], dtype=torch.float64) for column in columns))
+    return np.array([[i.eps for i in infos]]), np.array([[i.smallest_normal for i in infos]])
 
 
 def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
@@ -68,19 +66,31 @@ def privatize(
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
-    pieces = Pieces.of_layout(layout, values, minus, targets)
-    dtypes = coarsest(out, layout)
+    eps, smallest = _precision(tuple([t.dtype for t in out]), layout)
     if noise is not None and noise.form == "grid":
+        pieces = Pieces.of_layout(layout, values, minus, targets)
+        dtypes = Precision(torch.from_numpy(eps), torch.from_numpy(smallest))
         stats = grid.privatize(
             pieces, layout, dtypes, noise, clip=clip, scale=scale, p=p, votes_at=votes_at
         )
         deliver(targets, out)
         return stats
+    layers, alone = layout.num_layers, clip.dim() == 1
+    rows = 1 if alone else len(clip)
     if noise is None:
-        ids = torch.zeros(clip.numel() // layout.num_layers, dtype=torch.int64)
-        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, ids)
-    plan = Plan.build(noise, table(scale))
-    cells = _clip.Cells.build(layout, dtypes, clip, votes_at)
-    _clip.privatize(pieces, p, cells, plan)
+        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64))
+    words = first_words(noise.rng, noise.key_words, int(noise.step))
+    numbers, flags = np.empty((3, rows, layers)), np.empty((2, rows, layers), np.int64)
+    clip, scale, clients = clip.contiguous(), scale.contiguous(), noise.clients.contiguous()
+    levels = None if votes_at is None else votes_at.contiguous()
+    job = Job(
+        np.array(rows_of(layout, values, minus, targets) + words, np.int64), len(values),
+        frame_of(layout), Kind.of(noise.rng, noise.mechanism, noise.form, 0, layers), eps, smallest,
+        p, clip.data_ptr(), scale.data_ptr(), clients.data_ptr(),
+        0 if levels is None else levels.data_ptr(), numbers, flags,
+    )  # fmt: skip
+    run(job)
     deliver(targets, out)
-    return cells.stats(alone=clip.dim() == 1)
+    if alone:
+        numbers, flags = numbers[:, 0], flags[:, 0]
+    return ClipStats(*map(torch.from_numpy, (*numbers[:FACTOR], *flags)))

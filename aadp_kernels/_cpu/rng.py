@@ -225,7 +225,7 @@ class Generator(NamedTuple):
     @classmethod
     def build(cls, rng: str, key: Sequence[int], step: int = 0) -> Generator:
         """The generator `rng` with the counter (0, step, 0, 0)."""
-        return cls(first_state(rng, key, step), *rounds_of(rng))
+        return cls(np.array(first_words(rng, key, step), np.uint32), *rounds_of(rng))
 
 
 @cache
@@ -234,8 +234,8 @@ def rounds_of(rng: str) -> tuple[int, int]:
     return int(rng.removeprefix("chacha").removeprefix("philox")), WORDS // words_per_block(rng)
 
 
-def first_state(rng: str, key: Sequence[int], step: int) -> np.ndarray:
-    """The state of `Generator`, with the counter (0, step, 0, 0)."""
+def first_words(rng: str, key: Sequence[int], step: int) -> list[int]:
+    """The 24 words of a state of `Generator` with the counter (0, step, 0, 0)."""
     words = [0, step, 0, 0]
     if rng.startswith("chacha"):
         words += *_CHACHA, *key
@@ -243,4 +243,4 @@ def first_state(rng: str, key: Sequence[int], step: int) -> np.ndarray:
         a, b = key
         for r in range(10):
             words += (a + r * _WEYL[0]) & 0xFFFFFFFF, (b + r * _WEYL[1]) & 0xFFFFFFFF
-    return np.array(words + [0] * (24 - len(words)), np.uint32)
+    return words + [0] * (24 - len(words))
