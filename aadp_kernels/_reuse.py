@@ -9,6 +9,8 @@ from threading import Lock
 Spans = tuple[tuple[int, int], ...]  # sorted, disjoint, not touching: [start, stop)
 Segment = tuple[int, int, int]  # layer, first element, number of elements
 
+_MOST_WAITING = 64
+
 
 class ReusedNoiseError(ValueError):
     """Noise that this key has drawn before: two releases with it reveal their difference."""
@@ -66,6 +68,8 @@ class UsedNoise:
     def __init__(self) -> None:
         self._lock = Lock()
         self._streams: defaultdict[tuple[str, int], _Stream] = defaultdict(_Stream)
+        self._newest: dict[str, int] = {}
+        self._waiting: list[tuple[str, int, Sequence[int], Sequence[Segment]]] = []
 
     def claim(
         self, domain: str, step: int, clients: Sequence[int], segments: Sequence[Segment]
@@ -79,16 +83,35 @@ class UsedNoise:
         if len(clients) > 1 and len(set(clients)) < len(clients):
             raise ReusedNoiseError("client must hold every id once: rows with one id share noise")
         with self._lock:
-            drawn = [piece for piece in segments if piece[2]]
-            for layer, start, count in drawn:
-                stream = self._streams[domain, layer]
-                # Noise of a later step than any before is new.
-                if step <= stream.newest:
-                    client = stream.conflict(step, clients, start, start + count)
-                    if client is not None:
-                        raise ReusedNoiseError(
-                            f"step {step} of client {client}, layer {layer} must be released once: "
-                            "this key has drawn its noise, or that of a later step, before"
-                        )
-            for layer, start, count in drawn:
-                self._streams[domain, layer].record(step, clients, start, start + count)
+            # Noise of a later step than any before is new: it is entered when somebody asks.
+            if step <= self._newest.get(domain, -1):
+                self._enter()
+                self._refuse_conflicts(domain, step, clients, segments)
+            else:
+                self._newest[domain] = step
+            self._waiting.append((domain, step, clients, segments))
+            if len(self._waiting) >= _MOST_WAITING:
+                self._enter()
+
+    def _enter(self) -> None:
+        """Enter what waits into the streams, in order."""
+        for domain, step, clients, segments in self._waiting:
+            for layer, start, count in segments:
+                if count:
+                    self._streams[domain, layer].record(step, clients, start, start + count)
+        self._waiting.clear()
+
+    def _refuse_conflicts(
+        self, domain: str, step: int, clients: Sequence[int], segments: Sequence[Segment]
+    ) -> None:
+        """Raise if elements may have been drawn."""
+        for layer, start, count in segments:
+            if not count or (domain, layer) not in self._streams:
+                continue
+            stream = self._streams[domain, layer]
+            client = stream.conflict(step, clients, start, start + count)
+            if client is not None:
+                raise ReusedNoiseError(
+                    f"step {step} of client {client}, layer {layer} must be released once: "
+                    "this key has drawn its noise, or that of a later step, before"
+                )

@@ -102,12 +102,12 @@ def clip_sum_noise(
         raise ValueError("per_sample must be tensors [B, ...], got none or a 0-d tensor")
     batch, device = per_sample[0].shape[0], per_sample[0].device
     check_tensors("per_sample", per_sample, layout, (batch,))
-    clip = per_layer("clip", clip, layout, (), device, finite=False)[0]
+    clip = per_layer("clip", clip, layout, (), device, finite=False)
     noisy = scale is not None
     scale = torch.zeros(layout.num_layers, device=device) if scale is None else scale
-    scale = per_layer("scale", scale, layout, (), device, finite=True)[0]
+    scale = per_layer("scale", scale, layout, (), device, finite=True)
     if votes_at is not None:
-        votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)[0]
+        votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)
     live = torch.ones(batch, dtype=torch.bool, device=device)
     if mask is not None:
         if tuple(mask.shape) != (batch,):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,18 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
         if not hasattr(index, "_source_stamp"):
             raise AttributeError("numba keeps its stamps elsewhere")
         index._source_stamp = _STAMP
+        index._load_index = partial(_index_or_nothing, index._load_index)
         return kernel
     except (RuntimeError, AttributeError):
         return numba.njit(**options)(function)
+
+
+def _index_or_nothing(load: Callable[[], dict]) -> dict:
+    """A cache's index; nothing where it names classes that an older version of this folder had."""
+    try:
+        return load()
+    except (AttributeError, ImportError):
+        return {}
 
 
 def jit_contract(function: Callable[..., Any]) -> Any:

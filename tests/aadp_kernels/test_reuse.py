@@ -138,6 +138,8 @@ def test_memory_is_one_entry_a_stream():
     for step in range(50):
         for offset in range(0, 100, 10):
             used.claim("x", step, range(20), [(0, offset, 10), (1, offset, 10)])
+    assert len(used._waiting) < 64
+    used._enter()
     streams = used._streams.values()
     assert [len(s.last) for s in streams] == [20, 20]
     assert {entry for s in streams for entry in s.last.values()} == {(49, ((0, 100),))}
