@@ -383,11 +383,12 @@ def claim(
     """
     if isinstance(step, Tensor):
         return
-    clients = [client]
-    if isinstance(client, Tensor):
-        if not client.is_cpu:
-            return
+    if not isinstance(client, Tensor):
+        clients = [client]
+    elif client.is_cpu:
         clients = client.reshape(-1).tolist()
+    else:
+        return
     key._used.claim(f"{form} {mechanism}", step, clients, segments)
 
 

@@ -117,9 +117,13 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
     timers = {
         name: measure.timer(r.run, setup.device, before=r.restore) for name, r in passed.items()
     }
-    samples = measure.interleaved(timers, 15 if quick else 25, 0.7 * budget)
+    samples = measure.interleaved(timers, 15 if quick else 25, 0.4 * budget)
+    rows = {name: measure.in_a_row(each, 10) for name, each in timers.items()}
+    repeated = {} if quick else measure.interleaved(rows, 15, 0.3 * budget)
     for name, seconds in samples.items():
         entries[name]["seconds"] = seconds
+        if name in repeated:
+            entries[name]["in_a_row"] = repeated[name]
         entries[name]["peak_extra"] = measure.peak_extra(
             lambda r=passed[name]: (release(r.model), r.run()), setup.device
         )

@@ -79,6 +79,16 @@ def timer(
     return events
 
 
+def in_a_row(timer: Timer, count: int) -> Timer:
+    """Seconds of a call that follows its like: the median of `count` after one more."""
+
+    def settled() -> float:
+        timer()
+        return statistics.median(timer() for _ in range(count))
+
+    return settled
+
+
 def first_call(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, with all that is compiled for it."""
     start = time.perf_counter()

@@ -158,7 +158,9 @@ def full_table(part: str, case: dict) -> list[str]:
         return report_rounds.full_table(case)
     start = base_of(case)
     kernels = part == "kernels"
+    rows = part == "dp_step" and "in_a_row" in case["sides"][start]
     head = ["side", "one norm for", "median ms (p20–p80)", f"time ÷ {start}"]
+    head += ["the same of ten in a row"] * rows
     head += ["bytes/s ÷ copy_"] * kernels + ["launches"] * kernels
     head += ["extra memory, MB", "first call, s", "gate"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -172,6 +174,9 @@ def full_table(part: str, case: dict) -> list[str]:
         covers = {"all": "all tensors"}.get(side["clips"], side["clips"])
         label = f"{name} {side['version']}" if "version" in side else name
         row = [label, covers, milliseconds(side), f"{ratio:.3g} ({low:.3g}–{high:.3g})"]
+        if rows:
+            repeated = ratios(side["in_a_row"], case["sides"][start]["in_a_row"])
+            row.append(f"{repeated[0]:.3g} ({repeated[1]:.3g}–{repeated[2]:.3g})")
         if kernels:
             copied = 2 * case["bytes_in"]
             share = quantiles(floor)[0] / quantiles(side["seconds"])[0] if floor else None

@@ -78,13 +78,17 @@ def _scale(x, factor, out, total):
 
 
 @jit
-def _row_norms(a, g, dtype, features, out, needs_l1, norms, begin, end):
-    """Sums of a^2, g^2, |a| and |g| of the records begin .. end - 1 into `norms` [B, 4]."""
+def _row_norms(a, g, dtype, features, out, l1, l2, norms, begin, end):
+    """Sums of a^2, g^2, |a| and |g| of the records begin .. end - 1 into `norms` [B, 4].
+
+    Only those that are asked for.
+    """
     for b in range(begin, end):
         row_a = memory(a + b * features * bytes_of(dtype), features, dtype)
         row_g = memory(g + b * out * bytes_of(dtype), out, dtype)
-        norms[b, 0], norms[b, 1] = square(row_a), square(row_g)
-        if needs_l1:
+        if l2:
+            norms[b, 0], norms[b, 1] = square(row_a), square(row_g)
+        if l1:
             norms[b, 2], norms[b, 3] = absolute(row_a), absolute(row_g)
 
 
@@ -99,15 +103,17 @@ def _scale_rows(
     mask may be 0 and masks nothing. Returns whether all records were finite, and the counts.
     """
     norms, counts, sums = np.zeros((batch, 4)), np.zeros(3), np.zeros(out)
-    needs_l1 = p == 1 or not np.isnan(votes_at)
+    l1, l2 = p == 1 or not np.isnan(votes_at), p == 2
     if region != 0:
-        given = (a, g, dtype, features, out, needs_l1, norms)
+        given = (a, g, dtype, features, out, l1, l2, norms)
         parallel(_row_norms, given, batch, threads, region)
     else:
-        _row_norms(a, g, dtype, features, out, needs_l1, norms, 0, batch)
+        _row_norms(a, g, dtype, features, out, l1, l2, norms, 0, batch)
     live, clean, width = memory(mask, batch, np.bool_), True, out * bytes_of(dtype)
     for b in range(batch):
-        norm_a, norm_g = np.sqrt(norms[b, 0]), np.sqrt(norms[b, 1])
+        norm_a, norm_g = norms[b, 2], norms[b, 3]
+        if l2:
+            norm_a, norm_g = np.sqrt(norms[b, 0]), np.sqrt(norms[b, 1])
         finite = norm_a * norm_g + norm_a + norm_g <= largest
         clean = clean and finite
         norm1 = (norms[b, 2] * weight + bias) * norms[b, 3]

@@ -214,17 +214,14 @@ class Linear(Matrix):
         if fast(a):
             return self._numba_ghost(a, g, terms)
         w, b = float(wanted.weight), float(wanted.bias)
-        a1, a2 = row_sums(a, l1=terms.needs_l1)
-        g1, g2 = row_sums(g, l1=terms.needs_l1)
-        assert a2 is not None
-        assert g2 is not None
-        norm1 = square = None
-        if terms.needs_l1:
+        a1, a2 = row_sums(a, l1=terms.needs_l1, l2=wanted.p == 2)
+        g1, g2 = row_sums(g, l1=terms.needs_l1, l2=wanted.p == 2)
+        norm1 = None if a1 is None or g1 is None else (a1 * w + b) * g1
+        square = None if a2 is None or g2 is None else (a2 * w + b) * g2
+        if a2 is None or g2 is None:
             assert a1 is not None
             assert g1 is not None
-            norm1 = (a1 * w + b) * g1
-        if wanted.p == 2:
-            square = (a2 * w + b) * g2
+            a2, g2 = a1.square(), g1.square()
         finite = bounded(a2, g2, dtype=a.dtype)
         slack = slack_of(a.shape[-1] + g.shape[-1], a.dtype)
         factor, counts = terms.settle(norm1, square, finite, slack)

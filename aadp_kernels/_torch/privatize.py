@@ -186,7 +186,8 @@ def by_rows(privatize: Callable[..., ClipStats]) -> Callable[..., ClipStats]:
             return privatize(*args, clip=clip, scale=scale, votes_at=votes_at, **kwargs)
         row = None if votes_at is None else votes_at[None]
         stats = privatize(*args, clip=clip[None], scale=scale[None], votes_at=row, **kwargs)
-        return ClipStats(*(None if each is None else each[0] for each in stats))
+        l1_norm = None if stats.l1_norm is None else stats.l1_norm[0]
+        return ClipStats(l1_norm, stats.votes[0], stats.clipped[0], stats.nonfinite[0])
 
     return either
 
