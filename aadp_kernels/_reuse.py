@@ -36,7 +36,7 @@ class _Stream:
 
     def record(self, step: int, clients: Sequence[int], start: int, stop: int) -> None:
         """Note elements that do not conflict."""
-        drawn = dict.fromkeys(clients, (step, ((start, stop),)))
+        drawn: dict[int, tuple[int, Spans]] = dict.fromkeys(clients, (step, ((start, stop),)))
         if step <= self.newest:
             for client in clients:
                 if client in self.last and self.last[client][0] == step:

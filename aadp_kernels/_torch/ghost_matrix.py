@@ -264,14 +264,14 @@ class Linear(Matrix):
         same = x.dtype == grad.dtype == weight.dtype and x.dim() == 2 and len(x)
         if not same or not fast(grad) or torch.is_autocast_enabled("cpu"):
             return None
-        counted = probe is not None and needs[6]
+        counted = probe if needs[6] else None
         scaled, total, clean, counts = kernels().scale_alone(
             x, grad, needs[1], needs[2], largest(x.dtype), p, mask, clip,
-            votes_at if counted else None,
+            None if counted is None else votes_at,
         )  # fmt: skip
         grad_x = grad.mm(weight) if needs[0] else None
         grad_w = scaled.t().mm(x if clean else _without_nan(x)) if needs[1] else None
-        seen = probe.new_tensor(counts) if counted else None
+        seen = None if counted is None else counted.new_tensor(counts)
         return grad_x, grad_w, total if needs[2] else None, None, None, None, seen, None, None
 
 

@@ -173,7 +173,7 @@ PASSES = group(
     ("clip dropped in place without noise", "            out[i] *= factor", "            out[i] *= 1"),
     ("dead rows stay", "    elif dead:\n", "    elif dead and scale < 0:\n"),
     ("client dropped from the address", "state[2] = np.uint32(plan.clients[row])", "state[2] = np.uint32(0)"),
-    ("layer dropped from the address", "state[3] = np.uint32(plan.layer_words[layer])", "state[3] = np.uint32(plan.layer_words[0])"),
+    ("layer dropped from the address", "state[3] = np.uint32(layer_words[layer])", "state[3] = np.uint32(layer_words[0])"),
     ("reference added", "x[i] -= minus[i]", "x[i] += minus[i]"),
     ("noise of a tensor from the tile's beginning", "noise + (first + start - low) * value.itemsize", "noise"),
     ("a quarter of the norm missing", "lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))", "lanes[j] += (abs(a) + abs(b)) + abs(c)"),
@@ -189,7 +189,7 @@ GRID_PASS = group(
     ("a threshold forgotten", " + np.int64(table[first + 1] <= number)", ""),
     ("quantum 2/3", "(np.float64(noised) + offset) * quantum", "(np.float64(noised) + offset) * quantum * 2 / 3"),
     ("noise missing", "cut + values[at + i]", "cut"),
-    ("clip dropped", "cells.factor[row, layer] / quantum", "1.0 / quantum"),
+    ("clip dropped", "cells.numbers[FACTOR, row, layer] / quantum", "1.0 / quantum"),
     ("client dropped from the address", "np.uint32(source.clients[row])", "np.uint32(0)"),
     ("rejected draws kept", "if own.good[e] and not own.done[e]", "if not own.done[e]"),
 )  # fmt: skip
@@ -214,13 +214,14 @@ DECISIONS = group(
     ("clip doubled", "factor = max(clip - count", "factor = max(2 * clip - count"),
     ("norm not inflated", "bound = norm * (1 + (count + 16) * 2.0**-52)", "bound = norm"),
     ("rounding of the output not covered", "/ (bound * (1 + eps))", "/ bound"),
-    ("underflow not covered", "clip - count * cells.smallest[row, layer] * eps", "clip"),
+    ("underflow not covered", "clip - count * smallest * eps", "clip"),
     ("subnormal factors", "factor >= _TINY else", "factor >= 0 else"),
     ("what is not finite stays", "factor if finite and factor >= _TINY", "factor if factor >= _TINY"),
     ("a vote at the threshold is against", "0.5 if norm1 <= threshold else -0.5", "0.5 if norm1 < threshold else -0.5"),
     ("only the first unit of a layer", "for unit in range(units[layer], units[layer + 1]):", "for unit in range(units[layer], units[layer] + 1):"),
     ("L2 votes with the L2 norm", "norm1 <= threshold", "norm <= threshold"),
     ("norms of the first layer's units", "low, high = start + units[layer], start + units[layer + 1]", "low, high = start, start + units[1]"),
+    ("precision of the first row", "of = row if len(cells.eps) > 1 else 0", "of = 0"),
 )  # fmt: skip
 
 CLIP_IN_BACKWARD = group(
@@ -238,8 +239,8 @@ CLIP_IN_BACKWARD = group(
 CLIP_MATRICES = group(
     "aadp_kernels/_torch/ghost_matrix.py",
     GHOST,
-    ("ghost norm without its root", "square = (a2 * w + b) * g2", "square = (a2.sqrt() * w + b) * g2"),
-    ("bias not in the ghost norm", "square = (a2 * w + b) * g2", "square = (a2 * w) * g2"),
+    ("ghost norm without its root", "else (a2 * w + b) * g2", "else (a2.sqrt() * w + b) * g2"),
+    ("bias not in the ghost norm", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
 )  # fmt: skip
 
 _CPU_GHOST = "tests/aadp_kernels/test_cpu_ghost.py"
@@ -268,11 +269,13 @@ LINEAR_ROWS = group(
     "aadp_kernels/_cpu/ghost.py",
     f"{GHOST}::test_clipped_sums_and_counts {GHOST}::test_one_record_never_passes_the_clip_norm_in_float32 "
     f"{GHOST}::test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences",
-    ("bias not in the norm", "np.sqrt((own[0] * weight + bias) * own[1])", "np.sqrt(own[0] * weight * own[1])"),
+    ("bias not in the norm", "np.sqrt((norms[b, 0] * weight + bias) * norms[b, 1])", "np.sqrt(norms[b, 0] * weight * norms[b, 1])"),
+    ("bias not in the L1 norm", "norm1 = (norms[b, 2] * weight + bias) * norms[b, 3]", "norm1 = norms[b, 2] * weight * norms[b, 3]"),
     ("clip dropped", "return clip * (1 - 1e-12) / inflated if clip >= 0 else 0.0", "return 1.0"),
     ("clip doubled", "return clip * (1 - 1e-12) / inflated", "return 2 * clip * (1 - 1e-12) / inflated"),
-    ("records of the first client", "row = (k * batch + b) * g.itemsize", "row = b * g.itemsize"),
-    ("norms of the first client", "own = norms[k * batch + b]", "own = norms[b]"),
+    ("records of the first client", "a + k * each * features, g + k * each * out", "a, g"),
+    ("clip norm of the first client", "clip[k], votes_at[k], largest", "clip[0], votes_at[k], largest"),
+    ("mask of the first client", "mask + k * batch if mask != 0 else 0", "mask"),
     ("rounding of the scaled gradient not covered", "factor *= shrink", "factor *= 1.0"),
     ("padding counts", "    if not live:\n", "    if not live and clip < 0:\n"),
 )  # fmt: skip
@@ -286,6 +289,18 @@ PRODUCTS = group(
     ("last record of a unit missing", "range(first, min(batch, first + each))", "range(first, min(batch, first + each - 1))"),
     ("only the last position in the bias", "bias[o] += g[start + o]", "bias[o] = g[start + o]"),
     ("clip factor not rounded down", "g.dtype.type(factor * shrink if factor < 1 else factor)", "g.dtype.type(factor * (1 + 1e-7))"),
+)  # fmt: skip
+
+REUSE = group(
+    "aadp_kernels/_reuse.py",
+    "tests/aadp_kernels/test_reuse.py",
+    ("the newest step again is new", "if step <= self._newest.get(domain, -1):", "if step < self._newest.get(domain, -1):"),
+    ("what waits is forgotten", "                self._enter()\n                self._refuse", "                self._refuse"),
+    ("an earlier step passes", "if step < last or (step == last and", "if (step == last and"),
+    ("an overlap passes", "step == last and _overlap(spans, start, stop)", "step == last and False"),
+    ("ids twice pass", "len(clients) > 1 and len(set(clients)) < len(clients)", "len(clients) < 0"),
+    ("pieces of a step replace each other", "drawn[client] = (step, _joined(self.last[client][1], start, stop))", "pass"),
+    ("what waits is entered for the first layer", "self._streams[domain, layer].record(", "self._streams[domain, 0].record("),
 )  # fmt: skip
 
 NORM_LAYERS = group(
@@ -328,7 +343,7 @@ TRITON_TRANSFORMS = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *WORDS, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
+    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
     *CLIP_IN_BACKWARD, *CLIP_MATRICES,
     *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
 ]  # fmt: skip
