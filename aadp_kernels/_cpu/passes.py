@@ -36,7 +36,8 @@ from aadp_kernels._torch.privatize import Noise
 # of a product, and a scale is never below its float64 value. Smaller factors would underflow.
 LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
-SCRATCH = 5 * 8 * TILE
+# The working memory of a thread begins at a cache line.
+SCRATCH = 5 * 8 * TILE + 64
 
 # To draw the noise of an element takes as long as to add up so many, at least.
 NOISE_COST = 8
@@ -46,6 +47,12 @@ NOISE_COST = 8
 def _array(address, dtype, count):
     """An array without a reference count; numba also lets no index of it count from the end."""
     return carray(pointer(address, dtype), (count,))
+
+
+@jit_inline
+def _line(scratch):
+    """The address of the first cache line in an array of bytes."""
+    return (scratch.ctypes.data + 63) & -64
 
 
 @jit
@@ -164,7 +171,7 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
 
     32 running sums a unit, added up in order. `scratch` has SCRATCH bytes.
     """
-    place = scratch.ctypes.data
+    place = _line(scratch)
     x, minus = _array(place, np.float64, TILE), _array(place + 4096, np.float64, TILE)
     lanes = _array(place + 8192, np.float64, 64)
     per_row = units[len(units) - 1]
@@ -224,7 +231,7 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     bounds, units, skip = frame.bounds, frame.tiles, frame.skip
     scale, state = plan.scale, plan.state.copy()
     layer_words, rounds, blocks, fast, gaussian = plan.kind
-    x = scratch.ctypes.data
+    x = _line(scratch)
     minus, spare, noise, noise32 = x + 4096, x + 8192, x + 12288, x + 16384
     words, tails = _array(x, np.uint32, WORDS), _array(minus, np.uint32, WORDS)
     rows = _array(spare, np.float64, TILE // 2)
@@ -311,7 +318,7 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             if start >= stop:
                 continue
             count, bytes_each = stop - start, pieces[k, VALUE_BYTES]
-            x = _array(scratch.ctypes.data, np.float64, count)
+            x = _array(_line(scratch), np.float64, count)
             total = _array(pieces[k, OUT] + 8 * start, np.float64, count)
             for row in range(len(live)):
                 if live[row, layer]:
