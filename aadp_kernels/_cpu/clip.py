@@ -184,27 +184,8 @@ def _sums_of(job):
 
 
 @jit
-def _privatize_serial(job):
-    _privatize_rows(job, _sums_of(job), 0, job.numbers.shape[1])
-
-
-@jit
-def _privatize_parallel(job, threads, region):
-    """Sum, decide and write: rows beside each other, or one after another on several threads."""
-    rows, sums, frame = job.numbers.shape[1], _sums_of(job), job.frame
-    if rows // _ROWS_PER_THREAD >= threads:
-        parallel(_privatize_rows, (job, sums), rows, threads, region)
-        return
-    pieces, cells, plan = _opened(job)
-    read = (pieces, frame.bounds, frame.chunks, job.p, sums)
-    parallel(sum_part, read, sums[0].size, threads, region)
-    decide_all(sums, frame.chunks, job.p, cells)
-    written = (pieces, frame, cells.flags[DEAD], cells.numbers[FACTOR], plan)
-    parallel(write_part, written, rows * frame.tiles[-1], threads, region)
-
-
-@jit
 def _sum_some(job, sums, begin, end):
+    """Sums of some units of all rows."""
     sum_part(_opened(job)[0], job.frame.bounds, job.frame.chunks, job.p, sums, begin, end)
 
 
@@ -215,8 +196,23 @@ def _decide(job, sums):
 
 @jit
 def _write_some(job, begin, end):
+    """Write some tiles of all rows."""
     pieces, cells, plan = _opened(job)
     write_part(pieces, job.frame, cells.flags[DEAD], cells.numbers[FACTOR], plan, begin, end)
+
+
+@jit
+def _privatize(job, beside, threads, region):
+    """Sum, decide and write: rows beside each other, or one after another on all threads."""
+    rows, sums = job.numbers.shape[1], _sums_of(job)
+    if threads == 1:
+        _privatize_rows(job, sums, 0, rows)
+    elif beside:
+        parallel(_privatize_rows, (job, sums), rows, threads, region)
+    else:
+        parallel(_sum_some, (job, sums), sums[0].size, threads, region)
+        _decide(job, sums)
+        parallel(_write_some, (job,), rows * job.frame.tiles[-1], threads, region)
 
 
 def privatize(job: Job) -> None:
@@ -224,15 +220,15 @@ def privatize(job: Job) -> None:
     rows = job.numbers.shape[1]
     elements = NOISE_COST * rows * job.frame.elements
     threads, region = region_for(elements)
-    if threads == 1:
-        _privatize_serial(job)
-    elif region:
-        _privatize_parallel(job, threads, region)
-    elif rows // _ROWS_PER_THREAD >= threads:
-        spread(partial(_privatize_rows, job, _sums_of(job)), rows, elements=elements)
-    else:
-        sums = _sums_of(job)
-        spread(partial(_sum_some, job, sums), sums[0].size, elements=elements)
-        _decide(job, sums)
-        tiles = rows * int(job.frame.tiles[-1])
-        spread(partial(_write_some, job), tiles, elements=elements)
+    beside = rows // _ROWS_PER_THREAD >= threads
+    if threads == 1 or region:
+        _privatize(job, beside, threads, region)
+        return
+    # The same on threads that are not OpenMP's.
+    sums = _sums_of(job)
+    if beside:
+        spread(partial(_privatize_rows, job, sums), rows, elements=elements)
+        return
+    spread(partial(_sum_some, job, sums), sums[0].size, elements=elements)
+    _decide(job, sums)
+    spread(partial(_write_some, job), rows * int(job.frame.tiles[-1]), elements=elements)

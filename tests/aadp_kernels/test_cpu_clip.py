@@ -1,5 +1,6 @@
 """Clip factors decided in numba, rows in one walk, and the threads beneath."""
 
+import itertools
 import math
 import os
 
@@ -52,6 +53,20 @@ def test_decisions_are_those_of_the_specification(cases, dtype, count, p):
     assert torch.equal(stats.votes[:, 0], ballots(total, at, finite))
 
 
+def test_every_row_has_the_precision_of_its_own_dtype():
+    norm, limit = torch.full((4,), 2.0, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    infos = [torch.finfo(dtype) for dtype in DTYPES]
+    columns = [i.eps for i in infos], [i.smallest_normal for i in infos]
+    precision = Precision(*(torch.tensor(c, dtype=torch.float64)[:, None] for c in columns))
+    layout = Layout.build([torch.empty(3, device="meta")])
+    cells = clip.Cells.build(layout, precision, limit[:, None], None)
+    clip.decide_all(torch.stack([norm, norm]).view(2, 4, 1).numpy(), np.array([0, 1]), 1, cells)
+    finite = torch.tensor(True)
+    factors = [clip_factors(norm[0], limit[0], finite, 3, dtype)[0] for dtype in DTYPES]
+    assert torch.equal(torch.from_numpy(cells.numbers)[clip.FACTOR, :, 0], torch.stack(factors))
+    assert len(set(map(float, factors))) == 4
+
+
 def test_fast_factors_cover_the_rounding_of_a_difference():
     """All elements of a row are equal, so that their roundings cannot cancel."""
     generator = torch.Generator().manual_seed(0)
@@ -70,20 +85,23 @@ def test_fast_factors_cover_the_rounding_of_a_difference():
 
 @pytest.mark.parametrize("form", ["wide", "fast"])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_one_walk_and_two_give_the_same(monkeypatch, rows, form):
+def test_rows_beside_each_other_and_one_after_another_give_the_same(monkeypatch, rows, form):
     layout = Layout.build([torch.zeros(70_001), torch.zeros(600)])
     tensors = [torch.randn(rows, n, generator=torch.Generator().manual_seed(n))
                for n in layout.sizes]  # fmt: skip
     results = []
-    for fewest in (1, 10**9):
+    for fewest, region in itertools.product((1, 10**9), {0, _threads.region_for(1 << 30)[1]}):
         monkeypatch.setattr(clip, "_ROWS_PER_THREAD", fewest)
-        monkeypatch.setattr(clip, "region_for", lambda elements: (2, 0))
+        monkeypatch.setattr(clip, "region_for", lambda elements, region=region: (2, region))
         own = [t.clone() for t in tensors]
         stats = privatize_(own, layout=layout, clip=torch.tensor([5e4, 1e9]), step=0, form=form,
                            scale=torch.full((2,), 0.1), key=NoiseKey.from_seed(0), impl="numba",
                            clients=torch.arange(rows))  # fmt: skip
         results.append([*own, *stats])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    norms = torch.stack([t.double().abs().sum(1) for t in tensors], 1)
+    torch.testing.assert_close(results[0][2], norms)
 
 
 @pytest.fixture(params=["openmp", "threads"])

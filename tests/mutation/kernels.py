@@ -210,7 +210,9 @@ TRANSFORMS = group(
 _CPU_CLIP = "tests/aadp_kernels/test_cpu_clip.py::test_"
 DECISIONS = group(
     "aadp_kernels/_cpu/clip.py",
-    f"{_CPU_CLIP}decisions_are_those_of_the_specification {_CPU_CLIP}one_walk_and_two_give_the_same",
+    f"{_CPU_CLIP}decisions_are_those_of_the_specification "
+    f"{_CPU_CLIP}every_row_has_the_precision_of_its_own_dtype "
+    f"{_CPU_CLIP}rows_beside_each_other_and_one_after_another_give_the_same",
     ("clip doubled", "factor = max(clip - count", "factor = max(2 * clip - count"),
     ("norm not inflated", "bound = norm * (1 + (count + 16) * 2.0**-52)", "bound = norm"),
     ("rounding of the output not covered", "/ (bound * (1 + eps))", "/ bound"),
