@@ -4,8 +4,8 @@ Torch's OpenMP workers spin for a while after every operation, so that threads o
 the cores taken. Its libgomp is found where it is loaded, as on Linux; elsewhere threads are started
 for a call. Neither holds for longer than a call.
 
-`spread` takes any Python function, and the interpreter lock goes from thread to thread: 80 us. With
-`region_for`, `_parallel.parallel` keeps to compiled code: 5 us.
+`spread` takes any Python function, and the interpreter lock goes from thread to thread, which takes
+longer than many a call. With `region_for`, `_parallel.parallel` keeps to compiled code.
 """
 
 from __future__ import annotations

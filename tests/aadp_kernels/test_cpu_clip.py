@@ -1,5 +1,6 @@
 """Clip factors decided in numba, rows in one walk, and the threads beneath."""
 
+import importlib
 import itertools
 import math
 import os
@@ -160,6 +161,21 @@ def test_noise_and_norms_have_the_same_bits_on_any_threads(threads, form):
     several = release()
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(several, release(), strict=True))
+
+
+def test_a_cache_that_names_a_class_that_is_gone_counts_as_empty(tmp_path, monkeypatch):
+    lines = ["from typing import NamedTuple"]
+    for name in ("Old", "New"):
+        lines.append(f"class {name}(NamedTuple):\n    a: int\n    b: int")
+    (tmp_path / "of_a_version.py").write_text(
+        "\n".join([*lines, "def add(pair):\n    return pair.a + pair.b"])
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("of_a_version")
+    assert _jit.jit(module.add)(module.Old(1, 2)) == 3
+    assert list(tmp_path.rglob("*.nbi"))
+    monkeypatch.delattr(module, "Old")
+    assert _jit.jit(module.add)(module.New(3, 4)) == 7
 
 
 def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):
