@@ -71,6 +71,8 @@ def backend(
     impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
 ) -> ModuleType:
     """The module of the chosen implementation; numba or triton is imported here."""
+    if impl not in IMPLS:
+        _validate.one_of("impl", impl, IMPLS)
     small, compiling = elements < AUTO_ELEMENTS, torch.compiler.is_compiling()
     return _backend(impl, operation, device, form, small, compiling)
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# So many numbers are looked at one by one.
+_FEW = 256
+
 
 def one_of(name: str, value: object, known: Sequence[object]) -> None:
     """Raise unless `value` is one of the known ones."""
@@ -35,7 +38,7 @@ def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
     """Raise unless all elements are >= 0 (and finite). Not checked on an accelerator: no sync."""
     if not value.is_cpu:
         return
-    if value.dim() == 1:
+    if value.dim() == 1 and len(value) <= _FEW:
         fits = True
         for x in value.tolist():
             if not x >= 0 or (finite and x == math.inf):

@@ -65,7 +65,7 @@ def clipped_linear(
         |---|---|---|---|
         | padding (mask 0), whatever it holds | 0 | 0 | no |
         | NaN or Inf in input or gradient | 0 | 0 | yes |
-        | norms of input and gradient multiply to over 4e15 (float32) | 0 | 0 | yes |
+        | p-norms of input and gradient multiply to over 4e15 (float32) | 0 | 0 | yes |
         | clip 0 | 0 | as its norm says | no |
 
     Reference:

@@ -84,6 +84,10 @@ class Layout:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple:
+        # Hashes of strings differ from process to process.
+        return Layout, (self.names, self.shapes, self.layer_names, self.layer_of)
+
     @cached_property
     def _hash(self) -> int:
         """Kept, since layouts are the keys of what is made once for each."""

@@ -277,7 +277,7 @@ def sample_noise(
     count = torch.Size(shape[1:] if cohort else shape).numel()
     if not (dtype.is_floating_point or (form == "grid" and dtype == torch.int64)):
         raise ValueError(f"dtype must be floating point (or int64 with form='grid'), got {dtype}")
-    step = check_address(key, step=step, layer=layer)
+    step, layer = check_address(key, step=step), _validate.integer_below("layer", layer, _MAX_LAYER)
     backend = _dispatch.backend(impl, "noise", device=place, elements=count, form=form)
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
@@ -337,7 +337,7 @@ def poisson_mask(
     place = torch.device(device) if device is not None else torch.device("cpu")
     n = _validate.integer_below("n", n, max_elements(key.rng))
     clients = _validate.client_ids(client, place)
-    step = check_address(key, step=step, layer=0)
+    step = check_address(key, step=step)
     backend = _dispatch.backend(impl, "coins", device=place, elements=n)
     rates = list(rate) if isinstance(rate, Sequence) else [float(rate)] * len(clients)
     if len(rates) != len(clients):
@@ -352,14 +352,13 @@ def poisson_mask(
     return mask if cohort else mask[0]
 
 
-def check_address(key: NoiseKey, *, step: int | Tensor, layer: int) -> int | Tensor:
-    """The step, or an error unless the key is a key and step and layer fit their fields.
+def check_address(key: NoiseKey, *, step: int | Tensor) -> int | Tensor:
+    """The step, or an error unless the key is a key and the step fits its field.
 
     A step that lies on an accelerator is not read.
     """
     if not isinstance(key, NoiseKey):
         raise ValueError(f"key must be a NoiseKey, got {type(key).__name__}")
-    _validate.integer_below("layer", layer, _MAX_LAYER)
     if isinstance(step, Tensor):
         if step.dim() or step.dtype != torch.int64:
             raise ValueError(f"step must be 0-d int64, got {step.dtype} {tuple(step.shape)}")
@@ -384,7 +383,7 @@ def claim(
     if isinstance(step, Tensor):
         return
     if not isinstance(client, Tensor):
-        clients = [client]
+        clients = [client.__index__()]
     elif client.is_cpu:
         clients = client.reshape(-1).tolist()
     else:

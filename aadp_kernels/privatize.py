@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,14 +98,14 @@ def privatize_(
     lead = () if clients is None else (len(clients),)
     device = check_tensors("tensors", tensors, layout, lead)
     if out is not tensors:
-        check_tensors("out", out, layout, lead)
+        check_tensors("out", out, layout, lead, device)
     if reference is not None:
-        check_tensors("reference", reference, layout, ())
+        check_tensors("reference", reference, layout, (), device)
     clip = per_layer("clip", clip, layout, lead, device, finite=False)
     scale = per_layer("scale", scale, layout, lead, device, finite=True)
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, lead, device, finite=None)
-    ids = _client_zero(device) if clients is None else _validate.client_ids(clients, device)
+    ids = _validate.client_ids(0 if clients is None else clients, device)
     noisy = noisy_layers(layout, scale)
     noise = noise_source(key, noisy, mechanism, form, p, step, ids)
     backend = _dispatch.backend(
@@ -150,9 +149,9 @@ def layer_norms(
         return _ops.traced_layer_norms(tensors, layout, p, reference, cohort)
     _validate.one_of("p", p, (1, 2))
     lead = tuple(tensors[0].shape[:1]) if cohort and len(tensors) else ()
-    check_tensors("tensors", tensors, layout, lead)
+    device = check_tensors("tensors", tensors, layout, lead)
     if reference is not None:
-        check_tensors("reference", reference, layout, ())
+        check_tensors("reference", reference, layout, (), device)
     backend = _dispatch.backend(
         impl, "norms", device=tensors[0].device, elements=layout.elements, form="wide"
     )
@@ -169,12 +168,21 @@ def check_kind(mechanism: str, form: str, p: int) -> None:
 
 
 def check_tensors(
-    name: str, tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]
+    name: str,
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    lead: tuple[int, ...],
+    wanted: torch.device | None = None,
 ) -> torch.device:
-    """The one device of the tensors; raise unless they are floating and shaped (*lead, *layout)."""
+    """The one device of the tensors; raise unless they are floating and shaped (*lead, *layout).
+
+    Where a device is wanted it must be that.
+    """
     if len(tensors) != len(layout.names):
         raise ValueError(f"{name} must be {len(layout.names)} tensors, got {len(tensors)}")
     device = tensors[0].device
+    if wanted is not None and device != wanted:
+        raise ValueError(f"{name} must be on {wanted}, got {device}")
     for i, (shape, tensor) in enumerate(zip(layout.shapes, tensors, strict=True)):
         if not tensor.is_floating_point() or tensor.device != device:
             _validate.floating(name, tensors)
@@ -206,15 +214,11 @@ def per_layer(
         _validate.nonnegative_tensor(name, value, finite=finite)
     if value.requires_grad:
         value = value.detach()
+    if value.is_neg():
+        value = value.resolve_neg()
     if value.dtype != torch.float64 or value.device != device:
         value = value.to(device, torch.float64)
     return value.expand(*lead, layers) if lead else value
-
-
-@cache
-def _client_zero(device: torch.device) -> Tensor:
-    """The ids of an update alone."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def noise_source(
@@ -236,7 +240,7 @@ def noise_source(
         return None
     if mechanism == "laplace" and p == 2:
         raise ValueError("p must be 1 with laplace noise, got 2: an L2 bound does not bound L1")
-    step = check_address(key, step=step, layer=0)
+    step = check_address(key, step=step)
     return Noise(key.rng, key.words, mechanism, form, step, clients)
 
 

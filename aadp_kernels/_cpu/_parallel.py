@@ -18,10 +18,10 @@ _PARTS_PER_THREAD = 4
 def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.Function, ir.Type]:
     """The function of a thread: parts of the loop, one after another, until there are no more.
 
-    It reads a structure of the arguments, the length of the loop, that of a part, and where the
-    next part begins.
+    It reads a structure of the arguments, the length of the loop, that of a part, where the next
+    part begins, and whether a part has failed.
     """
-    job = ir.LiteralStructType([kind, _LONG, _LONG, _LONG])
+    job = ir.LiteralStructType([kind, _LONG, _LONG, _LONG, _LONG])
     function = ir.Function(
         builder.module, ir.FunctionType(ir.VoidType(), [_ADDRESS]),
         builder.module.get_unique_name("body"),
@@ -31,7 +31,7 @@ def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.
     shared = inner.bitcast(function.args[0], job.as_pointer())
     fixed = [inner.load(cgutils.gep_inbounds(inner, shared, 0, i)) for i in range(3)]
     given, count, step = fixed
-    place = cgutils.gep_inbounds(inner, shared, 0, 3)
+    place, failed = (cgutils.gep_inbounds(inner, shared, 0, i) for i in (3, 4))
     loop, work, done = (function.append_basic_block(name) for name in ("loop", "work", "done"))
     inner.branch(loop)
     inner.position_at_end(loop)
@@ -42,9 +42,11 @@ def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.
     end = inner.select(inner.icmp_signed("<", end, count), end, count)
     values = [inner.extract_value(given, i) for i in range(len(compiled.signature.args) - 2)]
     kernel = context.declare_function(builder.module, compiled.fndesc)
-    context.call_conv.call_function(
+    status, _ = context.call_conv.call_function(
         inner, kernel, compiled.fndesc.restype, compiled.fndesc.argtypes, [*values, begin, end]
     )
+    with inner.if_then(status.is_error, likely=False):
+        inner.atomic_rmw("or", failed, _LONG(1), "monotonic")
     inner.branch(loop)
     inner.position_at_end(done)
     inner.ret_void()
@@ -54,8 +56,9 @@ def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.
 def _parallel(_context, kernel, arguments, count, threads, region):
     """parallel(kernel, arguments, count, threads, region): kernel(*arguments, begin, end).
 
-    Covers [0, count) on threads of `_threads.region_for`. The kernel is compiled; it must raise
-    nothing, and give the same result however the range is cut.
+    Covers [0, count) on threads of `_threads.region_for`. The kernel is compiled, and gives the
+    same result however the range is cut. Where a part of it raises (it finds no memory), the others
+    are done and then a MemoryError is raised.
     """
     kinds = (*arguments.types, types.int64, types.int64)
     kernel.dispatcher.compile(kinds)
@@ -68,7 +71,7 @@ def _parallel(_context, kernel, arguments, count, threads, region):
         shared = cgutils.alloca_once(builder, kind)
         parts = builder.mul(threads, _LONG(_PARTS_PER_THREAD))
         step = builder.add(builder.sdiv(count, parts), _LONG(1))
-        for i, value in enumerate((given, count, step, _LONG(0))):
+        for i, value in enumerate((given, count, step, _LONG(0), _LONG(0))):
             builder.store(value, cgutils.gep_inbounds(builder, shared, 0, i))
         number = ir.IntType(32)
         call = ir.FunctionType(ir.VoidType(), [body.type, _ADDRESS, number, number])
@@ -76,6 +79,9 @@ def _parallel(_context, kernel, arguments, count, threads, region):
             builder.inttoptr(region, call.as_pointer()),
             [body, builder.bitcast(shared, _ADDRESS), builder.trunc(threads, number), number(0)],
         )
+        failed = builder.load(cgutils.gep_inbounds(builder, shared, 0, 4))
+        with builder.if_then(builder.icmp_signed("!=", failed, _LONG(0)), likely=False):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a thread failed",))
         return context.get_dummy_value()
 
     return types.void(kernel, arguments, count, threads, region), emit

@@ -17,6 +17,7 @@ from torch import Tensor
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel
 from aadp_kernels._cpu._threads import region_for, spread
+from aadp_kernels._cpu.pieces import address
 from aadp_kernels._cpu.rows import absolute, bytes_of, jit_sums, memory, square
 
 # As kernels take them, and a factor that covers the roundings of a scaled row.
@@ -236,12 +237,12 @@ def scale_linear(
         clip: [K]; also votes_at (None or NaN: no votes).
         votes_at: see clip.
     """
-    a, g, mask = a.contiguous(), g.contiguous(), mask.contiguous()
+    a, g, mask = a.resolve_neg().contiguous(), g.resolve_neg().contiguous(), mask.contiguous()
     clients, batch, out = g.shape
     scaled, total, counts = torch.empty_like(g), g.new_empty((clients, out)), np.empty((clients, 3))
     dtype, shrink = _DTYPES[g.dtype]
     clean = _scale_clients(
-        a.data_ptr(), g.data_ptr(), scaled.data_ptr(), total.data_ptr(), mask.data_ptr(), dtype,
+        address(a), address(g), address(scaled), address(total), address(mask), dtype,
         clients, batch, a.shape[2], out, float(weight), float(bias), p, array_of(clip),
         levels(votes_at, clients), largest, shrink, counts,
     )  # fmt: skip
@@ -260,16 +261,16 @@ def scale_alone(
     votes_at: Tensor | None,
 ) -> Scaled:
     """`scale_linear` of one client: a [B, in], g [B, out], mask [B] or [1], the others []."""
-    a, g = a.contiguous(), g.contiguous()
+    a, g = a.resolve_neg().contiguous(), g.resolve_neg().contiguous()
     batch, out = g.shape
     scaled, total = torch.empty_like(g), g.new_empty(out)
     if mask is not None:
         mask = (mask != 0).expand(batch).contiguous()
     dtype, shrink = _DTYPES[g.dtype]
     clean, *counts = _scale_rows(
-        a.data_ptr(), g.data_ptr(), scaled.data_ptr(), total.data_ptr(),
-        0 if mask is None else mask.data_ptr(), dtype, batch, a.shape[1], out, float(weight),
-        float(bias), p, clip.item(), math.nan if votes_at is None else votes_at.item(), largest,
+        address(a), address(g), address(scaled), address(total),
+        0 if mask is None else address(mask), dtype, batch, a.shape[1], out, float(weight),
+        float(bias), p, float(clip), math.nan if votes_at is None else float(votes_at), largest,
         shrink, *region_for(a.numel() + g.numel()),
     )  # fmt: skip
     return Scaled(scaled, total, clean, counts)

@@ -94,14 +94,22 @@ def rows_of(
     rows: list[int] = []
     for first, size, i in _extents(layout):
         value = values[i]
-        here = value.data_ptr(), value.element_size()
-        less = (0, 0) if minus is None else (minus[i].data_ptr(), minus[i].element_size())
+        here = address(value), value.element_size()
+        less = (0, 0) if minus is None else (address(minus[i]), minus[i].element_size())
         if out is not None and out is not values:
-            written = out[i].data_ptr(), out[i].element_size()
+            written = address(out[i]), out[i].element_size()
         else:
             written = here
         rows += (first, size, *here, *less, *written)
     return rows
+
+
+def address(tensor: Tensor) -> int:
+    """Where the contiguous values of a tensor begin."""
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(f"tensors must have values, got a {type(tensor).__name__} without memory")
+    return place
 
 
 @lru_cache(maxsize=64)
@@ -120,12 +128,14 @@ def native(tensor: Tensor) -> Tensor:
     """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
     if tensor.dtype not in NATIVE:
         tensor = tensor.float()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def target(tensor: Tensor) -> Tensor:
     """What to write for `tensor`: itself where it is native, else new memory."""
-    if tensor.dtype in NATIVE and tensor.is_contiguous():
+    if tensor.dtype in NATIVE and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return torch.empty(tensor.shape, dtype=dtype)

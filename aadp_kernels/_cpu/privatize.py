@@ -18,7 +18,7 @@ from aadp_kernels._cpu import grid
 from aadp_kernels._cpu.clip import FACTOR, Job
 from aadp_kernels._cpu.clip import privatize as run
 from aadp_kernels._cpu.passes import Kind, layer_sums
-from aadp_kernels._cpu.pieces import Pieces, deliver, frame_of, native, rows_of, target
+from aadp_kernels._cpu.pieces import Pieces, address, deliver, frame_of, native, rows_of, target
 from aadp_kernels._cpu.rng import first_words
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
@@ -86,8 +86,8 @@ def privatize(
     job = Job(
         np.array(rows_of(layout, values, minus, targets) + words, np.int64), len(values),
         frame_of(layout), Kind.of(noise.rng, noise.mechanism, noise.form, 0, layers), eps, smallest,
-        p, clip.data_ptr(), scale.data_ptr(), clients.data_ptr(),
-        0 if levels is None else levels.data_ptr(), numbers, flags,
+        p, address(clip), address(scale), address(clients),
+        0 if levels is None else address(levels), numbers, flags,
     )  # fmt: skip
     run(job)
     deliver(targets, out)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadp_kernels import Layout, NoiseKey, privatize_
+from aadp_kernels import Layout, NoiseKey, clipped_linear, privatize_
 from aadp_kernels._torch.privatize import Precision, ballots, clip_factors
 
 pytest.importorskip("numba")
@@ -176,6 +176,78 @@ def test_a_cache_that_names_a_class_that_is_gone_counts_as_empty(tmp_path, monke
     assert list(tmp_path.rglob("*.nbi"))
     monkeypatch.delattr(module, "Old")
     assert _jit.jit(module.add)(module.New(3, 4)) == 7
+
+
+@_jit.jit
+def _fail_at_seven(seen, begin, end):
+    for i in range(begin, end):
+        if i == 7:
+            raise MemoryError("seven")
+        seen[i] += 1
+
+
+@_jit.jit
+def _fail_parallel(seen, threads, region):
+    _parallel.parallel(_fail_at_seven, (seen,), len(seen), threads, region)
+
+
+@pytest.mark.skipif(_threads._openmp() is None, reason="torch brings no libgomp here")
+def test_an_error_in_compiled_code_is_raised_when_the_others_are_done():
+    seen = np.zeros(100, int)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            _fail_parallel(seen, 2, _threads.region_for(1 << 30)[1])
+    assert (seen[50:] == 3).all()
+    _fail_parallel(seen[:7], 2, _threads.region_for(1 << 30)[1])
+
+
+def _negative(value):
+    """A tensor of these values whose memory holds them with the other sign."""
+    view = torch.complex(torch.zeros_like(value), -value).conj().imag
+    assert view.is_neg()
+    assert torch.equal(view, value)
+    return view
+
+
+@pytest.mark.parametrize("which", ["tensors", "out", "clip", "scale", "reference", "votes_at"])
+def test_a_tensor_with_its_sign_in_a_bit_is_read_and_written_right(which):
+    layout, results = Layout.build([torch.zeros(300)]), []
+    for change in (torch.clone, _negative):
+        value = torch.linspace(-1, 1, 300, dtype=torch.float64)
+        given = {"tensors": value, "out": value.clone(), "reference": value / 2,
+                 "clip": torch.tensor([40.0], dtype=torch.float64),
+                 "scale": torch.tensor([2.0], dtype=torch.float64),
+                 "votes_at": torch.tensor([80.0], dtype=torch.float64)}  # fmt: skip
+        given[which] = change(given[which])
+        for name in ("tensors", "out", "reference"):
+            given[name] = [given[name]]
+        stats = privatize_(**given, layout=layout, key=NoiseKey.from_seed(0), step=0, impl="numba")
+        results.append([given["out"][0].clone(), *stats])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].std() > 1
+
+
+@pytest.mark.parametrize("which", ["x", "grad"])
+def test_layers_see_the_sign_in_a_bit(which):
+    weight = torch.ones(3, 4, requires_grad=True)
+    sums = []
+    for change in (torch.clone, _negative):
+        x, grad = torch.linspace(-1, 2, 20).view(5, 4), torch.linspace(-2, 1, 15).view(5, 3)
+        x, grad = (change(x), grad) if which == "x" else (x, change(grad))
+        clipped_linear(x, weight, clip=torch.tensor(1.0)).backward(grad)
+        sums.append(weight.grad.clone())
+        weight.grad = None
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer:UserWarning")
+def test_a_tensor_without_memory_is_refused():
+    value = torch.zeros(100)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(value)
+    with pytest.raises(ValueError, match="without memory"):
+        privatize_([fake], layout=Layout.build([value]), clip=torch.ones(1), scale=torch.zeros(1),
+                   key=None, step=0, impl="numba")  # fmt: skip
 
 
 def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):

@@ -1,5 +1,8 @@
 """Grouping of tensors into layers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -48,3 +51,11 @@ def test_explicit_groups():
 def test_bad_groups(tensors, groups):
     with pytest.raises(ValueError, match=r"tensors|groups|layer_of"):
         Layout.build(tensors, groups)
+
+
+def test_a_layout_finds_itself_after_a_journey():
+    layout = Layout.build({"a.weight": torch.zeros(2), "b": torch.zeros(())})
+    assert "_hash" not in vars(pickle.loads(pickle.dumps(layout)))
+    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert other == layout
+        assert {layout: 1}[other] == 1

@@ -1,6 +1,7 @@
 """privatize_ and layer_norms against plain float64 arithmetic."""
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -263,3 +264,22 @@ def test_a_norm_depends_on_neither_the_cohort_nor_the_threads(p, size):
         assert torch.equal(norms([strided], p), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": [torch.zeros(2, device="meta")]}, "reference must be on cpu, got meta"),
+        ({"out": [torch.zeros(2, device="meta")]}, "out must be on cpu, got meta"),
+        ({"impl": ["torch"]}, "impl must be one of"),
+        ({"clip": torch.tensor([-1.0])}, "clip must be not negative and not NaN, got -1.0"),
+        ({"scale": torch.full((1,), torch.nan)}, "scale must be finite and not negative, got nan"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_noise_is_claimed(change, message):
+    key, value = NoiseKey.from_seed(0), [torch.zeros(2)]
+    given = {"layout": Layout.build(value), "clip": torch.ones(1), "scale": torch.ones(1),
+             "key": key, "step": 0}  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(message)):
+        privatize_(value, **{**given, **change})
+    privatize_(value, **given)

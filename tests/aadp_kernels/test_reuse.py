@@ -3,6 +3,7 @@
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,3 +169,23 @@ def test_a_cohort_costs_little():
         )
     )
     assert best / 20 < 5e-4
+
+
+@pytest.mark.parametrize("name", ["client", "layer"])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.int64])
+def test_a_number_of_another_type_is_the_same_number(name, kind):
+    key = NoiseKey.from_seed(0)
+
+    def draw(step, number):
+        if isinstance(number, torch.Tensor) and name == "client":
+            number = number[None]
+        shape = (1, 3) if isinstance(number, torch.Tensor) and name == "client" else (3,)
+        return sample_noise(shape, mechanism="laplace", scale=1.0, key=key, step=step,
+                            **{name: number})  # fmt: skip
+
+    first = draw(1, kind(3))
+    for again in (kind(3), 3):
+        with pytest.raises(ReusedNoiseError):
+            draw(1, again)
+    assert not torch.equal(draw(2, 3).flatten(), first.flatten())
+    draw(2, 4)
