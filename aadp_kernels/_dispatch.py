@@ -81,6 +81,7 @@ def backend(
 def _backend(
     impl: str, operation: str, device: torch.device, form: str, small: bool, compiling: bool
 ) -> ModuleType:
+    """`backend`, found once for all calls of a kind."""
     elements = 0 if small else AUTO_ELEMENTS
     name = choose(impl, operation, device=device, elements=elements, form=form)
     grid = form == "grid" and operation == "noise"

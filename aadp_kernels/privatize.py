@@ -152,9 +152,7 @@ def layer_norms(
     device = check_tensors("tensors", tensors, layout, lead)
     if reference is not None:
         check_tensors("reference", reference, layout, (), device)
-    backend = _dispatch.backend(
-        impl, "norms", device=tensors[0].device, elements=layout.elements, form="wide"
-    )
+    backend = _dispatch.backend(impl, "norms", device=device, elements=layout.elements, form="wide")
     result = backend.layer_norms(tensors, layout, p, reference)
     return result if cohort else result[0]
 

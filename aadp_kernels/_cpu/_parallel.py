@@ -29,9 +29,8 @@ def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.
     function.linkage = "internal"
     inner = ir.IRBuilder(function.append_basic_block("entry"))
     shared = inner.bitcast(function.args[0], job.as_pointer())
-    fixed = [inner.load(cgutils.gep_inbounds(inner, shared, 0, i)) for i in range(3)]
-    given, count, step = fixed
-    place, failed = (cgutils.gep_inbounds(inner, shared, 0, i) for i in (3, 4))
+    *fixed, place, failed = (cgutils.gep_inbounds(inner, shared, 0, i) for i in range(5))
+    given, count, step = (inner.load(each) for each in fixed)
     loop, work, done = (function.append_basic_block(name) for name in ("loop", "work", "done"))
     inner.branch(loop)
     inner.position_at_end(loop)

@@ -21,20 +21,18 @@ from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.passes import (
     NOISE_COST,
     SCRATCH,
-    Kind,
-    Plan,
     sum_part,
     sum_units,
     write_part,
     write_units,
 )
-from aadp_kernels._cpu.pieces import Frame, frame_of, table
+from aadp_kernels._cpu.pieces import Frame, frame_of
+from aadp_kernels._cpu.plan import Kind, Plan
 from aadp_kernels._torch.privatize import ClipStats, Precision
 from aadp_kernels.layout import Layout
 
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)
-_NOBODY = np.empty((0, 0))
 
 # Planes of the tables of a `Cells`.
 NORM1, VOTES, FACTOR = range(3)
@@ -65,10 +63,10 @@ class Cells(NamedTuple):
     def build(
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
     ) -> Cells:
-        """Nothing decided yet; `clip` and `votes_at` are [K, L] or [L], `dtypes` that or [1, L]."""
-        limit, levels = table(clip), _NOBODY if votes_at is None else table(votes_at)
-        numbers, flags = np.empty((3, *limit.shape)), np.empty((2, *limit.shape), np.int64)
-        eps, smallest = (each.numpy() for each in dtypes)
+        """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [1, L]."""
+        eps, smallest, limit = (each.contiguous().numpy() for each in (*dtypes, clip))
+        levels = np.empty((0, 0)) if votes_at is None else votes_at.contiguous().numpy()
+        numbers, flags = np.empty((3, *clip.shape)), np.empty((2, *clip.shape), np.int64)
         return cls(frame_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
 
     def stats(self) -> ClipStats:

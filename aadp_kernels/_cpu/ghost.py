@@ -139,13 +139,13 @@ def _scale_clients(
     a, g, scaled, total, mask, dtype, clients, batch, features, out, weight, bias, p, clip,
     votes_at, largest, shrink, counts,
 ):  # fmt: skip
-    """`_scale_rows` of all clients; clip and votes_at are [K], counts [K, 3]."""
+    """`_scale_rows` of all clients, with a mask; clip and votes_at are [K], counts [K, 3]."""
     clean, each = True, batch * bytes_of(dtype)
     for k in range(clients):
         found = _scale_rows(
             a + k * each * features, g + k * each * out, scaled + k * each * out,
-            total + k * out * bytes_of(dtype), mask + k * batch if mask != 0 else 0, dtype, batch,
-            features, out, weight, bias, p, clip[k], votes_at[k], largest, shrink, 1, 0,
+            total + k * out * bytes_of(dtype), mask + k * batch, dtype, batch, features, out,
+            weight, bias, p, clip[k], votes_at[k], largest, shrink, 1, 0,
         )  # fmt: skip
         clean = clean and found[0]
         counts[k, 0], counts[k, 1], counts[k, 2] = found[1], found[2], found[3]
@@ -278,7 +278,5 @@ def scale_alone(
 
 def array_of(x: Tensor) -> np.ndarray:
     """A small tensor as the one kind of array that kernels are compiled for, never 0-d."""
-    if x.dim() == 0:
-        return np.array([float(x)])
     array = np.ascontiguousarray(x.detach().numpy())
     return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

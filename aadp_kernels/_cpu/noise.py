@@ -11,8 +11,9 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.passes import Plan, write
+from aadp_kernels._cpu.passes import write
 from aadp_kernels._cpu.pieces import Frame, Pieces
+from aadp_kernels._cpu.plan import Plan
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import TILE
 from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment

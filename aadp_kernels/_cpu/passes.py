@@ -6,8 +6,7 @@ size, so that any thread may take any range of units and the result does not cha
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
@@ -27,10 +26,9 @@ from aadp_kernels._cpu.pieces import (
     VALUE_BYTES,
     Pieces,
 )
-from aadp_kernels._cpu.rng import WORDS, first_words, rounds_of
+from aadp_kernels._cpu.plan import Plan
+from aadp_kernels._cpu.rng import WORDS
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
-from aadp_kernels._torch.privatize import Noise
 
 # In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
 # of a product, and a scale is never below its float64 value. Smaller factors would underflow.
@@ -357,56 +355,6 @@ def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
         add_records(pieces.table, bounds, units, live, factor, scratch, begin, end)
 
     spread(work, int(units[-1]), elements=len(live) * pieces.frame.elements)
-
-
-class Kind(NamedTuple):
-    """What is the same for all releases of one kind.
-
-    Attributes:
-        layer_words: int64 [L], the word of the address that names layer and domain.
-        rounds: Of the generator.
-        blocks: Of the generator, a tile.
-        fast: Whether the noise is of the fast form.
-        gaussian: Whether it is Gaussian.
-    """
-
-    layer_words: np.ndarray
-    rounds: int
-    blocks: int
-    fast: bool
-    gaussian: bool
-
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def of(rng: str, mechanism: str, form: str, first: int, layers: int) -> Kind:
-        """For `layers` layers, of which the first has the number `first`."""
-        fast = form == "fast"
-        domain = DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS
-        words = np.arange(first, first + layers) + domain
-        return Kind(words, *rounds_of(rng), fast, mechanism == "gaussian")
-
-
-class Plan(NamedTuple):
-    """What `write_units` writes beside the clipped values.
-
-    Attributes:
-        scale: float64 [K, L] noise scales.
-        clients: int64 [K] ids.
-        state: See `Generator`.
-        kind: Of all layers.
-    """
-
-    scale: np.ndarray
-    clients: np.ndarray
-    state: np.ndarray
-    kind: Kind
-
-    @classmethod
-    def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> Plan:
-        """For L layers from `first` on; `scale` is [K, L]."""
-        kind = Kind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
-        words = first_words(noise.rng, noise.key_words, int(noise.step))
-        return cls(scale, noise.clients.numpy(), np.array(words, np.uint32), kind)
 
 
 def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:

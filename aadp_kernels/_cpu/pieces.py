@@ -118,12 +118,6 @@ def _extents(layout: Layout) -> tuple[tuple[int, int, int], ...]:
     return tuple((layout.offsets[i], layout.sizes[i], i) for i in layout.order)
 
 
-def table(values: Tensor) -> np.ndarray:
-    """Values a layer, [K, L] or [L] of one row, as [K, L]."""
-    array = values.contiguous().numpy()
-    return array.reshape(1, -1) if array.ndim == 1 else array
-
-
 def native(tensor: Tensor) -> Tensor:
     """Contiguous float32 or float64 of the same values; the tensor itself where it is that."""
     if tensor.dtype not in NATIVE:

@@ -17,8 +17,9 @@ from torch import Tensor
 from aadp_kernels._cpu import grid
 from aadp_kernels._cpu.clip import FACTOR, Job
 from aadp_kernels._cpu.clip import privatize as run
-from aadp_kernels._cpu.passes import Kind, layer_sums
+from aadp_kernels._cpu.passes import layer_sums
 from aadp_kernels._cpu.pieces import Pieces, address, deliver, frame_of, native, rows_of, target
+from aadp_kernels._cpu.plan import Kind
 from aadp_kernels._cpu.rng import first_words
 from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout

@@ -241,6 +241,7 @@ def first_words(rng: str, key: Sequence[int], step: int) -> list[int]:
         words += *_CHACHA, *key
     else:
         a, b = key
+        # Keys of ten rounds; philox7 leaves some.
         for r in range(10):
             words += (a + r * _WEYL[0]) & 0xFFFFFFFF, (b + r * _WEYL[1]) & 0xFFFFFFFF
     return words + [0] * (24 - len(words))

@@ -277,7 +277,7 @@ LINEAR_ROWS = group(
     ("clip doubled", "return clip * (1 - 1e-12) / inflated", "return 2 * clip * (1 - 1e-12) / inflated"),
     ("records of the first client", "a + k * each * features, g + k * each * out", "a, g"),
     ("clip norm of the first client", "clip[k], votes_at[k], largest", "clip[0], votes_at[k], largest"),
-    ("mask of the first client", "mask + k * batch if mask != 0 else 0", "mask"),
+    ("mask of the first client", "mask + k * batch, dtype", "mask, dtype"),
     ("rounding of the scaled gradient not covered", "factor *= shrink", "factor *= 1.0"),
     ("padding counts", "    if not live:\n", "    if not live and clip < 0:\n"),
 )  # fmt: skip
