@@ -2,7 +2,7 @@
 
 from aadp_kernels._reuse import ReusedNoiseError
 from aadp_kernels.clip_sum import clip_sum_noise
-from aadp_kernels.clipping import Bias, UnsupportedLayerError, check_single_use, with_clipping
+from aadp_kernels.clipping import Bias, ClippingLayer, UnsupportedLayerError, with_clipping
 from aadp_kernels.ghost import (
     clipped_bias,
     clipped_conv1d,
@@ -25,16 +25,20 @@ from aadp_kernels.noise import (
 )
 from aadp_kernels.privatize import ClipStats, layer_norms, privatize_
 from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
+from aadp_kernels.single_use import check_single_use
+from aadp_kernels.watched import WatchedForward
 
 __all__ = [
     "FORMS",
     "MECHANISMS",
     "Bias",
     "ClipStats",
+    "ClippingLayer",
     "Layout",
     "NoiseKey",
     "ReusedNoiseError",
     "UnsupportedLayerError",
+    "WatchedForward",
     "check_single_use",
     "clip_sum_noise",
     "clipped_bias",

@@ -1,11 +1,10 @@
-"""Clip-in-backward modules: a model whose layers clip, and the check that each is used once."""
+"""Clip-in-backward modules: a model whose layers clip."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves, tree_map
 
 from aadp_kernels import _validate, ghost
 
@@ -51,14 +49,35 @@ class _Clipping(TypedDict):
     p: int
 
 
-class _ClippingMixin(nn.Module):
-    """Buffers of a layer that clips in backward; a caller replaces them with functional_call."""
+class LayerWatch(Protocol):
+    """Sees every call of the layers that it is installed in and hands them their parameters."""
+
+    def enter(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias (None where there is none) for one call of a layer.
+
+        Args:
+            layer: the layer that is called.
+            x: its input, whose first axis must be the records.
+
+        Raises:
+            UnsupportedLayerError: The call would not be bounded by the clip norm.
+        """
+        ...
+
+
+class ClippingLayer(nn.Module):
+    """What all layers that clip in backward have.
+
+    A caller replaces the buffers with `torch.func.functional_call`. `watch` is None or sees every
+    call of the layer; copies and pickles of a layer are not watched.
+    """
 
     clip_norm: Tensor
     votes_at: Tensor
     mask: Tensor
     probe: Tensor
     norm_p: int
+    watch: LayerWatch | None = None
 
     def add_clipping(self, p: int) -> None:
         """Register the buffers: no clipping, no votes and no padding until they are replaced."""
@@ -84,61 +103,80 @@ class _ClippingMixin(nn.Module):
             "p": self.norm_p,
         }
 
+    def taken(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias for a call with input x, by the watch if there is one."""
+        watch: LayerWatch | None = self.__dict__.get("watch")
+        if watch is not None:
+            return watch.enter(self, x)
+        own: Any = self._parameters
+        return own.get("weight"), own.get("bias")
 
-class _Linear(nn.Linear, _ClippingMixin):
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "watch"}
+
+
+class _Linear(nn.Linear, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        return ghost.clipped_linear(input, self.weight, self.bias, **self.clipping())
+        weight, bias = self.taken(input)
+        assert weight is not None
+        return ghost.clipped_linear(input, weight, bias, **self.clipping())
 
 
 def _conv(function: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
     """A convolution; what it cannot pad by itself is padded first."""
+    weight, bias = layer.taken(x)
     padding = layer.padding
     if isinstance(padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = 0
     return function(
-        x, layer.weight, layer.bias, stride=layer.stride, padding=padding,
+        x, weight, bias, stride=layer.stride, padding=padding,
         dilation=layer.dilation, groups=layer.groups, **layer.clipping(),
     )  # fmt: skip
 
 
-class _Conv1d(nn.Conv1d, _ClippingMixin):
+class _Conv1d(nn.Conv1d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         return _conv(ghost.clipped_conv1d, self, input)
 
 
-class _Conv2d(nn.Conv2d, _ClippingMixin):
+class _Conv2d(nn.Conv2d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         return _conv(ghost.clipped_conv2d, self, input)
 
 
-class _Embedding(nn.Embedding, _ClippingMixin):
+class _Embedding(nn.Embedding, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
+        weight, _ = self.taken(input)
+        assert weight is not None
         return ghost.clipped_embedding(
-            input, self.weight, padding_idx=self.padding_idx, **self.clipping()
+            input, weight, padding_idx=self.padding_idx, **self.clipping()
         )
 
 
-class _LayerNorm(nn.LayerNorm, _ClippingMixin):
+class _LayerNorm(nn.LayerNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.taken(input)
         return ghost.clipped_layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, eps=self.eps, **self.clipping()
+            input, self.normalized_shape, weight, bias, eps=self.eps, **self.clipping()
         )
 
 
-class _RMSNorm(nn.RMSNorm, _ClippingMixin):
+class _RMSNorm(nn.RMSNorm, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
+        weight, _ = self.taken(x)
+        assert weight is not None
         return ghost.clipped_rms_norm(
-            x, self.normalized_shape, self.weight, eps=self.eps, **self.clipping()
+            x, self.normalized_shape, weight, eps=self.eps, **self.clipping()
         )
 
 
-class _GroupNorm(nn.GroupNorm, _ClippingMixin):
+class _GroupNorm(nn.GroupNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.taken(input)
         return ghost.clipped_group_norm(
-            input, self.num_groups, self.weight, self.bias, eps=self.eps, **self.clipping()
+            input, self.num_groups, weight, bias, eps=self.eps, **self.clipping()
         )
 
 
@@ -147,24 +185,27 @@ def _instance_norm(layer: Any, x: Tensor) -> Tensor:
     if x.dim() == layer._get_no_batch_dim():
         raise ValueError(f"x must be [B, channels, ...], got shape {tuple(x.shape)}")
     layer._check_input_dim(x)
+    weight, bias = layer.taken(x)
     return ghost.clipped_group_norm(
-        x, layer.num_features, layer.weight, layer.bias, eps=layer.eps, **layer.clipping()
+        x, layer.num_features, weight, bias, eps=layer.eps, **layer.clipping()
     )
 
 
-class _InstanceNorm1d(nn.InstanceNorm1d, _ClippingMixin):
+class _InstanceNorm1d(nn.InstanceNorm1d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         return _instance_norm(self, input)
 
 
-class _InstanceNorm2d(nn.InstanceNorm2d, _ClippingMixin):
+class _InstanceNorm2d(nn.InstanceNorm2d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         return _instance_norm(self, input)
 
 
-class _Bias(Bias, _ClippingMixin):
+class _Bias(Bias, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
-        return ghost.clipped_bias(x, self.bias, **self.clipping())
+        _, bias = self.taken(x)
+        assert bias is not None
+        return ghost.clipped_bias(x, bias, **self.clipping())
 
 
 _CLIPPED: dict[type[nn.Module], type[nn.Module]] = {
@@ -209,7 +250,7 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
     Guarantees:
         The forward is the model's own (instance normalisation: to rounding). Layers used twice in
         a forward and parameters used outside of their layer are not seen here: see
-        `check_single_use`.
+        `WatchedForward` and `check_single_use`.
 
     Edge cases:
         A model that is itself one of the layers: the buffers have no prefix. A normalisation
@@ -223,7 +264,7 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         if kind is not None and any(True for _ in module.parameters(recurse=False)):
             # Changing the class keeps parameters, hooks and the place in the parent as they are.
             module.__class__ = kind
-            assert isinstance(module, _ClippingMixin)
+            assert isinstance(module, ClippingLayer)
             module.add_clipping(p)
     return model
 
@@ -275,95 +316,3 @@ def _foreign(module: nn.Module, key: str) -> str:
         f"has the parameter {key!r} itself; only weights and biases of {known} can be clipped "
         "(a positional embedding x + parameter can be an aadp_kernels.Bias)"
     )
-
-
-def check_single_use(model: nn.Module, *example: Any) -> None:
-    """Raise unless every parameter is used once in a forward, by its own layer, on the records.
-
-    Uses of a layer would be clipped one by one, and a record could contribute twice the clip norm;
-    a parameter used outside of its layer would not be clipped at all. A layer whose first axis is
-    not the records, but positions or positions of records, would clip each of those by itself.
-
-    Args:
-        model: The result of `with_clipping`.
-        *example: A batch [B, ...] of the model's inputs; its values do not matter.
-
-    Raises:
-        UnsupportedLayerError: Names the layer and the number of calls or of rows, or the parameter.
-
-    Guarantees:
-        Leaves the model and the global random state as they were.
-
-    Edge cases:
-        Only the path that the example takes through the model is seen.
-    """
-    first = next((t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()), None)
-    records = -1 if first is None else len(first)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # One record, then two: no other axis has both lengths.
-    for count in (1, 2):
-        some = tree_map(partial(_records, records=records, count=count), example)
-        output, calls = _calls(model, some)
-        for name, rows in calls.items():
-            label = name or "<model>"
-            if len(rows) > 1:
-                raise UnsupportedLayerError(f"{label} is used {len(rows)} times in one forward")
-            if rows != [count]:
-                raise UnsupportedLayerError(
-                    f"{label} gets {rows[0]} rows for {count} record(s): the first axis of what it "
-                    "gets must be the records"
-                )
-        for user, parameter in _uses(output):
-            if not user.endswith("ClippedLayerBackward") and id(parameter) in names:
-                raise UnsupportedLayerError(
-                    f"the parameter {names[id(parameter)]!r} is used outside of its layer, by "
-                    f"{user}"
-                )
-
-
-def _calls(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, dict[str, list[int]]]:
-    """Outputs, and the length of the first axis in every call of each layer that clips."""
-    rows: dict[str, list[int]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        return lambda _, args, kwargs: rows.setdefault(name, []).append(
-            len((*args, *kwargs.values())[0])
-        )
-
-    handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, _ClippingMixin)
-    ]
-    try:
-        with torch.enable_grad(), torch.random.fork_rng():
-            return model(*example), rows
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _records(value: Any, records: int, count: int) -> Any:
-    """The first `count` records of what holds `records` of them, again from the start if few."""
-    if not (isinstance(value, Tensor) and value.dim() and len(value) == records):
-        return value
-    if not records:
-        return value.new_zeros((count, *value.shape[1:]))
-    return value[[i % records for i in range(count)]]
-
-
-def _uses(output: object) -> Iterator[tuple[str, Tensor]]:
-    """(name of the operation, leaf tensor) of every use of a leaf in the graph of an output."""
-    nodes = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor)]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for parent, _ in node.next_functions:
-            leaf = getattr(parent, "variable", None)
-            if leaf is None:
-                nodes.append(parent)
-            else:
-                yield node.name(), leaf

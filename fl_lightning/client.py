@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from aadp_kernels import NoiseKey, poisson_mask
+from aadp_kernels import NoiseKey, WatchedForward, poisson_mask
 from fl_lightning.convolutions import CohortConvolutions
 from fl_lightning.recording import Recorded, can_record
 from fl_lightning.types import Params
@@ -129,6 +129,7 @@ class CohortGradient:
         vectorize: one vmap over the clients, or a loop over them.
         max_examples: records × clients computed at once; more go into micro-batches.
         mask_names: buffers of the network that are to hold the batch's mask.
+        watch: hands the parameters to the network's layers; None: they are put into the network.
         record: whether the vmapped computation may be recorded and replayed, where it is a function
             of parameters and records alone.
     """
@@ -141,6 +142,7 @@ class CohortGradient:
         vectorize: bool,
         max_examples: int = 2**62,
         mask_names: tuple[str, ...] = (),
+        watch: WatchedForward | None = None,
         record: bool = False,
     ) -> None:
         self.network = network
@@ -148,6 +150,7 @@ class CohortGradient:
         self.vectorize = vectorize
         self.max_examples = max_examples
         self.mask_names = mask_names
+        self.watch = watch
         self._recorded: dict[tuple[bool, tuple[str, ...]], Recorded] | None = None
         if record and vectorize and can_record(network, loss):
             self._recorded = {}
@@ -196,7 +199,13 @@ class CohortGradient:
         mask: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        losses = self.loss(functional_call(self.network, {**params, **probes, **fixed}, (x,)), y)
+        buffers = {**probes, **fixed}
+        if self.watch is None:
+            outputs = functional_call(self.network, {**params, **buffers}, (x,))
+        else:
+            with self.watch.forward(params, len(x)):
+                outputs = functional_call(self.network, buffers, (x,), tie_weights=False)
+        losses = self.loss(outputs, y)
         total = torch.where(mask > 0, losses, 0.0).sum()
         return total if weight is None else total * weight
 

@@ -88,8 +88,10 @@ class _PlainClippedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, rule, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The ordinary layer."""
-        ctx.save_for_backward(x, weight, bias, clip, mask, votes_at, probe)
-        ctx.how = rule, p
+        ctx.save_for_backward(x, weight, bias, probe)
+        # Not saved as what a checkpointed forward computes again: a caller who gave them for one
+        # forward has taken them back by then, and the layer's own mean no clipping.
+        ctx.how = rule, p, clip, mask, votes_at
         return rule.forward(x, weight, bias)
 
     @staticmethod
@@ -104,7 +106,9 @@ class _PlainClippedLayer(torch.autograd.Function):
 
 def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Results of `_PlainClippedLayer.backward`; a linear layer has a short way."""
-    saved, needs, (rule, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.how
+    (x, weight, bias, probe), needs = ctx.saved_tensors, ctx.needs_input_grad
+    rule, p, *given = ctx.how
+    saved = (x, weight, bias, *given, probe)
     if isinstance(rule, Linear) and not in_functorch():
         results = rule.alone(saved, grad, needs, p)
         if results is not None:

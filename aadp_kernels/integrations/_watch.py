@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from aadp_kernels.clipping import UnsupportedLayerError, check_single_use
+from aadp_kernels.clipping import UnsupportedLayerError
+from aadp_kernels.single_use import check_single_use
 
 
 class Watch:

@@ -7,6 +7,7 @@ floating point needs, are made of per-sample gradients.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from aadp_kernels import (
     Layout,
     UnsupportedLayerError,
-    check_single_use,
+    WatchedForward,
     clip_sum_noise,
     layer_norms,
     with_clipping,
@@ -27,11 +28,12 @@ from fl_lightning.privacy.flat import (
     ClippedSums,
     clip_factors,
     count_layers,
-    dense_layers,
     flat_sums,
     layer_units,
 )
 from fl_lightning.types import LayerPolicy, Params
+
+_LOG = logging.getLogger("pytorch_lightning")
 
 
 def clipped_sums(
@@ -64,44 +66,67 @@ def clipped_sums(
     Raises:
         ValueError: `automatic` for a network with other layers.
     """
-    if clipping != "layer" and grid is None:
-        if dense_layers(network, layout, example) is not None:
-            return flat_sums(
-                network, loss, layout, p=p, clipping=clipping, mechanism=mechanism,
-                automatic=automatic,
+
+    def by_records(vectorize: bool) -> ClippedSums:
+        if clipping == "joint":
+            return joint_sample_sums(
+                network, loss, layout, p=p, mechanism=mechanism, vectorize=vectorize,
+                max_examples=max_examples,
             )  # fmt: skip
-        if automatic:
-            raise ValueError(
-                "clip_function='automatic': the network must be of Linear layers, a vector a record"
-            )
-    if clipping == "joint":
-        return joint_sample_sums(
-            network, loss, layout, p=p, mechanism=mechanism, vectorize=vectorize,
-            max_examples=max_examples,
-        )  # fmt: skip
-    if grid is not None:
-        logging.getLogger("pytorch_lightning").info(
-            "noise_form=grid: every record's gradient is computed by itself, since sums in "
-            "floating point cannot be proven; this is slower than clipping in backward"
-        )
         return per_sample_sums(
             network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples, grid=grid
         )
-    try:
-        if clipping == "flat":
-            raise UnsupportedLayerError("one norm over all layers")
-        if any("." not in name for name in layout.names):
-            raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
-        clipped = with_clipping(network, p=p)
-        check_single_use(clipped, example)
-    except UnsupportedLayerError:
-        return per_sample_sums(
-            network, loss, layout, p=p, vectorize=vectorize, max_examples=max_examples
+
+    if grid is not None:
+        _LOG.info(
+            "noise_form=grid: every record's gradient is computed by itself, since sums in "
+            "floating point cannot be proven; this is slower than clipping in backward"
         )
-    clipped.to(example.device)
-    return clip_in_backward_sums(
-        clipped, loss, layout, vectorize=vectorize, max_examples=max_examples
-    )
+        return by_records(vectorize)
+    try:
+        if clipping == "layer":
+            one_pass = clip_in_backward_sums(
+                network, loss, layout, p=p, example=example, vectorize=vectorize,
+                max_examples=max_examples,
+            )  # fmt: skip
+        else:
+            one_pass = flat_sums(
+                network, loss, layout, p=p, example=example, clipping=clipping,
+                mechanism=mechanism, automatic=automatic,
+            )  # fmt: skip
+    except UnsupportedLayerError as error:
+        if automatic:
+            raise ValueError(
+                "clip_function='automatic': the network must be of Linear layers, a vector a "
+                f"record ({error})"
+            ) from error
+        return by_records(vectorize)
+    return one_pass if automatic else _or_by_records(one_pass, by_records(vectorize=False))
+
+
+def _or_by_records(one_pass: ClippedSums, by_records: ClippedSums) -> ClippedSums:
+    """`one_pass`, and `by_records` for every batch whose forward it refuses.
+
+    What a batch is computed by is a function of the batch: a repeated round gives the same bits.
+    Per-sample gradients go record by record, since a forward that changes its ways seldom maps.
+    """
+    said: list[str] = []
+
+    @functools.wraps(one_pass)
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        try:
+            return one_pass(params, shared, batch, policy)
+        except UnsupportedLayerError as error:
+            if not said:
+                said.append(str(error))
+                _LOG.info(
+                    f"some batches are clipped by per-sample gradients, which is slower: {error}"
+                )
+        return by_records(params, shared, batch, policy)
+
+    return run
 
 
 def round_down(clip_norm: Tensor) -> Tensor:
@@ -112,16 +137,32 @@ def round_down(clip_norm: Tensor) -> Tensor:
 
 
 def clip_in_backward_sums(
-    clipped: nn.Module, loss: Loss, layout: Layout, *, vectorize: bool, max_examples: int
+    network: nn.Module,
+    loss: Loss,
+    layout: Layout,
+    *,
+    p: int,
+    example: Tensor,
+    vectorize: bool,
+    max_examples: int,
 ) -> ClippedSums:
     """Sums of clipped gradients from one backward pass; no per-sample gradient is kept.
 
     Args:
-        clipped: result of `aadp_kernels.with_clipping`.
-        loss: loss of each record.
-        layout: layers, named like the modules.
+        network, loss, layout: what is trained; layers are named like the modules.
+        p: norm of the clipping.
+        example: some records.
         vectorize, max_examples: see `CohortGradient`.
+
+    Raises:
+        UnsupportedLayerError: now, if the network or the path that the example takes through it
+            cannot be clipped so; in any later call, if that of a batch cannot.
     """
+    if any("." not in name for name in layout.names):
+        raise UnsupportedLayerError("the network is one layer, which cannot carry buffers")
+    clipped = with_clipping(network, p=p).to(example.device)
+    watch = WatchedForward(clipped)
+    watch.check(example)
     layers = layout.layer_names
     gradient = CohortGradient(
         clipped,
@@ -129,6 +170,7 @@ def clip_in_backward_sums(
         vectorize=vectorize,
         max_examples=max_examples,
         mask_names=tuple(f"{name}.mask" for name in layers),
+        watch=watch,
     )
 
     def run(

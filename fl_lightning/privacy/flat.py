@@ -12,14 +12,15 @@ forward and one backward pass give both; no per-record gradient is held.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 
-from aadp_kernels import Layout, UnsupportedLayerError, check_single_use, with_clipping
+from aadp_kernels import ClippingLayer, Layout, UnsupportedLayerError, WatchedForward
 from fl_lightning.client import Batch, Loss
 from fl_lightning.types import LayerPolicy, Params
 
@@ -32,41 +33,52 @@ AUTOMATIC_GAMMA = 0.01
 _DOWN = 1 - 1e-6
 
 
+class _KeptLinear(nn.Linear, ClippingLayer):
+    """A dense layer that keeps what came in and where the gradient of what went out arrives."""
+
+    kept: tuple[Tensor, GradientEdge] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.taken(input)
+        if input.dim() != 2:
+            raise UnsupportedLayerError(
+                f"a dense layer gets shape {tuple(input.shape)}, not one vector a record"
+            )
+        assert weight is not None
+        output = nn.functional.linear(input, weight, bias)
+        if output.requires_grad:
+            # Not the tensor: an activation in place would make it its own output.
+            self.__dict__["kept"] = input.detach(), get_gradient_edge(output)
+        return output
+
+
 def dense_layers(
     network: nn.Module, layout: Layout, example: Tensor
-) -> dict[str, nn.Linear] | None:
-    """The Linear layers that hold all parameters, by name; None if something else does.
-
-    Each must be applied once, to one vector a record, and its parameters nowhere else.
+) -> tuple[WatchedForward, dict[str, _KeptLinear]]:
+    """A copy of a network whose Linear layers hold all its parameters, and these layers by name.
 
     Args:
         network: the model.
         layout: its trained parameters.
         example: some records.
+
+    Raises:
+        UnsupportedLayerError: other layers have parameters, or one is not applied once, to one
+            vector a record, or a parameter is used elsewhere.
     """
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    held = {f"{n}.{p}" for n, m in layers.items() for p, _ in m.named_parameters()}
+    linear = [n for n, m in network.named_modules() if type(m) is nn.Linear]
+    held = {f"{n}.{p}" for n in linear for p, _ in network.get_submodule(n).named_parameters()}
     if set(layout.names) != held:
-        return None
-    try:
-        check_single_use(with_clipping(network, p=2), example)
-    except UnsupportedLayerError:
-        return None
-    dims: list[int] = []
-    handles = [
-        m.register_forward_hook(
-            lambda _, args, kwargs, __: dims.append((*args, *kwargs.values())[0].dim()),
-            with_kwargs=True,
-        )
-        for m in layers.values()
-    ]
-    try:
-        with torch.no_grad():
-            network(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return layers if set(dims) == {2} else None
+        raise UnsupportedLayerError("not all trained parameters are those of Linear layers")
+    copied = copy.deepcopy(network)
+    layers: dict[str, _KeptLinear] = {}
+    for name in linear:
+        module: Any = copied.get_submodule(name)
+        module.__class__ = _KeptLinear
+        layers[name] = module
+    watch = WatchedForward(copied.to(example.device))
+    watch.check(example)
+    return watch, layers
 
 
 def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
@@ -98,6 +110,7 @@ def flat_sums(
     layout: Layout,
     *,
     p: int,
+    example: Tensor,
     clipping: str = "flat",
     mechanism: str = "gaussian",
     automatic: bool = False,
@@ -105,10 +118,11 @@ def flat_sums(
     """Sums over records of g·min(1, 1/N(g)), N the norm over all layers of the clipping.
 
     Args:
-        network: all of its parameters in `dense_layers`.
+        network: all of its parameters are those of `dense_layers`.
         loss: loss of each record.
         layout: one layer for flat, the network's for joint clipping.
         p: norm of a layer, 1 or 2.
+        example: some records.
         clipping: "flat" or "joint".
         mechanism: whose noise joint clipping is for.
         automatic: g·C/(‖g‖+γ) instead (Bu et al. 2022, arXiv:2206.07136), for flat clipping.
@@ -116,8 +130,12 @@ def flat_sums(
     Guarantees:
         Every record's part has norm N at most 1 in real arithmetic, given its rounded factors. A
         record whose norm is not finite contributes zero and counts as such.
+
+    Raises:
+        UnsupportedLayerError: see `dense_layers`; also in any later call, for a batch that takes
+            another path through the network.
     """
-    linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    watch, linear = dense_layers(network, layout, example)
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
     row = [layout.layer_of[layout.names.index(f"{n}.weight")] for n in linear]
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
@@ -125,7 +143,7 @@ def flat_sums(
     def client(
         params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
     ) -> tuple[Params, Tensor]:
-        inputs, outputs = _pass(network, linear, loss, params, x, y, mask)
+        inputs, outputs = _pass(watch, linear, loss, params, x, y, mask)
         sizes = torch.zeros(layout.num_layers, len(x), dtype=torch.float64, device=x.device)
         l1 = torch.zeros_like(sizes)
         for at, (name, module) in zip(row, linear.items(), strict=True):
@@ -146,7 +164,8 @@ def flat_sums(
         strange = None if bool(finite.all()) else ~finite[:, None]
         for name, module in linear.items():
             if name not in outputs:
-                sums |= {f"{name}.{p}": torch.zeros_like(v) for p, v in module.named_parameters()}
+                own = [n for n in params if n.rpartition(".")[0] == name]
+                sums |= {n: torch.zeros_like(params[n]) for n in own}
                 continue
             a, g = inputs[name], outputs[name]
             if strange is not None:
@@ -192,8 +211,8 @@ def count_layers(
 
 
 def _pass(
-    network: nn.Module,
-    linear: dict[str, nn.Linear],
+    watch: WatchedForward,
+    linear: dict[str, _KeptLinear],
     loss: Loss,
     params: Params,
     x: Tensor,
@@ -204,31 +223,22 @@ def _pass(
 
     Layers that the loss does not depend on are left out.
     """
-    inputs: Params = {}
-    made: dict[str, GradientEdge] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Params, Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Params, output: Tensor) -> None:
-            inputs[name] = (*args, *kwargs.values())[0].detach()
-            # Not the tensor: an activation in place would make it its own output.
-            made[name] = get_gradient_edge(output)
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name), with_kwargs=True, prepend=True)
-        for name, module in linear.items()
-    ]
     try:
         with torch.enable_grad():
             leaves = {n: v.requires_grad_() for n, v in params.items()}
-            losses = loss(functional_call(network, leaves, (x,)), y)
-            total = torch.where(mask > 0, losses, 0.0).sum()
-            gradients = torch.autograd.grad(total, list(made.values()), allow_unused=True)
+            with watch.forward(leaves, len(x)):
+                outputs = watch.model(x)
+            total = torch.where(mask > 0, loss(outputs, y), 0.0).sum()
+            kept = {name: layer.kept for name, layer in linear.items() if layer.kept is not None}
+            edges = [edge for _, edge in kept.values()]
+            if not edges or not total.requires_grad:
+                return {}, {}
+            gradients = torch.autograd.grad(total, edges, allow_unused=True)
     finally:
-        for handle in handles:
-            handle.remove()
-    found = zip(made, gradients, strict=True)
+        for layer in linear.values():
+            layer.__dict__.pop("kept", None)
+    found = zip(kept, gradients, strict=True)
+    inputs = {name: given for name, (given, _) in kept.items()}
     return inputs, {name: gradient for name, gradient in found if gradient is not None}
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 from aadp_kernels import (
     Bias,
@@ -297,3 +298,28 @@ def test_bad_arguments():
     for shape in ((2, 3), (4,)):
         with pytest.raises(ValueError, match="broadcast"):
             clipped_bias(torch.zeros(5, 3), torch.zeros(shape), clip=one)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_checkpointed_forward_keeps_the_clip_norm_it_was_given(batch):
+    """What is computed again in backward finds the buffers as they are outside functional_call."""
+    torch.manual_seed(0)
+    model = with_clipping(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), p=2)
+    first, second = model
+
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return second(checkpoint(first, x, use_reentrant=False))
+
+    given = {
+        f"model.{i}.clip_norm": torch.tensor(0.01) for i in range(2)
+    } | {f"model.{i}.mask": torch.ones(batch) for i in range(2)}  # fmt: skip
+    output = functional_call(Again(), given, (torch.randn(batch, 4),))
+    output.square().sum().backward()
+    for layer in model:
+        joint = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        assert 0 < float(joint.norm()) <= batch * 0.01 * (1 + 1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from aadp_kernels import Layout
+from aadp_kernels import Layout, UnsupportedLayerError
 from fl_lightning.client import Batch
 from fl_lightning.models import CNN
 from fl_lightning.module import cross_entropy
@@ -145,13 +145,14 @@ def test_networks_in_float64(clipping):
 
 def test_networks_that_have_other_layers_are_told_apart():
     network, x = make_network(), torch.zeros(2, 8)
-    found = dense_layers(network, flat_layout(network), x)
-    assert found is not None
+    _, found = dense_layers(network, flat_layout(network), x)
     assert list(found) == ["fc1", "fc2", "fc3"]
-    assert dense_layers(Twice(), flat_layout(Twice()), x) is None
+    with pytest.raises(UnsupportedLayerError, match="fc is used more than once"):
+        dense_layers(Twice(), flat_layout(Twice()), x)
     cnn = CNN(num_classes=3)
     image = torch.zeros(2, 1, 8, 8)
-    assert dense_layers(cnn, flat_layout(cnn), image) is None
+    with pytest.raises(UnsupportedLayerError, match="Linear layers"):
+        dense_layers(cnn, flat_layout(cnn), image)
     options = {"p": 2, "vectorize": True, "max_examples": 9, "example": image, "clipping": "flat"}
     clipped_sums(cnn, cross_entropy, flat_layout(cnn), **options)
     with pytest.raises(ValueError, match="automatic"):

@@ -62,7 +62,7 @@ def test_sums_and_counts_are_those_of_per_sample_gradients(p, shared):
         params = {n: torch.stack([v, 1.5 * v]) for n, v in params.items()}
     # Between the records' norms, so that some are clipped and some are not.
     clip, votes_at = (45.0, 45.0) if p == 1 else (1.8, 45.0)
-    fast = flat_sums(network, cross_entropy, layout, p=p)
+    fast = flat_sums(network, cross_entropy, layout, example=torch.zeros(1, 8), p=p)
     slow = per_sample_sums(network, cross_entropy, layout, p=p, vectorize=True, max_examples=100)
     (sums, counts), (expected, known) = (
         run(params, shared, batch, policy_of(clip, votes_at)) for run in (fast, slow)
@@ -107,7 +107,15 @@ def test_joint_clipping_scales_whole_records_by_the_norm_of_the_noise(mechanism,
     layout = Layout.build(dict(network.named_parameters()))
     policy = joint_policy(mechanism, 1.5 if p == 2 else 25.0, votes_at=9.0)
     if dense:
-        run = flat_sums(network, cross_entropy, layout, p=p, clipping="joint", mechanism=mechanism)
+        run = flat_sums(
+            network,
+            cross_entropy,
+            layout,
+            example=torch.zeros(1, 8),
+            p=p,
+            clipping="joint",
+            mechanism=mechanism,
+        )
     else:
         run = joint_sample_sums(
             network, cross_entropy, layout, p=p, mechanism=mechanism, vectorize=True, max_examples=3
@@ -139,7 +147,15 @@ def test_joint_clipping_holds_every_record_and_what_layers_would_hold(mechanism,
     network, whole = make_network(), some_batch(2, 1)
     whole.mask[:] = 1
     layout = Layout.build(dict(network.named_parameters()))
-    run = flat_sums(network, cross_entropy, layout, p=p, clipping="joint", mechanism=mechanism)
+    run = flat_sums(
+        network,
+        cross_entropy,
+        layout,
+        example=torch.zeros(1, 8),
+        p=p,
+        clipping="joint",
+        mechanism=mechanism,
+    )
     plain = records_of(network, whole, 0)[0]
     norms = by_layer(plain, layout, p)
     for scale in (1e-3, 0.1, 1.0):
@@ -165,7 +181,9 @@ def test_joint_clipping_drops_records_that_are_not_finite(bad, dense):
     layout = Layout.build(dict(network.named_parameters()))
     options = {"p": 2, "mechanism": "gaussian"}
     if dense:
-        run = flat_sums(network, cross_entropy, layout, clipping="joint", **options)
+        run = flat_sums(
+            network, cross_entropy, layout, example=torch.zeros(1, 8), clipping="joint", **options
+        )
     else:
         run = joint_sample_sums(
             network, cross_entropy, layout, vectorize=False, max_examples=4, **options
@@ -217,7 +235,14 @@ def joint_norm(sums: dict, row: int = 0) -> float:
 @pytest.mark.parametrize("automatic", [False, True])
 def test_one_record_counts_for_the_clip_norm_and_not_more(automatic):
     network = make_network()
-    run = flat_sums(network, cross_entropy, flat_layout(network), p=2, automatic=automatic)
+    run = flat_sums(
+        network,
+        cross_entropy,
+        flat_layout(network),
+        example=torch.zeros(1, 8),
+        p=2,
+        automatic=automatic,
+    )
     whole = some_batch(1, 1)
     whole.mask[:] = 1
 
@@ -226,7 +251,7 @@ def test_one_record_counts_for_the_clip_norm_and_not_more(automatic):
         return joint_norm(run(parameters(network), True, batch, policy_of(clip, clients=1))[0])
 
     unclipped = joint_norm(
-        flat_sums(network, cross_entropy, flat_layout(network), p=2)(
+        flat_sums(network, cross_entropy, flat_layout(network), example=torch.zeros(1, 8), p=2)(
             parameters(network), True, whole, policy_of(1e9, clients=1)
         )[0]
     )
@@ -249,7 +274,9 @@ def test_squares_that_float32_has_no_numbers_for_count_in_the_norm(inputs, slope
 
     x, one = torch.full((1, 1, 8), inputs), torch.ones(1, 1)
     batch = Batch(x, one.long(), one, torch.ones(1), torch.ones(1).bool())
-    run = flat_sums(network, loss, flat_layout(network), p=2, automatic=False)
+    run = flat_sums(
+        network, loss, flat_layout(network), example=torch.zeros(1, 8), p=2, automatic=False
+    )
     norm = math.sqrt(24) * inputs * slopes
     for clip, expected in ((norm / 50, norm / 50), (50 * norm, norm)):
         sums, counts = run(parameters(network), True, batch, policy_of(clip, clients=1))
@@ -261,7 +288,7 @@ def test_squares_that_float32_has_no_numbers_for_count_in_the_norm(inputs, slope
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_record_that_is_not_finite_contributes_nothing(bad):
     network, batch = make_network(), some_batch()
-    run = flat_sums(network, cross_entropy, flat_layout(network), p=2)
+    run = flat_sums(network, cross_entropy, flat_layout(network), example=torch.zeros(1, 8), p=2)
     without = Batch(batch.x, batch.y, batch.mask.clone(), batch.divisor, batch.active)
     without.mask[1, 3] = 0
     expected, _ = run(parameters(network), True, without, policy_of(1.0, 12.0))

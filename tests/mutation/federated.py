@@ -180,14 +180,41 @@ RECORDS_ALONE = group(
 )  # fmt: skip
 
 ONE_USE = group(
-    "aadp_kernels/clipping.py",
+    "aadp_kernels/single_use.py",
     "tests/aadp_kernels/test_ghost.py",
     ("rows that are no records accepted", "if rows != [count]:", "if False:"),
     ("two records alone looked at", "for count in (1, 2):", "for count in (2,):"),
     ("layers used twice accepted", "if len(rows) > 1:", "if len(rows) > 9:"),
 )  # fmt: skip
 
+WATCHED = group(
+    "aadp_kernels/watched.py",
+    "tests/aadp_kernels/test_watched.py",
+    ("layers used twice accepted", "elif name in self._called:", "elif False:"),
+    ("calls of an earlier forward counted", "self._called.clear()", "pass"),
+    ("rows that are no records accepted", "if not x.dim() or x.shape[0] != self._records:", "if False:"),
+    ("layers outside of a forward accepted", "if torch._C._current_graph_task_id() == -1:", "if False:"),
+    ("values of guarded parameters readable", "if func not in _METADATA:", "if False:"),
+    ("trained parameters not guarded", "parameter.__class__ = GuardedParameter", "pass"),
+    ("layers read their own parameters", "return given.get(weight, own.get(\"weight\")), given.get(bias, own.get(\"bias\"))", "return own.get(\"weight\"), own.get(\"bias\")"),
+    ("one number of records looked at", "for count in (1, 2):", "for count in (3,):"),
+)  # fmt: skip
+
+WATCHED_CLIPPING = group(
+    "fl_lightning/privacy/clipping.py",
+    "tests/fl_lightning/test_watched_forwards.py",
+    ("refused batches are not computed by records", "return one_pass if automatic else _or_by_records(one_pass, by_records(vectorize=False))", "return one_pass"),
+    ("parameters put into the clipped network", "        watch=watch,\n", ""),
+)  # fmt: skip
+
+CHECKPOINTED = group(
+    "aadp_kernels/_torch/ghost.py",
+    "tests/aadp_kernels/test_ghost_use.py",
+    ("the clip norm is computed again", "ctx.how = rule, p, clip, mask, votes_at", "ctx.how = rule, p, clip * torch.inf, mask, votes_at"),
+)  # fmt: skip
+
 MUTATIONS = [
     *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *ONE_USE,
+    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *ONE_USE, *WATCHED,
+    *WATCHED_CLIPPING, *CHECKPOINTED,
 ]  # fmt: skip
