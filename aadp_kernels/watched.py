@@ -70,6 +70,7 @@ class WatchedForward:
         | a frozen parameter of a layer | the model's own, free to use |
         | a forward that is recomputed in backward (checkpointing) | takes the parameters again |
         | a layer called outside of `forward` | UnsupportedLayerError |
+        | compiled code that uses a layer | UnsupportedLayerError from `check` |
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -142,7 +143,14 @@ class WatchedForward:
         for count in (1, 2):
             some = tree_map(partial(some_records, records=records, count=count), example)
             with torch.random.fork_rng(), self.forward(self.values, count):
-                self.model(*some)
+                try:
+                    self.model(*some)
+                except Exception as error:
+                    if not type(error).__module__.startswith("torch._dynamo"):
+                        raise
+                    raise UnsupportedLayerError(
+                        "compiled code uses a layer, and what it does cannot be watched"
+                    ) from error
 
 
 def some_records(value: Any, records: int, count: int) -> Any:

@@ -174,3 +174,11 @@ def test_frozen_parameters_are_free_and_stay():
     watch = WatchedForward(with_clipping(model, p=2))
     assert "fc.weight" not in watch.values
     run(watch, torch.randn(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_is_refused_by_the_check():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    watch = WatchedForward(with_clipping(torch.compile(model, backend="eager"), p=2))
+    with pytest.raises(UnsupportedLayerError, match="compiled"):
+        watch.check(torch.zeros(3, 4))
