@@ -1,4 +1,4 @@
-"""What a run writes and shows besides its ledger; the only file that knows W&B.
+"""What a run writes and shows round by round, besides its ledger.
 
 Everything under `sim_only` is private and can be seen because a simulation holds all data.
 """
@@ -6,16 +6,11 @@ Everything under `sim_only` is private and can be seen because a simulation hold
 from __future__ import annotations
 
 import csv
-import json
 import math
-import netrc
-import os
-import secrets
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import pytorch_lightning as pl
@@ -24,12 +19,8 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from fl_lightning import plots
 from fl_lightning.client_tables import client_distributions, client_tables, epsilon_name
-from fl_lightning.privacy.statement import privacy_statement
-from fl_lightning.summary import final_table, run_summary
+from fl_lightning.console import quietly, say
 from fl_lightning.types import RoundResult
-
-_RECORDS = ("ledger.jsonl", "ledger.head", "privacy_statement.md", "summary.json")
-_NO_PRIVACY = "# Privacy statement\n\n**No privacy.** Updates were released without noise.\n"
 
 
 class RoundRecorder(pl.Callback):
@@ -164,7 +155,7 @@ class RoundProgress(pl.Callback):
         )
         rounds, done = trainer.max_epochs, trainer.current_epoch
         self._task = self._bar.add_task("", total=rounds, completed=done)
-        self._bar.start()
+        quietly(self._bar.start)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not _this_round(trainer, pl_module):
@@ -172,9 +163,10 @@ class RoundProgress(pl.Callback):
         rounds, done = trainer.max_epochs or 1, trainer.current_epoch + 1
         text = _status(trainer, pl_module)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
+            bar, task = self._bar, self._task
+            quietly(lambda: bar.update(task, completed=done, description=text))
         elif self._shown and (done * 10 // rounds > (done - 1) * 10 // rounds):
-            print(f"round {done}/{rounds}  {text}", flush=True)
+            say(f"round {done}/{rounds}  {text}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop()
@@ -184,80 +176,8 @@ class RoundProgress(pl.Callback):
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            quietly(self._bar.stop)
             self._bar = None
-
-
-def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
-    """Print the final table; write statement, summary and pictures; hand them to W&B and close it.
-
-    Args:
-        trainer: the Trainer, after `test` if there was a test.
-        pl_module: the FederatedModule; its ledger may be closed.
-        seconds: wall-clock time of the run.
-
-    Guarantees:
-        W&B gets named files only: never the secret key, nor anything else of the run folder.
-    """
-    from rich.console import Console
-
-    path, ledger = pl_module.run_path, pl_module.ledger
-    summary = run_summary(trainer, pl_module, seconds)
-    statement = _NO_PRIVACY if ledger is None else privacy_statement(ledger)
-    (path / "privacy_statement.md").write_text(statement)
-    plain = {k: v if _is_json(v) else str(v) for k, v in summary.items()}
-    (path / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
-    pictures = plots.draw_all(path)
-    Console().print(final_table(summary))
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            _hand_over(logger, path, plain, pictures)
-
-
-def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | None:
-    """W&B logger: online where a key is configured, else offline; None under WANDB_MODE=disabled.
-
-    Args:
-        run_path: folder of the run; W&B's id is kept there, so that a resumed run goes on with it.
-        name: shown name of the run.
-    """
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode == "disabled":
-        return None
-    import wandb
-
-    run_path.mkdir(parents=True, exist_ok=True)
-    kept = run_path / "wandb_id"
-    if not kept.exists():
-        kept.write_text(secrets.token_hex(4))
-    options: dict[str, Any] = {} if mode or _has_wandb_key() else {"mode": "offline"}
-    logger = WandbLogger(
-        name=name,
-        save_dir=run_path,
-        project=os.environ.get("WANDB_PROJECT", "aadp-fl"),
-        id=os.environ.get("WANDB_RUN_ID") or kept.read_text().strip(),
-        log_model=False,
-        resume="allow",
-        settings=wandb.Settings(silent=True, console="off"),
-        **options,
-    )
-    # Lightning always passes this option, and W&B warns about it.
-    logger._wandb_init.pop("anonymous", None)
-    return logger
-
-
-def tensorboard_logger(run_path: Path) -> TensorBoardLogger:
-    """TensorBoard's logger, in the run folder.
-
-    Raises:
-        ValueError: the package is missing.
-    """
-    try:
-        return TensorBoardLogger(save_dir=run_path, name="tensorboard", version="")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "tensorboard=true needs a package that is not there: pip install 'aadp-fl[tensorboard]'"
-        ) from error
 
 
 def _for_wandb(pl_module: Any) -> dict[str, Any]:
@@ -268,44 +188,6 @@ def _for_wandb(pl_module: Any) -> dict[str, Any]:
     for name, values in client_distributions(pl_module).items():
         shown[name] = wandb.Histogram(values.tolist())
     return shown
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    home = Path.home()
-    for path in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        try:
-            if path and netrc.netrc(os.fspath(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def _hand_over(
-    logger: WandbLogger, path: Path, summary: dict[str, Any], pictures: Sequence[Path]
-) -> None:
-    import wandb
-
-    run = logger.experiment
-    run.summary.update(summary)
-    for picture in pictures:
-        logger.log_image(f"plots/{picture.stem}", [str(picture)])
-    groups = {
-        "run": [path / name for name in _RECORDS] + sorted(path.glob("config*.yaml")) + [*pictures],
-        "model": [path / "checkpoints" / "last.ckpt"],
-    }
-    for kind, files in groups.items():
-        present = [file for file in files if file.is_file()]
-        if present:
-            artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
-            for file in present:
-                artifact.add_file(str(file), name=file.relative_to(path).as_posix())
-            run.log_artifact(artifact)
-    # Without this, the next run in this process would go on writing into this one.
-    run.finish()
 
 
 def _this_round(trainer: pl.Trainer, pl_module: Any) -> bool:
@@ -334,7 +216,7 @@ def _keep_before(path: Path, columns: Sequence[str], first: int) -> None:
 
 
 def _write_rows(path: Path, start: int, rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("r+", newline="") as file:
+    with path.open("r+", newline="", encoding="utf-8") as file:
         file.seek(start)
         file.truncate()
         csv.writer(file, lineterminator="\n").writerows(rows)
@@ -384,10 +266,6 @@ def _scalars(pl_module: Any) -> dict[str, float]:
             if len(known):
                 scalars[f"{name}/{layer}"] = float(known.mean())
     return scalars
-
-
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _epsilons(pl_module: Any) -> tuple[float, float, float] | None:

@@ -14,12 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor
 
 from fl_lightning._ledger_report import any_nominal, headline, report_clients, show_number
-from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO
+from fl_lightning.console import say
 from fl_lightning.ledger import Ledger, LedgerError
 from fl_lightning.privacy.statement import privacy_statement
 
@@ -37,14 +36,16 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         The folder, with `model.safetensors`, `README.md` and `privacy_statement.md`.
 
     Raises:
-        FileNotFoundError: no checkpoint or configuration there.
+        FileNotFoundError: no checkpoint there.
         LedgerError: the ledger cannot be trusted, is in use by a run, or misses releases that the
             model was made of.
-        ValueError: the checkpoint has no network.
+        ValueError: the checkpoint has no network, is damaged, or does not say what run it is of.
 
     Guarantees:
         Epsilon and delta are recomputed from the ledger. Releases after the checkpoint are
-        included: they left their clients, whatever became of the model.
+        included: they left their clients, whatever became of the model. Network, data and setting
+        are those of the checkpoint, whatever was asked for later. A run always gives the same
+        bytes.
 
     Edge cases:
         | run | card |
@@ -52,48 +53,68 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         | setting `none` | says that there is no privacy; no statement |
         | public seed | calls the run simulated |
         | `abstract` | calls epsilon nominal |
+        | trained from Python | names the network's class, and not its arguments |
+        | no test set, or a stopped run | the test accuracy is "-" |
     """
-    from safetensors.torch import save_file
-
-    run = Path(run)
-    checkpoint, config = _load(run)
+    run = Path(run).expanduser()
+    checkpoint = _load(run)
+    known = checkpoint["aadp_fl"]["run"]
     weights = _network(checkpoint)
     with ExitStack() as stack:
         ledger = None
-        if config["privacy"]["setting"] != "none":
+        if known["setting"] != "none":
             ledger = stack.enter_context(Ledger.open(run))
-            known, needed = len(ledger), checkpoint["aadp_fl"]["releases"]
-            if known < needed:
+            written, needed = len(ledger), checkpoint["aadp_fl"]["releases"]
+            if written < needed:
                 raise LedgerError(
-                    f"{ledger.path} has {known} releases, but the model was made of {needed}: part "
-                    "of the ledger is missing, so nothing can be said of its privacy"
+                    f"{ledger.path} has {written} releases, but the model was made of {needed}: "
+                    "part of the ledger is missing, so nothing can be said of its privacy"
                 )
         statement = None if ledger is None else privacy_statement(ledger)
-        facts = _facts(run, checkpoint, config, ledger)
-    folder = run / "export" if out is None else Path(out)
+        facts = _facts(run, known, ledger)
+    folder = run / "export" if out is None else Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: str(value) for name, value in facts.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **plain})
-    (folder / "README.md").write_text(_card(facts, config, weights))
+    (folder / "model.safetensors").write_bytes(to_safetensors(weights, {"format": "pt", **plain}))
+    card = _card(facts, known["network"], weights)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if statement is not None:
-        (folder / "privacy_statement.md").write_text(statement)
+        (folder / "privacy_statement.md").write_text(statement, encoding="utf-8")
     return folder
 
 
-def _load(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The checkpoint and the configuration that was used last."""
-    configs = sorted(run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
-    for path in (run / CHECKPOINT, configs[-1] if configs else run / "config.yaml"):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: is {run} the folder of a run?")
-    checkpoint = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)
-    return checkpoint, yaml.safe_load(configs[-1].read_text())
+def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A file in the format safetensors: the same bytes for the same arguments.
+
+    The package itself writes several entries of metadata in an order that changes from one call to
+    the next. Here the header is written once more, with them in their own order.
+    """
+    from safetensors.torch import save
+
+    raw = save(dict(weights), dict(metadata))
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header["__metadata__"] = dict(metadata)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + raw[end:]
+
+
+def _load(run: Path) -> dict[str, Any]:
+    """The checkpoint, which says what run it is of."""
+    path = run / CHECKPOINT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: is {run} the folder of a run?")
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, map_location="cpu", weights_only=True)
+    if "run" not in checkpoint.get("aadp_fl", {}):
+        raise ValueError(f"{path} does not say what run it is of: it was saved by another version")
+    return checkpoint
 
 
 def _network(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     weights = {
         name.removeprefix(_PREFIX): value.detach().clone().contiguous()
-        for name, value in checkpoint["state_dict"].items()
+        for name, value in sorted(checkpoint["state_dict"].items())
         if name.startswith(_PREFIX)
     }
     if not weights:
@@ -101,21 +122,19 @@ def _network(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def _facts(
-    run: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], ledger: Ledger | None
-) -> dict[str, Any]:
+def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[str, Any]:
     """What the card and the file's own metadata say, in order."""
     summary = run / "summary.json"
-    found = json.loads(summary.read_text()) if summary.is_file() else {}
-    finished = found.get("rounds") == checkpoint["global_step"]
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    finished = found.get("rounds") == known["rounds"]
     facts: dict[str, Any] = {
-        "network": config["model"]["network"]["class_path"],
-        "data": config["data"]["source"],
-        "clients": config["data"]["num_clients"],
-        "partition": config["data"]["partition"],
-        "rounds": checkpoint["global_step"],
+        "network": known["network"]["class_path"],
+        "data": known["source"],
+        "clients": known["clients"],
+        "partition": known["partition"],
+        "rounds": known["rounds"],
         "test_accuracy": found.get("test_accuracy") if finished else None,
-        "setting": config["privacy"]["setting"],
+        "setting": known["setting"],
     }
     if ledger is None:
         return {**facts, "privacy": "none: updates were released without noise"}
@@ -140,7 +159,7 @@ def _facts(
 
 
 def _card(
-    facts: Mapping[str, Any], config: Mapping[str, Any], weights: Mapping[str, Tensor]
+    facts: Mapping[str, Any], network: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> str:
     """The model card in Markdown."""
     shown = {
@@ -148,8 +167,9 @@ def _card(
         for name, value in facts.items()
     }
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in shown.items())
-    network = config["model"]["network"]
     arguments = ", ".join(f"{k}={v!r}" for k, v in network.get("init_args", {}).items())
+    if "init_args" not in network:
+        arguments = "...  # the arguments that it was made with\n"
     module, _, name = network["class_path"].rpartition(".")
     count = sum(value.numel() for value in weights.values())
     return f"""\
@@ -196,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = export(options.run, options.out)
     except (OSError, ValueError, LedgerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
 
 

@@ -6,12 +6,12 @@ a stopped run by `--run_dir FOLDER --ckpt_path last`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,22 @@ from jsonargparse import ArgumentError
 from jsonargparse.typing import lazy_instance
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from rich.console import Console
 
-from fl_lightning.callbacks import (
-    ClientTables,
-    RoundProgress,
-    RoundRecorder,
-    default_logger,
-    finish_run,
-    tensorboard_logger,
-)
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.callbacks import ClientTables, RoundProgress, RoundRecorder
+from fl_lightning.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.class_arguments import arguments_end_with_their_class, class_before_its_arguments
+from fl_lightning.console import say, speak_any_encoding
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.finish import finish_run, test_once
 from fl_lightning.ledger import LedgerError
+from fl_lightning.loggers import default_logger, tensorboard_logger
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
 from fl_lightning.preflight import check_run
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes import ProcessLost, came_from_another
+from fl_lightning.resumption import check_resumption, rounds_done
+from fl_lightning.run_folder import RunFolder, holds_rounds, last_checkpoint, run_of_checkpoint
 from fl_lightning.strategy import ClientParallelStrategy
 
 SUBCOMMANDS = ("fit",)
@@ -48,25 +46,41 @@ _PATIENCE = 20.0  # seconds
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keep the whole configuration in the run folder; a resumed run adds a file of its own."""
+    """Keep the whole configuration in the run folder once the run trains.
+
+    A run that goes on adds a file of its own; one that is refused adds none.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet: the run may still be refused."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The run goes on: what it was asked for is part of it."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write config.yaml, or config_2.yaml and so on when there is one."""
         assert isinstance(pl_module, FederatedModule)
         folder = pl_module.run_path
-        folder.mkdir(parents=True, exist_ok=True)
         names = ["config.yaml", *(f"config_{i}.yaml" for i in range(2, 10_000))]
         path = next(folder / name for name in names if not (folder / name).exists())
-        self.parser.save(self.config, path, multifile=False, skip_unset=False)
+        text = self.parser.dump(self.config, skip_unset=False)
+        path.write_text(text, encoding="utf-8")
 
 
 class FederatedCLI(LightningCLI):
     """LightningCLI with a `privacy` section, a run folder and the default experiment."""
 
     started = 0.0
+
+    def __init__(self, folder: RunFolder, *args: Any, **kwargs: Any) -> None:
+        self._folder = folder
+        self._notes: list[str] = []
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -105,15 +119,7 @@ class FederatedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder before anything is made."""
         config = self.config[str(self.subcommand)]
-        resume = config.ckpt_path
-        if resume == "last":
-            if config.run_dir is None:
-                raise ValueError("ckpt_path='last' needs run_dir: the folder of the run to go on")
-            config.ckpt_path = str(last_checkpoint(Path(config.run_dir)))
-        elif resume and "://" not in resume and not Path(resume).exists():
-            raise ValueError(f"ckpt_path={resume}: there is no such file")
-        inherited = os.environ.get(_RUN_DIR) if os.environ.get("LOCAL_RANK", "0") != "0" else None
-        run_dir = Path(config.run_dir or inherited or new_run_dir(Path("runs")))
+        run_dir = self._find_folder(config)
         self._run_dir = run_dir
         config.run_dir = config.model.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
@@ -124,9 +130,45 @@ class FederatedCLI(LightningCLI):
         else:
             self._logger = None
 
+    def _find_folder(self, config: Any) -> Path:
+        """The folder of the run, made if it is new; the checkpoint to go on from, if any."""
+        given = Path(config.run_dir).expanduser() if config.run_dir else None
+        resume = config.ckpt_path
+        if resume == "last":
+            if given is None:
+                raise ValueError("ckpt_path='last' needs run_dir: the folder of the run to go on")
+            config.ckpt_path = str(last_checkpoint(given))
+        elif resume and "://" not in resume:
+            path = Path(resume).expanduser()
+            if not path.is_file():
+                raise ValueError(f"ckpt_path={resume}: there is no such file")
+            config.ckpt_path = str(path)
+            given = given or run_of_checkpoint(path)
+            if given is None:
+                raise ValueError(f"ckpt_path={resume} needs run_dir: the folder of its run")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        inherited = None if first else os.environ.get(_RUN_DIR)
+        if given or inherited:
+            run_dir = given or Path(str(inherited))
+            self._folder.take(run_dir)
+            return run_dir
+        return self._folder.take_new(Path("runs"))
+
+    def after_instantiate_classes(self) -> None:
+        """Let checkpoints say how the network was made."""
+        spec = self.config[str(self.subcommand)].model.network
+        plain = spec.as_dict() if hasattr(spec, "as_dict") else {}
+        self.model.network_spec = json.loads(json.dumps(plain, default=str)) or None
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds no arguments, and may be damaged."""
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `main` was given, without Lightning's warning about explicit arguments."""
-        self.config = parser.parse_args(args)
+        ours = default_experiment()["model.server_optimizer"]
+        with arguments_end_with_their_class({ours["class_path"]: ours["init_args"]}) as notes:
+            self.config = parser.parse_args(class_before_its_arguments(args))
+        self._notes = notes
         seed = self.config.fit.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed} must be in [0, 2^32)")
@@ -161,24 +203,32 @@ class FederatedCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check everything; then say where the run goes and how to go on with it."""
+        config, run_dir = self.config[str(self.subcommand)], self._run_dir
         check_run(self.model, self.datamodule, self.trainer)
+        done = None
+        if config.ckpt_path and "://" not in config.ckpt_path:
+            checkpoint = AtomicCheckpointIO().load_checkpoint(
+                config.ckpt_path, map_location="cpu", weights_only=False
+            )
+            check_resumption(self.model, checkpoint, self.trainer.max_epochs)
+            done = rounds_done(checkpoint)
         if not self.trainer.is_global_zero:
             return
-        run_dir = self.config[str(self.subcommand)].run_dir
         os.environ[_RUN_DIR] = str(run_dir)  # of the processes that Lightning starts from here
-        table = Path(run_dir) / "rounds.csv"
-        if not self.config[str(self.subcommand)].ckpt_path and table.exists() and _rows(table):
+        if not config.ckpt_path and holds_rounds(run_dir):
             raise ValueError(
                 f"run_dir={run_dir} holds a run already: go on with it by --ckpt_path last, or "
                 "choose another folder"
             )
-        console = Console()
-        console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
-        console.print(
-            f"go on after a stop: the same command with --run_dir {run_dir} --ckpt_path last",
-            soft_wrap=True,
-            highlight=False,
-        )
+        for note in self._notes:
+            say(f"note: {note}")
+        say(f"run folder: {run_dir}")
+        say(f"go on after a stop: the same command with --run_dir {run_dir} --ckpt_path last")
+        if done is not None and done >= (self.trainer.max_epochs or 0):
+            say(
+                f"note: {done} rounds are done and trainer.max_epochs={self.trainer.max_epochs}: "
+                "nothing is left to train"
+            )
         self.started = time.perf_counter()
 
     def after_fit(self) -> None:
@@ -186,10 +236,12 @@ class FederatedCLI(LightningCLI):
         if self.trainer.state.status != "finished" and self.trainer.interrupted:
             return
         seconds = time.perf_counter() - self.started
-        if self.config[str(self.subcommand)].read_test_set:
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        read = self.config[str(self.subcommand)].read_test_set
+        failed = read and not test_once(self.trainer, self.model, self.datamodule)
         if self.trainer.is_global_zero:
             finish_run(self.trainer, self.model, seconds)
+        if failed:
+            raise SystemExit(1)
 
 
 def default_experiment() -> dict[str, Any]:
@@ -217,33 +269,6 @@ def default_experiment() -> dict[str, Any]:
     }
 
 
-def new_run_dir(root: Path) -> Path:
-    """A folder name that is not taken yet: runs/<date>-<time>."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    candidates = [root / stamp, *(root / f"{stamp}-{i}" for i in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint that a run goes on from.
-
-    Raises:
-        ValueError: if there is none; Lightning alone would silently start again at round 0.
-    """
-    path = run_dir / CHECKPOINT
-    if not path.exists():
-        raise ValueError(
-            f"ckpt_path='last': {run_dir} has no checkpoint to go on from. A run that released "
-            "nothing yet is started again in the same folder without --ckpt_path"
-        )
-    return path
-
-
-def _rows(table: Path) -> int:
-    with table.open() as file:
-        return sum(1 for _ in file) - 1
-
-
 def _public_seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
 
@@ -256,29 +281,36 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("highest")  # TF32 would break the clip's bound
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
+    speak_any_encoding()
+    folder = RunFolder()
     try:
-        FederatedCLI(
-            FederatedModule,
-            FederatedDataModule,
-            args=arguments,
-            seed_everything_default=1,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={
-                "callbacks": [RoundProgress(), RoundRecorder()],
-            },
-            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
-        )
+        _run(folder, arguments)
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
+        say(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, OSError, LedgerError, MisconfigurationException, ProcessLost) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
         _say(error)
         raise SystemExit(2) from None
+    finally:
+        folder.give_up()
+
+
+def _run(folder: RunFolder, arguments: list[str]) -> None:
+    FederatedCLI(
+        folder,
+        FederatedModule,
+        FederatedDataModule,
+        args=arguments,
+        seed_everything_default=1,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveRunConfig,
+        trainer_defaults={"callbacks": [folder, RoundProgress(), RoundRecorder()]},
+        parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+    )
 
 
 def _say(error: Exception) -> None:
@@ -290,7 +322,7 @@ def _say(error: Exception) -> None:
         while os.getppid() == first and time.monotonic() < until:
             time.sleep(0.05)
         return
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,13 @@ from fl_lightning.preflight import check_network, check_run, check_training
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.resumption import (
+    check_promise,
+    check_resumption,
+    promise_of,
+    run_facts,
+    training_facts,
+)
 from fl_lightning.sharing import add_up, check_agreement
 from fl_lightning.strategy import processes_of
 from fl_lightning.types import Params, PrivateUpdate, RoundResult
@@ -135,6 +141,7 @@ class FederatedModule(pl.LightningModule):
         self.seed = seed
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss or cross_entropy
         self.run_dir = run_dir
+        self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_training(self)
         check_network(network)
         trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -278,7 +285,7 @@ class FederatedModule(pl.LightningModule):
     @property
     def run_path(self) -> Path:
         """Folder of the run."""
-        return Path(self.run_dir or self.trainer.default_root_dir)
+        return Path(self.run_dir or self.trainer.default_root_dir).expanduser()
 
     @property
     def data(self) -> FederatedDataModule:
@@ -304,8 +311,8 @@ class FederatedModule(pl.LightningModule):
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
         data, resumed = self.data, self._resumed
         self._share_start()
-        planned = self.planned_rounds or self.trainer.max_epochs
-        assert planned is not None
+        planned = self._planned_rounds = self._plan()
+        self._training_facts = training_facts(self)
         everyone, size = data.num_clients, self.clients_per_round or data.num_clients
         poisson = self.privacy.poisson_cohort and size < everyone
         self.schedule = cohort_schedule(everyone, everyone if poisson else size, planned, self.seed)
@@ -339,6 +346,13 @@ class FederatedModule(pl.LightningModule):
             self._restore(resumed)
         self._open_ledger()
         self._prepare_clients(training)
+
+    def _plan(self) -> int:
+        """Rounds that cohorts and noise are planned for; a private run keeps its plan."""
+        resumed = (self._resumed or {}).get("planned_rounds") if self.privacy.private else None
+        planned = resumed or self.planned_rounds or self.trainer.max_epochs
+        assert planned is not None
+        return planned
 
     def _share_start(self) -> None:
         """One model in all processes, and how many there were and are."""
@@ -383,7 +397,7 @@ class FederatedModule(pl.LightningModule):
             raise LedgerError(
                 f"{self.run_path}: the checkpoint is of another run than the secret there"
             )
-        self._check_promise(resumed["promise"])
+        check_promise(self, resumed["promise"], self._records)
         self.history.load_checkpoint(resumed["history"])
         self.budget.load_state_dict(resumed["budget"])
 
@@ -417,24 +431,6 @@ class FederatedModule(pl.LightningModule):
                 f"knows of {resumed['releases']}: lines were lost, the run cannot go on"
             )
         return ledger
-
-    def _promise(self) -> dict[str, Any]:
-        """What the multipliers and affordable steps in a checkpoint were calibrated for."""
-        promise = asdict(self.privacy) | {"data": self._records}
-        if self.privacy.unit == "record":
-            promise["sampling_rate"] = self.sampling_rate
-        if self.privacy.pooled:
-            promise |= {"clients_per_round": self.clients_per_round, "weighting": self.weighting}
-        return promise
-
-    def _check_promise(self, promised: dict[str, Any]) -> None:
-        for name, value in self._promise().items():
-            if promised.get(name) != value:
-                raise ValueError(
-                    f"{name}={value}: the run to go on with was begun with "
-                    f"{name}={promised.get(name)}; what was promised, to whom and for which "
-                    "records, cannot be changed: start a new run in another folder"
-                )
 
     def _prepare_clients(self, training: LocalTraining) -> None:
         data = self.data
@@ -494,7 +490,10 @@ class FederatedModule(pl.LightningModule):
         checkpoint["aadp_fl"] = {
             "history": self.history.checkpoint(),
             "budget": self.budget.state_dict(),
-            "promise": self._promise(),
+            "promise": promise_of(self, self._records),
+            "planned_rounds": self._planned_rounds,
+            "training": self._training_facts,
+            "run": run_facts(self, checkpoint),
             "vectorize": self.vectorize,
             "processes": self._process_counts,
             "run_id": self._run_id,
@@ -503,6 +502,9 @@ class FederatedModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the state until `on_fit_start` can check it against the ledger."""
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            check_resumption(self, checkpoint, trainer.max_epochs)
         self._resumed = checkpoint.get("aadp_fl")
 
     def teardown(self, stage: str) -> None:

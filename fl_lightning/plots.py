@@ -53,7 +53,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV as written; [] where the file is missing."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -213,7 +213,7 @@ def _epsilon_label(run_path: Path) -> str:
     """What the ε of a run is, by the header of its ledger."""
     label, ledger = "ε spent (upper bound)", run_path / "ledger.jsonl"
     if ledger.exists():
-        with ledger.open() as file:
+        with ledger.open(encoding="utf-8") as file:
             facts = json.loads(file.readline())["facts"]
         if facts["setting"] == "abstract":
             label = "nominal ε, no guarantee"

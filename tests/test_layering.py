@@ -63,11 +63,11 @@ def test_kernels_know_nothing_of_federated_learning(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FEDERATED, ids=short)
-def test_only_the_callbacks_know_wandb(path: Path) -> None:
+def test_only_callbacks_and_loggers_know_wandb(path: Path) -> None:
     knows = "wandb" in {top(module) for module, _ in imports(path)} or any(
         "Wandb" in name for _, name in imports(path)
     )
-    assert knows == (path.name == "callbacks.py")
+    assert knows == (path.name in ("callbacks.py", "loggers.py"))
 
 
 @pytest.mark.parametrize("path", FEDERATED, ids=short)

@@ -206,6 +206,11 @@ class FederatedDataModule(pl.LightningDataModule):
         """What to call the data in reports."""
         return self._prepared.arrays.name
 
+    @property
+    def has_test(self) -> bool:
+        """Whether the source has test records."""
+        return len(self._prepared.arrays.x_test) > 0
+
     def digest(self) -> str:
         """Hex BLAKE2b-256 of the clients' records, labels and partition, bit by bit; cached.
 

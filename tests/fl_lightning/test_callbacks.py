@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 
 from aadp_kernels import Layout
 from fl_lightning import callbacks
-from fl_lightning.callbacks import RoundProgress, RoundRecorder, default_logger, finish_run
+from fl_lightning.callbacks import RoundProgress, RoundRecorder
+from fl_lightning.finish import finish_run
 from fl_lightning.ledger import Ledger, Release, report
+from fl_lightning.loggers import default_logger
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.summary import final_table, run_summary
 from fl_lightning.types import RoundResult
@@ -379,7 +381,12 @@ def test_wandb_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Mon
     online = default_logger(tmp_path / "run", "a name")
     assert online is not None
     assert "mode" not in online._wandb_init
-    assert online.version == offline.version == (tmp_path / "run" / "wandb_id").read_text()
+    assert online.version != offline.version, "neither run has begun"
+    assert not (tmp_path / "run").exists()
+    offline.begin()
+    again = default_logger(tmp_path / "run")
+    assert again is not None
+    assert again.version == offline.version == (tmp_path / "run" / "wandb_id").read_text()
     monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.example")
     elsewhere = default_logger(tmp_path / "run")
     assert elsewhere is not None

@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.loggers.logger import DummyLogger
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from fl_lightning import callbacks, fit
+from fl_lightning import callbacks, fit, loggers
 from fl_lightning.callbacks import ClientTables
 from fl_lightning.client_tables import client_distributions, client_tables
 from fl_lightning.models import MLP
@@ -156,7 +156,7 @@ def test_tensorboard_that_is_missing_is_said_before_anything_is_done(cwd, capsys
     def missing(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
 
-    monkeypatch.setattr(callbacks, "TensorBoardLogger", missing)
+    monkeypatch.setattr(loggers, "TensorBoardLogger", missing)
     with pytest.raises(SystemExit) as stop:
         fit.main([*SMALL, "--trainer.max_epochs", "1", "--tensorboard", "true"])
     assert stop.value.code == 2
@@ -174,7 +174,7 @@ def test_tensorboard_stands_beside_other_loggers(cwd, monkeypatch, other: list[s
 
     wandb = Memory()
     monkeypatch.setattr(fit, "default_logger", lambda *_: wandb)
-    monkeypatch.setattr(callbacks, "TensorBoardLogger", board)
+    monkeypatch.setattr(loggers, "TensorBoardLogger", board)
     monkeypatch.setattr(ClientTables, "on_train_epoch_end", lambda *_: None)
     monkeypatch.setattr(fit, "finish_run", lambda *_: None)
     args = ["--trainer.max_epochs", "1", "--tensorboard", "true", "--run_dir", "run", *other]
