@@ -88,7 +88,9 @@ def _place(before: Sequence[str], token: str) -> int:
         return place
     for i in range(len(before) - 1, -1, -1):
         option = before[i].partition("=")[0]
-        if option in ("-c", "--config", name):
+        if option == name:
+            return len(before)
+        if option in ("-c", "--config"):
             break
         if option.startswith(f"{name}."):
             place = i

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from fl_lightning.privacy.exactness import (
     Extra,
     affordable_charged,
     calibrate_charged,
+    charged_epsilon,
     inexact_noise,
     noise_streams,
 )
@@ -20,6 +22,7 @@ from fl_lightning.privacy.mechanism import noise_event
 from fl_lightning.release import ALL_CLIENTS, Release
 
 UNLIMITED = 2**62
+_log = logging.getLogger("pytorch_lightning")
 
 
 class Budget:
@@ -80,13 +83,7 @@ class Budget:
                 continue
             steps = int(self.planned_steps[members].max())
             if given is None:
-                self.multiplier[members] = calibrate_charged(
-                    noise_event(self.config, 1.0, self.sampling_rate),
-                    max(steps, 1),
-                    target,
-                    delta,
-                    lambda event, delta=delta: self._extra(event, delta),
-                )
+                self.multiplier[members] = self._least_noise(max(steps, 1), target, delta)
                 self.affordable[members] = steps
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
@@ -98,6 +95,25 @@ class Budget:
                         f"noise_multiplier={multiplier} with epsilon={target}: one release alone "
                         f"would spend more, so client {members[0]} could never take part"
                     )
+
+    def _least_noise(self, steps: int, target: float, delta: float) -> float:
+        """The multiplier for a target; says so where much less than the target will be spent."""
+        multiplier = calibrate_charged(
+            noise_event(self.config, 1.0, self.sampling_rate),
+            steps,
+            target,
+            delta,
+            lambda event: self._extra(event, delta),
+        )
+        event = noise_event(self.config, multiplier, self.sampling_rate)
+        spent = charged_epsilon(event, steps, delta, self._extra(event, delta))
+        if spent < 0.9 * target:
+            _log.info(
+                f"epsilon={target:g} in {steps} steps at sampling_rate={self.sampling_rate:g} "
+                "would need less noise than can be drawn exactly enough: with the least that can "
+                f"(noise_multiplier {multiplier:.4g}) ε ≤ {spent:.3g} is spent"
+            )
+        return multiplier
 
     def _extra(self, event: NoiseEvent, delta: float) -> Extra:
         form = self.config.noise_form

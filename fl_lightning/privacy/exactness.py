@@ -48,6 +48,8 @@ from fl_lightning.privacy.accounting import (
 )
 from fl_lightning.privacy.share_tails import cut_share_tails
 
+_MOST_NOISE = 2.0**40
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -190,36 +192,77 @@ def calibrate_charged(
         extra: what a step costs beyond its event; never more for a larger multiplier.
 
     Returns:
-        The multiplier of `accounting.calibrate` where that is enough, else a larger one.
+        The multiplier of `accounting.calibrate` where that is enough, else a larger one. A large
+        epsilon or a small sampling rate would need less noise than can be drawn: then it is the
+        smallest whose extras leave half of epsilon and delta, and less than epsilon is spent.
 
     Raises:
         ValueError: the extras alone cost more than epsilon or delta.
     """
+
+    def charged(multiplier: float) -> float:
+        tried = replace(event, noise_multiplier=multiplier)
+        return charged_epsilon(tried, steps, delta, extra(tried))
+
+    def drawn(multiplier: float) -> bool:
+        cost = extra(replace(event, noise_multiplier=multiplier))
+        return steps * cost.epsilon <= epsilon / 2 and steps * cost.delta <= delta / 2
+
+    floor = _smallest(drawn)
+    if floor is not None and charged(floor) <= epsilon:
+        return floor
     left, rest, cost = epsilon, delta, Extra()
     for _ in range(8):
-        multiplier = calibrate(
-            mechanism=event.mechanism,
-            sampling_rate=event.sampling_rate,
-            steps=steps,
-            epsilon=left,
-            delta=rest,
-            adjacency=event.adjacency,
-        )
-        calibrated = replace(event, noise_multiplier=multiplier)
-        cost = extra(calibrated)
-        if charged_epsilon(calibrated, steps, delta, cost) <= epsilon:
+        multiplier = _ideal(event, steps, left, rest)
+        cost = extra(replace(event, noise_multiplier=multiplier))
+        if charged(multiplier) <= epsilon:
             return multiplier
         # Rounding of the ledger's sums must not pass the target either.
         left = epsilon * (1 - 1e-12) - steps * cost.epsilon
         rest = delta - steps * cost.delta * (1 + 1e-9)
-        if left <= 0:
+        if left <= 0 or rest <= 0:
             break
-        if rest <= 0:
-            rest = delta / 2
-    raise ValueError(
-        f"epsilon={epsilon} with delta={delta} in {steps} steps: inexact noise alone costs "
-        f"epsilon {steps * cost.epsilon:.3g} and delta {steps * cost.delta:.3g}"
+    if floor is None:
+        raise ValueError(
+            f"epsilon={epsilon} with delta={delta} in {steps} steps cannot be proven: the noise "
+            f"that is drawn differs from the ideal one, which alone costs epsilon "
+            f"{steps * cost.epsilon:.3g} and delta {steps * cost.delta:.3g}; use "
+            "noise_form='wide' (at delta=0: noise_form='grid'), fewer steps or a larger epsilon or "
+            "delta"
+        )
+    # At the floor or above it the extras are what they are at the floor, or less.
+    cost = extra(replace(event, noise_multiplier=floor))
+    left = epsilon * (1 - 1e-12) - steps * cost.epsilon
+    rest = delta - steps * cost.delta * (1 + 1e-9)
+    return max(floor, _ideal(event, steps, left, rest))
+
+
+def _ideal(event: NoiseEvent, steps: int, epsilon: float, delta: float) -> float:
+    """The multiplier that ideal noise would need."""
+    return calibrate(
+        mechanism=event.mechanism,
+        sampling_rate=event.sampling_rate,
+        steps=steps,
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=event.adjacency,
     )
+
+
+def _smallest(good: Callable[[float], bool]) -> float | None:
+    """The smallest good multiplier up to 1 %, if larger ones of a good one are good; or None."""
+    high = 1.0
+    while not good(high):
+        high *= 2
+        if high > _MOST_NOISE:
+            return None
+    low = high / 2
+    while good(low) and low > 1 / _MOST_NOISE:
+        high, low = low, low / 2
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return high
 
 
 def affordable_charged(event: NoiseEvent, epsilon: float, delta: float, extra: Extra) -> int:

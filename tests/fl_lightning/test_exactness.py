@@ -142,7 +142,7 @@ def test_calibration_includes_the_extras():
     assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra()) == plain
     # Negligible extras leave the multiplier as it is, to the last bit.
     assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra(0.0, 1e-17)) == plain
-    with pytest.raises(ValueError, match="inexact noise alone costs epsilon 2 and delta 1"):
+    with pytest.raises(ValueError, match="which alone costs epsilon 2 and delta 1"):
         calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra(0.2, 0.1))
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from fl_lightning import export as exporting
 from fl_lightning.checkpoint import CHECKPOINT
-from fl_lightning.export import export
+from fl_lightning.export import export, to_safetensors
 from fl_lightning.fit import main
 from fl_lightning.ledger import Ledger, LedgerError, report
-from fl_lightning.models import LogisticRegression
+from fl_lightning.models import MLP, LogisticRegression
+from tests.fl_lightning.resuming import RECORD, go
 
 ARGUMENTS = [
     *("--data.num_clients", "2", "--model.network", "fl_lightning.models.LogisticRegression"),
@@ -99,3 +104,72 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "README.md, model.safetensors, privacy_statement.md" in capsys.readouterr().out
     assert exporting.main([str(tmp_path / "nowhere")]) == 2
     assert "last.ckpt is missing" in capsys.readouterr().err
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_a_run_always_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    first = digests(export(run, tmp_path / "first"))
+    for seed in ("0", "1", "2"):
+        out = tmp_path / seed
+        subprocess.run(
+            [sys.executable, "-m", "fl_lightning.export", str(run), "--out", str(out)],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        assert digests(out) == first
+
+
+def test_any_metadata_any_weights_the_same_bytes() -> None:
+    weights = {"b": torch.arange(3.0), "a": torch.ones(2, 5, dtype=torch.float64)}
+    metadata = {f"name {i} ε": str(i) for i in range(9)}
+    files = {to_safetensors(weights, metadata) for _ in range(20)}
+    assert len(files) == 1
+    (raw,) = files
+    read = load(raw)
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_it_is_the_run_of_the_checkpoint_whatever_was_asked_for_later(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(export(run, tmp_path / "first"))
+    files = set(run.rglob("*"))
+    later = ["--ckpt_path", "last", "--run_dir", str(run), "--trainer.max_epochs", "2"]
+    other = ["--model.network", "fl_lightning.models.MLP"]
+    with pytest.raises(SystemExit) as stop:
+        main([*ARGUMENTS, *later, *other])
+    assert stop.value.code == 2
+    assert "network=fl_lightning.models.MLP" in capsys.readouterr().err
+    assert set(run.rglob("*")) == files
+    assert digests(export(run, tmp_path / "second")) == before
+    # Nor does a file count that somebody left there.
+    (run / "config_2.yaml").write_text("model: {network: {class_path: other.Network}}\n")
+    (run / "config.yaml").unlink()
+    assert digests(export(run, tmp_path / "third")) == before
+
+
+def test_a_run_from_python(tmp_path: Path) -> None:
+    go(tmp_path / "run", 2, privacy=RECORD)
+    folder = export(tmp_path / "run")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for words in ("| network | fl_lightning.models.MLP |", "| clients | 3 |", "| rounds | 2 |"):
+        assert words in card
+    assert "| test accuracy | - |" in card
+    assert "from fl_lightning.models import MLP" in card
+    assert set(load_file(folder / "model.safetensors")) == set(MLP(6, 3, hidden=[4]).state_dict())
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of(run: Path) -> None:
+    checkpoint = torch.load(run / CHECKPOINT, weights_only=False)
+    del checkpoint["aadp_fl"]["run"]
+    torch.save(checkpoint, run / CHECKPOINT)
+    with pytest.raises(ValueError, match="does not say what run it is of"):
+        export(run)
+    (run / CHECKPOINT).write_bytes(b"PK")
+    with pytest.raises(ValueError, match="is damaged"):
+        export(run)
