@@ -123,7 +123,7 @@ EXACTNESS_PLACES = group(
     ("shift inverted", "    shift = 1 / event.noise_multiplier\n", "    shift = event.noise_multiplier\n"),
     ("tails charged once for all steps", "left = delta - steps * extra.delta\n", "left = delta - extra.delta\n"),
     ("inflation charged once for all steps", "compose_epsilon({event: steps}, left) + steps * extra.epsilon", "compose_epsilon({event: steps}, left) + extra.epsilon"),
-    ("calibration ignores the extras", "if charged_epsilon(calibrated, steps, delta, cost) <= epsilon:", "if True:"),
+    ("calibration ignores the extras", "if charged(multiplier) <= epsilon:", "if True:"),
     ("affordable steps ignore the extras", "if charged_epsilon(event, steps, delta, extra) <= epsilon:", "if True:"),
     ("votes draw no noise", "return (*dims, *([len(dims)] if votes else []))", "return tuple(dims)"),
 )  # fmt: skip
