@@ -208,6 +208,19 @@ class _Bias(Bias, ClippingLayer):
         return ghost.clipped_bias(x, bias, **self.clipping())
 
 
+class _FrozenBatchNorm(_BatchNorm):
+    """A fixed affine map of each record: statistics and parameters that nothing trains."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """What kind of batch normalisation it was is of no interest any more."""
+
+
 _CLIPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: _Linear,
     nn.Conv1d: _Conv1d,
@@ -241,10 +254,11 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         The copy.
 
     Raises:
-        UnsupportedLayerError: A module of another type owns a parameter (recurrent layers,
-            nn.MultiheadAttention and a bare nn.Parameter among them), parameters or modules are
-            shared, a module mixes records (batch normalisation) or keeps their statistics, or an
-            embedding has max_norm, scale_grad_by_freq or sparse.
+        UnsupportedLayerError: A module of another type owns a trained parameter (recurrent layers,
+            nn.MultiheadAttention and a bare nn.Parameter among them), trained parameters or modules
+            are shared, a module mixes records (batch normalisation that is trained or in training
+            mode) or keeps their statistics, or an embedding has max_norm, scale_grad_by_freq or
+            sparse.
         ValueError: p not in {1, 2}.
 
     Guarantees:
@@ -253,19 +267,22 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         `WatchedForward` and `check_single_use`.
 
     Edge cases:
-        A model that is itself one of the layers: the buffers have no prefix. A normalisation
-        without parameters stays as it is.
+        A model that is itself one of the layers: the buffers have no prefix. A layer without
+        trained parameters stays as it is, whatever it is: make the copy anew after unfreezing one.
+        Batch normalisation that is frozen and in eval mode stays in eval mode for good.
     """
     _validate.one_of("p", p, (1, 2))
     _check_modules(model)
     model = copy.deepcopy(model)
     for module in model.modules():
         kind = _CLIPPED.get(type(module))
-        if kind is not None and any(True for _ in module.parameters(recurse=False)):
+        if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
             # Changing the class keeps parameters, hooks and the place in the parent as they are.
             module.__class__ = kind
             assert isinstance(module, ClippingLayer)
             module.add_clipping(p)
+        elif isinstance(module, _BatchNorm):
+            module.__class__ = _FrozenBatchNorm
     return model
 
 
@@ -278,6 +295,8 @@ def _check_modules(model: nn.Module) -> None:
         if reason is not None:
             raise UnsupportedLayerError(f"{label} {reason}")
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.requires_grad:
+                continue
             if type(module) not in _CLIPPED or key not in ("weight", "bias"):
                 raise UnsupportedLayerError(f"{label} {_foreign(module, key)}")
             if id(parameter) in owners:
@@ -289,8 +308,8 @@ def _check_modules(model: nn.Module) -> None:
 
 def _refusal(module: nn.Module) -> str | None:
     """Why a module's options cannot be clipped; None if they can."""
-    if isinstance(module, _BatchNorm):
-        return "mixes the records of a batch"
+    if isinstance(module, _BatchNorm) and not _is_affine(module):
+        return "mixes the records of a batch, unless it is frozen and in eval mode"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "keeps statistics of the records: track_running_stats must be False"
     if isinstance(module, nn.Embedding):
@@ -301,6 +320,12 @@ def _refusal(module: nn.Module) -> str | None:
         if module.sparse:
             return "shows which tokens occur: sparse must be False"
     return None
+
+
+def _is_affine(module: _BatchNorm) -> bool:
+    """Whether batch normalisation is in eval mode, with statistics, and has nothing to train."""
+    fixed = not any(p.requires_grad for p in module.parameters())
+    return fixed and not module.training and module.running_mean is not None
 
 
 def _foreign(module: nn.Module, key: str) -> str:

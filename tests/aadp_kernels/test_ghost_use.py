@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aadp_kernels import (
     Bias,
+    UnsupportedLayerError,
     check_single_use,
     clipped_bias,
     clipped_conv1d,
@@ -323,3 +324,43 @@ def test_a_checkpointed_forward_keeps_the_clip_norm_it_was_given(batch):
     for layer in model:
         joint = torch.cat([p.grad.flatten() for p in layer.parameters()])
         assert 0 < float(joint.norm()) <= batch * 0.01 * (1 + 1e-6)
+
+
+def test_frozen_batch_norm_in_eval_mode_is_an_affine_map_for_good():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    model[1].running_mean.normal_()
+    with pytest.raises(UnsupportedLayerError, match="frozen and in eval mode"):
+        with_clipping(model, p=2)
+    model[1].requires_grad_(False)
+    with pytest.raises(UnsupportedLayerError, match="frozen and in eval mode"):
+        with_clipping(model, p=2)
+    model[1].eval()
+    clipped = with_clipping(model, p=2).train()
+    x, before = torch.randn(5, 1, 4, 4), model[1].running_mean.clone()
+    torch.testing.assert_close(clipped(x), model(x))
+    assert torch.equal(clipped[1].running_mean, before)
+    model[1].track_running_stats, model[1].running_mean = False, None
+    with pytest.raises(UnsupportedLayerError, match="frozen and in eval mode"):
+        with_clipping(model, p=2)
+
+
+def test_frozen_layers_of_any_kind_may_be_used_in_any_way():
+    torch.manual_seed(0)
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True).requires_grad_(False)
+            self.twice = nn.Linear(4, 4).requires_grad_(False)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.twice(torch.tanh(self.twice(x))) @ self.twice.weight
+            return self.head(self.attention(x, x, x)[0][:, 0])
+
+    clipped, x = with_clipping(Body(), p=2), torch.randn(3, 5, 4)
+    check_single_use(clipped, x)
+    clipped(x).sum().backward()
+    assert clipped.twice.weight.grad is None
+    assert clipped.head.weight.grad is not None
