@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from aadp_kernels.clip_sum import clip_sum_noise
 from aadp_kernels.clipping import with_clipping
+from aadp_kernels.integrations._clip_norms import set_clip_norms
+from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._watch import Watch
-from aadp_kernels.integrations.optim import add_noise_, set_clip_norms
+from aadp_kernels.integrations.optim import add_noise_
 from aadp_kernels.integrations.release import amplified, compose_pure, equal_scales
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import NoiseKey
@@ -63,8 +66,11 @@ register_accountant("laplace", LaplaceAccountant, force=True)
 class ClippedModule(nn.Module):
     """A model that clips in backward, in the place of Opacus' GradSampleModule.
 
-    It shares its parameters with the model it was made from, which is `_module` as in Opacus.
+    It shares its parameters with the model it was made from, which is `_module` as in Opacus. Its
+    forwards and backward passes are watched once `watch` is called.
     """
+
+    sums: ClippedSums
 
     def __init__(self, module: nn.Module, *, p: int, loss_reduction: str) -> None:
         super().__init__()
@@ -73,18 +79,21 @@ class ClippedModule(nn.Module):
             for name, parameter in original.named_parameters(recurse=False):
                 copied._parameters[name] = parameter
         self.loss_reduction = loss_reduction
-        self.backward_passes: list[tuple[int, int]] = []
-        self._watch, self._forwards = Watch(self._module), 0
-        self._accumulate = True
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Gather the clipped sums of these parameters, from now on."""
+        parameters = dict(self._module.named_parameters())
+        self.sums = ClippedSums({name: parameters[name] for name in names}, micro_batches=True)
+        self._watch = Watch(self._module, self.sums, owner=self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; its backward is counted and undoes the mean over the batch."""
+        """The model's forward; backward undoes the mean over the batch."""
         output = self._module(*args, **kwargs)
-        if self.training and torch.is_grad_enabled():
-            self._forwards += 1
-            for i, tensor in enumerate(tree_leaves(output)):
+        if self.loss_reduction == "mean" and self.training and torch.is_grad_enabled():
+            batch = self._watch.last_records
+            for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(self._hook(self._forwards, i, self._watch.batch))
+                    tensor.register_hook(partial(_times, batch))
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -93,33 +102,20 @@ class ClippedModule(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("_module"), name)
 
-    def _hook(self, forward: int, i: int, batch: int | None) -> Callable[[Tensor], Tensor]:
-        """What happens to the gradient of the i-th output of a forward."""
-
-        def hook(grad: Tensor) -> Tensor:
-            seen = (forward, i) in self.backward_passes
-            others = any(other != forward for other, _ in self.backward_passes)
-            if seen or (others and not self._accumulate):
-                raise ValueError(
-                    "Poisson sampling is not compatible with gradient accumulation: one forward "
-                    "and backward pass between two steps"
-                )
-            self.backward_passes.append((forward, i))
-            if self.loss_reduction != "mean":
-                return grad
-            if batch is None:
-                raise ValueError("the model must be called with a tensor [batch, ...]")
-            return grad * batch
-
-        return hook
-
     def forbid_grad_accumulation(self) -> None:
-        """More than one backward pass between two steps raises from now on."""
-        self._accumulate = False
+        """More than one forward with a backward pass between two steps raises from now on."""
+        self.sums.micro_batches = False
 
     def allow_grad_accumulation(self) -> None:
-        """Any number of backward passes between two steps, each of other records."""
-        self._accumulate = True
+        """Any number of forwards between two steps, each of other records."""
+        self.sums.micro_batches = True
+
+
+def _times(batch: int | None, grad: Tensor) -> Tensor:
+    """The gradient of a sum over the batch from that of a mean."""
+    if batch is None:
+        raise ValueError("the model must be called with a tensor [batch, ...]")
+    return grad * batch
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -151,6 +147,7 @@ class PrivateOptimizer(DPOptimizer):
             optimizer, noise_multiplier=noise_multiplier, max_grad_norm=float(clips.norm(p)),
             expected_batch_size=expected_batch_size, loss_reduction=loss_reduction,
         )  # fmt: skip
+        self._trained = [id(p) for p in self.params]
 
     @property
     def max_grad_norm(self) -> float:
@@ -181,15 +178,14 @@ class PrivateOptimizer(DPOptimizer):
         """Backward passes since the last step that was taken."""
         if not isinstance(self._model, ClippedModule):
             return super().accumulated_iterations
-        return max(1, len({forward for forward, _ in self._model.backward_passes}))
+        return max(1, self._model.sums.forwards)
 
     @torch.no_grad()
     def clip_and_accumulate(self) -> None:
         """Add the clipped sums of this physical batch to those of the logical batch."""
-        if self._stale:
-            raise ValueError("call optimizer.zero_grad() between two steps")
+        self._check_parameters()
         if isinstance(self._model, ClippedModule):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+            grads = self._model.sums.take()
             if self._sums is None:
                 self._sums = [grad.clone() for grad in grads]
             else:
@@ -205,6 +201,24 @@ class PrivateOptimizer(DPOptimizer):
             for p in self.params:
                 _mark_as_processed(p.grad_sample)  # pyright: ignore
         self._stale = True
+
+    def _check_parameters(self) -> None:
+        """Raise unless the gradients are new, and of the parameters that noise is made for."""
+        if self._stale:
+            raise ValueError("call optimizer.zero_grad() between two steps")
+        if isinstance(self._model, ClippedModule) and self._model._watch.closed:
+            raise ValueError(f"this optimizer has retired: {self._model._watch.closed}")
+        frozen = [p for g in self.param_groups for p in g["params"] if not p.requires_grad]
+        if any(p.grad is not None for p in frozen):
+            raise ValueError("a frozen parameter of the optimizer has a gradient: set it to None")
+        trained = [id(p) for p in self.params]
+        if trained != self._trained:
+            names = {id(p): n for n, p in self._model.named_parameters()}
+            other = set(trained) ^ set(self._trained)
+            raise ValueError(
+                "the optimizer's trained parameters are not those of make_private any more: "
+                f"{', '.join(sorted(names.get(i, '?') for i in other))}; call make_private again"
+            )
 
     @torch.no_grad()
     def add_noise(self) -> None:
@@ -231,7 +245,7 @@ class PrivateOptimizer(DPOptimizer):
         super().zero_grad(set_to_none)
         self._stale = False
         if isinstance(self._model, ClippedModule):
-            self._model.backward_passes.clear()
+            self._model.sums.zeroed()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and sum; unless the step is to be skipped, also noise, scale and account."""

@@ -1,65 +1,337 @@
-"""Run-time checks of what clip-in-backward takes for granted."""
+"""Watches every forward and every backward of a model whose layers clip."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clipping import UnsupportedLayerError
-from aadp_kernels.single_use import check_single_use
+from aadp_kernels.clipping import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.integrations._gradients import ClippedSums
+from aadp_kernels.integrations._trial import shape_of_record, trial
+from aadp_kernels.watched import some_records
+
+Tried = tuple[set[int], set[int]]
+
+_TRIALS = 16
+_TELL = "tell it: with records(model, n): ..."
+
+
+class Forward:
+    """One forward of the model: its number of records, and what was called and gave gradients.
+
+    Attributes:
+        records: number of records; None: not known, for the reason `why`.
+        called: ids of the layers that were called.
+        given: names of the parameters that backward gave a gradient.
+        tried: ids of the layers that were tried with one record, and with two; None: not asked for.
+    """
+
+    __slots__ = ("called", "given", "records", "tried", "why")
+
+    def __init__(self, records: int | None, *, why: str = "", tried: Tried | None = None) -> None:
+        self.records, self.why, self.tried = records, why, tried
+        self.called: set[int] = set()
+        self.given: set[str] = set()
+
+    def untried(self) -> set[int]:
+        """Layers that were called and not yet tried with one record and with two."""
+        return set() if self.tried is None else self.called - (self.tried[0] & self.tried[1])
+
+
+class ModelHook:
+    """A hook of a watched model; a copy or a pickle of the model has one that does nothing."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> None:
+        if self.act is not None:
+            self.act(*args)
+
+    def __deepcopy__(self, memo: Any) -> ModelHook:
+        return ModelHook(None)
+
+    def __reduce__(self) -> Any:
+        return ModelHook, (None,)
 
 
 class Watch:
-    """Raises where a record of one forward could contribute more than its clip norm to a layer.
+    """Hands the layers of a model their parameters, forward by forward, and gathers the sums.
 
-    A layer must be called once in a forward, and see the batch that the model sees: a layer that
-    was given [batch * tokens, ...] would clip tokens, not records. The first forward is also run
-    through `check_single_use`, once more. Compiled code is not watched.
+    While gradients are enabled a layer computes with aliases of its private parameters that were
+    made for this call. Backward gives an alias its clipped sum, which goes to `sums`. Nothing else
+    has a reason to give a parameter a gradient: what autograd sends to the parameter itself comes
+    from a use outside of its layer and raises in backward, before it is added to anything.
+
+    Args:
+        model: Model of clipped layers.
+        sums: Private parameters by their names in the model; receives their clipped sums.
+        owner: The watch ends when this object does.
+
+    Guarantees:
+        While gradients are enabled, a layer with private parameters is called at most once in a
+        forward of the model, with as many rows as the model has records, and its records give it
+        one gradient; anything else raises UnsupportedLayerError in forward or backward. The first
+        forward of every signature (shapes without the records) is tried with one record and with
+        two, since any other axis may be as long as the records by chance.
+
+    Edge cases:
+        | use | what happens |
+        |---|---|
+        | without gradients (`torch.no_grad`) | not watched |
+        | a layer called outside of a forward of the model | raises |
+        | `records(model, n)` | several calls make one forward, which is not tried beforehand |
+        | checkpoint(use_reentrant=False) | works |
+        | checkpoint(use_reentrant=True) | raises in backward |
+        | torch.compile | the watch runs between compiled pieces; fullgraph=True raises |
+        | a copy or a pickle of the model | clips, and is not watched |
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.batch: int | None = None
-        self._calls: dict[str, int] = {}
-        self._checked = False
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for name, module in clipped_layers(model):
-            module.register_forward_pre_hook(self._layer(name or "<model>"))
+    def __init__(self, model: nn.Module, sums: ClippedSums, owner: object) -> None:
+        self.sums, self.closed = sums, ""
+        self._forward: Forward | None = None
+        self.last_records: int | None = None
+        self._told = self._trying = False
+        self._tried: dict[object, Tried] = {}
+        self._layers: dict[int, tuple[str, str, str]] = {}
+        self._watched: list[ClippingLayer] = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, ClippingLayer):
+                self._install(name, layer)
+        begin: Any = ModelHook(self._begin)
+        end: Any = ModelHook(self._end)
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(begin, with_kwargs=True),
+            model.register_forward_hook(end, with_kwargs=True, always_call=True),
+        ]
+        for name, parameter in sums.parameters.items():
+            self._handles.append(parameter.register_hook(partial(self._foreign, name)))
+        self._finalizer = finalize(owner, self.close, "the optimizer is gone")
+        self._finalizer.atexit = False
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new forward; the first tensor that is given to the model says how many records."""
-        if torch.compiler.is_compiling():
+    def _install(self, name: str, layer: ClippingLayer) -> None:
+        """Watch a layer, and end the watch of an earlier optimizer."""
+        old = layer.__dict__.pop("watch", None)
+        if isinstance(old, Watch):
+            old.close("another private optimizer was made for its model")
+        at = f"{name}." if name else ""
+        own = (name or "<model>", f"{at}weight", f"{at}bias")
+        if any(parameter in self.sums.parameters for parameter in own[1:]):
+            self._layers[id(layer)] = own
+            self._watched.append(layer)
+            layer.__dict__["watch"] = self
+
+    def close(self, why: str) -> None:
+        """Give the model back as it was; sums are not gathered any more."""
+        if self.closed:
             return
-        if torch.is_grad_enabled() and not self._checked and not kwargs:
-            self._checked = True
-            check_single_use(module, *args)
-        self._calls.clear()
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-        self.batch = tensors[0].shape[0] if tensors else None
+        self.closed = why
+        self._finalizer.detach()
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._watched:
+            if layer.__dict__.get("watch") is self:
+                del layer.__dict__["watch"]
+        self._watched.clear()
 
-    def _layer(self, name: str) -> Callable[..., None]:
-        """The check of one layer."""
+    @torch.compiler.disable
+    def enter(self, layer: nn.Module, x: Tensor) -> tuple[Any, Any]:
+        """Weight and bias for one call of a layer; see `LayerWatch`."""
+        own: Any = layer._parameters
+        if not torch.is_grad_enabled():
+            return own.get("weight"), own.get("bias")
+        name, weight, bias = self._layers[id(layer)]
+        forward = self._forward
+        if torch._C._current_graph_task_id() != -1:
+            # Computed again in backward: not a call, and no gradient may come back through it.
+            forward = None
+        elif forward is None:
+            raise UnsupportedLayerError(
+                f"{name} is called outside of a forward of the model, so the number of its records "
+                f"is not known: call the model, or {_TELL}"
+            )
+        else:
+            self._check_call(forward, name, id(layer), x)
+        return self._alias(own.get("weight"), weight, forward), self._alias(
+            own.get("bias"), bias, forward
+        )
 
-        def check(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if torch.compiler.is_compiling():
+    @staticmethod
+    def _check_call(forward: Forward, name: str, layer: int, x: Tensor) -> None:
+        """Raise unless this is the layer's only call, on all records."""
+        if forward.records is None:
+            raise UnsupportedLayerError(
+                f"the number of records that {name} must see is not known, because {forward.why}; "
+                f"{_TELL}"
+            )
+        if layer in forward.called:
+            raise UnsupportedLayerError(f"{name} is used more than once in one forward")
+        forward.called.add(layer)
+        if not x.dim() or x.shape[0] != forward.records:
+            raise UnsupportedLayerError(
+                f"{name} gets shape {tuple(x.shape)} for {forward.records} record(s): the first "
+                "axis of what it gets must be the records"
+            )
+
+    def _alias(self, own: Any, name: str, forward: Forward | None) -> Any:
+        """A leaf with the values of a private parameter; other parameters as they are."""
+        private = self.sums.parameters.get(name)
+        if private is None:
+            return own
+        if own is not private:
+            raise UnsupportedLayerError(
+                f"{name!r} is another tensor than the one the private optimizer was made for"
+            )
+        if not private.requires_grad:
+            return own
+        alias = own.detach().requires_grad_()
+        alias.register_post_accumulate_grad_hook(partial(self._gather, name, forward))
+        return alias
+
+    def _gather(self, name: str, forward: Forward | None, alias: Tensor) -> None:
+        """Move the clipped sum that an alias was given to its parameter."""
+        grad, alias.grad = alias.grad, None
+        if grad is None:
+            return
+        if self.closed:
+            raise RuntimeError(f"the private optimizer of this forward has retired: {self.closed}")
+        if forward is None:
+            self._fail(
+                f"{name!r} is used by a layer that is computed again in backward, with a graph of "
+                "its own: checkpoint with use_reentrant=False"
+            )
+        elif name in forward.given:
+            self._fail(
+                f"{name!r} gets a second gradient from one forward: each backward pass is clipped "
+                "by itself, and a record in both would count twice"
+            )
+        else:
+            if not forward.given:
+                self.sums.begin()
+            forward.given.add(name)
+            self.sums.add(name, grad)
+
+    def _foreign(self, name: str, _grad: Tensor) -> None:
+        """Autograd has a gradient for a parameter itself."""
+        self._fail(
+            f"the parameter {name!r} is used outside of its layer, where nothing clips its "
+            "gradient; a penalty on weights can be the weight_decay of the optimizer"
+        )
+
+    def _fail(self, reason: str) -> None:
+        self.sums.give_up(f"a backward pass has failed, call zero_grad(): {reason}")
+        raise UnsupportedLayerError(reason)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward of the model begins."""
+        if self._told or self._trying or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() != -1:
+            return
+        simple = not kwargs and all(type(value) is Tensor for value in args)
+        leaves = args if simple else tree_leaves((args, kwargs))
+        sizes = {t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()}
+        if len(sizes) != 1:
+            found = f"have first axes of {sorted(sizes)}" if sizes else "hold no tensor [B, ...]"
+            self._forward = Forward(None, why=f"the inputs of the model {found}")
+            self.last_records = None
+            return
+        (records,) = sizes
+        self.last_records = records
+        signature = (model.training, *map(shape_of_record, leaves))
+        tried = self._tried.get(signature)
+        if tried is None:
+            tried = (set(), set())
+            self._try(tried, model, args, kwargs, records)
+            self._tried[signature] = tried
+        self._forward = Forward(records, tried=tried)
+
+    def _end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A forward of the model has ended; without an output if by an error."""
+        if self._told or self._trying:
+            return
+        forward, self._forward = self._forward, None
+        if output is None or forward is None or forward.tried is None:
+            return
+        # Layers on a path that is taken by chance.
+        for seed in range(_TRIALS):
+            if not forward.untried():
                 return
-            self._calls[name] = self._calls.get(name, 0) + 1
-            if self._calls[name] > 1:
-                raise UnsupportedLayerError(f"{name} is used more than once in one forward")
-            if inputs and self.batch is not None and inputs[0].shape[0] != self.batch:
-                raise UnsupportedLayerError(
-                    f"{name} must see the {self.batch} records of the batch in its first "
-                    f"dimension, got shape {tuple(inputs[0].shape)}"
-                )
+            self._try(forward.tried, model, args, kwargs, forward.records, seed)
+        if forward.untried():
+            names = sorted(self._layers[i][0] for i in forward.untried())
+            raise UnsupportedLayerError(
+                f"{', '.join(names)}: called for {forward.records} records, and in no forward of "
+                f"one or two ({_TRIALS} were tried), so the first axis of what they get may be "
+                "something else than records"
+            )
 
-        return check
+    def _try(
+        self, tried: Tried, model: nn.Module, args: Any, kwargs: Any, records: Any,
+        seed: int | None = None,
+    ) -> None:  # fmt: skip
+        """Run the model on one record and on two, and note the layers: no other axis has both."""
+        self._trying = True
+        try:
+            for count, called in zip((1, 2), tried, strict=True):
+                pick = partial(some_records, records=records, count=count)
+                some, named = tree_map(pick, (args, kwargs))
+                self._forward = forward = Forward(count)
+                with trial(seed):
+                    model(*some, **named)
+                called |= forward.called
+        finally:
+            self._trying, self._forward = False, None
+
+    @contextmanager
+    def told(self, count: int) -> Iterator[None]:
+        """One forward of `count` records, whatever is called within."""
+        self._forward, self._told, self.last_records = Forward(count), True, count
+        try:
+            yield
+        finally:
+            self._forward, self._told = None, False
 
 
-def clipped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+@contextmanager
+def records(model: nn.Module, count: int) -> Iterator[None]:
+    """What is called within is one forward of `count` records.
+
+    For a watched model whose inputs do not say how many records they hold, or whose parts are
+    called one by one: `with records(model, len(x)): out = model.head(model.body(x))`.
+
+    Args:
+        model: The model of a `PrivateOptimizer`, or what the Opacus adapter made of one.
+        count: Number of records, the first axis of what every layer gets. That the axis holds
+            records, and not positions that are as many by chance, is the caller's promise.
+
+    Raises:
+        ValueError: Nothing watches the model.
+    """
+    watches = {id(watch): watch for watch in watches_of(model)}
+    if len(watches) != 1:
+        raise ValueError("records() needs the model of one private optimizer")
+    (watch,) = watches.values()
+    with watch.told(count):
+        yield
+
+
+def watches_of(model: nn.Module) -> list[Watch]:
+    """The watch of every layer that has one."""
+    found = (module.__dict__.get("watch") for module in model.modules())
+    return [watch for watch in found if isinstance(watch, Watch)]
+
+
+def clipped_layers(model: nn.Module) -> Iterator[tuple[str, ClippingLayer]]:
     """Names and modules that clip in backward."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "norm_p", None), int):
+        if isinstance(module, ClippingLayer):
             yield name, module

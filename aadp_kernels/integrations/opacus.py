@@ -12,7 +12,7 @@ per-sample gradients; L1 clips and Laplace noise, with an accountant of their ow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import opacus
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aadp_kernels import _validate
+from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._opacus import ClippedModule, LaplaceAccountant, PrivateOptimizer
-from aadp_kernels.integrations.optim import set_clip_norms
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
@@ -143,10 +143,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ):
             raise ValueError("module must not be distributed: see aadp_kernels.integrations.ddp")
         _validate.finite_nonnegative("noise_multiplier", noise_multiplier)
-        layout = _layout(module, optimizer, clipping, max_grad_norm)
+        trained = _trained(module, optimizer)
+        layout = _layout(trained, clipping, max_grad_norm)
         clips = layer_clips(max_grad_norm, layout, self.p)
         joint = clipping == "per_layer" and wrap_model and batch_first
-        model: Any = self._clipped(module, layout, loss_reduction) if joint else None
+        model: Any = self._clipped(module, layout, trained, loss_reduction) if joint else None
         if model is None:
             model = self._prepare_model(
                 module, batch_first=batch_first, loss_reduction=loss_reduction,
@@ -169,7 +170,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         return model, private, loader
 
     def _clipped(
-        self, module: nn.Module, layout: Layout, loss_reduction: str
+        self, module: nn.Module, layout: Layout, trained: Iterable[str], loss_reduction: str
     ) -> ClippedModule | None:
         """The model that clips in backward, or None if it cannot or the layers are others."""
         if isinstance(module, AbstractGradSampleModule):
@@ -180,6 +181,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             set_clip_norms(model._module, layout, torch.ones(layout.num_layers))
         except ValueError:  # also UnsupportedLayerError: per-sample gradients serve any model
             return None
+        model.watch(trained)
         return model
 
     def _next_step(self) -> int:
@@ -204,22 +206,23 @@ class PrivacyEngine(opacus.PrivacyEngine):
         return loader
 
 
-def _layout(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    clipping: str,
-    max_grad_norm: float | Sequence[float],
-) -> Layout:
-    """The optimizer's parameters: one layer (flat), one a module or one a parameter."""
+def _trained(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters that are not frozen, by their names, in its order."""
     names = {id(p): name.removeprefix("_module.") for name, p in module.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if any(id(p) not in names for p in trained):
         raise ValueError("the optimizer has parameters that the module has not")
-    tensors = {names[id(p)]: p for p in trained}
+    return {names[id(p)]: p for p in trained}
+
+
+def _layout(
+    trained: dict[str, nn.Parameter], clipping: str, max_grad_norm: float | Sequence[float]
+) -> Layout:
+    """The trained parameters: one layer (flat), one a module or one a parameter."""
     if clipping == "flat":
-        return Layout.build(tensors, dict.fromkeys(tensors, "all"))
-    layout = Layout.build(tensors)
+        return Layout.build(trained, dict.fromkeys(trained, "all"))
+    layout = Layout.build(trained)
     several = isinstance(max_grad_norm, Sequence | Tensor) and torch.as_tensor(max_grad_norm).dim()
-    if several and len(max_grad_norm) == len(tensors) != layout.num_layers:  # pyright: ignore
-        return Layout.build(tensors, {name: name for name in tensors})
+    if several and len(max_grad_norm) == len(trained) != layout.num_layers:  # pyright: ignore
+        return Layout.build(trained, {name: name for name in trained})
     return layout

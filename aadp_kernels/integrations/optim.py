@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import copy
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from aadp_kernels import _validate
-from aadp_kernels.integrations._watch import Watch, clipped_layers
+from aadp_kernels.integrations._clip_norms import ClipNormsKept, clipping_norm, set_clip_norms
+from aadp_kernels.integrations._gradients import ClippedSums
+from aadp_kernels.integrations._public_state import ENTRY, check_state, layers_of
+from aadp_kernels.integrations._watch import Watch, records
+from aadp_kernels.integrations.poisson import PoissonBatches
 from aadp_kernels.integrations.release import Release, equal_scales, layer_clips
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
+from aadp_kernels.noise import MECHANISMS, NoiseKey
 from aadp_kernels.privatize import privatize_
 
+__all__ = [
+    "PoissonBatches",
+    "PrivateOptimizer",
+    "add_noise_",
+    "clipping_norm",
+    "records",
+    "set_clip_norms",
+]
 
-class PrivateOptimizer:
+
+class PrivateOptimizer(torch.optim.Optimizer):
     """Makes any torch.optim optimizer private: adds noise to the clipped sums that backward made.
 
     `step()` is `grad = (grad + noise) / expected_batch_size; optimizer.step()`.
@@ -28,9 +43,15 @@ class PrivateOptimizer:
             F.cross_entropy(model(x[rows]), y[rows], reduction="sum").backward()
             optimizer.step()
 
+    It is a torch.optim.Optimizer with the parameter groups and the state of the one it wraps:
+    schedules, step hooks, closures and Lightning take it as such.
+
     Args:
-        optimizer: Over parameters of `model`; a learning-rate schedule is attached to it.
-        model: Result of `with_clipping`; its clip norms are set here.
+        optimizer: Over parameters of `model`. Those that are frozen (`requires_grad` False) are
+            left out: they have no part in clip norms and noise, and do not move.
+        model: Result of `with_clipping`; its clip norms are set here, its forwards and backward
+            passes are watched from now on. Gradients that it holds are forgotten. An earlier
+            PrivateOptimizer of the model retires.
         clip_norm: C of all layers together (each gets C / sqrt(L), or C / L with p = 1), or one for
             each layer in the order of the model. Public.
         noise_multiplier: z (gaussian) or lambda (laplace) of all layers together; 0: no noise.
@@ -38,36 +59,51 @@ class PrivateOptimizer:
             drawn.
         key: Secret key; also good for the Poisson coins.
         mechanism: "gaussian" or "laplace"; laplace needs `with_clipping(p=1)`.
+        micro_batches: True promises that all forwards between two steps have *different* records,
+            those of one Poisson batch; False allows one forward.
         reduce: Called with the clipped sums before the noise, for instance to add up those of
             several processes in place; every process then adds the same noise under the same key.
         first_step: Address of the first release; a continued run goes on where the last one ended.
         impl: As for `privatize_`.
 
+    Attributes:
+        optimizer: The wrapped one.
+        steps_taken: Releases so far. One is counted before its noise is drawn, so a step that
+            failed later is counted, too.
+        next_step: Address of the next release; it never goes back.
+
     Raises:
-        ValueError: A model without clipping, a parameter of the optimizer outside the model's
-            clipped layers, laplace with p = 2, a range.
+        ValueError: A model without clipping, no trained parameter, a parameter outside the model's
+            clipped layers, laplace with p = 2, a range, LBFGS (evaluates its closure repeatedly on
+            private records), differentiable=True, DistributedDataParallel (see `reduce`).
 
     Guarantees:
         Each record moves the sum of a layer by at most C_l, so one `step` is the mechanism that
         `release` names, for records under zero_out, in real arithmetic (the sum is a matrix
-        product). That asks of the loop: the loss is a *sum* over the records of a Poisson batch;
-        a record goes through the model once between two steps; `zero_grad` is called after every
-        `step`. Micro-batches of one Poisson batch may be run one after the other before `step`. A
-        layer that is used twice in a forward, or sees something else than the model's records in
-        its first dimension, raises UnsupportedLayerError in the forward.
+        product). That asks of the loop: the loss is a *sum* over the records of a Poisson batch (a
+        mean divides every record's gradient, which only makes it smaller); a record is in the
+        batch once. What `Watch` says is seen in every forward and backward: layers used twice or on
+        something else than records, parameters used outside of their layer.
+        Nothing has moved when `step` raises RuntimeError. If the wrapped optimizer fails in the
+        first step, parameters and state are put back. Noise is never drawn twice.
 
     Edge cases:
-        | between two steps | `step` |
+        | between two steps | what happens |
         |---|---|
-        | no backward (an empty Poisson batch) | releases noise only; must be taken too |
-        | gradients not zeroed since the last step | RuntimeError |
+        | no backward (an empty Poisson batch) | `step` releases noise only; must be taken too |
+        | a second forward and backward | ValueError in backward, unless `micro_batches` |
+        | a second backward through one forward | UnsupportedLayerError in backward |
+        | gradients not zeroed since the last step, or changed by others | `step` raises |
+        | a parameter added, removed, frozen or unfrozen; a clip norm raised | `step` raises |
         | NaN or Inf in a layer's sum | zeros plus noise |
+        | `step(closure)` | the closure runs once, before the release |
+        | GradScaler, CUDA graph capture | RuntimeError |
 
     Reference:
         Abadi et al. 2016, arXiv:1607.00133; per layer: McMahan et al. 2018, arXiv:1812.06210.
     """
 
-    def __init__(
+    def __init__(  # pyright: ignore[reportMissingSuperCall]
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
@@ -77,6 +113,7 @@ class PrivateOptimizer:
         expected_batch_size: float,
         key: NoiseKey,
         mechanism: str = "gaussian",
+        micro_batches: bool = False,
         reduce: Callable[[list[Tensor]], None] | None = None,
         first_step: int = 0,
         impl: str = "auto",
@@ -84,7 +121,9 @@ class PrivateOptimizer:
         _validate.one_of("mechanism", mechanism, MECHANISMS)
         if not expected_batch_size > 0:
             raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size}")
+        _check_kind(optimizer, model)
         self.optimizer = optimizer
+        self._names = {id(p): name for name, p in model.named_parameters()}
         self.parameters = _trained(optimizer, model)
         self.layout = Layout.build(self.parameters)
         self.p = clipping_norm(model)
@@ -99,41 +138,142 @@ class PrivateOptimizer:
         self.steps_taken = 0
         self._noise_multiplier, self._mechanism = noise_multiplier, mechanism
         self._key, self._reduce, self._impl = key, reduce, impl
-        self._used: list[Tensor | None] = []
+        self._run, self._tried = secrets.token_hex(8), False
         set_clip_norms(model, self.layout, self.clips)
-        Watch(model)
+        self._kept = ClipNormsKept(model, self.layout)
+        self._sums = ClippedSums(self.parameters, micro_batches=micro_batches)
+        # torch makes the dictionaries of hooks here, and wraps `step` to run them.
+        super().__setstate__({})
+        self._watch = Watch(model, self._sums, owner=self)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients; to be called after every step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._used = []
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped optimizer's."""
+        return self.optimizer.param_groups
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Release the noisy mean gradient and let the optimizer use it.
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped optimizer's."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped optimizer's."""
+        return self.optimizer.defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks first: it would scale losses, and skip steps by private values."""
+        raise RuntimeError(
+            "GradScaler cannot be used with PrivateOptimizer: it skips steps where private "
+            "gradients overflow; use bfloat16, which needs no scaling, or GradScaler(enabled=False)"
+        )
+
+    def __repr__(self) -> str:
+        return f"PrivateOptimizer({self.optimizer!r})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("PrivateOptimizer holds a key, and cannot be copied: save its state_dict()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
+        """Refused: clip norms and noise are those of the layers that were there.
 
         Raises:
-            RuntimeError: `zero_grad` was not called since the last step.
+            ValueError: Always.
         """
-        if self._used:
-            raise RuntimeError("zero_grad() must be called between two steps")
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        sums = [parameter.grad for parameter in self.parameters.values()]
-        sums = [grad for grad in sums if grad is not None]
-        if self._reduce is not None:
-            self._reduce(sums)
-        add_noise_(
-            sums, self.layout, scale=self.scales, mechanism=self._mechanism, key=self._key,
-            step=self.next_step, impl=self._impl,
-        )  # fmt: skip
-        for grad in sums:
-            grad.div_(self.expected_batch_size)
-        self.next_step += 1
-        self.steps_taken += 1
-        self._used = list(sums)
-        self.optimizer.step()
+        raise ValueError("parameters cannot be added: make a new PrivateOptimizer for the model")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; to be called before or after every step."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+        self._sums.zeroed()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Release the noisy mean gradient and let the optimizer use it.
+
+        Args:
+            closure: Runs once, with gradients enabled, before the release; usually zero_grad,
+                forward and backward.
+
+        Returns:
+            What the closure returned (private), or None.
+
+        Raises:
+            RuntimeError: See the table of the class; the message names the parameter.
+        """
+        found = None
+        if closure is not None:
+            with torch.enable_grad():
+                found = closure()
+        with torch.no_grad():
+            self._release(self._checked_sums())
+            self._move()
+        return found
+
+    def _checked_sums(self) -> list[Tensor]:
+        """The clipped sums, if everything is as it was when clip norms and noise were settled."""
+        if self._watch.closed:
+            raise RuntimeError(f"this PrivateOptimizer has retired: {self._watch.closed}")
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a captured CUDA graph would repeat the noise of its step")
+        self._check_parameters()
+        self._kept.check()
+        return self._sums.take()
+
+    def _check_parameters(self) -> None:
+        """Raise unless the optimizer trains exactly the parameters that are private."""
+        private = {id(p): name for name, p in self.parameters.items()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and private.pop(id(parameter), None) is None:
+                    self._refuse(parameter, "is trained now and was not")
+                if not parameter.requires_grad and id(parameter) in private:
+                    self._refuse(parameter, "is frozen now and was not")
+                if not parameter.requires_grad and parameter.grad is not None:
+                    self._refuse(parameter, "is frozen and has a gradient")
+        for name in private.values():
+            raise RuntimeError(f"the optimizer has lost {name!r}; make a new PrivateOptimizer")
+
+    def _refuse(self, parameter: Tensor, what: str) -> NoReturn:
+        name = self._names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
+        raise RuntimeError(
+            f"the optimizer's parameter {name!r} {what}, so neither its clip norm nor its noise is "
+            "settled; make a new PrivateOptimizer for the model"
+        )
+
+    def _release(self, sums: list[Tensor]) -> None:
+        """Turn the sums into the noisy mean. Counted first, so that no noise is drawn twice."""
+        try:
+            if self._reduce is not None:
+                self._reduce(sums)
+            step, self.next_step = self.next_step, self.next_step + 1
+            self.steps_taken += 1
+            add_noise_(
+                sums, self.layout, scale=self.scales, mechanism=self._mechanism, key=self._key,
+                step=step, impl=self._impl,
+            )  # fmt: skip
+            for grad in sums:
+                grad.div_(self.expected_batch_size)
+        except BaseException:
+            self._sums.forget("the last step has failed: zero_grad() must be called")
+            raise
+        self._sums.spend()
+
+    def _move(self) -> None:
+        """The wrapped optimizer's step. The first, where state is made, is undone if it fails."""
+        if self._tried:
+            self.optimizer.step()
+            return
+        before = [p.detach().clone() for p in self.parameters.values()]
+        state = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            self.optimizer.step()
+        except BaseException:
+            for parameter, value in zip(self.parameters.values(), before, strict=True):
+                parameter.copy_(value)
+            self.optimizer.load_state_dict(state)
+            raise
+        self._tried = True
 
     def release(self, *, poisson_rate: float = 1.0) -> Release:
         """What each of the `steps_taken` steps must be charged for.
@@ -147,51 +287,43 @@ class PrivateOptimizer:
             poisson_rate=poisson_rate,
         )  # fmt: skip
 
+    def retire(self) -> None:
+        """Give the model back to training that is not private; `step` raises from now on."""
+        self._watch.close("retire() was called")
 
-class PoissonBatches:
-    """Batches of record indices in which every record is with probability `rate`, independently.
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and, as "privacy", public facts: no key, no sums.
 
-    This is the sampling that amplification is proven for; a shuffled epoch of fixed batches is not.
+        The facts are layers and their sizes, mechanism, noise multiplier, p, clip norms, divisor,
+        `next_step`, `steps_taken` and a random name of the run.
+        """
+        return super().state_dict() | {ENTRY: self._facts()}
 
-    Args:
-        n: Number of records, public.
-        rate: Sampling rate in (0, 1], public.
-        steps: Batches of one pass over this object.
-        key: Secret key; may be the one of the noise.
-        first_step: Address of the first batch.
-        device: Device of the indices.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a state was saved; `next_step` and `steps_taken` never go back.
 
-    Guarantees:
-        The batch of a step is a function of (key, step). A second pass goes on with new steps.
+        Raises:
+            ValueError: A state of a plain optimizer, of other layers, of another mechanism or noise
+                multiplier; a state of another run after steps of one's own.
+        """
+        facts = check_state(state_dict, self._facts())
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != ENTRY})
+        self.next_step = max(self.next_step, facts["next_step"])
+        self.steps_taken = max(self.steps_taken, facts["steps_taken"])
+        self._run = facts["run"]
 
-    Edge cases:
-        A batch can be empty, and its size is private.
-    """
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by `load_state_dict` with the new state and groups."""
+        self.optimizer.__setstate__(state)
 
-    def __init__(
-        self,
-        n: int,
-        *,
-        rate: float,
-        steps: int,
-        key: NoiseKey,
-        first_step: int = 0,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate must be in (0, 1], got {rate}")
-        self.n, self.rate, self.steps = n, rate, steps
-        self.next_step = first_step
-        self._key, self._device = key, device
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(self.steps):
-            step, self.next_step = self.next_step, self.next_step + 1
-            mask = poisson_mask(self.n, self.rate, key=self._key, step=step, device=self._device)
-            yield mask.nonzero().flatten()
+    def _facts(self) -> dict[str, Any]:
+        """The entry of `state_dict` that says what the steps so far were."""
+        return {
+            "layers": layers_of(self.layout), "mechanism": self._mechanism,
+            "noise_multiplier": float(self._noise_multiplier), "p": self.p,
+            "clip_norms": self.clips.tolist(), "expected_batch_size": self.expected_batch_size,
+            "next_step": self.next_step, "steps_taken": self.steps_taken, "run": self._run,
+        }  # fmt: skip
 
 
 def add_noise_(
@@ -211,42 +343,34 @@ def add_noise_(
     )  # fmt: skip
 
 
-def clipping_norm(model: nn.Module) -> int:
-    """The norm p of a model that clips in backward.
-
-    Raises:
-        ValueError: The model was not made by `with_clipping`.
-    """
-    norms = {int(getattr(module, "norm_p", 0)) for _, module in clipped_layers(model)}
-    if len(norms) != 1:
-        raise ValueError("model must be the result of with_clipping, got one without clipping")
-    return norms.pop()
-
-
-def set_clip_norms(model: nn.Module, layout: Layout, clips: Tensor) -> None:
-    """Write the clip norms [L] into the layers of a model that clips in backward.
-
-    Raises:
-        ValueError: A layer of the layout does not clip.
-    """
-    buffers: dict[str, Any] = dict(model.named_buffers())
-    for name, clip in zip(layout.layer_names, clips.tolist(), strict=True):
-        buffer = buffers.get(f"{name}.clip_norm")
-        if buffer is None:
-            raise ValueError(
-                f"layer {name!r} does not clip; use the result of with_clipping (a model that is "
-                "one layer must stand in an nn.Sequential)"
-            )
-        buffer.fill_(clip)
+def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse what cannot be made private step by step."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer must not be LBFGS: it evaluates its closure many times in a step, each time "
+            "on private records without noise"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not be differentiable: a step is not differentiated")
+    if isinstance(optimizer, PrivateOptimizer):
+        raise ValueError("optimizer is private already: pass the one it wraps, its .optimizer")
+    distributed = torch.distributed.is_available() and isinstance(
+        model, nn.parallel.DistributedDataParallel
+    )
+    if distributed or isinstance(model, nn.DataParallel):
+        raise ValueError("model must not be distributed: pass the module, and `reduce` for sums")
 
 
 def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by their names in the model, in the model's order."""
-    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """The optimizer's parameters that are trained, by their names in the model, in its order."""
+    wanted = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     found = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if len(found) != len(wanted):
         raise ValueError(
             f"the optimizer has {len(wanted) - len(found)} parameters that the model has not; "
             "make the optimizer from the result of with_clipping"
         )
-    return found
+    trained = {name: p for name, p in found.items() if p.requires_grad}
+    if not trained:
+        raise ValueError("the optimizer has no parameter that is trained: all are frozen")
+    return trained

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from aadp_kernels import Bias, Layout, NoiseKey, UnsupportedLayerError, with_clipping
+from aadp_kernels import Bias, Layout, NoiseKey, with_clipping
 from aadp_kernels.integrations import clients, optim
 from aadp_kernels.integrations.release import (
     Release,
@@ -108,7 +108,7 @@ def test_micro_batches_give_one_step() -> None:
     whole = network()
     wanted = moved(whole, private(whole))
     model = network()
-    optimizer = private(model)
+    optimizer = private(model, micro_batches=True)
     before = [p.detach().clone() for p in model.parameters()]
     x, y = batch()
     for rows in (slice(0, 3), slice(3, 8)):
@@ -157,44 +157,6 @@ def test_optimizer_refuses_what_it_cannot_bound() -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             private(network(), **{name: value})
-
-
-class Odd(nn.Module):
-    """Uses its layer twice, or on another number of rows than the model has records."""
-
-    def __init__(self, twice: bool) -> None:
-        super().__init__()
-        self.fc, self.twice = nn.Linear(4, 2), twice
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + self.fc(-x) if self.twice else self.fc(x.view(-1, 4)[::2])
-
-
-@pytest.mark.parametrize(("twice", "match"), [(True, "more than once"), (False, "first dim")])
-def test_layers_that_do_not_see_the_records_once_raise(twice: bool, match: str) -> None:
-    model = with_clipping(Odd(twice), p=2)
-    private(model)
-    for _ in range(2):
-        with pytest.raises(UnsupportedLayerError, match=match):
-            model(torch.zeros(6, 4))
-
-
-class Tied(nn.Module):
-    """Uses a weight outside of its layer, where nothing would clip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.fc(x), self.fc.weight)
-
-
-def test_weights_used_outside_of_their_layer_raise() -> None:
-    model = with_clipping(Tied(), p=2)
-    private(model)
-    with pytest.raises(UnsupportedLayerError, match="outside"):
-        model(torch.zeros(6, 4))
 
 
 def test_release_of_the_optimizer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from typing import Any
@@ -259,13 +260,72 @@ def test_two_passes_between_steps_are_refused() -> None:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward(retain_graph=True)
-    with pytest.raises(ValueError, match="accumulation"):
+    with pytest.raises(UnsupportedLayerError, match="second gradient from one forward"):
         loss.backward()
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     with pytest.raises(ValueError, match="zero_grad"):
         optimizer.step()
+
+
+def test_parameters_used_outside_of_their_layer_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 3)
+
+        def forward(self, *, image: torch.Tensor) -> torch.Tensor:
+            return self.fc(image.flatten(1)) + image.flatten(1) @ self.fc.weight.T
+
+    plain = Tied()
+    model, optimizer, _ = private(engine(), plain, max_grad_norm=1.0)
+    assert isinstance(model, ClippedModule)
+    x, y = batch()
+    for foreign in (lambda: model(image=x), lambda: plain(image=x)):
+        with pytest.raises(UnsupportedLayerError, match=r"'fc\.(weight|bias)' is used outside"):
+            F.cross_entropy(foreign(), y).backward()
+        with pytest.raises(RuntimeError, match="zero_grad"):
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_frozen_layers_stay_and_unfrozen_ones_are_refused(clipping: str) -> None:
+    plain = network()
+    plain[0].requires_grad_(False)
+    model, optimizer, _ = private(
+        engine(), plain, max_grad_norm=0.5, clipping=clipping, noise_multiplier=1.0
+    )
+    before = plain[0].weight.clone()
+    step(model, optimizer, *batch())
+    assert torch.equal(plain[0].weight, before)
+    optimizer.zero_grad()
+    plain[0].weight.grad = torch.ones_like(before)
+    with pytest.raises(ValueError, match="frozen parameter"):
+        optimizer.step()
+    plain[0].weight.grad = None
+    plain[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        optimizer.step()
+
+
+def test_gradients_changed_between_backward_and_step_are_refused() -> None:
+    model, optimizer, _ = private(engine())
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match="clip_grad_norm_"):
+        optimizer.step()
+
+
+def test_the_module_is_free_when_the_private_model_is_gone() -> None:
+    plain = network()
+    made = private(engine(), plain)
+    del made
+    gc.collect()
+    x, y = batch()
+    F.cross_entropy(plain(x), y).backward()
 
 
 class _Scaled(nn.Module):

@@ -1,0 +1,388 @@
+"""What a private optimizer sees in every forward and every backward pass of its model."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aadp_kernels import NoiseKey, UnsupportedLayerError, with_clipping
+from aadp_kernels.integrations.optim import PrivateOptimizer, records
+
+Way = Callable[[Any, Tensor], Tensor]
+# torch.compile itself makes an instance of an autograd.Function, reads gradients, and warns of it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated.*"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
+]
+
+
+class Net(nn.Module):
+    """Two layers; what happens to the first is given."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__()
+        self.fc, self.out, self.way = nn.Linear(4, 4), nn.Linear(4, 2), way
+
+    def forward(self, x: Tensor | None = None, other: Any = None, **named: Any) -> Tensor:
+        first = next(v for v in (x, *named.values()) if v is not None)
+        if isinstance(first, dict):
+            first = first["x"]
+        return self.out(self.way(self, first))
+
+
+def private(way: Way = lambda self, x: self.fc(x), **options: Any) -> tuple[Any, PrivateOptimizer]:
+    torch.manual_seed(0)
+    model = with_clipping(Net(way), p=2)
+    arguments = {
+        "clip_norm": 0.1, "noise_multiplier": 0.0, "expected_batch_size": 1.0,
+        "key": NoiseKey.from_seed(0),
+    }  # fmt: skip
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, PrivateOptimizer(sgd, model, **(arguments | options))
+
+
+def data(n: int = 6) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+
+
+FOREIGN: dict[str, Way] = {
+    "attribute": lambda self, x: self.fc(x) @ self.fc.weight,
+    "F.linear": lambda self, x: self.fc(x) + F.linear(x, self.fc.weight),
+    "parameters": lambda self, x: self.fc(x) + sum(p.sum() for p in self.parameters()),
+    "captured": lambda self, x: self.fc(x) + x @ next(self.fc.parameters()),
+    "of the other layer": lambda self, x: self.fc(x) + x @ self.out.weight.T @ self.out.weight,
+    "bias": lambda self, x: self.fc(x) + self.fc.bias,
+    "functional_call": lambda self, x: (
+        self.fc(x)
+        + torch.func.functional_call(nn.Linear(4, 4), dict(self.fc.named_parameters()), (x,))
+    ),
+}
+CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "by position": lambda model, x: model(x),
+    "by keyword": lambda model, x: model(x=x),
+    "by another keyword": lambda model, x: model(input_ids=x),
+    "in a dictionary": lambda model, x: model({"x": x}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", FOREIGN)
+def test_parameters_used_outside_of_their_layer_raise_before_they_move(way: str, call: str) -> None:
+    model, optimizer = private(FOREIGN[way])
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(UnsupportedLayerError, match=r"'(fc|out)\.(weight|bias)' is used outs"):
+            CALLS[call](model, data()).sum().backward()
+        with pytest.raises(RuntimeError, match="outside of its layer"):
+            optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert optimizer.steps_taken == 0
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda model, x: sum(p.square().sum() for p in model.parameters()),
+        lambda model, x: model.fc.weight.norm(),
+        lambda model, x: (x @ model.fc.weight).sum(),
+    ],
+)
+def test_penalties_in_the_loss_raise_and_weight_decay_is_named(penalty: Any) -> None:
+    model, _optimizer = private()
+    x = data()
+    with pytest.raises(UnsupportedLayerError, match="weight_decay"):
+        (model(x).sum() + penalty(model, x)).backward()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("way", "match"),
+    [
+        (lambda self, x: self.fc(x) + self.fc(-x), "fc is used more than once"),
+        (lambda self, x: self.fc(x.repeat(2, 1))[::2], "fc gets shape"),
+        (lambda self, x: self.fc(input=x.repeat(2, 1))[::2], "fc gets shape"),
+        (lambda self, x: self.fc(x.mean(0)).expand(len(x), 4), "fc gets shape"),
+    ],
+)
+def test_layers_called_twice_or_on_something_else_raise(call: str, way: Way, match: str) -> None:
+    model, _optimizer = private(way)
+    for _ in range(2):
+        with pytest.raises(UnsupportedLayerError, match=match):
+            CALLS[call](model, data())
+
+
+class Deep(nn.Module):
+    """A layer that runs as often as the longest record is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 4)
+        for t in range(int(length.max())):
+            state = torch.tanh(self.cell(state + x[:, t]))
+        return self.out(state)
+
+
+def test_every_forward_is_watched_and_not_the_first() -> None:
+    model = with_clipping(Deep(), p=2)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = PrivateOptimizer(
+        sgd, model, clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=3.0,
+        key=NoiseKey.random(),
+    )  # fmt: skip
+    x, length = torch.randn(3, 5, 4), torch.ones(3, dtype=torch.long)
+    model(x, length).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    length[2] = 5
+    with pytest.raises(UnsupportedLayerError, match="cell is used more than once"):
+        model(x, length)
+
+
+class First(nn.Module):
+    """A layer that gets positions first, always or by chance."""
+
+    def __init__(self, chance: float = 1.0, numbers: Any = torch.rand) -> None:
+        super().__init__()
+        self.fc, self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.chance, self.numbers = chance, numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if float(self.numbers(())) < self.chance:
+            x = self.mix(x.transpose(0, 1)).transpose(0, 1)
+        return self.out(x.mean(1))
+
+
+def watched(net: nn.Module) -> tuple[nn.Module, PrivateOptimizer]:
+    model = with_clipping(net, p=2)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, PrivateOptimizer(
+        sgd, model, clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=3.0,
+        key=NoiseKey.random(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [(5, 4), (3, 4)])
+def test_as_many_positions_as_records_are_not_records(first: tuple[int, int]) -> None:
+    """Of every signature the first forward is tried with one record and with two."""
+    model, _optimizer = watched(First())
+    if first[0] == 5:
+        with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+            model(torch.randn(3, 5, 4))
+    for _ in range(2):
+        with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+            model(torch.randn(3, 3, 4))
+
+
+@pytest.mark.parametrize("numbers", [torch.rand, lambda _: random.random()])
+def test_a_layer_that_is_called_by_chance_is_tried_when_it_is_called(numbers: Any) -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    model, _optimizer = watched(First(0.3, numbers))
+
+    def call() -> None:
+        for _ in range(40):
+            model(torch.randn(3, 3, 4))
+
+    with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+        call()
+
+
+def test_a_path_that_one_or_two_records_never_take_raises() -> None:
+    model, _optimizer = private(lambda self, x: self.fc(x) if len(x) > 2 else x)
+    with pytest.raises(UnsupportedLayerError, match="fc: called for 6 records, and in no forward"):
+        model(data())
+
+
+def test_trials_leave_the_random_numbers_as_they_were() -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        return self.fc(x) * float(torch.rand(()) + random.random())
+
+    model, _optimizer = private(way)
+    plain = Net(way)
+    plain.load_state_dict(model.state_dict())
+    outputs = []
+    for each in (model, plain):
+        torch.manual_seed(5)
+        random.seed(5)
+        outputs.append(each(data()))
+    assert torch.equal(*outputs)
+
+
+def test_what_inputs_do_not_say_must_be_told() -> None:
+    model, optimizer = private()
+    x = data()
+    with pytest.raises(UnsupportedLayerError, match=r"first axes of \[6, 9\].*records\(model, n\)"):
+        model(x, torch.ones(9))
+    with pytest.raises(UnsupportedLayerError, match="hold no tensor"):
+        model({"x": x}.items() and type("Batch", (dict,), {})(x=x))
+    with records(model, 6):
+        model(x, torch.ones(9)).sum().backward()
+    optimizer.step()
+    with records(model, 5), pytest.raises(UnsupportedLayerError, match="for 5 record"):
+        model(x, torch.ones(9))
+    with pytest.raises(ValueError, match="records"), records(copy.deepcopy(model), 6):
+        pass
+
+
+def test_parts_of_a_model_are_called_within_records() -> None:
+    model, optimizer = private()
+    x = data()
+    with pytest.raises(UnsupportedLayerError, match="fc is called outside of a forward"):
+        model.fc(x)
+    with records(model, 6):
+        model.out(model.fc(x)).sum().backward()
+        with pytest.raises(UnsupportedLayerError, match="more than once"):
+            model.fc(x)
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(model.out(model.fc(x)), model(x))
+
+
+def test_the_gradient_is_that_of_the_clipped_records() -> None:
+    model, optimizer = private()
+    twin = copy.deepcopy(model)
+    F.cross_entropy(model(data()), torch.arange(6) % 2, reduction="sum").backward()
+    F.cross_entropy(twin(data()), torch.arange(6) % 2, reduction="sum").backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert float(p.grad.abs().sum()) > 0
+    optimizer.step()
+
+
+def test_two_backward_passes_before_a_step() -> None:
+    model, optimizer = private()
+    x = data()
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="micro_batches"):
+        model(x).sum().backward()
+    optimizer.zero_grad()
+    first, second = model(x), model(x)
+    with pytest.raises(ValueError, match="micro_batches"):
+        (first.sum() + second.sum()).backward()
+    with pytest.raises(RuntimeError, match="half-way"):
+        optimizer.step()
+    for zero in (optimizer.zero_grad, model.zero_grad, lambda: optimizer.zero_grad(False)):
+        zero()
+        model(x).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_two_backward_passes_of_one_forward_always_raise(micro_batches: bool) -> None:
+    model, optimizer = private(micro_batches=micro_batches)
+    output = model(data())
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(UnsupportedLayerError, match="second gradient"):
+        output.square().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(UnsupportedLayerError, match="second gradient"):
+        output.sum().backward()
+
+
+def test_a_backward_pass_that_failed_is_not_released() -> None:
+    model, optimizer = private(lambda self, x: Fails.apply(self.fc(x)), micro_batches=True)
+    with pytest.raises(MemoryError):
+        model(data()).sum().backward()
+    assert model.out.weight.grad is not None
+    with pytest.raises(RuntimeError, match="half-way"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="half-way"):
+        model(data()).sum().backward()
+
+
+class Fails(torch.autograd.Function):
+    """No memory in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpointed_activations(whole: bool) -> None:
+    def way(self: Any, x: Tensor) -> Tensor:
+        return checkpoint(self.fc, x, use_reentrant=False)
+
+    plain, _plain_optimizer = private()
+    model, optimizer = private((lambda self, x: self.fc(x)) if whole else way)
+    plain(data()).sum().backward()
+    output = checkpoint(model, data(), use_reentrant=False) if whole else model(data())
+    output.sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    optimizer.step()
+
+
+def test_reentrant_checkpoints_raise() -> None:
+    model, _optimizer = private(lambda self, x: checkpoint(self.fc, x, use_reentrant=True))
+    x = data().requires_grad_()
+    with pytest.raises(UnsupportedLayerError, match="use_reentrant=False"):
+        model(x).sum().backward()
+
+
+def test_second_derivatives_raise() -> None:
+    model, _optimizer = private()
+    x = data().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        slope.square().sum().backward()
+
+
+@pytest.mark.parametrize("compiled", ["model", "layer", "method"])
+def test_compiled_code_is_watched(compiled: str) -> None:
+    torch._dynamo.reset()
+
+    def build(way: Way) -> tuple[Any, Any]:
+        model, optimizer = private(way)
+        if compiled == "method":
+            model.compile(backend="aot_eager")
+        elif compiled == "layer":
+            model.fc.compile(backend="aot_eager")
+        return (
+            torch.compile(model, backend="aot_eager") if compiled == "model" else model,
+            optimizer,
+        )
+
+    plain, _plain_optimizer = private()
+    plain(data()).sum().backward()
+    model, optimizer = build(lambda self, x: self.fc(x))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(data()).sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    model, optimizer = build(FOREIGN["attribute"])
+    with pytest.raises(UnsupportedLayerError, match="outside of its layer"):
+        model(data()).sum().backward()
+    model, optimizer = build(lambda self, x: self.fc(x) + self.fc(-x))
+    with pytest.raises(UnsupportedLayerError, match="more than once"):
+        model(data()).sum().backward()
+
+
+def test_other_tensors_in_the_place_of_parameters_raise() -> None:
+    model, _optimizer = private()
+    others = {k: v.detach().clone().requires_grad_() for k, v in model.named_parameters()}
+    with pytest.raises(UnsupportedLayerError, match="another tensor"):
+        torch.func.functional_call(model, others, (data(),))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(UnsupportedLayerError, match="another tensor"):
+        model(data())
