@@ -30,7 +30,7 @@ def _in_words(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
-    return "".join(_WORDS.get(letter, "?") for letter in missing), error.end
+    return "".join(_WORDS.get(c) or f"\\u{ord(c):04x}" for c in missing), error.end
 
 
 codecs.register_error(_ERRORS, _in_words)

@@ -281,6 +281,7 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("highest")  # TF32 would break the clip's bound
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
     speak_any_encoding()
     folder = RunFolder()
     try:

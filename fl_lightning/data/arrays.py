@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+_log = logging.getLogger("pytorch_lightning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,47 @@ def _labels(name: str, value: ArrayLike | Tensor) -> Tensor:
     return y.detach().to("cpu", torch.int64)
 
 
+def named_labels(
+    train: ArrayLike | Tensor, test: ArrayLike | Tensor | None
+) -> tuple[tuple[str, ...], Tensor, Tensor | None] | None:
+    """Numbers for labels that are words: their places in the sorted list of all words.
+
+    The words count as public, like the number of classes.
+
+    Args:
+        train: [N], labels of the training records.
+        test: [M], labels of the test records; None where there are none.
+
+    Returns:
+        The words, and int64 [N] and [M]; None where labels are no words.
+
+    Raises:
+        ValueError: words beside numbers, or nearly as many words as records.
+    """
+    given = [c if isinstance(c, Tensor) else np.asarray(c) for c in (train, test) if c is not None]
+    columns = [c.ravel().tolist() for c in given]
+    values = [value for column in columns for value in column]
+    words = [value for value in values if isinstance(value, str)]
+    if not words:
+        return None
+    if len(words) < len(values):
+        other = next(value for value in values if not isinstance(value, str))
+        raise ValueError(
+            f"labels must be integers or words, not both: got {words[0]!r} and {other!r}"
+        )
+    names = tuple(sorted(set(words)))
+    if len(names) > max(2, len(words) // 2):
+        raise ValueError(
+            f"labels: {len(names)} different words for {len(words)} records, such as "
+            f"{names[0]!r}: is that column the label?"
+        )
+    number = {name: i for i, name in enumerate(names)}
+    shown = ", ".join(f"{name!r} is {i}" for name, i in list(number.items())[:20])
+    _log.info(f"labels are words, which are taken as public and numbered in order: {shown}")
+    first, *rest = (torch.tensor([number[v] for v in c], dtype=torch.int64) for c in columns)
+    return names, first, rest[0] if rest else None
+
+
 def from_arrays(
     x_train: ArrayLike | Tensor,
     y_train: ArrayLike | Tensor,
@@ -117,9 +161,9 @@ def from_arrays(
 
     Args:
         x_train: real numbers [N, ...], taken as float32 and not rescaled.
-        y_train: integers [N].
+        y_train: integers [N]; or words, which are public and numbered in their sorted order.
         x_test: real numbers [M, ...]; None for no test records.
-        y_test: integers [M]; given exactly when x_test is.
+        y_test: as y_train, [M]; given exactly when x_test is.
         num_classes: public number of classes; None takes the largest label + 1, which looks at
             the labels.
         name: what to call the data in reports.
@@ -132,6 +176,9 @@ def from_arrays(
     if (x_test is None) != (y_test is None):
         missing = "x_test" if x_test is None else "y_test"
         raise ValueError(f"{missing} is None: give both x_test and y_test, or neither")
+    if named := named_labels(y_train, y_test):
+        names, y_train, y_test = named
+        num_classes = len(names) if num_classes is None else num_classes
     x, y = _records("x_train", x_train, codes), _labels("y_train", y_train)
     xt = x[:0] if x_test is None else _records("x_test", x_test, codes)
     yt = y[:0] if y_test is None else _labels("y_test", y_test)

@@ -38,7 +38,7 @@ def cifar10(data_dir: str | Path | None = None, download: bool = False) -> Array
         Krizhevsky, 2009, "Learning multiple layers of features from tiny images". The binary
         version is read, since unpickling the Python version would run what a file says.
     """
-    folder = cache_folder("cifar10") if data_dir is None else Path(data_dir)
+    folder = cache_folder("cifar10") if data_dir is None else Path(data_dir).expanduser()
     for place in (folder, folder / "cifar-10-batches-bin"):
         if (place / _TEST[0]).is_file():
             files = {n: _whole(place / n) for n in (*_TRAIN, *_TEST)}

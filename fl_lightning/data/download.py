@@ -27,7 +27,8 @@ def cache_folder(dataset: str) -> Path:
     """Where fetched files lie: the user's cache folder, or $AADP_FL_DATA_DIR."""
     import pooch
 
-    return Path(os.environ.get("AADP_FL_DATA_DIR") or pooch.os_cache("aadp-fl")) / dataset
+    folder = Path(os.environ.get("AADP_FL_DATA_DIR") or pooch.os_cache("aadp-fl"))
+    return folder.expanduser() / dataset
 
 
 def find(

@@ -24,9 +24,9 @@ def from_hugging_face(
 
     Args:
         dataset: the data set, in memory or on disk.
-        x: column of the records: images (taken to [C, H, W] in [-1, 1] by 0.5/0.5) or lists of
-            numbers of one length (not rescaled).
-        y: column of the labels, integers.
+        x: column of the records: images (taken to [C, H, W] in [-1, 1] by 0.5/0.5; those with a
+            palette to RGB first) or lists of numbers of one length (not rescaled).
+        y: column of the labels, integers or names (see `from_arrays`).
         client: column that says who holds the record, for partition=natural.
         num_classes: public number of classes; None takes it from the label column's ClassLabel, or
             the largest label + 1.
@@ -85,8 +85,9 @@ def hugging_face(
         raise ValueError("source='hugging_face' needs the package datasets: install it") from error
     from pathlib import Path
 
-    saved = any((Path(path) / f).is_file() for f in ("state.json", "dataset_dict.json"))
-    loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config)
+    folder = Path(path).expanduser()
+    saved = any((folder / f).is_file() for f in ("state.json", "dataset_dict.json"))
+    loaded = datasets.load_from_disk(folder) if saved else datasets.load_dataset(path, config)
     return from_hugging_face(loaded, x=x, y=y, client=client, num_classes=num_classes)
 
 
@@ -102,7 +103,9 @@ def _record(value: Any) -> NDArray[np.float32]:
     if not hasattr(value, "getbands"):
         row = np.asarray(value, np.float32)
         return row if row.ndim else row[None]
-    pixels = np.asarray(value)
+    # What such an image stores is an index into its colours, or a bit.
+    wanted = {"P": "RGB", "PA": "RGBA", "1": "L"}.get(value.mode)
+    pixels = np.asarray(value if wanted is None else value.convert(wanted))
     if pixels.dtype != np.uint8:
         raise ValueError(f"images must have 8 bits a channel, got mode {value.mode!r}")
     channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

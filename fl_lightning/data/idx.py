@@ -74,7 +74,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 def _idx_file(stem: str, dataset: str, data_dir: str | Path | None, download: bool) -> Path:
     if data_dir is not None:
-        folders = [Path(data_dir)]
+        folders = [Path(data_dir).expanduser()]
     else:
         folders = [_SYSTEM_FOLDER / dataset, cache_folder(dataset)]
     name = f"{stem}.gz"

@@ -6,7 +6,9 @@ statistic of private text enters the run.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +17,15 @@ from numpy.typing import NDArray
 
 from .arrays import Arrays, from_arrays
 from .download import RemoteFile, cache_folder, find
+from .utf8 import read_utf8
 
 VOCABULARY = "".join(chr(c) for c in range(32, 127)) + "\n"
 NUM_CODES = len(VOCABULARY) + 1
+MOST_UNKNOWN = 0.1  # part of all characters
+MOST_UNKNOWN_OF_AUTHOR = 0.25
 _TABLE = np.full(256, len(VOCABULARY), np.uint8)
 _TABLE[np.frombuffer(VOCABULARY.encode(), np.uint8)] = np.arange(len(VOCABULARY))
+_log = logging.getLogger("pytorch_lightning")
 _PLAYS = RemoteFile(
     "input.txt",
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -30,7 +36,8 @@ _SPEECH = re.compile(r"([^\n:]+):\n(.+)", re.DOTALL)
 
 def encode(text: str) -> NDArray[np.uint8]:
     """Codes of the characters, 0 to NUM_CODES - 1; the last one stands for all others."""
-    return _TABLE[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)]
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    return _TABLE[np.minimum(points, 255)]  # 255 is no letter of the vocabulary
 
 
 def by_author(
@@ -56,7 +63,9 @@ def by_author(
         x int64 [N, length], y int64 [N], codes of `VOCABULARY`.
 
     Raises:
-        ValueError: an argument out of range, or texts too short for a single window.
+        ValueError: an argument out of range, texts too short for a single window, or too many
+            characters that the vocabulary lacks (a tenth of all, a quarter of one author's): they
+            share one code, and to guess it is no skill.
 
     Reference:
         The task of LEAF's Shakespeare: Caldas et al., 2018, arXiv:1812.01097.
@@ -68,6 +77,7 @@ def by_author(
         raise ValueError(f"stride={stride} must be >= 1")
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction} must lie in [0, 1)")
+    _check_known(texts, name, length)
     train, test, owner = [], [], []
     for author, text in texts.items():
         codes = encode(text)
@@ -83,6 +93,36 @@ def by_author(
         rows[:, :-1], rows[:, -1], held[:, :-1], held[:, -1], num_classes=NUM_CODES, name=name,
         client=owner, codes=True,
     )  # fmt: skip
+
+
+def _check_known(texts: Mapping[str, str], name: str, length: int) -> None:
+    """Refuse texts in other letters; say what few others there are."""
+    unknown: Counter[str] = Counter()
+    for author, text in texts.items():
+        others = Counter(text)
+        for letter in VOCABULARY:
+            others.pop(letter, None)
+        unknown += others
+        count = others.total()
+        if len(text) > length and count > MOST_UNKNOWN_OF_AUTHOR * len(text):
+            raise ValueError(
+                f"{name}: {count} of {len(text)} characters of {author!r} are outside the "
+                f"vocabulary (printable ASCII and the newline): {_most(others)}; transliterate the "
+                "text or leave it out"
+            )
+    count, total = unknown.total(), sum(map(len, texts.values()))
+    words = f"{name}: {count} of {total} characters are outside the vocabulary (printable ASCII "
+    words += f"and the newline): {_most(unknown)}"
+    if count > MOST_UNKNOWN * total:
+        raise ValueError(f"{words}; transliterate the texts")
+    if count:
+        _log.info(f"{words}; they share one code")
+
+
+def _most(letters: Counter[str]) -> str:
+    """The most frequent characters, with their counts."""
+    shown = [f"{letter!r} {count}" for letter, count in letters.most_common(8)]
+    return ", ".join([*shown, *(["..."] if len(letters) > 8 else [])])
 
 
 def _windows(codes: NDArray[np.uint8], length: int, stride: int) -> NDArray[np.int64]:
@@ -114,7 +154,7 @@ def shakespeare(
         FileNotFoundError: the file is missing; says how to get it.
         ValueError: as `by_author`, or a file without speeches.
     """
-    folder = cache_folder("shakespeare") if data_dir is None else Path(data_dir)
+    folder = cache_folder("shakespeare") if data_dir is None else Path(data_dir).expanduser()
     path = find(
         _PLAYS,
         names=(_PLAYS.name,),
@@ -123,7 +163,7 @@ def shakespeare(
         hint=", point data_dir at its folder",
     )
     roles: dict[str, list[str]] = {}
-    for block in path.read_text().split("\n\n"):
+    for block in _lines(path).split("\n\n"):
         speech = _SPEECH.fullmatch(block.strip("\n"))
         if speech:
             roles.setdefault(speech[1].strip(), []).append(speech[2] + "\n")
@@ -151,12 +191,17 @@ def text_files(
 
     Raises:
         FileNotFoundError: no such folder or no file in it.
-        ValueError: as `by_author`.
+        ValueError: as `by_author`, or a file that is not UTF-8.
     """
-    paths = sorted(Path(data_dir).glob("*.txt"))
+    paths = sorted(Path(data_dir).expanduser().glob("*.txt"))
     if not paths:
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} has no files *.txt")
     return by_author(
-        {path.stem: path.read_text(encoding="utf-8", errors="replace") for path in paths},
+        {path.stem: _lines(path) for path in paths},
         name=Path(data_dir).name, length=length, stride=stride, test_fraction=test_fraction,
     )  # fmt: skip
+
+
+def _lines(path: Path) -> str:
+    """The text of a file; lines end with a newline alone."""
+    return read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")
