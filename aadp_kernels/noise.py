@@ -31,13 +31,16 @@ class NoiseKey:
     """A 32-byte secret that all noise and coins are a function of.
 
     Who knows the key can subtract the noise. A key is therefore never printed, pickled or copied;
-    keep its bytes in a private file. A privacy claim wants a ChaCha generator and
-    `NoiseKey.random`; a key from a public seed marks everything that is made with it as simulated.
+    keep its bytes in a private file. A privacy claim rests on the generator as well: that nobody
+    can tell its words from uniform ones without the key. That is the usual assumption for ChaCha.
+    Nobody has analysed Philox as a cipher and its key has 64 bits, so a claim with "philox10"
+    assumes more; "philox7" is no basis for a claim. A key from a public seed marks everything that
+    is made with it as simulated.
 
     Args:
         secret: 32 bytes, secret.
-        rng: "chacha20" (default), "chacha12", "chacha8" (stream ciphers), "philox10" or "philox7"
-            (fast, not secure).
+        rng: "chacha20" (default), "chacha12", "chacha8" (stream ciphers; fewer rounds, less
+            margin), "philox10" (fast, not a cipher) or "philox7" (for experiments only).
         simulated: True if the secret is not secret (a public seed).
 
     Raises:

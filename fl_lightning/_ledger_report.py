@@ -13,6 +13,7 @@ from typing import Any
 
 from fl_lightning.ledger import LedgerError, Release, read, verify
 from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.privacy.simulated import simulated_reason
 from fl_lightning.release import ALL_CLIENTS
 
 
@@ -213,8 +214,9 @@ def _print_tables(
     if limit is not None and len(reports) > limit:
         console.print(f"... and {len(reports) - limit} more clients (--all)")
     console.print(headline(reports))
-    if header["simulated"]:
-        console.print("SIMULATED: the noise comes from a public seed and protects nobody")
+    reason = simulated_reason(header)
+    if reason:
+        console.print(f"SIMULATED ({reason}): the noise protects nobody")
 
 
 def _show_fact(value: Any) -> str:

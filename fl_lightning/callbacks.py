@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from fl_lightning import plots
 from fl_lightning.client_tables import client_distributions, client_tables, epsilon_name
 from fl_lightning.console import quietly, say
+from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.types import RoundResult
 
 
@@ -296,7 +297,7 @@ def _status(trainer: pl.Trainer, pl_module: Any) -> str:
         words = [f"ε ≤ {spent[0]:.2f} (max)"]
     else:
         words = [f"nominal ε {spent[0]:.2f}, no guarantee"]
-    if spent is not None and pl_module.privacy.seed is not None:
+    if spent is not None and simulated_because(pl_module.privacy) is not None:
         words.append("simulated")
     accuracy = _validation(trainer).get("sim_only/val_accuracy")
     if accuracy is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.release import ALL_CLIENTS
 
 MOST_ROWS = 1000
@@ -20,7 +21,7 @@ Table = tuple[list[str], list[list[Any]]]
 def epsilon_name(privacy: Any) -> str:
     """How ε is called: nothing that is simulated or unproven is plain `epsilon`."""
     kind = "epsilon" if privacy.guarantee else "nominal_epsilon"
-    return kind if privacy.seed is None else f"simulated_{kind}"
+    return kind if simulated_because(privacy) is None else f"simulated_{kind}"
 
 
 def _columns(pl_module: Any) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from fl_lightning._ledger_report import any_nominal, headline, report_clients, s
 from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.console import say
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.privacy.simulated import simulated_reason
 from fl_lightning.privacy.statement import privacy_statement
 
 _PREFIX = "network."
@@ -51,7 +52,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         | run | card |
         |---|---|
         | setting `none` | says that there is no privacy; no statement |
-        | public seed | calls the run simulated |
+        | public seed, or a generator that is no basis for a claim | calls the run simulated |
         | `abstract` | calls epsilon nominal |
         | trained from Python | names the network's class, and not its arguments |
         | no test set, or a stopped run | the test accuracy is "-" |
@@ -143,9 +144,10 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
     active = [report for report in reports.values() if report.releases]
     kind = "nominal, no guarantee" if any_nominal(reports) else "proven"
     kind = "nominal, no guarantee" if header["setting"] == "abstract" else kind
+    reason = simulated_reason(header)
     return facts | {
         "data": header.get("dataset", facts["data"]),
-        "privacy": "simulated: public seed, protects nobody" if header["simulated"] else kind,
+        "privacy": f"simulated: {reason}, protects nobody" if reason else kind,
         "epsilon": max((r.epsilon for r in active), default=0.0),
         "delta": max((r.delta for r in active), default=0.0),
         "summary": headline(reports),

@@ -9,6 +9,7 @@ import torch
 
 from aadp_kernels import tail_cutoff
 from fl_lightning.pooled import make_pool
+from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
@@ -45,7 +46,8 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         "mechanism": privacy.mechanism,
         "delta": budget.delta.tolist(),
         "epsilon": budget.target.tolist(),
-        "simulated": privacy.seed is not None,
+        "simulated": simulated_because(privacy) is not None,
+        "simulated_because": simulated_because(privacy),
         "rng": privacy.rng,
         "noise_form": privacy.noise_form,
         "tail_cutoff": cutoff if math.isfinite(cutoff) else None,

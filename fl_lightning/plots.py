@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fl_lightning.privacy.simulated import simulated_reason
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -217,7 +219,8 @@ def _epsilon_label(run_path: Path) -> str:
             facts = json.loads(file.readline())["facts"]
         if facts["setting"] == "abstract":
             label = "nominal ε, no guarantee"
-        label += "\n(simulated: public seed)" if facts["simulated"] else ""
+        reason = simulated_reason(facts)
+        label += f"\n(simulated: {reason})" if reason else ""
     return label
 
 

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 
 from fl_lightning import plots
 from fl_lightning._ledger_report import report_clients, show_number
+from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,8 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "sim_only_val_accuracy": float(validated[-1]) if validated else None,
         "setting": privacy.setting,
         "privacy": privacy_kind(privacy),
-        "simulated": privacy.setting != "none" and privacy.seed is not None,
+        "simulated": simulated_because(privacy) is not None,
+        "simulated_because": simulated_because(privacy),
         "epsilon_min": min(epsilons, default=None),
         "epsilon_median": statistics.median(epsilons) if epsilons else None,
         "epsilon_max": max(epsilons, default=None),
@@ -70,7 +72,7 @@ def privacy_kind(privacy: Any) -> str:
         return "none"
     if not privacy.guarantee:
         return "nominal ε, no guarantee"
-    return "proven" if privacy.seed is None else "simulated"
+    return "proven" if simulated_because(privacy) is None else "simulated"
 
 
 def final_table(summary: dict[str, Any]) -> Table:
@@ -79,7 +81,8 @@ def final_table(summary: dict[str, Any]) -> Table:
 
     table = Table("", "", title="run", show_header=False)
     if summary["simulated"]:
-        table.add_row("SIMULATED (public seed)", "protects nobody", style="bold")
+        reason = summary["simulated_because"]
+        table.add_row(f"SIMULATED ({reason})", "protects nobody", style="bold")
     table.add_row("test accuracy", _show(summary["test_accuracy"]))
     table.add_row("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"]))
     table.add_row("privacy", summary["privacy"])

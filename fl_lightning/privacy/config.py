@@ -109,8 +109,10 @@ class PrivacyConfig:
             float32 from 32 bits; both are proven in real arithmetic. ``grid``: whole numbers,
             proven in floating point as computed, which δ = 0 asks for; under record+local it needs
             every record's gradient by itself, which is slower.
-        rng: Stream cipher or generator of noise and coins; chacha20 is what a privacy claim
-            wants, philox10 is faster.
+        rng: Generator of noise and coins. ``chacha20`` is what a privacy claim wants; ``chacha12``
+            and ``chacha8`` are the same stream cipher with fewer rounds. ``philox10`` is faster,
+            passes statistical tests, and has a key of 64 bits and no analysis as a cipher: a claim
+            with it assumes more. ``philox7`` is no basis for a claim; a run with it is *simulated*.
 
     Raises:
         ValueError: if a value is out of range or values contradict each other.

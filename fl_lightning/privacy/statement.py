@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fl_lightning._ledger_report import (
@@ -15,6 +14,11 @@ from fl_lightning._ledger_report import (
     show_number,
 )
 from fl_lightning.ledger import Ledger
+from fl_lightning.privacy.config import POOLED
+from fl_lightning.privacy.simulated import simulated_reason
+from fl_lightning.privacy.statement_assumptions import assumptions
+from fl_lightning.privacy.statement_groups import group_section
+from fl_lightning.release import ALL_CLIENTS, Release
 
 _ADVERSARY = {
     "record+local": (
@@ -28,9 +32,9 @@ _ADVERSARY = {
     ),
 }
 _ADVERSARY["client+aggregator"] = (
-    "Everybody except the client itself and the server, which is trusted: it sees every update, "
-    "adds the noise and keeps to itself who took part. The adversary sees the model after every "
-    "round, the public facts below and this ledger; all other clients may work together with it."
+    "Everybody except the client itself and the server, which is trusted: it sees every update{} "
+    "and adds the noise. The adversary sees the model after every round, the public facts below "
+    "and this ledger{}; all other clients may work together with it."
 )
 _ADVERSARY["client+secure_sum"] = (
     "Everybody except the client itself, the server included: it knows who takes part and sees the "
@@ -46,8 +50,7 @@ _UNIT = {
 _ADJACENCY = {
     "zero_out": (
         "zero_out: the unit's contribution is replaced by zero; the number of records of the "
-        "client is public and stays the same. Sensitivity: the clip norm (times the client's "
-        "public weight where a sum is weighted)."
+        "client is public and stays the same. Sensitivity: the clip norm{}."
     ),
     "replace_one": (
         "replace_one: the unit is replaced by any other unit. Sensitivity: twice the clip norm; "
@@ -74,7 +77,7 @@ def privacy_statement(ledger: Ledger) -> str:
         | setting `abstract` | epsilon is called nominal, without guarantee |
         | setting `none`, or a release without noise | epsilon is infinite |
         | no releases | nothing was released |
-        | simulated | begins with a warning: the seed is public, nobody is protected |
+        | simulated | begins with a warning: nobody is protected, and why |
     """
     header, reports = ledger.header, report_clients(ledger.header, ledger.releases)
     nominal = header["setting"] == "abstract" or any_nominal(reports)
@@ -82,19 +85,21 @@ def privacy_statement(ledger: Ledger) -> str:
     parts = ["# Privacy statement", _warning(header, nominal)]
     parts.append(_headline_section(header, reports))
     if protected:
-        parts += [_who(header), _assumptions(header, ledger)]
-    parts += [_how(header, reports, ledger), _not_covered(header, reports, protected)]
+        parts += [_who(header, ledger.releases), assumptions(header, ledger.releases)]
+    parts.append(_how(header, reports, ledger))
+    if protected:
+        parts.append(group_section(header, reports, ledger.releases))
+        parts.append(_not_covered())
     parts.append(_record(ledger))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _warning(header: Mapping[str, Any], nominal: bool) -> str:
-    lines = []
-    if header["simulated"]:
+    lines, reason = [], simulated_reason(header)
+    if reason:
         lines.append(
-            "> **SIMULATED: public seed.** Noise and sampling can be reproduced by anyone who "
-            "knows the seed; this run protects nobody. Epsilon is what the same run would have "
-            "with a secret key."
+            f"> **SIMULATED: {reason}.** {_why_simulated(reason)}; this run protects nobody. "
+            "Epsilon is what the same run would have with a secret key and a generator to build on."
         )
     if header["setting"] == "none":
         lines.append("> **No privacy.** Updates were released without noise.")
@@ -104,6 +109,12 @@ def _warning(header: Mapping[str, Any], nominal: bool) -> str:
             "updates; no differential privacy is claimed."
         )
     return "\n>\n".join(lines)
+
+
+def _why_simulated(reason: str) -> str:
+    if "public seed" in reason:
+        return "Noise and sampling can be reproduced by anyone who knows the seed"
+    return "The generator was not made to withstand anybody who tries to foresee its noise"
 
 
 def _headline_section(header: Mapping[str, Any], reports: Mapping[int, ClientReport]) -> str:
@@ -119,7 +130,12 @@ def _headline_section(header: Mapping[str, Any], reports: Mapping[int, ClientRep
             lines.append(f"| {name} | " + " | ".join(map(show_number, figures)) + " |")
         over = [r for r in active if r.target_epsilon is not None and r.epsilon > r.target_epsilon]
         if over:
-            lines += ["", f"{len(over)} clients spent more than their target."]
+            who = (
+                "1 client spent more than its"
+                if len(over) == 1
+                else f"{len(over)} clients spent more than their"
+            )
+            lines += ["", f"{who} target."]
     return "\n".join(lines)
 
 
@@ -129,85 +145,39 @@ def _sentence(header: Mapping[str, Any], reports: Mapping[int, ClientReport]) ->
     return f"**{headline(reports)}.**"
 
 
-def _who(header: Mapping[str, Any]) -> str:
-    setting = header["setting"]
+def _adversary(setting: str, sampled: bool) -> str:
+    if setting != "client+aggregator":
+        return _ADVERSARY[setting]
+    if sampled:
+        return _ADVERSARY[setting].format(", keeps to itself who took part,", "")
+    return _ADVERSARY[setting].format("", ", and knows who took part")
+
+
+def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
+    setting, sampled = header["setting"], any(r.sampling_rate < 1 for r in releases)
+    units = "records" if setting == "record+local" else "clients"
+    weight = ", times the client's public weight in the sum" if setting in POOLED else ""
+    coins = f", which {units} were sampled" if sampled else ""
     return "\n".join(
         (
             "## Who is protected, against whom",
             "",
             f"- Privacy unit: {_UNIT[setting]}.",
-            f"- Adversary: {_ADVERSARY[setting]}",
-            "- Secret: the client's data, gradients, unnoised norms and counts, which records were "
-            "sampled, and the key of the noise.",
-            f"- Adjacency: {_ADJACENCY[header['adjacency']]}",
+            f"- Adversary: {_adversary(setting, sampled)}",
+            f"- Secret: the client's data, gradients, unnoised norms and counts{coins}, and the "
+            "key of the noise.",
+            f"- Adjacency: {_ADJACENCY[header['adjacency']].format(weight)}",
         )
-    )
-
-
-def _assumptions(header: Mapping[str, Any], ledger: Ledger) -> str:
-    key = (
-        "a PUBLIC seed was used: this assumption does not hold here"
-        if header["simulated"]
-        else "the operating system's randomness is unpredictable, and the run's key stays secret"
-    )
-    lines = [
-        "## Assumptions",
-        "",
-        _arithmetic(header),
-        f"- Key: {key}.",
-        "- Time, memory use and other side channels are not observed.",
-    ]
-    if header["setting"] == "record+local":
-        lines.append(
-            "- Exact gradients: one record's gradient does not depend on the records beside it, "
-            "not even in its last bits."
-        )
-    if any(r.sampling_rate < 1 for r in ledger.releases):
-        whom = (
-            "records took part in a step"
-            if "record" in header["setting"]
-            else ("clients took part in a round (but the trusted server)")
-        )
-        lines.append(f"- Poisson sampling: nobody learns which {whom}.")
-    if header["setting"] == "client+secure_sum":
-        lines.append(
-            f"- Secure aggregation: only sums are seen, and at least {header['min_survivors']} "
-            "clients of every round are honest and stay; their shares alone are the whole noise. "
-            "Here the protocol itself is simulated."
-        )
-    if header.get("tail_cutoff") is not None and header.get("noise_form") != "grid":
-        lines.append(
-            f"- The sampler's largest draw is {show_number(float(header['tail_cutoff']))} noise "
-            "scales; its cut tails are charged."
-        )
-    return "\n".join(lines)
-
-
-def _arithmetic(header: Mapping[str, Any]) -> str:
-    """What is proven of the numbers that a computer has in the place of real ones."""
-    form = header.get("noise_form", "wide")
-    if form == "grid":
-        return (
-            "- Floating point: noise form `grid`. What is released is a public multiple of whole "
-            "numbers: every contribution is clipped and cut to whole numbers, which are summed and "
-            "noised exactly. The guarantee is of the numbers as the computer has them, given that "
-            "the generator's words are uniform; how far the sampler's probabilities are off is "
-            "charged."
-        )
-    return (
-        f"- Real arithmetic: noise form `{form}`; rounding in floating point is not part of the "
-        "proof"
-        + (f" ({header['arithmetic']})" if header.get("arithmetic") else "")
-        + "; only the form `grid` is proven in floating point."
     )
 
 
 def _charged(ledger: Ledger, name: str) -> str:
-    """Largest sum over a client's releases."""
+    """Largest sum over a client's releases, those of everybody included."""
     sums: dict[int, float] = {}
     for release in ledger.releases:
         sums[release.client] = sums.get(release.client, 0.0) + getattr(release, name)
-    return show_number(max(sums.values(), default=0.0)) + " (largest client)"
+    everybody = sums.pop(ALL_CLIENTS, 0.0)
+    return show_number(everybody + max(sums.values(), default=0.0)) + " (largest client)"
 
 
 def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger: Ledger) -> str:
@@ -222,7 +192,7 @@ def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger:
         (
             "## What was done",
             "",
-            f"- {len(ledger)} releases of {len(active)} clients in "
+            f"- {_releases(header, ledger, len(active))} in "
             f"{len({r.round for r in ledger.releases})} rounds; noised steps a client: "
             f"{_span(steps)}.",
             f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
@@ -235,42 +205,33 @@ def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger:
     )
 
 
+def _releases(header: Mapping[str, Any], ledger: Ledger, clients: int) -> str:
+    if header["setting"] not in POOLED:
+        return f"{len(ledger)} releases of {clients} clients"
+    # A sum is one release, though each client that could be in it may have a line.
+    sums = len({(r.round, r.binding, r.digest) for r in ledger.releases})
+    return f"{sums} noised sums, in which {clients} clients could be,"
+
+
 def _span(values: list[float] | list[int]) -> str:
     low, high = show_number(min(values)), show_number(max(values))
     return low if low == high else f"{low} to {high}"
 
 
-def _not_covered(
-    header: Mapping[str, Any], reports: Mapping[int, ClientReport], protected: bool
-) -> str:
-    if not protected:
-        return ""
-    lines = [
-        "## What is not covered",
-        "",
-        "- Epsilon is of this one run, its hyperparameters given: choosing them by looking at "
-        "private or validation data, other runs on the same data, and early stopping are not "
-        "charged.",
-        "- Validation and test figures are computed from their own records without noise; those "
-        "records are not protected.",
-        "- Values named `sim_only` and the time that rounds took are private; they exist because "
-        "one machine simulates all clients, and must not be published.",
-        f"- Groups: g {'records' if header['setting'] == 'record+local' else 'clients'} together "
-        "have epsilon g * epsilon and delta g * exp((g - 1) * epsilon) * delta."
-        + _group_example(reports),
-        "- One person with data at m clients: epsilons and deltas of these clients add up.",
-        "- Facts that are true of the whole population may be learned; that is the purpose.",
-    ]
-    return "\n".join(lines)
-
-
-def _group_example(reports: Mapping[int, ClientReport]) -> str:
-    worst = max(reports.values(), key=lambda r: r.epsilon, default=None)
-    if worst is None or not math.isfinite(worst.epsilon) or worst.epsilon == 0:
-        return ""
-    delta = 2 * math.exp(min(worst.epsilon, 700.0)) * worst.delta
-    return (
-        f" For two: epsilon {show_number(2 * worst.epsilon)}, delta {show_number(min(delta, 1.0))}."
+def _not_covered() -> str:
+    return "\n".join(
+        (
+            "## What is not covered",
+            "",
+            "- Epsilon is of this one run, its hyperparameters given: other runs on the same data "
+            "are not charged, nor is choosing a run, a round to stop at, a checkpoint or a "
+            "hyperparameter by figures of private, validation or test data.",
+            "- Validation and test figures are computed from their own records without noise; "
+            "those records are not protected.",
+            "- Values named `sim_only` and the time that rounds took are private; they exist "
+            "because one machine simulates all clients, and must not be published.",
+            "- Facts that are true of the whole population may be learned; that is the purpose.",
+        )
     )
 
 

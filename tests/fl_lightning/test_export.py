@@ -73,10 +73,11 @@ def test_simulated_nominal_and_no_privacy_are_called_so(
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for options, words in (
         (["--privacy.seed", "1"], "simulated: public seed"),
+        (["--privacy.rng", "philox7"], "simulated: generator philox7"),
         (["--privacy.setting", "abstract"], "nominal, no guarantee"),
         (["--privacy.setting", "none"], "no differential privacy"),
     ):
-        run = tmp_path / words[:4]
+        run = tmp_path / "".join(options)
         main([*ARGUMENTS, "--run_dir", str(run), *options])
         folder = export(run)
         assert words in (folder / "README.md").read_text()
