@@ -67,6 +67,7 @@ def test_the_card_says_what_the_ledger_says(run: Path) -> None:
         assert secret.hex().encode() not in raw
 
 
+@pytest.mark.filterwarnings("ignore:rng='philox7' is no basis")
 def test_simulated_nominal_and_no_privacy_are_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
