@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from aadp_kernels import (
 )
 from fl_lightning.client import Batch, CohortGradient, Loss
 from fl_lightning.privacy.flat import (
+    ROUNDING,
     ClippedSums,
     clip_factors,
     count_layers,
@@ -34,6 +36,8 @@ from fl_lightning.privacy.flat import (
 from fl_lightning.types import LayerPolicy, Params
 
 _LOG = logging.getLogger("pytorch_lightning")
+# Clip-in-backward shortens a record that it clips by so many machine epsilons more (numba).
+LAYER_ROUNDING = 8
 
 
 def clipped_sums(
@@ -101,7 +105,31 @@ def clipped_sums(
                 f"record ({error})"
             ) from error
         return by_records(vectorize)
-    return one_pass if automatic else _or_by_records(one_pass, by_records(vectorize=False))
+    if automatic:
+        return one_pass
+    return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), clipping))
+
+
+def _rounded_like_one_pass(by_records: ClippedSums, clipping: str) -> ClippedSums:
+    """Sums by per-sample gradients, with clip factors that are rounded down as in one pass.
+
+    Which way a batch goes can depend on one record. With other factors, every other record's part
+    would move with it; without numba they still do, by the error bounds of float32 norms.
+    """
+
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        if clipping == "layer":
+            epsilon = torch.finfo(next(iter(params.values())).dtype).eps
+            shorter = policy.clip_norm * (1 - LAYER_ROUNDING * epsilon)
+            policy = replace(policy, clip_norm=shorter)
+        sums, counts = by_records(params, shared, batch, policy)
+        if clipping == "flat":
+            sums = {name: value * ROUNDING for name, value in sums.items()}
+        return sums, counts
+
+    return run
 
 
 def _or_by_records(one_pass: ClippedSums, by_records: ClippedSums) -> ClippedSums:
@@ -245,7 +273,7 @@ def joint_sample_sums(
         finite = sizes.isfinite().all(0)
         factor = clip_factors(sizes.masked_fill(~finite, 0.0), units, order=order, automatic=False)
         counts = count_layers(l1, votes_at, (factor < 1) & finite & real, finite, real)
-        factor = (factor * (1 - 1e-6) * (finite & real)).float()
+        factor = (factor * ROUNDING * (finite & real)).float()
         sums = [
             torch.tensordot(
                 factor.to(g.dtype), g.nan_to_num(0.0, 0.0, 0.0) if not finite.all() else g, 1

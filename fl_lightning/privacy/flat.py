@@ -30,7 +30,7 @@ ClippedSums = Callable[[Params, bool, Batch, LayerPolicy], tuple[Params, Tensor]
 
 AUTOMATIC_GAMMA = 0.01
 # Factors are rounded down by more than the float32 roundings of the two factors of a product.
-_DOWN = 1 - 1e-6
+ROUNDING = 1 - 1e-6
 
 
 class _KeptLinear(nn.Linear, ClippingLayer):
@@ -159,7 +159,7 @@ def flat_sums(
             sizes.masked_fill(~finite, 0.0), units, order=order, automatic=automatic
         )
         clipped = (factor < 1 if not automatic else sizes[0] > units[0]) & finite & real
-        factor = (factor * _DOWN * (finite & real)).float()
+        factor = (factor * ROUNDING * (finite & real)).float()
         sums: Params = {}
         strange = None if bool(finite.all()) else ~finite[:, None]
         for name, module in linear.items():
@@ -243,7 +243,7 @@ def _pass(
 
 
 def _norm(x: Tensor, p: int) -> Tensor:
-    """Norm of each row, [B], summed in float64; `_DOWN` allows for the terms' float32."""
+    """Norm of each row, [B], summed in float64; `ROUNDING` allows for the terms' float32."""
     if p == 1:
         return x.abs().sum(1, dtype=torch.float64)
     return x.double().square().sum(1).sqrt()  # float32 squares of small numbers would vanish

@@ -69,7 +69,7 @@ class Sometimes(nn.Module):
         return out
 
 
-def sums_and_records(network, x, clipping="layer", seed=3):
+def sums_and_records(network, x, clipping="layer", seed=3, mask=None):
     """Clipped sums of the project and of the definition, by name, and the largest relative move."""
     torch.manual_seed(0)
     y = torch.arange(len(x)) % 3
@@ -82,7 +82,8 @@ def sums_and_records(network, x, clipping="layer", seed=3):
     clips = torch.full((1, layout.num_layers), CLIP, dtype=torch.float64)
     shares = torch.full_like(clips, 1 / layout.num_layers)
     policy = LayerPolicy(clips, shares, shares, 0 * clips)
-    batch = Batch(x[None], y[None], torch.ones(1, len(x)), torch.ones(1), torch.ones(1).bool())
+    held = (torch.ones(len(x)) if mask is None else mask)[None]
+    batch = Batch(x[None], y[None], held, torch.ones(1), torch.ones(1).bool())
     torch.manual_seed(seed)
     sums, _ = run(trained, True, batch, policy)
     expected = {n: torch.zeros_like(v) for n, v in trained.items()}
@@ -177,3 +178,20 @@ def test_activations_that_are_computed_again_in_backward(clipping):
     fast = clip_in_backward_sums if clipping == "layer" else flat_sums
     assert run.__qualname__.startswith(fast.__name__)
     close(sums, expected)
+
+
+@pytest.mark.parametrize("clipping", ["layer", "flat", "joint"])
+def test_a_record_that_changes_the_way_of_its_batch_moves_nobody_else(clipping):
+    """The others' clip factors are those of one pass: not 1e-6 more for each of them."""
+    torch.manual_seed(0)
+    network = Elman()
+    x = torch.full((40, 3), -1.0)
+    x[:, 0] = torch.linspace(0.5, 1.0, 40)
+    mask = torch.ones(40)
+    mask[-1] = 0  # counts in no sum, but makes the forward longer
+    _, short, _ = sums_and_records(network, x, clipping, mask=mask)
+    x[-1] = torch.tensor([0.9, 0.3, 0.7])
+    _, beside_long, _ = sums_and_records(network, x, clipping, mask=mask)
+    for name, value in short.items():
+        gap = (beside_long[name].double() - value.double()).norm() / value.double().norm()
+        assert 0 < float(gap) < 3e-7

@@ -140,7 +140,7 @@ FLAT = group(
     ("joint: noise of a layer not its unit", "return policy.clip_norm / (part.sqrt() if", "return policy.clip_norm * (part.sqrt() if"),
     ("joint: Gaussian units of Laplace", "part.sqrt() if mechanism", "part if mechanism"),
     ("joint: L1 over layers", 'order = p if clipping == "flat" else 1 if', 'order = p if clipping == "flat" else 2 if'),
-    ("roundings of the factors not covered", "_DOWN = 1 - 1e-6", "_DOWN = 1 + 1e-6"),
+    ("roundings of the factors not covered", "ROUNDING = 1 - 1e-6", "ROUNDING = 1 + 1e-6"),
 )  # fmt: skip
 
 BUDGET = group(
@@ -203,7 +203,9 @@ WATCHED = group(
 WATCHED_CLIPPING = group(
     "fl_lightning/privacy/clipping.py",
     "tests/fl_lightning/test_watched_forwards.py",
-    ("refused batches are not computed by records", "return one_pass if automatic else _or_by_records(one_pass, by_records(vectorize=False))", "return one_pass"),
+    ("refused batches are not computed by records", "return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), clipping))", "return one_pass"),
+    ("other factors by records than in one pass, by layer", "policy = replace(policy, clip_norm=shorter)", "pass"),
+    ("other factors by records than in one pass, flat", "sums = {name: value * ROUNDING for name, value in sums.items()}", "pass"),
     ("parameters put into the clipped network", "        watch=watch,\n", ""),
 )  # fmt: skip
 
