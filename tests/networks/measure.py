@@ -1,0 +1,176 @@
+"""How far one record moves the sums, and how far they are from the definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fl_lightning.client import Batch, input_dtype
+from tests.networks.blocks import CLASSES, Block
+from tests.networks.oracle import Gradients, Rule, clipped_sum, double, record_gradients
+from tests.networks.product import (
+    Product,
+    Refused,
+    Setting,
+    accepted,
+    batch_of,
+    dataset,
+    parameters,
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured of one network under one setting.
+
+    Args:
+        way: what made the sums: backward, vmap or loop; "refused".
+        move: largest norm of what one record adds, over what it may add.
+        difference: largest ‖sums - definition‖ of a layer, over the clip norm and records.
+        reason: the project's words, if it refuses.
+    """
+
+    way: str
+    move: float = 0.0
+    difference: float = 0.0
+    reason: str = ""
+
+
+def quiet(network: nn.Module) -> nn.Module:
+    """The network with dropout switched off, in place: two runs draw other numbers."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            module.dropout = 0.0
+    return network
+
+
+def rule_of(setting: Setting, layout_names: Sequence[str], gradients: list[Gradients]) -> Rule:
+    """Clip norms between the records' norms, so that some are clipped and some are not."""
+    rule = Rule(setting.clipping, setting.p, 1 if setting.mechanism == "laplace" else 2, {})
+    layers = list(dict.fromkeys(rule.layer(n) for n in layout_names))
+    norms = [rule.norms(g) for g in gradients]
+    clips, shares = {}, {}
+    for i, layer in enumerate(layers):
+        sizes = sorted(n[layer] for n in norms if n[layer] == n[layer] and n[layer] > 0)
+        middle = sizes[len(sizes) // 2] if sizes else 1.0
+        clips[layer] = (0.5 + 0.3 * (i % 3)) * middle
+        shares[layer] = (1.0 + i % 4) / sum(1.0 + j % 4 for j in range(len(layers)))
+    return replace(rule, clips=clips, shares=shares)
+
+
+def spread(rule: Rule, one: Gradients, other: Gradients) -> float:
+    """Norm of the difference of two sums, over what one record may contribute."""
+    return max(rule.moves({n: one[n] - other[n] for n in one}).values())
+
+
+def without(x: Tensor, y: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """The records without the i-th."""
+    keep = [j for j in range(len(x)) if j != i]
+    return x[keep], y[keep]
+
+
+def largest_move(
+    product: Product, params: Sequence[Gradients], x: Tensor, y: Tensor, extreme: Tensor
+) -> float:
+    """The most that a record adds to the sums of a client.
+
+    Each record in its place, and each extreme one there: against the batch with padding there,
+    and against the batch without it, unless the forward draws random numbers, which would then
+    meet other records.
+
+    Args:
+        product: what makes the sums.
+        params: the client's parameters.
+        x: records [B, ...].
+        y: labels [B].
+        extreme: other records, [E, ...].
+    """
+    largest = 0.0
+    random = draws(product, params, batch_of(x[None], y[None]))
+    for i in range(len(x)):
+        fewer_x, fewer_y = without(x, y, i)
+        mask = torch.ones(1, len(x))
+        mask[0, i] = 0
+        smaller = [sums_of(product, params, batch_of(x[None], y[None], mask))]
+        if len(fewer_x) and not random:
+            smaller.append(sums_of(product, params, batch_of(fewer_x[None], fewer_y[None])))
+        for record in (x[i], *extreme):
+            there = x.clone()
+            there[i] = record
+            whole = sums_of(product, params, batch_of(there[None], y[None]))
+            largest = max([largest, *(spread(product.rule, whole, s) for s in smaller)])
+    return largest
+
+
+def sums_of(
+    product: Product, params: Sequence[Gradients], batch: Batch, seed: int = 0
+) -> Gradients:
+    """Sums of the first client; random numbers of the forward are those of the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return product.sums(params, batch)[0]
+
+
+def draws(product: Product, params: Sequence[Gradients], batch: Batch) -> bool:
+    """Whether the forward draws random numbers."""
+    one, other = (sums_of(product, params, batch, seed) for seed in (0, 1))
+    return any(not torch.equal(one[n], other[n]) for n in one)
+
+
+def difference(
+    product: Product,
+    params: Sequence[Gradients],
+    batch: Batch,
+    gradients: Sequence[list[Gradients]],
+) -> float:
+    """‖sums - definition‖ over clip norms and records, the largest of all clients and layers.
+
+    Args:
+        product: what makes the sums.
+        params: each client's parameters, or one's.
+        batch: their records.
+        gradients: float64 gradients of each client's records.
+    """
+    largest = 0.0
+    like = {n: v.to(torch.promote_types(v.dtype, torch.float64)) for n, v in params[0].items()}
+    for sums, records in zip(product.sums(params, batch), gradients, strict=True):
+        expected = clipped_sum(records, product.rule, like)
+        largest = max(largest, spread(product.rule, sums, expected) / max(1, len(records)))
+    return largest
+
+
+def some_records(block: Block, n: int) -> tuple[Tensor, Tensor]:
+    """Records with labels; the fourth is 30 times as long and the fifth is zero."""
+    generator = torch.Generator().manual_seed(5)
+    x = block.records(n, generator)
+    if x.is_floating_point():
+        x[3] *= 30
+        x[4] = 0
+    return x, torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+def measured(block: Block, setting: Setting) -> Seen:
+    """The way of one block under one setting, and what is measured on the way."""
+    x, y = some_records(block, 12)
+    loss = None if block.loss is None else block.loss()
+    try:
+        module = accepted(quiet(block.network()), loss, dataset(x, y, CLASSES), setting)
+        layout = module.layout
+        params = parameters(module.network, layout)
+        x = x.to(input_dtype(module.network, x))
+        gradients = record_gradients(double(quiet(block.network())), module.loss, x, y)
+        product = Product(module, setting, rule_of(setting, layout.names, gradients), layout)
+        batch = batch_of(x[None, :5], y[None, :5])
+        far = math.nan
+        if not draws(product, [params], batch):
+            far = difference(product, [params], batch, [gradients[:5]])
+        move = largest_move(product, [params], x[:4], y[:4], x[3:6])
+    except Refused as refused:
+        return Seen("refused", reason=str(refused))
+    return Seen(str(product.ways), move, far)
