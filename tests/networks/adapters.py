@@ -105,7 +105,9 @@ def adapted(block: Block, adapter: Callable[..., Adapter], *options: Any) -> See
             return _compared(way, sums, rule, known, x, y)
         except Exception as error:
             kind = "raises" if isinstance(error, ValueError | NotImplementedError) else "fails"
-            return Seen(kind, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            return Seen(
+                kind, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            )
 
 
 def _compared(

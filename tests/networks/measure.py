@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fl_lightning import FederatedModule
 from fl_lightning.client import Batch, input_dtype
 from tests.networks.blocks import CLASSES, Block
 from tests.networks.oracle import Gradients, Rule, clipped_sum, double, record_gradients
@@ -16,10 +17,13 @@ from tests.networks.product import (
     Product,
     Refused,
     Setting,
+    Ways,
     accepted,
     batch_of,
     dataset,
+    layout_of,
     parameters,
+    plain_sums,
 )
 
 
@@ -55,11 +59,13 @@ def rule_of(setting: Setting, layout_names: Sequence[str], gradients: list[Gradi
     rule = Rule(setting.clipping, setting.p, 1 if setting.mechanism == "laplace" else 2, {})
     layers = list(dict.fromkeys(rule.layer(n) for n in layout_names))
     norms = [rule.norms(g) for g in gradients]
-    clips, shares = {}, {}
-    for i, layer in enumerate(layers):
+    middles, clips, shares = [], {}, {}
+    for layer in layers:
         sizes = sorted(n[layer] for n in norms if n[layer] == n[layer] and n[layer] > 0)
-        middle = sizes[len(sizes) // 2] if sizes else 1.0
-        clips[layer] = (0.5 + 0.3 * (i % 3)) * middle
+        middles.append(sizes[len(sizes) // 2] if sizes else 0.0)
+    for i, layer in enumerate(layers):
+        # A layer with hardly any gradient has one of float32 roundings.
+        clips[layer] = (0.5 + 0.3 * (i % 3)) * max(middles[i], 1e-2 * max(middles), 1e-6)
         shares[layer] = (1.0 + i % 4) / sum(1.0 + j % 4 for j in range(len(layers)))
     return replace(rule, clips=clips, shares=shares)
 
@@ -155,22 +161,58 @@ def some_records(block: Block, n: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (n,), generator=generator)
 
 
-def measured(block: Block, setting: Setting) -> Seen:
-    """The way of one block under one setting, and what is measured on the way."""
+@dataclass(frozen=True)
+class Subject:
+    """A block that a run accepts, and what is known of its records.
+
+    Args:
+        module: with the network, dropout switched off.
+        vmaps: whether clients can be trained together.
+        x: records [12, ...], in the network's dtype.
+        y: labels [12].
+        gradients: of each record, float64, by the definition.
+    """
+
+    module: FederatedModule
+    vmaps: bool
+    x: Tensor
+    y: Tensor
+    gradients: list[Gradients]
+
+
+def subject(block: Block, setting: Setting) -> Subject | Seen:
+    """What a run accepts of a block under a setting, or why it refuses."""
     x, y = some_records(block, 12)
     loss = None if block.loss is None else block.loss()
     try:
-        module = accepted(quiet(block.network()), loss, dataset(x, y, CLASSES), setting)
-        layout = module.layout
-        params = parameters(module.network, layout)
-        x = x.to(input_dtype(module.network, x))
-        gradients = record_gradients(double(quiet(block.network())), module.loss, x, y)
-        product = Product(module, setting, rule_of(setting, layout.names, gradients), layout)
-        batch = batch_of(x[None, :5], y[None, :5])
-        far = math.nan
-        if not draws(product, [params], batch):
-            far = difference(product, [params], batch, [gradients[:5]])
-        move = largest_move(product, [params], x[:4], y[:4], x[3:6])
+        data = dataset(x, y, CLASSES)
+        module, vmaps = accepted(quiet(block.network()), loss, data, setting)
     except Refused as refused:
         return Seen("refused", reason=str(refused))
+    x = x.to(input_dtype(module.network, x))
+    gradients = record_gradients(double(quiet(block.network())), module.loss, x, y)
+    return Subject(module, vmaps, x, y, gradients)
+
+
+def measured(subject: Subject, setting: Setting) -> Seen:
+    """The way of an accepted block under one setting, and what is measured on the way."""
+    x, y, gradients = subject.x, subject.y, subject.gradients
+    layout = layout_of(subject.module.network, setting)
+    params = [parameters(subject.module.network, layout)]
+    rule = rule_of(setting, layout.names, gradients)
+    product = Product(subject.module, setting, rule, layout, Ways(vectorize=subject.vmaps))
+    batch, far = batch_of(x[None, :5], y[None, :5]), math.nan
+    if not draws(product, params, batch):
+        far = difference(product, params, batch, [gradients[:5]])
+    move = largest_move(product, params, x[1:4], y[1:4], x[4:5])
     return Seen(str(product.ways), move, far)
+
+
+def trained_by_clients(subject: Subject) -> Seen:
+    """The way in which clients train a block that is clipped whole, against autograd."""
+    x, y = subject.x[:5], subject.y[:5]
+    sums = plain_sums(subject.module, batch_of(x[None], y[None]), subject.vmaps)
+    wanted = {n: sum(g[n] for g in subject.gradients[:5]) for n in sums}
+    size = max(float(v.abs().max()) for v in wanted.values())  # type: ignore[union-attr]
+    far = max(float((sums[n] - wanted[n]).abs().max()) for n in sums) / size
+    return Seen("vmap" if subject.vmaps else "loop", 0.0, far)

@@ -64,7 +64,7 @@ ONCE = (
     _dense("shape of a weight", "h = torch.tanh(self.l{i}(h)) / self.l{i}.weight.shape[0] ** 0.5"),
     Operation("LayerNorm", "self.n{i} = nn.LayerNorm(4)", "h = self.n{i}(h)"),
     Operation("RMSNorm", "self.n{i} = nn.RMSNorm(4)", "h = self.n{i}(h)"),
-    Operation("GroupNorm", "self.n{i} = nn.GroupNorm(2, 4)", "h = self.n{i}(h + 1)", "vector"),
+    Operation("GroupNorm", "self.n{i} = nn.GroupNorm(1, 4)", "h = self.n{i}(h + 1)", "vector"),
     Operation("GroupNorm of positions", "self.n{i} = nn.GroupNorm(2, 4)", "h = self.n{i}(h.transpose(1, 2)).transpose(1, 2)", "positions"),
     Operation("InstanceNorm", "self.n{i} = nn.InstanceNorm1d(4, affine=True)", "h = self.n{i}(h.transpose(1, 2)).transpose(1, 2)", "positions"),
     Operation("Conv1d", "self.c{i} = nn.Conv1d(4, 4, 3, padding=1)", "h = torch.tanh(self.c{i}(h.transpose(1, 2))).transpose(1, 2)", "positions"),

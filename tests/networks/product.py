@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -89,8 +89,8 @@ def dataset(x: Tensor, y: Tensor, classes: int) -> FederatedDataModule:
 
 def accepted(
     network: nn.Module, loss: nn.Module | None, data: FederatedDataModule, setting: Setting
-) -> FederatedModule:
-    """The module as far as a run comes without its ledger.
+) -> tuple[FederatedModule, bool]:
+    """The module as far as a run comes without its ledger, and whether clients can be vmapped.
 
     Raises:
         Refused: with the project's own words.
@@ -102,19 +102,19 @@ def accepted(
         trainer = _trainer()
         module.trainer = trainer
         trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]
-        check_run(module, data, trainer)
+        vmaps = check_run(module, data, trainer)
     except ValueError as error:
         raise Refused(str(error)) from error
-    return module
+    return module, vmaps
 
 
 @dataclass
 class Ways:
     """What a network's sums were made by."""
 
+    vectorize: bool
     backward: int = 0
     records: int = 0
-    vectorize: bool = True
 
     def __str__(self) -> str:
         by_records = "vmap" if self.vectorize else "loop"
@@ -138,12 +138,8 @@ class Product:
     setting: Setting
     rule: Rule
     layout: Layout
+    ways: Ways
     max_examples: int = 2**40
-    ways: Ways = field(default_factory=Ways)
-
-    def __post_init__(self) -> None:
-        # `auto` asks whether vmap works and is faster; whether it works decides here.
-        self.ways.vectorize = True
 
     @functools.cached_property
     def _run(self) -> Callable[..., tuple[Gradients, Tensor]]:
@@ -182,24 +178,6 @@ class Product:
             params: each client's parameters.
             batch: records of the clients.
         """
-        try:
-            return self._sums(params, batch)
-        except (ValueError, NotImplementedError) as error:
-            if self.ways.vectorize:
-                return self._looped(params, batch)
-            raise Refused(str(error)) from error
-        except Exception:
-            if self.ways.vectorize:
-                return self._looped(params, batch)
-            raise
-
-    def _looped(self, params: Sequence[Gradients], batch: Batch) -> list[Gradients]:
-        """The run again, client after client, as `execution=auto` does where vmap fails."""
-        self.ways.vectorize = False
-        self.__dict__.pop("_run", None)
-        return self.sums(params, batch)
-
-    def _sums(self, params: Sequence[Gradients], batch: Batch) -> list[Gradients]:
         shared = len(params) == 1
         given = (
             params[0]
@@ -230,6 +208,13 @@ class Product:
         return LayerPolicy(
             rows(self.rule.clips), shares, shares, torch.full_like(shares, NOISE_SCALE)
         )
+
+
+def layout_of(network: nn.Module, setting: Setting) -> Layout:
+    """The trained parameters in the layers of a setting."""
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    flat = dict.fromkeys(trained, "all") if setting.clipping == "flat" else None
+    return Layout.build(trained, flat)
 
 
 def parameters(network: nn.Module, layout: Layout) -> Gradients:

@@ -120,7 +120,7 @@ class Program:
 
     def make(self, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         """The network, whose weights follow the seed, and the loss."""
-        space: dict[str, Any] = {}
+        space: dict[str, Any] = {"__name__": "random_network"}
         exec(compile(_HEADER + self.source(), "<random network>", "exec"), space)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
