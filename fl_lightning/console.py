@@ -56,21 +56,34 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     quietly(lambda: print(plain, file=stream, flush=True))
 
 
+class _Page(io.StringIO):
+    """Text in memory that takes itself for a stream of the given encoding."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
+
+
 def show(thing: Any) -> None:
     """Print one of rich's tables; whatever hinders that is no error."""
     from rich.console import Console
 
-    console = Console(file=None if sys.stdout is None else sys.stdout)
-    with console.capture() as captured:
-        console.print(thing)
-    say(captured.get().rstrip("\n"))
+    real = Console()
+    page = _Page(getattr(sys.stdout, "encoding", None) or "utf-8")
+    console = Console(file=page, width=real.width, force_terminal=real.is_terminal)
+    console.print(thing)
+    say(page.getvalue().rstrip("\n"))
 
 
 def quietly(write: Callable[[], object]) -> None:
     """Call what writes to the terminal; a stream that is gone is silent from then on."""
     try:
         write()
-    except (OSError, ValueError):
+    except (OSError, ValueError, SystemExit):  # rich ends a program whose pipe is closed
         for stream in (sys.stdout, sys.stderr):
             _silence_if_gone(stream)
 

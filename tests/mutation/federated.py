@@ -215,8 +215,81 @@ CHECKPOINTED = group(
     ("the clip norm is computed again", "ctx.how = rule, p, clip, mask, votes_at", "ctx.how = rule, p, clip * torch.inf, mask, votes_at"),
 )  # fmt: skip
 
+COMMAND_LINE = [
+    *group(
+        "fl_lightning/class_arguments.py",
+        "tests/fl_lightning/test_class_arguments.py",
+        ("arguments outlive their class", "        if _same(first, second):\n", "        if True:\n"),
+        ("a default is told as typed", "if not _is_default(n, v, known)]", "]"),
+        ("a class after its arguments", "            place = i\n", "            pass\n"),
+    ),
+    *group(
+        "fl_lightning/run_folder.py",
+        "tests/fl_lightning/test_run_folder.py",
+        ("two runs share a folder", "return made if made and made[-1] == folder else []", "return [folder]"),
+        ("folders of refused runs stay", "shutil.rmtree(folder, ignore_errors=True)", "pass"),
+        ("folders of runs that began go", "    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:\n        self._made = []", "    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:\n        pass"),
+        ("every process makes a folder", 'all(os.environ.get(name, "0") == "0"', 'True or all(os.environ.get(name, "0") == "0"'),
+    ),
+    *group(
+        "fl_lightning/resumption.py",
+        "tests/fl_lightning/test_going_on.py",
+        ("another optimizer goes on", "if known.get(name) != value:", "if False:"),
+        ("more rounds than planned", "if max_epochs is not None and max_epochs > planned:", "if False:"),
+        ("another plan", "if given is not None and given != planned:", "if False:"),
+        ("other shapes go on", "        if mine != known:\n", "        if False:\n"),
+        ("any checkpoint is taken", "    if state is None:\n        raise", "    if False:\n        raise"),
+    ),
+    *group(
+        "fl_lightning/console.py",
+        "tests/fl_lightning/test_console.py",
+        ("letters that cannot be shown end a run", "plain = text.encode(encoding, _ERRORS)", "plain = text.encode(encoding)"),
+        ("a closed pipe ends a run", "    except (OSError, ValueError, SystemExit):", "    except AssertionError:"),
+    ),
+    *group(
+        "fl_lightning/finish.py",
+        "tests/fl_lightning/test_console.py tests/fl_lightning/test_users_files.py",
+        ("a failure after the rounds ends the run", "    except Exception as error:\n", "    except KeyError as error:\n"),
+        ("a missing test set is read", "    if not data.has_test:\n", "    if False:\n"),
+    ),
+    *group(
+        "fl_lightning/export.py",
+        "tests/fl_lightning/test_export.py",
+        ("metadata in any order", 'header["__metadata__"] = dict(metadata)', "pass"),
+    ),
+    *group(
+        "fl_lightning/privacy/exactness.py",
+        "tests/fl_lightning/test_least_noise.py",
+        ("the least noise is not tried", "if floor is not None and charged(floor) <= epsilon:", "if False:"),
+        ("the floor takes no account of delta", " and steps * cost.delta <= delta / 2", ""),
+    ),
+    *group(
+        "fl_lightning/data/text.py",
+        "tests/fl_lightning/test_users_files.py",
+        ("texts in other letters accepted", "    if count > MOST_UNKNOWN * total:", "    if False:"),
+        ("an author in other letters accepted", "if len(text) > length and count >", "if False and count >"),
+        ("other letters read as a letter", "np.minimum(points, 255)", "points % 256"),
+    ),
+    *group(
+        "fl_lightning/data/hub.py",
+        "tests/fl_lightning/test_users_files.py",
+        ("indices of a palette taken as brightness", "if wanted is None else value.convert(wanted)", ""),
+    ),
+    *group(
+        "fl_lightning/data/arrays.py",
+        "tests/fl_lightning/test_users_files.py",
+        ("words beside numbers accepted", "    if len(words) < len(values):", "    if False:"),
+        ("words numbered as they come", "names = tuple(sorted(set(words)))", "names = tuple(dict.fromkeys(words))"),
+    ),
+    *group(
+        "fl_lightning/data/utf8.py",
+        "tests/fl_lightning/test_users_files.py",
+        ("a byte order mark stays", 'raw.decode("utf-8-sig")', 'raw.decode("utf-8")'),
+    ),
+]  # fmt: skip
+
 MUTATIONS = [
     *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *ONE_USE, *WATCHED,
+    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
 ]  # fmt: skip
