@@ -12,6 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from fl_lightning.launching import stop_of
+from fl_lightning.strategy import processes_of
+
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
@@ -39,8 +42,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
-        except OSError as error:
+        except BaseException as error:
             partial.unlink(missing_ok=True)  # what the disk has no room for
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 error.errno, f"cannot save {target}, the one before stays: {error.strerror}"
             ) from error
@@ -71,6 +76,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class RoundCheckpoint(Checkpoint):
     """Saves before round 0, so that every release has a checkpoint before it, and after rounds.
 
+    A run that is to stop ends here, after a checkpoint.
+
     Args:
         every_n_rounds: rounds between checkpoints, at least 1. A crash repeats the rounds since
             the last one; repeating them exactly costs no privacy.
@@ -89,14 +96,19 @@ class RoundCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The state after a round."""
         rounds = trainer.current_epoch + 1
-        last = rounds == trainer.max_epochs or trainer.should_stop
-        if last or rounds % self.every_n_rounds == 0:
+        stop = stop_of(trainer)
+        due = rounds == trainer.max_epochs or trainer.should_stop
+        due = due or rounds % self.every_n_rounds == 0
+        # All save, or none: the others may not have heard of a stop yet.
+        if due or any(processes_of(trainer).together(lambda: stop.asked is not None)):
             self._save(trainer, pl_module)
+        stop.check()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Free the run folder, so that this process too may go on: Lightning tears nothing down."""
+        stop_of(trainer).leave()
         pl_module.teardown("fit")
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -24,25 +24,27 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from fl_lightning.callbacks import ClientTables, RoundProgress, RoundRecorder
-from fl_lightning.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.class_arguments import arguments_end_with_their_class, class_before_its_arguments
 from fl_lightning.console import say, speak_any_encoding
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.finish import finish_run, test_once
+from fl_lightning.launching import stop_of, stoppable
 from fl_lightning.ledger import LedgerError
 from fl_lightning.loggers import default_logger, tensorboard_logger
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
 from fl_lightning.preflight import check_run
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.processes import ProcessLost, came_from_another
+from fl_lightning.processes import came_from_another
+from fl_lightning.restarts import settle
 from fl_lightning.resumption import check_resumption, rounds_done
 from fl_lightning.run_folder import RunFolder, holds_rounds, last_checkpoint, run_of_checkpoint
+from fl_lightning.stopping import Stop
 from fl_lightning.strategy import ClientParallelStrategy
 
 SUBCOMMANDS = ("fit",)
 _RUN_DIR = "AADP_FL_RUN_DIR"
-_PATIENCE = 20.0  # seconds
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -77,8 +79,9 @@ class FederatedCLI(LightningCLI):
 
     started = 0.0
 
-    def __init__(self, folder: RunFolder, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, folder: RunFolder, stop: Stop, *args: Any, **kwargs: Any) -> None:
         self._folder = folder
+        self._stop = stop
         self._notes: list[str] = []
         super().__init__(*args, **kwargs)
 
@@ -119,6 +122,7 @@ class FederatedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder before anything is made."""
         config = self.config[str(self.subcommand)]
+        config.ckpt_path, config.run_dir = settle(config.ckpt_path, config.run_dir, self._arguments)
         run_dir = self._find_folder(config)
         self._run_dir = run_dir
         config.run_dir = config.model.run_dir = str(run_dir)
@@ -165,6 +169,7 @@ class FederatedCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `main` was given, without Lightning's warning about explicit arguments."""
+        self._arguments = list(args)
         ours = default_experiment()["model.server_optimizer"]
         with arguments_end_with_their_class({ours["class_path"]: ours["init_args"]}) as notes:
             self.config = parser.parse_args(class_before_its_arguments(args))
@@ -186,7 +191,10 @@ class FederatedCLI(LightningCLI):
         kwargs |= self._strategy()
         own = self._get(self.config_init, "trainer.plugins") or []
         kwargs["plugins"] = [*(own if isinstance(own, list) else [own]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        stop_of(trainer, self._stop)
+        self._stop.advice = lambda: how_to_go_on(self._run_dir)
+        return trainer
 
     def _strategy(self) -> dict[str, Any]:
         """Ours in place of Lightning's DDP, which would wrap the model and deal out rounds."""
@@ -269,6 +277,13 @@ def default_experiment() -> dict[str, Any]:
     }
 
 
+def how_to_go_on(run_dir: Path) -> str:
+    """What to do after a stop, in words."""
+    if (run_dir / CHECKPOINT).exists():
+        return f"go on by the same command with --run_dir {run_dir} --ckpt_path last"
+    return "nothing was released: start again by the same command"
+
+
 def _public_seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
 
@@ -283,15 +298,16 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
     speak_any_encoding()
-    folder = RunFolder()
+    folder, stop = RunFolder(), Stop(program=args is None)
     try:
-        _run(folder, arguments)
+        with stoppable(stop):
+            _run(folder, stop, arguments)
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
         say(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, OSError, LedgerError, MisconfigurationException, ProcessLost) as error:
+    except (ValueError, OSError, LedgerError, MisconfigurationException) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
         _say(error)
@@ -300,9 +316,10 @@ def main(args: Sequence[str] | None = None) -> None:
         folder.give_up()
 
 
-def _run(folder: RunFolder, arguments: list[str]) -> None:
+def _run(folder: RunFolder, stop: Stop, arguments: list[str]) -> None:
     FederatedCLI(
         folder,
+        stop,
         FederatedModule,
         FederatedDataModule,
         args=arguments,
@@ -318,10 +335,6 @@ def _say(error: Exception) -> None:
     """One line, from the process where the error arose."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank and came_from_another(error):
-        # Lightning kills process 0 when it sees another one fail, even before it has said why.
-        first, until = os.getppid(), time.monotonic() + _PATIENCE
-        while os.getppid() == first and time.monotonic() < until:
-            time.sleep(0.05)
         return
     say(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 

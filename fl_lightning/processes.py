@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fl_lightning.stopping import Stop
 
 T = TypeVar("T")
 
@@ -32,6 +35,7 @@ class Processes:
         control: gloo group of all, for small messages; None with one process.
         sums: group of all, for sums; None with one process.
         device: where sums are computed.
+        stop: what explains a message that fails; None: nothing does.
     """
 
     def __init__(
@@ -42,24 +46,27 @@ class Processes:
         control: Any = None,
         sums: Any = None,
         device: torch.device | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.device = device or torch.device("cpu")
         self._control = control
         self._sums = sums
+        self._stop = stop
 
     @classmethod
-    def all(cls, device: torch.device) -> Processes:
+    def all(cls, device: torch.device, stop: Stop | None = None) -> Processes:
         """All processes of torch.distributed, which is initialised.
 
         Args:
             device: of this process.
+            stop: of this process.
         """
         # Groups of their own: whatever else is sent between the processes cannot meet our messages.
         control, sums = dist.new_group(backend="gloo"), dist.new_group()
         size = dist.get_world_size()
-        return cls(dist.get_rank(), size, control=control, sums=sums, device=device)
+        return cls(dist.get_rank(), size, control=control, sums=sums, device=device, stop=stop)
 
     def share(self, clients: Tensor) -> Tensor:
         """This process's part of some clients: neighbours, sizes that differ by at most one."""
@@ -125,6 +132,9 @@ class Processes:
         try:
             collective()
         except RuntimeError as error:
+            if self._stop is not None:
+                self._stop.settle()
+                self._stop.check()
             reason = str(error).strip().splitlines() or [repr(error)]
             raise ProcessLost(
                 f"process {self.rank} of {self.size} lost another one, which stopped or cannot be "

@@ -9,7 +9,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
 
+from fl_lightning.launching import StoppableLauncher, stop_of
+from fl_lightning.lifeline import Lifeline
 from fl_lightning.processes import Processes
+from fl_lightning.stopping import Stop
 
 
 class ClientParallelStrategy(DDPStrategy):
@@ -36,13 +39,33 @@ class ClientParallelStrategy(DDPStrategy):
             raise ValueError(f"{sorted(unknown)[0]}={kwargs[sorted(unknown)[0]]!r} is no option")
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
         self._processes: Processes | None = None
+        self._stop = Stop()
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = StoppableLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, begin=self._begin
+        )
+
+    def _begin(self, trainer: pl.Trainer) -> Stop:
+        """Before anything is done: what stops this process, of the Trainer's or its own."""
+        self._stop = stop_of(trainer, self._stop)
+        return self._stop
 
     def setup_distributed(self) -> None:
         """Connect the processes, once."""
         super().setup_distributed()
         if self._processes is None:
-            one = self.world_size == 1
-            self._processes = Processes() if one else Processes.all(self.root_device)
+            self._processes = self._connect()
+
+    def _connect(self) -> Processes:
+        if self.world_size == 1:
+            return Processes()
+        processes = Processes.all(self.root_device, self._stop)
+        assert self.cluster_environment is not None
+        line = Lifeline.connect(processes, self.cluster_environment.main_address)
+        self._stop.join(line, processes.rank)
+        return processes
 
     @property
     def processes(self) -> Processes:
