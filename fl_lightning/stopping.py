@@ -76,7 +76,7 @@ class Stop:
         self._line: Lifeline | None = None
         self._gone: list[int] = []
         self._since = self._interrupt_at = self._end_at = _NEVER
-        self._leaving = self._said = False
+        self._leaving = self._said = self._told = False
         self._program = program
         self._depth = 0
         self._before: dict[int, Any] = {}
@@ -177,7 +177,7 @@ class Stop:
 
     def _watch(self) -> None:
         assert self._pipe is not None
-        told = interrupts = 0
+        interrupts = 0
         press_at = 0.0
         while self._thread is not None:
             line = self._line
@@ -190,8 +190,7 @@ class Stop:
                     interrupts += signum == signal.SIGINT
                     self._ask(signum)
             self._hear(line)
-            if self.asked is not None and not told:
-                told = self._tell()
+            self._tell()
             now = time.monotonic()
             if now >= self._end_at or interrupts > 1:  # a second Ctrl-C
                 self._end()
@@ -238,13 +237,16 @@ class Stop:
             self._interrupt_at = min(self._interrupt_at, now + seconds)
             self._end_at = min(self._end_at, now + seconds + LAST_CALL)
 
-    def _tell(self) -> int:
+    def _tell(self) -> None:
+        """Let the others hear what was asked, once."""
+        if self.asked is None or self._told:
+            return
+        self._told = True
         if self._line is not None:
-            self._line.tell(self.asked or LOST)
+            self._line.tell(self.asked)
         else:  # not connected yet
             for child in self._children:
                 child.terminate()
-        return 1
 
     def _end(self) -> None:
         """End the process from here, as if it was killed."""
@@ -260,6 +262,7 @@ class Stop:
         self._leaving = True
         if self.asked is not None:
             self._end_at = max(time.monotonic() + 1.0, self._since + ALL_GONE)
+            self._tell()
         if self._line is not None:
             self._line.close()  # so that nobody waits for this process
 
