@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from fl_lightning import plots
 from fl_lightning.console import say, show
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.launching import raise_if_stopped
 from fl_lightning.loggers import hand_over
 from fl_lightning.privacy.statement import privacy_statement
 from fl_lightning.summary import final_table, run_summary
@@ -32,8 +33,15 @@ def test_once(trainer: pl.Trainer, pl_module: Any, data: FederatedDataModule) ->
         if trainer.is_global_zero:
             say(f"note: {data.dataset_name} has no test records, so there is no test figure")
         return True
-    done = _attempt("the test", lambda: trainer.test(pl_module, datamodule=data, verbose=False))
-    return done is not None
+
+    def test() -> Any:
+        try:
+            return trainer.test(pl_module, datamodule=data, verbose=False)
+        except Exception as error:
+            raise_if_stopped(error, trainer)
+            raise
+
+    return _attempt("the test", test) is not None
 
 
 def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:

@@ -19,7 +19,7 @@ from pytorch_lightning.strategies.launchers.subprocess_script import _Subprocess
 from pytorch_lightning.trainer.states import TrainerFn
 
 from fl_lightning.processes import ProcessLost
-from fl_lightning.stopping import PARENT, Stop, Stopped
+from fl_lightning.stopping import LOST, PARENT, Stop, Stopped
 
 
 class _Signals:
@@ -74,6 +74,17 @@ def stoppable(stop: Stop) -> Iterator[None]:
                 raise
             raise SystemExit(stop.finish()) from None
         stop.part()
+
+
+def raise_if_stopped(error: Exception, trainer: pl.Trainer) -> None:
+    """For whoever goes on after an error: not after one that a stop has caused.
+
+    Raises:
+        Stopped: the error was caused by a stop.
+    """
+    stop = stop_of(trainer)
+    if _is_stop(error, stop):
+        raise Stopped(stop.asked or LOST) from None
 
 
 def _is_stop(error: BaseException, stop: Stop) -> bool:
