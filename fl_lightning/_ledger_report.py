@@ -6,15 +6,23 @@ import argparse
 import math
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fl_lightning.ledger import LedgerError, Release, read, verify
-from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning._ledger_accounts import Account, accounts
+from fl_lightning.ledger import LedgerError, Release, read
+from fl_lightning.privacy.accounting import NoiseEvent
+from fl_lightning.privacy.exactness import Extra
 from fl_lightning.privacy.simulated import simulated_reason
-from fl_lightning.release import ALL_CLIENTS
+from fl_lightning.sums import (
+    client_multipliers,
+    extra_of,
+    largest_extra,
+    num_clients,
+    of_client,
+    of_clients,
+)
 
 
 @dataclass(frozen=True)
@@ -47,44 +55,24 @@ def report_clients(
     header: Mapping[str, Any], releases: Sequence[Release]
 ) -> dict[int, ClientReport]:
     """Every client's account; clients that the header lists and that released nothing included."""
-    grouped: dict[int, list[Release]] = {client: [] for client in range(_num_clients(header))}
-    for release in releases:
-        if release.client == ALL_CLIENTS:
-            for own in grouped.values():
-                own.append(release)
-        else:
-            grouped.setdefault(release.client, []).append(release)
-    return {client: _report_one(header, client, grouped[client]) for client in sorted(grouped)}
+    found = accounts(header, releases)
+    return {client: _report_one(header, client, found[client]) for client in sorted(found)}
 
 
-def _report_one(header: Mapping[str, Any], client: int, releases: list[Release]) -> ClientReport:
-    delta = _of_client(header["delta"], client)
-    delta = math.nan if delta is None else delta
-    counts: Counter[NoiseEvent] = Counter()
-    for release in releases:
-        counts[release.event] += release.steps
-    target = _of_client(header["epsilon"], client)
+def _report_one(header: Mapping[str, Any], client: int, account: Account) -> ClientReport:
+    counts = account.counts()
     return ClientReport(
         client=client,
-        releases=len(releases),
+        releases=account.releases,
         steps=sum(counts.values()),
         mechanisms=tuple(dict.fromkeys(e.mechanism for e in counts)),
         noise_multipliers=tuple(dict.fromkeys(e.noise_multiplier for e in counts)),
         sampling_rates=tuple(dict.fromkeys(e.sampling_rate for e in counts)),
-        epsilon=_epsilon(counts, releases, delta),
-        delta=delta,
-        target_epsilon=target,
-        guarantee=header["setting"] != "abstract" and all(r.guarantee for r in releases),
+        epsilon=account.epsilon(),
+        delta=account.delta,
+        target_epsilon=of_client(header["epsilon"], client),
+        guarantee=header["setting"] != "abstract" and all(c.guarantee for c in account.charges),
     )
-
-
-def _epsilon(counts: Mapping[NoiseEvent, int], releases: list[Release], delta: float) -> float:
-    if not releases:
-        return 0.0
-    left = delta - math.fsum(r.tail_delta for r in releases)
-    if not left >= 0:
-        return math.inf
-    return compose_epsilon(counts, left) + math.fsum(r.epsilon_inflation for r in releases)
 
 
 def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
@@ -94,37 +82,35 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
     """
     if "noise_form" not in header or "dims" not in header:
         return []
-    from fl_lightning.privacy.exactness import inexact_noise, noise_streams
-
-    problems, in_shares = [], header["setting"] == "client+secure_sum"
+    extra = {votes: extra_of(header, votes=votes) for votes in (False, True)}
+    known: dict[tuple[Any, ...], Extra] = {}
+    problems = []
     for line, release in enumerate(releases, 2):
-        extra = inexact_noise(
-            release.event,
-            header["noise_form"],
-            streams=noise_streams(header["dims"], votes=release.vote_noise_scale is not None),
-            delta=_of_client(header["delta"], release.client) or 0.0,
-            shares=header["min_survivors"] if in_shares else None,
-        )
-        for name, cost in (("epsilon_inflation", extra.epsilon), ("tail_delta", extra.delta)):
+        votes = release.vote_noise_scale is not None
+        whose = release.clients if release.is_sum else of_client(header["delta"], release.client)
+        kind = release.event, votes, release.largest_weight, whose
+        cost = known.get(kind)
+        if cost is None:
+            cost = known[kind] = _extra_of_line(header, release, extra[votes])
+        for name, least in (("epsilon_inflation", cost.epsilon), ("tail_delta", cost.delta)):
             charged = getattr(release, name)
-            if charged < release.steps * cost * (1 - 1e-9):
+            if charged < release.steps * least * (1 - 1e-9):
                 problems.append(
                     f"line {line} charges {name} {charged:.3g} for {release.steps} steps of form "
-                    f"{header['noise_form']}, which cost {release.steps * cost:.3g}"
+                    f"{header['noise_form']}, which cost {release.steps * least:.3g}"
                 )
     return problems
 
 
-def _of_client(value: Any, client: int) -> float | None:
-    """A header's per-client number: one for all, or a list."""
-    if isinstance(value, list):
-        value = value[client] if client < len(value) else None
-    return None if value is None else float(value)
-
-
-def _num_clients(header: Mapping[str, Any]) -> int:
-    lists = (header.get(name) for name in ("client_sizes", "delta", "epsilon"))
-    return max((len(value) for value in lists if isinstance(value, list)), default=0)
+def _extra_of_line(
+    header: Mapping[str, Any], release: Release, extra: Callable[[NoiseEvent, float], Extra]
+) -> Extra:
+    """What a step of a line costs beyond its event; of a sum, the largest over its clients."""
+    if not release.is_sum:
+        return extra(release.event, of_client(header["delta"], release.client) or 0.0)
+    ids = release.members(num_clients(header))
+    deltas = of_clients(header, "delta")[ids]
+    return largest_extra(release.event, client_multipliers(header, release), deltas, extra)
 
 
 def show_number(value: float) -> str:
@@ -157,25 +143,34 @@ def headline(reports: Mapping[int, ClientReport]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status (1: the ledger cannot be trusted)."""
+    from fl_lightning._ledger_verdict import examine
+
     parser = argparse.ArgumentParser(
         prog="python -m fl_lightning.ledger", description="Check and read a run's privacy ledger."
     )
     parser.add_argument("action", choices=("show", "verify"))
     parser.add_argument("path", help="ledger.jsonl, or the run's directory")
     parser.add_argument("--all", action="store_true", help="show all clients, not the first 50")
+    parser.add_argument(
+        "--head", metavar="HASH", help="a line of this hash (or its first 16 digits) must be there"
+    )
     options = parser.parse_args(arguments)
     try:
-        problems = verify(options.path)
-        for problem in problems:
+        verdict = examine(options.path, options.head)
+        for problem in verdict.problems:
             print(problem, file=sys.stderr)
-        if problems:
+        if verdict.problems:
             return 1
         header, releases = read(options.path)
-    except (OSError, LedgerError) as error:
+    except (OSError, LedgerError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if options.action == "verify":
         print(f"{len(releases)} releases, chain unbroken")
+        if verdict.schema:
+            print(f"schema {verdict.schema}, head {verdict.head}")
+        for note in verdict.notes:
+            print(note)
     else:
         _print_tables(header, report_clients(header, releases), None if options.all else 50)
     return 0

@@ -6,8 +6,8 @@ removal inside the file breaks the chain; `ledger.head` holds the number of line
 so a removal at the end is found as well. The chain finds accidents and careless edits. It is no
 signature: whoever can write both files can write another history.
 
-Command: `python -m fl_lightning.ledger show PATH` and `... verify PATH`; PATH is the file or the
-run's directory.
+Command: `python -m fl_lightning.ledger show PATH` and `... verify PATH [--head HASH]`; PATH is the
+file or the run's directory.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_lightning import _chain
 from fl_lightning._chain import LedgerError
 from fl_lightning.privacy.accounting import NoiseEvent
-from fl_lightning.release import Release, parse_release, release_entry
+from fl_lightning.release import KINDS, Release, parse_release, release_entry
+from fl_lightning.sums import SUM_FACTS
 
 if TYPE_CHECKING:
     from fl_lightning._ledger_report import ClientReport
 
 FILE_NAME = "ledger.jsonl"
+# Of what this version writes; a header without `schema` is of schema 0. See docs/ledger.md.
+SCHEMA = 1
 SETTINGS = (
     "record+local",
     "client+local",
@@ -60,11 +63,32 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     return path if path.suffix == ".jsonl" else path / FILE_NAME
 
 
-def _parse(index: int, entry: Mapping[str, Any]) -> dict[str, Any] | Release:
-    expected = "release" if index else "header"
-    if entry["kind"] != expected:
-        raise ValueError(f"is out of place: kind {entry['kind']!r} instead of {expected!r}")
-    return parse_release(entry) if index else dict(entry["facts"])
+def _parser() -> Callable[[int, Mapping[str, Any]], dict[str, Any] | Release]:
+    """Turns the entries of one file, in order, into the header and releases; raises ValueError."""
+    header: dict[str, Any] = {}
+
+    def parse(index: int, entry: Mapping[str, Any]) -> dict[str, Any] | Release:
+        kind = entry["kind"]
+        if kind not in (KINDS if index else ("header",)):
+            expected = "release" if index else "header"
+            raise ValueError(f"is out of place: kind {kind!r} instead of {expected!r}")
+        if not index:
+            header.update(entry["facts"])
+            _check_schema(header)
+            return dict(header)
+        if kind == "sum" and any(header.get(name) is None for name in SUM_FACTS):
+            raise ValueError(f"is a sum, for which the header must state {', '.join(SUM_FACTS)}")
+        return parse_release(entry)
+
+    return parse
+
+
+def _check_schema(header: Mapping[str, Any]) -> None:
+    schema = header.get("schema", 0)
+    if not isinstance(schema, int) or isinstance(schema, bool) or not 0 <= schema <= SCHEMA:
+        raise ValueError(
+            f"is of schema {schema!r}: this version reads schemas 0 to {SCHEMA}, take a newer one"
+        )
 
 
 _OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
@@ -142,33 +166,43 @@ class Ledger:
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Ledger:
+    def open(cls, path: str | os.PathLike[str], known: tuple[int, str] | None = None) -> Ledger:
         """Open an existing ledger to go on with it; checks all of it first.
 
         A torn last line (a crash during a write) is moved to `ledger.jsonl.torn` with a
         `LedgerWarning`. Complete lines behind the head count.
 
+        Args:
+            path: directory or file.
+            known: a number of releases, and the hash of the last line when there were that many.
+
         Raises:
             FileNotFoundError: no ledger there.
-            LedgerError: the chain is broken, lines are missing, or the ledger is in use.
+            LedgerError: the chain is broken, lines are missing, the ledger is in use, or is not
+                the one that is known.
         """
         path = _resolve(path)
         if not path.exists():
             raise FileNotFoundError(f"no ledger at {path}")
         descriptor = _chain.open_locked(path)
         try:
-            scan = _chain.scan(path, _parse)
-            if scan.problems:
-                raise LedgerError(f"{path} cannot be trusted: " + "; ".join(scan.problems))
-            if not scan.entries:
+            found = _chain.scan(path, _parser())
+            if found.problems:
+                raise LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
+            if not found.entries:
                 raise LedgerError(f"{path} has no header: the run was stopped before it began")
+            if known is not None and found.hashes[known[0] :][:1] != [known[1]]:
+                raise LedgerError(
+                    f"{path} is not the ledger that the checkpoint was saved with: after "
+                    f"{known[0]} releases its last hash was {known[1]}"
+                )
             try:
-                if scan.torn:
-                    _set_aside(path, descriptor, scan)
-                _chain.write_head(path, len(scan.hashes), scan.hashes[-1])
+                if found.torn:
+                    _set_aside(path, descriptor, found)
+                _chain.write_head(path, len(found.hashes), found.hashes[-1])
             except OSError as error:
                 raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
-            return cls(path, descriptor, scan)
+            return cls(path, descriptor, found)
         except BaseException:
             os.close(descriptor)
             raise
@@ -338,6 +372,16 @@ def _set_aside(path: Path, descriptor: int, scan: _chain.Scan) -> None:
     )
 
 
+def scan(path: str | os.PathLike[str]) -> tuple[Path, _chain.Scan]:
+    """The file of a ledger and all that its chain holds, problems included.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+    """
+    path = _resolve(path)
+    return path, _chain.scan(path, _parser())
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
     """Header and releases of a ledger, checked, without opening it for appending.
 
@@ -345,30 +389,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
         FileNotFoundError: no ledger there.
         LedgerError: the chain is broken or lines are missing.
     """
-    path = _resolve(path)
-    scan = _chain.scan(path, _parse)
-    if scan.problems or not scan.entries:
+    path, found = scan(path)
+    if found.problems or not found.entries:
         raise LedgerError(
-            f"{path} cannot be trusted: " + ("; ".join(scan.problems) or "it has no header")
+            f"{path} cannot be trusted: " + ("; ".join(found.problems) or "it has no header")
         )
-    return scan.entries[0], scan.entries[1:]
+    return found.entries[0], found.entries[1:]
 
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
+def verify(path: str | os.PathLike[str], head: str | None = None) -> list[str]:
     """Problems of a ledger, each with its line number; [] if there are none.
 
-    The chain, and that every release charges what the form of its noise costs. A torn last line
-    that never counted is no problem (a crash leaves it, `Ledger.open` removes it).
+    Checked are the chain, that every release charges what the form of its noise costs, that header
+    and lines do not contradict each other, and that what the run's folder says of the ledger is
+    true; see docs/ledger.md. A torn last line that never counted is no problem (a crash leaves it,
+    `Ledger.open` removes it).
+
+    Args:
+        path: the file or the run's directory.
+        head: hash of a line that must be there, or its first 16 or more hex digits.
 
     Raises:
         FileNotFoundError: no ledger there.
+        ValueError: `head` is no hash.
     """
-    from fl_lightning._ledger_report import undercharged
+    from fl_lightning._ledger_verdict import examine
 
-    scan = _chain.scan(_resolve(path), _parse)
-    if not scan.problems and not scan.entries:
-        return ["line 1 is missing: the file has no header"]
-    return scan.problems or undercharged(scan.entries[0], scan.entries[1:])
+    return examine(path, head).problems
 
 
 def report(path: str | os.PathLike[str]) -> dict[int, ClientReport]:

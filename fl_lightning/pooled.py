@@ -6,7 +6,7 @@ under ``client+secure_sum`` every client adds a share and only the sum of them i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from aadp_kernels import NoiseKey, poisson_mask
 from fl_lightning import binding, secrets
 from fl_lightning.client import plain_gradient
-from fl_lightning.privacy.accounting import NoiseEvent
+from fl_lightning.client_set import encode
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.mechanism import noise_event
 from fl_lightning.privacy.pooled_sum import PooledSum
 from fl_lightning.privacy.weights import event_multiplier, pooled_weights
 from fl_lightning.release import ALL_CLIENTS, Release
 from fl_lightning.sharing import record
+from fl_lightning.sums import largest_extra, spent_digest
 from fl_lightning.types import Params, PrivateUpdate
 
 if TYPE_CHECKING:
@@ -112,33 +114,25 @@ def release(
         while True:
             key = binding.round_key(population.key, context, round, redraw, *inputs)
             update = _noised_mean(population, candidates, weights, z, params, key, round)
-            entries = _entries(population, update, candidates, weights, z, round, key)
-            known = [ledger.find(entry.client, round) for entry in entries]
-            paid = [
-                any(old.digest == entry.digest for old in lines)
-                for entry, lines in zip(entries, known, strict=True)
-            ]
-            same_noise = any(
-                old.binding == entry.binding and old.digest != entry.digest
-                for entry, lines in zip(entries, known, strict=True)
-                for old in lines
-            )
-            if not same_noise:
+            line = _ledger_line(population, update, candidates, weights, z, round, key)
+            known = ledger.find(ALL_CLIENTS, round)
+            if not any(o.binding == line.binding and o.digest != line.digest for o in known):
                 break
             history.restore(_ROW, before)
             redraw += 1
-        fresh = [entry for entry, done in zip(entries, paid, strict=True) if not done]
+        paid = any(o.digest == line.digest and o.clients == line.clients for o in known)
         able = population.budget.can_release_each(candidates.numpy(), 1)
-        if fresh and not able.all():
+        if not paid and not able.all():
             # Who could come only to repeat what is paid for cannot be in another sum.
             history.restore(_ROW, before)
             return release(population, candidates[torch.from_numpy(able)], params, round, context)
+        fresh = [] if paid else [line]
         record(ledger, fresh, population.processes)
     except BaseException:
         history.restore(_ROW, before)
         raise
-    for entry in fresh:
-        population.budget.spend(entry)
+    for line in fresh:
+        population.budget.spend(line)
     return update
 
 
@@ -183,7 +177,7 @@ def _noised_mean(
     )
 
 
-def _entries(
+def _ledger_line(
     population: ClientPopulation,
     update: PrivateUpdate,
     candidates: Tensor,
@@ -191,26 +185,32 @@ def _entries(
     z: float,
     round: int,
     key: NoiseKey,
-) -> list[Release]:
-    """A ledger line for whoever could have been in the sum; one for all where all are equal."""
-    privacy, policy, ledger = population.privacy, update.policy, population.ledger
-    assert policy is not None
-    assert ledger is not None
-    assert population.pool is not None
-    rate = population.pool.rate
-    multipliers = event_multiplier(
-        weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes
+) -> Release:
+    """The sum's line; what is a client's own follows from it and the header (see `sums`)."""
+    privacy, policy, budget, pool = (
+        population.privacy,
+        update.policy,
+        population.budget,
+        population.pool,
     )
-    sent, spent = [value[0] for value in update.update.values()], population.budget.spent
-    votes = policy.vote_noise_scale
-    line = Release(
+    assert policy is not None
+    assert population.ledger is not None
+    assert pool is not None
+    ids = candidates.numpy()
+    sent, votes = [value[0] for value in update.update.values()], policy.vote_noise_scale
+    event = noise_event(privacy, z, 1.0 if pool.rate is None else pool.rate)
+    own = event_multiplier(weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes)
+    extra = largest_extra(event, own.numpy(), budget.delta[ids], budget.extra_at)
+    return Release(
         client=ALL_CLIENTS,
         round=round,
+        attempt=len(population.ledger.find(ALL_CLIENTS, round)),
+        first_step=len(population.ledger),
         steps=1,
-        mechanism=privacy.mechanism,
-        noise_multiplier=float(multipliers[0]),
-        sampling_rate=1.0 if rate is None else rate,
-        adjacency=privacy.resolved_adjacency,
+        mechanism=event.mechanism,
+        noise_multiplier=event.noise_multiplier,
+        sampling_rate=event.sampling_rate,
+        adjacency=event.adjacency,
         vote_noise_scale=None if votes is None else float(votes[0]),
         num_layers=population.layout.num_layers,
         clip_norm=tuple(policy.clip_norm[0].tolist()),
@@ -218,28 +218,13 @@ def _entries(
         binding=secrets.public_name(key),
         digest=secrets.digest([*sent, population.history.l1_norm[0]]),
         quantum=population.quantum(policy.noise_scale[0]),
+        epsilon_inflation=extra.epsilon,
+        tail_delta=extra.delta,
         guarantee=privacy.guarantee,
+        largest_weight=float(pool.weights[candidates].max()),
+        clients=None if len(ids) == len(pool.weights) else encode(ids),
+        spent=spent_digest(budget.spent),
     )
-
-    def of(client: int, multiplier: float) -> Release:
-        event = NoiseEvent(line.mechanism, multiplier, line.sampling_rate, line.adjacency)
-        extra = population.budget.extra_of(event, max(client, 0))
-        return replace(
-            line,
-            client=client,
-            attempt=len(ledger.find(client, round)),
-            first_step=int(spent.max() if client == ALL_CLIENTS else spent[client]),
-            noise_multiplier=multiplier,
-            epsilon_inflation=extra.epsilon,
-            tail_delta=extra.delta,
-        )
-
-    # A function of who is there and of the weights alone: a repeated round finds its line again.
-    everyone = len(candidates) == len(population.data.client_sizes)
-    deltas = set(population.budget.delta.tolist())
-    if everyone and len(deltas) == 1 and bool((multipliers == multipliers[0]).all()):
-        return [of(ALL_CLIENTS, float(multipliers[0]))]
-    return [of(k, m) for k, m in zip(candidates.tolist(), multipliers.tolist(), strict=True)]
 
 
 def _nothing(population: ClientPopulation, params: Params) -> PrivateUpdate:

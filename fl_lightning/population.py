@@ -155,9 +155,11 @@ class ClientPopulation:
         if not self.privacy.private:
             return np.ones(len(clients), dtype=bool)
         assert self.ledger is not None
-        if self.ledger.find(ALL_CLIENTS, round):
-            return np.ones(len(clients), dtype=bool)
         able = self.budget.can_release_each(clients, self.steps)
+        if self.privacy.pooled:
+            for line in self.ledger.find(ALL_CLIENTS, round):
+                able |= line.covers(clients)
+            return able
         for i in np.flatnonzero(~able):
             able[i] = bool(self.ledger.find(int(clients[i]), round))
         return able

@@ -53,6 +53,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "delta_max": max((r.delta for r in active), default=None),
         "clients_that_released": len(active),
         "releases": sum(r.releases for r in active),
+        "ledger_head": None if ledger is None else ledger.head_hash,
         "rounds": len(rounds),
         "unit": privacy.unit,
         "trust": facts.get("trust"),

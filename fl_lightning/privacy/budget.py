@@ -88,7 +88,7 @@ class Budget:
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
                 self.affordable[members] = affordable_charged(
-                    event, target, delta, self._extra(event, delta)
+                    event, target, delta, self.extra_at(event, delta)
                 )
                 if self.affordable[members[0]] < steps_a_release:
                     raise ValueError(
@@ -103,10 +103,10 @@ class Budget:
             steps,
             target,
             delta,
-            lambda event: self._extra(event, delta),
+            lambda event: self.extra_at(event, delta),
         )
         event = noise_event(self.config, multiplier, self.sampling_rate)
-        spent = charged_epsilon(event, steps, delta, self._extra(event, delta))
+        spent = charged_epsilon(event, steps, delta, self.extra_at(event, delta))
         if spent < 0.9 * target:
             _log.info(
                 f"epsilon={target:g} in {steps} steps at sampling_rate={self.sampling_rate:g} "
@@ -115,22 +115,20 @@ class Budget:
             )
         return multiplier
 
-    def _extra(self, event: NoiseEvent, delta: float) -> Extra:
+    def extra_at(self, event: NoiseEvent, delta: float) -> Extra:
+        """What a noised step costs beyond the given event at a δ."""
         form = self.config.noise_form
         return inexact_noise(event, form, streams=self.streams, delta=delta, shares=self.shares)
 
     def extra(self, client: int) -> Extra:
         """What each noised step of a client costs beyond its event."""
         event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
-        return self._extra(event, float(self.delta[client]))
-
-    def extra_of(self, event: NoiseEvent, client: int) -> Extra:
-        """What a noised step costs a client beyond the given event."""
-        return self._extra(event, float(self.delta[client]))
+        return self.extra_at(event, float(self.delta[client]))
 
     def spend(self, release: Release) -> None:
         """Count a release that stands in the ledger."""
-        whose = slice(None) if release.client == ALL_CLIENTS else release.client
+        one = release.client != ALL_CLIENTS
+        whose = release.client if one else release.members(len(self.spent))
         self.spent[whose] += release.steps
 
     def can_release(self, client: int, steps: int) -> bool:
@@ -173,7 +171,7 @@ class Budget:
             length = max(int(self.planned_steps.max()), 1)
             length = length if most <= length else 2 * most
             event = noise_event(self.config, multiplier, self.sampling_rate)
-            extra = self._extra(event, delta)
+            extra = self.extra_at(event, delta)
             left = delta - length * extra.delta
             known = np.full(length + 1, np.inf)
             if left >= 0:

@@ -32,10 +32,34 @@ def pooled_weights(
     Guarantees:
         `event_multiplier(w_k, z) >= z_k` for every client.
     """
-    z = float(multiplier.min())
-    asked = base.double() / float(base.max())
+    z, largest = float(multiplier.min()), float(base.max())
+    return z, weights_within(
+        base, multiplier, z=z, largest=largest, mechanism=mechanism, vote_share=vote_share
+    )
+
+
+def weights_within(
+    base: Tensor,
+    multiplier: Tensor,
+    *,
+    z: float,
+    largest: float,
+    mechanism: str,
+    vote_share: float,
+) -> Tensor:
+    """Weights in a sum of which the multiplier and the largest weight asked for are known, [k].
+
+    Args:
+        base, multiplier, mechanism, vote_share: as in `pooled_weights`.
+        z: noise multiplier for a client of weight 1, at most each of `multiplier`.
+        largest: the largest of `base` in the sum.
+
+    Raises:
+        ValueError: as `pooled_weights`.
+    """
+    asked = base.double() / largest
     if z == 0:
-        return z, asked
+        return asked
     # Gaussian: 1/z_k² = (w²(1-ρ) + ρ)/z²; Laplace: 1/λ_k = (w(1-ρ) + ρ)/λ.
     ratio = z / multiplier.double()
     room = (ratio.square() if mechanism == "gaussian" else ratio) - vote_share
@@ -50,7 +74,7 @@ def pooled_weights(
     most = most.sqrt() if mechanism == "gaussian" else most
     # Down by more than the rounding of the formulas, so that no client passes its ε.
     most = torch.where(ratio < 1, most * (1 - 1e-12), 1.0)
-    return z, torch.minimum(asked, most)
+    return torch.minimum(asked, most)
 
 
 def event_multiplier(weight: Tensor, z: float, *, mechanism: str, vote_share: float) -> Tensor:
