@@ -19,20 +19,15 @@ _SETTINGS = {
     "client+secure_sum": ("client", "secure_sum", ("zero_out",)),
     "abstract": ("none", "none", ("zero_out", "replace_one")),
 }
-_FACTS = {
-    0: ("thresholds", "noise_form", "tail_cutoff", "client_sizes", "layers", "dims"),
-    1: (
+# What a header must state, by the schema that brought it.
+_FACTS = (
+    ("thresholds", "noise_form", "tail_cutoff", "client_sizes", "layers", "dims"),
+    (
         *("noise_multiplier", "noise_multiplier_given", "sampling_rate", "affordable_steps"),
-        *(
-            "vote_share",
-            "weights",
-            "weighting",
-            "clients_per_round",
-            "min_survivors",
-            "cohort_rate",
-        ),
+        *("vote_share", "weights", "weighting", "clients_per_round"),
+        *("min_survivors", "cohort_rate"),
     ),
-}
+)
 _LISTS = ("delta", "epsilon", "client_sizes", "planned_steps")
 # By how much a calibrated multiplier may be larger than the least that is enough, and what the
 # arithmetic of another version or machine may change.
@@ -149,7 +144,13 @@ def _belongs(
         event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
         return charged_epsilon(event, count, delta, extra(event, delta))
 
-    spent = cost(multiplier, max(steps, 1))
+    def drawn(z: float, count: int) -> bool:
+        """Whether what inexact noise costs leaves half of ε and δ: no less noise is calibrated."""
+        event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
+        cost = extra(event, delta)
+        return count * cost.epsilon <= epsilon / 2 and count * cost.delta <= delta / 2
+
+    spent, less = cost(multiplier, max(steps, 1)), multiplier * (1 - _SLACK)
     where = f"{steps} steps at noise_multiplier {multiplier} cost epsilon {spent:.6g}"
     if spent > epsilon * (1 + _ROUNDING):
         return f"{where}, more than the target {epsilon:.6g}"
@@ -158,5 +159,5 @@ def _belongs(
     if header["noise_multiplier_given"]:
         least = steps >= 10**9 or cost(multiplier, 2 * steps + 2) > epsilon
     else:
-        least = cost(multiplier * (1 - _SLACK), max(steps, 1)) > epsilon
+        least = cost(less, max(steps, 1)) > epsilon or not drawn(less, steps)
     return "" if least else f"{where}, far below the target {epsilon:.6g}: not what was calibrated"

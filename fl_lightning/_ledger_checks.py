@@ -136,50 +136,61 @@ def _vote_noise_scale(header: Mapping[str, Any], multiplier: float) -> float:
 
 
 def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
-    """Lines that are missing, repeated or too many, by the steps of each client so far."""
+    """The first line before which one is missing or repeated, or that is one too many."""
     everyone = num_clients(header)
-    # Of single clients a list is faster.
-    pooled = header["setting"] in POOLED
-    spent: Any = np.zeros(everyone, dtype=np.int64) if pooled else [0] * everyone
     most = np.full(everyone, np.inf)
     if header.get("affordable_steps") is not None:
         most = of_clients(header, "affordable_steps")
-    limits = most.tolist()
+    # Of single clients lists are faster.
+    pooled = header["setting"] in POOLED
+    spent: Any = np.zeros(everyone, dtype=np.int64) if pooled else [0] * everyone
+    limits: Any = most if pooled else most.tolist()
     attempts: Counter[tuple[int, int]] = Counter()
     for number, release in enumerate(releases):
-        line, client = f"line {number + 2}", release.client
-        if release.attempt != attempts[client, release.round]:
-            yield (
-                f"{line}: attempt {release.attempt} at round {release.round}, of which there are "
-                f"{attempts[client, release.round]} before it: lines were removed or repeated"
-            )
-            return
-        attempts[client, release.round] += 1
-        if client != ALL_CLIENTS:
-            before = int(spent[client])
-            spent[client] += release.steps
-        else:
-            before = number if release.is_sum else int(spent.max())
-            if release.is_sum and release.spent != spent_digest(spent):
-                yield f"{line}: the clients of the sums before it are not those that it was after"
-                return
-            ids = release.members(everyone)
-            spent[ids] += release.steps
-            over = ids[spent[ids] > most[ids]]
-            client = int(over[0]) if len(over) else int(ids[0])
-        if release.first_step != before:
-            yield (
-                f"{line}: begins at step {release.first_step}, the lines before it end at "
-                f"{before}: lines were removed or repeated"
-            )
-            return
-        if spent[client] > limits[client]:
-            yield (
-                f"{line}: takes client {client} to {spent[client]} steps, its noise was calibrated "
-                f"for {limits[client]:.0f}"
-            )
+        place = release.client, release.round
+        problem = _out_of_place(number, release, attempts[place], spent)
+        attempts[place] += 1
+        problem = problem or _too_many(release, spent, limits)
+        if problem:
+            yield f"line {number + 2}: {problem}"
             return
     yield from _one_multiplier(header, releases)
+
+
+def _out_of_place(number: int, release: Release, attempts: int, spent: Any) -> str:
+    """What shows that lines before this one are missing or others; "" if nothing does."""
+    if release.attempt != attempts:
+        return (
+            f"attempt {release.attempt} at round {release.round}, of which there are {attempts} "
+            "before it: lines were removed or repeated"
+        )
+    before = spent[release.client] if release.client != ALL_CLIENTS else int(spent.max())
+    before = number if release.is_sum else before
+    if release.first_step != before:
+        return (
+            f"begins at step {release.first_step}, the lines before it end at {before}: lines were "
+            "removed or repeated"
+        )
+    if release.is_sum and release.spent != spent_digest(spent):
+        return "the clients of the sums before it are not those that it was written after"
+    return ""
+
+
+def _too_many(release: Release, spent: Any, most: Any) -> str:
+    """Count a line's steps; what shows that they are more than was calibrated."""
+    if release.client != ALL_CLIENTS:
+        client = release.client
+        spent[client] += release.steps
+    else:
+        ids = release.members(len(spent))
+        spent[ids] += release.steps
+        client = int(ids[(spent - most)[ids].argmax()])
+    if spent[client] <= most[client]:
+        return ""
+    return (
+        f"takes client {client} to {spent[client]} steps, its noise was calibrated for "
+        f"{most[client]:.0f}"
+    )
 
 
 def _one_multiplier(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:

@@ -202,7 +202,9 @@ def _privacy_note(facts: Mapping[str, Any]) -> str:
     return (
         "Who is protected against whom, under which assumptions, and what is not covered: "
         "[privacy_statement.md](privacy_statement.md). The model may be processed further at no "
-        "further cost of privacy; training it on the same data again is a new cost.\n"
+        "further cost of privacy; training it on the same data again is a new cost. "
+        "`python -m fl_lightning.ledger verify RUN --head HASH` finds the hash above in the "
+        "ledger, or another history.\n"
     )
 
 
