@@ -65,6 +65,8 @@ def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
         file = path / "summary.json"
         _attempt("summary.json", lambda: file.write_text(text, encoding="utf-8"))
         _attempt("the table of the run", lambda: show(final_table(summary)))
+    if pl_module.ledger is not None:
+        say(f"ledger head: {pl_module.ledger.head_hash}")
     pictures = _attempt("the pictures", lambda: plots.draw_all(path)) or []
     for logger in trainer.loggers:
         _attempt("W&B", lambda own=logger: hand_over(own, path, plain, pictures))

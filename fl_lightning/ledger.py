@@ -166,7 +166,7 @@ class Ledger:
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], known: tuple[int, str] | None = None) -> Ledger:
+    def open(cls, path: str | os.PathLike[str], known: Mapping[str, Any] | None = None) -> Ledger:
         """Open an existing ledger to go on with it; checks all of it first.
 
         A torn last line (a crash during a write) is moved to `ledger.jsonl.torn` with a
@@ -174,7 +174,8 @@ class Ledger:
 
         Args:
             path: directory or file.
-            known: a number of releases, and the hash of the last line when there were that many.
+            known: what a checkpoint says of the ledger: `run_id`, how many `releases` it had and
+                its `ledger_head` then. None: nothing.
 
         Raises:
             FileNotFoundError: no ledger there.
@@ -191,11 +192,8 @@ class Ledger:
                 raise LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
             if not found.entries:
                 raise LedgerError(f"{path} has no header: the run was stopped before it began")
-            if known is not None and found.hashes[known[0] :][:1] != [known[1]]:
-                raise LedgerError(
-                    f"{path} is not the ledger that the checkpoint was saved with: after "
-                    f"{known[0]} releases its last hash was {known[1]}"
-                )
+            if known is not None:
+                _check_known(path, found, known)
             try:
                 if found.torn:
                     _set_aside(path, descriptor, found)
@@ -347,6 +345,24 @@ def _check_facts(header: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(header["simulated"], bool):
         raise ValueError(f"header['simulated'] must be a bool, got {header['simulated']!r}")
     return _chain.plain(header)
+
+
+def _check_known(path: Path, found: _chain.Scan, known: Mapping[str, Any]) -> None:
+    """Whether a ledger is the one that a checkpoint was saved with, or has gone on from there."""
+    if found.entries[0]["run_id"] != known["run_id"]:
+        raise LedgerError(f"{path.parent}: the ledger is of another run than the secret there")
+    count, lines = known["releases"], len(found.hashes)
+    if lines - 1 < count:
+        raise LedgerError(
+            f"{path.parent}: the ledger has {lines - 1} releases, the checkpoint knows of {count}: "
+            "lines were lost, the run cannot go on"
+        )
+    head = known.get("ledger_head")  # checkpoints of schema 0 do not have it
+    if head is not None and found.hashes[count] != head:
+        raise LedgerError(
+            f"{path.parent}: the ledger is not the one that the checkpoint was saved with: after "
+            f"{count} releases its last hash was {head}"
+        )
 
 
 def _stated_lines(path: Path) -> int:

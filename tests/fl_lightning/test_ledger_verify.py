@@ -334,7 +334,7 @@ def test_a_run_does_not_go_on_with_a_ledger_of_another_history(
 ) -> None:
     folder = copied(runs["records"], tmp_path / "run")
     edited(folder, folder, lines(1, digest="other"))
-    with pytest.raises(LedgerError, match="is not the ledger that the checkpoint was saved with"):
+    with pytest.raises(LedgerError, match="is not the one that the checkpoint was saved"):
         go(folder, ROUNDS + 1, resume=True, **RUNS["records"])
 
 
