@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fl_lightning._ledger_report import ClientReport, show_number
-from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.config import POOLED
 from fl_lightning.privacy.group_privacy import (
     ClientSteps,
@@ -20,7 +19,7 @@ from fl_lightning.privacy.group_privacy import (
     records_of_one_client,
 )
 from fl_lightning.privacy.group_tails import sampler_of
-from fl_lightning.release import ALL_CLIENTS, Release
+from fl_lightning.release import Release
 
 GROUPS = (2, 5, 10)
 _SELECT = Callable[[Sequence[ClientSteps], int], GroupSteps]
@@ -68,26 +67,21 @@ def group_section(
 
 def client_steps(header: Mapping[str, Any], releases: Sequence[Release]) -> dict[int, ClientSteps]:
     """What the units of every client that released went through, by client."""
-    from fl_lightning._ledger_report import report_clients
+    from fl_lightning._ledger_accounts import accounts
 
-    known = report_clients(header, ()).keys() | {r.client for r in releases} - {ALL_CLIENTS}
-    counts: dict[int, Counter[NoiseEvent]] = {k: Counter() for k in known}
-    rounds: dict[int, Counter[int]] = {k: Counter() for k in known}
-    for release in releases:
-        whose = known if release.client == ALL_CLIENTS else (release.client,)
-        for client in whose:
-            counts[client][release.event] += release.steps
-            if header["setting"] in POOLED:
-                rounds[client][release.round] += release.steps
-    deltas = {k: r.delta for k, r in report_clients(header, ()).items()}
+    found = accounts(header, releases)
+    rounds: dict[int, Counter[int]] = {k: Counter() for k in found}
+    for release in releases if header["setting"] in POOLED else ():
+        for client in release.members(len(found)).tolist():
+            rounds[client][release.round] += release.steps
     return {
         k: ClientSteps(
-            counts[k],
-            deltas.get(k, math.nan),
+            Counter(found[k].counts()),
+            found[k].delta,
             frozenset((r, i) for r, n in rounds[k].items() for i in range(n)),
         )
-        for k in sorted(known)
-        if counts[k]
+        for k in sorted(found)
+        if found[k].charges
     }
 
 
