@@ -39,16 +39,17 @@ class ClippedSums:
         self.forwards, self._spent = 0, ""
         self._running: set[int] = set()
 
-    @torch.no_grad()
     def add(self, name: str, grad: Tensor) -> None:
         """Add what one forward's backward pass gave a parameter."""
         parameter = self.parameters[name]
-        if parameter.grad is None:
-            parameter.grad = grad
+        there = parameter.grad
+        if there is None:
+            parameter.grad = there = grad
         else:
-            self._check_unchanged(name)
-            parameter.grad.add_(grad)
-        self._left[name], self._versions[name] = parameter.grad, parameter.grad._version
+            self._check_unchanged(name, there)
+            with torch.no_grad():
+                there.add_(grad)
+        self._left[name], self._versions[name] = there, there._version
 
     def begin(self) -> None:
         """A forward that has given nothing yet begins to give; called within backward.
@@ -82,11 +83,13 @@ class ClippedSums:
         """
         self._notice_emptied()
         self._check_ready(allowed=set())
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None or name in self._left:
-                self._check_unchanged(name)
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
+        found = {name: p.grad for name, p in self.parameters.items()}
+        for name, grad in found.items():
+            if grad is not None or name in self._left:
+                self._check_unchanged(name, grad)
+        for name, grad in found.items():
+            if grad is None:
+                parameter = self.parameters[name]
                 parameter.grad = self._left[name] = torch.zeros_like(parameter)
         return [self._left[name] for name in self.parameters]
 
@@ -117,9 +120,9 @@ class ClippedSums:
         if self._running - allowed:
             raise RuntimeError("a backward pass has failed half-way: zero_grad() must be called")
 
-    def _check_unchanged(self, name: str) -> None:
-        """Raise unless the gradient is the one that stands here, with its values."""
-        left, grad = self._left.get(name), self.parameters[name].grad
+    def _check_unchanged(self, name: str, grad: Tensor | None) -> None:
+        """Raise unless the gradient is the one that was left here, with its values."""
+        left = self._left.get(name)
         if grad is None or grad is not left or grad._version != self._versions[name]:
             raise RuntimeError(
                 f"the gradient of {name!r} was changed between backward and step; each record's "

@@ -125,6 +125,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self.parameters = _trained(optimizer, model)
+        self._trained = self._trained_now()
+        groups = optimizer.param_groups
+        self._frozen = [p for g in groups for p in g["params"] if not p.requires_grad]
         self.layout = Layout.build(self.parameters)
         self.p = clipping_norm(model)
         if mechanism == "laplace" and self.p == 2:
@@ -222,6 +225,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _check_parameters(self) -> None:
         """Raise unless the optimizer trains exactly the parameters that are private."""
+        if self._trained_now() == self._trained and all(p.grad is None for p in self._frozen):
+            return
         private = {id(p): name for name, p in self.parameters.items()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -233,6 +238,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
                     self._refuse(parameter, "is frozen and has a gradient")
         for name in private.values():
             raise RuntimeError(f"the optimizer has lost {name!r}; make a new PrivateOptimizer")
+
+    def _trained_now(self) -> list[tuple[int, bool]]:
+        """Each parameter of the optimizer, and whether it is trained."""
+        groups = self.optimizer.param_groups
+        return [(id(p), p.requires_grad) for group in groups for p in group["params"]]
 
     def _refuse(self, parameter: Tensor, what: str) -> NoReturn:
         name = self._names.get(id(parameter), f"of shape {tuple(parameter.shape)}")

@@ -186,6 +186,25 @@ def test_as_many_positions_as_records_are_not_records(first: tuple[int, int]) ->
             model(torch.randn(3, 3, 4))
 
 
+class Turned(First):
+    """A layer that gets positions first where there are three of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 3:
+            return self.mix(x.transpose(0, 1)).transpose(0, 1)
+        return self.mix(x)
+
+
+def test_every_signature_is_tried_with_two_numbers_of_records() -> None:
+    model, _optimizer = watched(Turned())
+    model(torch.randn(3, 5, 4))
+    with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+        model(torch.randn(3, 3, 4))
+    model, _optimizer = watched(First())
+    with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+        model(torch.randn(1, 1, 4))
+
+
 @pytest.mark.parametrize("numbers", [torch.rand, lambda _: random.random()])
 def test_a_layer_that_is_called_by_chance_is_tried_when_it_is_called(numbers: Any) -> None:
     torch.manual_seed(3)
@@ -249,6 +268,15 @@ def test_parts_of_a_model_are_called_within_records() -> None:
     optimizer.step()
     with torch.no_grad():
         assert torch.equal(model.out(model.fc(x)), model(x))
+
+
+def test_copies_are_run_once() -> None:
+    seen = []
+    model, _optimizer = private(lambda self, x: seen.append(len(x)) or self.fc(x))
+    copy.deepcopy(model)(data())
+    assert seen == [6]
+    model(data())
+    assert seen == [6, 1, 2, 6]
 
 
 def test_the_gradient_is_that_of_the_clipped_records() -> None:

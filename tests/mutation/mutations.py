@@ -37,6 +37,6 @@ def group(file: str, tests: str, *places: tuple[str, ...]) -> list[Mutation]:
 
 def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
-    from tests.mutation import federated, groups, kernels
+    from tests.mutation import adapters, federated, groups, kernels
 
-    return [*kernels.MUTATIONS, *federated.MUTATIONS, *groups.MUTATIONS]
+    return [*kernels.MUTATIONS, *adapters.MUTATIONS, *federated.MUTATIONS, *groups.MUTATIONS]
