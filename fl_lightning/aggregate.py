@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout
+from fl_lightning.client import flat_rows
 from fl_lightning.types import LayerPolicy, Params
 
 WEIGHTINGS = ("records", "uniform", "precision")
@@ -73,7 +74,7 @@ class WeightedMean:
         for name, layer in zip(self.layout.names, self.layout.layer_of, strict=True):
             value = update[name]
             row = weights[:, layer].to(value.device, value.dtype)
-            part = (row @ value.flatten(1)).view(value.shape[1:])
+            part = (row @ flat_rows(value)).view(value.shape[1:])
             self.total[name] = self.total[name] + part if name in self.total else part
 
     def signal(self) -> Tensor:

@@ -390,6 +390,11 @@ def columns(row: Tensor, like: Tensor) -> Tensor:
     return row.view(-1, *[1] * (like.ndim - 1))
 
 
+def flat_rows(value: Tensor) -> Tensor:
+    """Each client's tensor as a row, [k, ...] → [k, d]: a number for a 0-d parameter."""
+    return value.flatten(1) if value.ndim > 1 else value[:, None]
+
+
 def per_row(value: Tensor, factor: Tensor) -> Tensor:
     """Each client's tensor times its own number: [k, ...] × [k]."""
     return value * columns(factor, value)

@@ -14,8 +14,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning import binding, secrets
@@ -23,6 +21,7 @@ from fl_lightning.aggregate import WeightedMean, client_weights, noise_variance
 from fl_lightning.client import bytes_per_example, faster_execution, input_dtype
 from fl_lightning.cohort import cohort_schedule, participations_of
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.evaluation import batch_sums, record_loss
 from fl_lightning.faults import Faults
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger, LedgerError
@@ -140,7 +139,7 @@ class FederatedModule(pl.LightningModule):
         self.memory_budget = memory_budget
         self.faults = Faults(dropout, deadline, seed)
         self.seed = seed
-        self.loss: Callable[[Tensor, Tensor], Tensor] = loss or cross_entropy
+        self.loss: Callable[[Tensor, Tensor], Tensor] = record_loss(loss or cross_entropy)
         self.run_dir = run_dir
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_training(self)
@@ -152,8 +151,7 @@ class FederatedModule(pl.LightningModule):
         self.result: RoundResult | None = None
         self._resumed: dict[str, Any] | None = None
         self._last_paid_round = -1
-        self._accuracy: Metric | None = None
-        self._evaluated = torch.zeros(3, dtype=torch.float64)  # records, and sums over them
+        self._evaluated = torch.zeros(4, dtype=torch.float64)  # see `batch_sums`
 
     # The algorithm ------------------------------------------------------------------------------
 
@@ -304,9 +302,6 @@ class FederatedModule(pl.LightningModule):
         self.processes = processes_of(self.trainer)
         if stage == "fit":
             check_run(self, self.data, self.trainer)
-        self._accuracy = MulticlassAccuracy(num_classes=self.data.num_classes, average="micro").to(
-            self.device
-        )
 
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
@@ -539,15 +534,14 @@ class FederatedModule(pl.LightningModule):
         if not len(x):
             return  # fewer records than processes
         outputs = self.network(x.to(input_dtype(self.network, x)))
-        assert self._accuracy is not None
-        correct = self._accuracy(outputs, y)
-        self._accuracy.reset()
-        loss = self.loss(outputs, y).mean()
-        self._evaluated += len(x) * torch.stack([torch.ones_like(loss), loss, correct]).cpu()
+        self._evaluated += batch_sums(outputs, y, self.loss, self.data.num_classes)
 
     def _log_evaluation(self, prefix: str) -> None:
         (sums,) = self.processes.sum([self._evaluated])
-        self._evaluated = torch.zeros(3, dtype=torch.float64)
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
         several = self.processes.size > 1  # the maximum of equal values is each of them
-        for name, value in (("loss", sums[1] / sums[0]), ("accuracy", sums[2] / sums[0])):
+        values = {"loss": sums[1] / sums[0]}
+        if sums[3]:  # some outputs say nothing of a class
+            values["accuracy"] = sums[2] / sums[0]
+        for name, value in values.items():
             self.log(f"{prefix}{name}", value.float(), sync_dist=several, reduce_fx="max")

@@ -22,6 +22,7 @@ from fl_lightning.client import (
     GradientHook,
     Loss,
     columns,
+    flat_rows,
     gather,
     input_dtype,
     plain_gradient,
@@ -462,10 +463,10 @@ class ClientPopulation:
 
 def _finite_rows(value: Tensor) -> Tensor:
     """Whether all numbers of each row are finite, [k]."""
-    rows = value.flatten(1)
-    finite = rows.sum(1).isfinite()
+    row = flat_rows(value)
+    finite = row.sum(1).isfinite()
     # Where a sum overflows its numbers may still be finite.
-    return finite if bool(finite.all()) else rows.isfinite().all(1)
+    return finite if bool(finite.all()) else row.isfinite().all(1)
 
 
 @contextlib.contextmanager

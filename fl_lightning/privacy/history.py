@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import noise_scales, vote_noise
+from fl_lightning.client import flat_rows
 from fl_lightning.privacy.allocation import layer_shares
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.contribution import contribution
@@ -140,7 +141,7 @@ class ReleasedHistory:
         """
         if not self.config.history_cosine:
             return
-        now = torch.cat([u.detach().flatten(1).cpu().float() for u in updates], 1)
+        now = torch.cat([flat_rows(u.detach()).cpu().float() for u in updates], 1)
         parts = [
             t.double().split(self.dims.int().tolist(), 1) for t in (now, self.last_update[clients])
         ]
