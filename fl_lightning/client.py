@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import NoiseKey, WatchedForward, poisson_mask
 from fl_lightning.convolutions import CohortConvolutions
+from fl_lightning.network_state import with_parameters
 from fl_lightning.recording import Recorded, can_record
 from fl_lightning.types import Params
 
@@ -264,18 +265,33 @@ class CohortGradient:
             rest = {n: v[i] for n, v in fixed.items()}
             factor = None if weight is None else weight[i]
             records = (batch.x[i], batch.y[i], batch.mask[i])
-            with torch.enable_grad():
-                loss = self._summed_loss(own, seen, rest, *records, factor)
-            rows.append(
-                torch.autograd.grad(
-                    loss, [*own.values(), *seen.values()], allow_unused=True, materialize_grads=True
-                )
-            )
+            rows.append(self._gradient(own, seen, rest, records, factor))
         stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
         return (
             dict(zip(params, stacked, strict=False)),
             dict(zip(probes, stacked[len(params) :], strict=True)),
         )
+
+    def _gradient(
+        self,
+        own: Params,
+        seen: Params,
+        fixed: Params,
+        records: tuple[Tensor, Tensor, Tensor],
+        factor: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of one client; the backward pass too has its parameters in the network."""
+
+        def work(_: nn.Module) -> tuple[Tensor, ...]:
+            loss = self._summed_loss(own, seen, fixed, *records, factor)
+            return torch.autograd.grad(
+                loss, [*own.values(), *seen.values()], allow_unused=True, materialize_grads=True
+            )
+
+        with torch.enable_grad():
+            if self.watch is not None:  # hands out the parameters by itself
+                return work(self.network)
+            return with_parameters(self.network, own | fixed, work)
 
 
 # What a hook returns is the caller's to overwrite.

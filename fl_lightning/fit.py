@@ -34,7 +34,6 @@ from fl_lightning.ledger import LedgerError
 from fl_lightning.loggers import default_logger, tensorboard_logger
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
-from fl_lightning.preflight import check_run
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes import came_from_another
 from fl_lightning.restarts import settle
@@ -212,7 +211,7 @@ class FederatedCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything; then say where the run goes and how to go on with it."""
         config, run_dir = self.config[str(self.subcommand)], self._run_dir
-        check_run(self.model, self.datamodule, self.trainer)
+        self.model.check(self.datamodule, self.trainer)
         done = None
         if config.ckpt_path and "://" not in config.ckpt_path:
             checkpoint = AtomicCheckpointIO().load_checkpoint(

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,14 @@ from fl_lightning.aggregate import WeightedMean, client_weights, noise_variance
 from fl_lightning.client import bytes_per_example, faster_execution, input_dtype
 from fl_lightning.cohort import cohort_schedule, participations_of
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.evaluation import batch_sums, record_loss
+from fl_lightning.evaluation import batch_sums, class_scores, record_loss
 from fl_lightning.faults import Faults
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.network_check import check_network
 from fl_lightning.pooled import make_pool, shares_needed
 from fl_lightning.population import ClientPopulation, LocalTraining
-from fl_lightning.preflight import check_network, check_run, check_training
+from fl_lightning.preflight import check_run, check_training
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
@@ -39,6 +41,7 @@ from fl_lightning.resumption import (
     run_facts,
     training_facts,
 )
+from fl_lightning.server_step import make_optimizer, make_schedule
 from fl_lightning.sharing import add_up, check_agreement
 from fl_lightning.strategy import processes_of
 from fl_lightning.types import Params, PrivateUpdate, RoundResult
@@ -50,8 +53,10 @@ def server_sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each record: (logits [B, classes], labels [B]) → [B]."""
-    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+    """Cross entropy of each record: (logits [B, classes], or what has them, labels [B]) → [B]."""
+    scores = outputs if isinstance(outputs, Tensor | tuple | list) else class_scores(outputs)
+    assert isinstance(scores, Tensor), f"it takes logits, not a {type(outputs).__name__}"
+    return nn.functional.cross_entropy(scores, labels, reduction="none")
 
 
 class FederatedModule(pl.LightningModule):
@@ -144,12 +149,10 @@ class FederatedModule(pl.LightningModule):
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_training(self)
         check_network(network)
-        trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        flat = dict.fromkeys(trained, "all") if self.privacy.clipping == "flat" else None
-        self.layout = Layout.build(trained, flat)
         self.ledger: Ledger | None = None
         self.result: RoundResult | None = None
         self._resumed: dict[str, Any] | None = None
+        self._checked: tuple[pl.Trainer, bool] | None = None  # and whether clients can be vmapped
         self._last_paid_round = -1
         self._evaluated = torch.zeros(4, dtype=torch.float64)  # see `batch_sums`
 
@@ -266,20 +269,19 @@ class FederatedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The server optimizer, and its schedule if there is one."""
-        optimizer = self.server_optimizer([p for p in self.network.parameters() if p.requires_grad])
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("server_optimizer=LBFGS evaluates the loss again: use SGD or Adam")
-        if self.server_scheduler is None:
-            return optimizer
-        scheduler = self.server_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError(
-                "server_scheduler=ReduceLROnPlateau would follow the private validation loss: use "
-                "a schedule that is fixed beforehand"
-            )
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.server_optimizer, trained)
+        schedule = make_schedule(self.server_scheduler, optimizer)
+        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # Before round 0 -----------------------------------------------------------------------------
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The trained parameters and their layers, once lazy layers have theirs."""
+        trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        flat = dict.fromkeys(trained, "all") if self.privacy.clipping == "flat" else None
+        return Layout.build(trained, flat)
 
     @property
     def run_path(self) -> Path:
@@ -297,11 +299,19 @@ class FederatedModule(pl.LightningModule):
             )
         return data
 
+    def check(self, data: FederatedDataModule, trainer: pl.Trainer) -> None:
+        """Check the run and do a dry round, so that nothing is done yet when `fit` begins.
+
+        Raises:
+            ValueError: naming the argument and its value.
+        """
+        self._checked = trainer, check_run(self, data, trainer)
+
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
         self.processes = processes_of(self.trainer)
-        if stage == "fit":
-            check_run(self, self.data, self.trainer)
+        if stage == "fit" and (self._checked is None or self._checked[0] is not self.trainer):
+            self.check(self.data, self.trainer)
 
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
@@ -468,8 +478,10 @@ class FederatedModule(pl.LightningModule):
     def _choose_execution(self, population: Callable[[bool], ClientPopulation]) -> bool:
         if self._resumed is not None:
             return bool(self._resumed["vectorize"])
-        if self.execution != "auto":
-            return self.execution == "vmap"
+        assert self._checked is not None
+        (_, vmaps), self._checked = self._checked, None
+        if self.execution != "auto" or not vmaps:
+            return vmaps
         params = self._global_params()
         vectorize, reason = faster_execution(lambda v: population(v).rehearse(params))
         logging.getLogger("pytorch_lightning").info(reason)

@@ -37,9 +37,9 @@ def _eval_for_good(network: nn.Module) -> set[str]:
     network.train()
     names = {
         name
-        for name, layer in network.named_modules()
+        for (name, layer), (_, mode) in zip(network.named_modules(), modes, strict=True)
         if isinstance(layer, nn.modules.batchnorm._NormBase)
-        and not layer.training
+        and not (layer.training or mode)
         and layer.running_mean is not None
         and not any(p.requires_grad for p in layer.parameters())
     }

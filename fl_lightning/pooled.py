@@ -113,7 +113,7 @@ def release(
     try:
         while True:
             key = binding.round_key(population.key, context, round, redraw, *inputs)
-            update = _noised_mean(population, candidates, weights, z, params, key, round)
+            update = noised_mean(population, candidates, weights, z, params, key, round)
             line = _ledger_line(population, update, candidates, weights, z, round, key)
             known = ledger.find(ALL_CLIENTS, round)
             if not any(o.binding == line.binding and o.digest != line.digest for o in known):
@@ -136,7 +136,7 @@ def release(
     return update
 
 
-def _noised_mean(
+def noised_mean(
     population: ClientPopulation,
     candidates: Tensor,
     weights: Tensor,
@@ -145,6 +145,7 @@ def _noised_mean(
     key: NoiseKey,
     round: int,
 ) -> PrivateUpdate:
+    """Train, clip, add up and add noise; nothing is paid for yet, so nothing may be handed out."""
     coins = key.derive("coins")
     pool = population.pool
     assert pool is not None

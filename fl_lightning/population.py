@@ -122,7 +122,7 @@ class ClientPopulation:
             network, loss, vectorize=vectorize, max_examples=max_examples, record=True
         )
         if privacy.unit == "record":
-            self._clipped = clipped_sums(
+            self.clipped_sums = clipped_sums(
                 network,
                 loss,
                 layout,
@@ -202,7 +202,7 @@ class ClientPopulation:
             return pooled.release(self, clients, params, round, context)
         clients = self.processes.share(clients)
         if not self.privacy.private:
-            return self._own(lambda: self._without_privacy(clients, params, round))[0]
+            return self._own(lambda: self.without_privacy(clients, params, round))[0]
         before = self.history.rows(clients)
         try:
             return self._charged_release(clients, params, round, context, before)
@@ -241,7 +241,7 @@ class ClientPopulation:
         while True:
             key = binding.round_key(self.key, context, round, redraw, *inputs)
             update, lines = self._own(
-                lambda key=key: self._private_update(clients, params, key, round),
+                lambda key=key: self.private_update(clients, params, key, round),
                 lambda update, key=key: self._entries(update, round, key),
             )
             entries = [entry for part in lines for entry in part]
@@ -293,13 +293,14 @@ class ClientPopulation:
             if self.privacy.unit == "record":
                 clients = torch.arange(k)
                 policy = self.history.policy(clients, self.budget.multiplier[clients])
-                self._clipped(params, shared, batch, policy)
+                self.clipped_sums(params, shared, batch, policy)
             else:
                 self.plain(params, batch, shared=shared)
 
-    def _private_update(
+    def private_update(
         self, clients: Tensor, params: Params, key: NoiseKey, round: int
     ) -> PrivateUpdate:
+        """Train, clip and add noise; nothing is paid for yet, so nothing may be handed out."""
         multiplier = self.budget.multiplier[clients]
         if not len(clients):
             policy = self.history.policy(clients, multiplier)
@@ -308,7 +309,7 @@ class ClientPopulation:
         noise = key.derive("noise")
         if self.privacy.unit == "record":
             hook = PrivateRecordGradient(
-                self._clipped,
+                self.clipped_sums,
                 self.history,
                 self.layout,
                 key=noise,
@@ -333,7 +334,8 @@ class ClientPopulation:
             multiplier=multiplier,
         )
 
-    def _without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
+    def without_privacy(self, clients: Tensor, params: Params, round: int) -> PrivateUpdate:
+        """The updates as they are; those that are not finite are zero."""
         if not len(clients):
             return PrivateUpdate.nothing(params, None, self.layout.num_layers)
         coins = self.key.derive("round", round, "coins")

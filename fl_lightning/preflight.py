@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from fl_lightning.aggregate import WEIGHTINGS
 from fl_lightning.client import input_dtype
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.dry_round import dry_round
+from fl_lightning.network_check import finish_network
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.strategy import ClientParallelStrategy
@@ -79,35 +79,6 @@ def _check_denoise(module: FederatedModule) -> None:
         )
 
 
-def check_network(network: nn.Module) -> None:
-    """Refuse networks that mix records or have nothing to train.
-
-    Raises:
-        ValueError: naming the layer, with what to use instead.
-    """
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"network: layer '{name}' is a {type(layer).__name__}, which mixes the records of "
-                "a batch (no per-record clipping) and keeps unprotected statistics; use GroupNorm, "
-                "LayerNorm or InstanceNorm without running statistics instead"
-            )
-        if isinstance(layer, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d) and (
-            layer.track_running_stats
-        ):
-            raise ValueError(
-                f"network: layer '{name}' keeps unprotected running statistics; set "
-                "track_running_stats=False or use GroupNorm"
-            )
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
-            raise ValueError(
-                f"network: layer '{name}' has max_norm={layer.max_norm}, which rescales weights by "
-                "the codes that records hold, without clipping or noise; leave max_norm out"
-            )
-    if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError("network: it has no trainable parameters")
-
-
 def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
     """What the Trainer is asked for.
 
@@ -170,14 +141,18 @@ def check_processes(trainer: pl.Trainer) -> None:
         )
 
 
-def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> None:
-    """What needs the data or the Trainer.
+def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> bool:
+    """What needs the data or the Trainer; then the dry round.
+
+    The network is brought to where and how the Trainer will train it.
+
+    Returns:
+        Whether clients can be trained together under vmap.
 
     Raises:
         ValueError: naming the argument and its value.
     """
     check_trainer(module, trainer)
-    module.configure_optimizers()  # its refusals, before the run folder exists
     sizes, k = data.client_sizes, data.num_clients
     small = (sizes < 2).nonzero()[:, 0].tolist()
     if small:
@@ -190,9 +165,12 @@ def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
         raise ValueError(
             f"clients_per_round={module.clients_per_round} is more than num_clients={k}"
         )
+    finish_network(module.network, data.x[0].to(input_dtype(module.network, data.x)))
     _check_privacy(module, sizes)
     _check_pool(module, k)
-    _check_forward(module, data)
+    trainer.precision_plugin.convert_module(module)
+    module.to(trainer.strategy.root_device)
+    return dry_round(module, data, trainer)
 
 
 def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:
@@ -227,109 +205,3 @@ def _check_pool(module: FederatedModule, num_clients: int) -> None:
             f"min_survivors=null needs the whole cohort, but dropout={faults.dropout} and deadline="
             f"{faults.deadline} make clients fail: give the number whose shares are to be enough"
         )
-
-
-def _check_forward(module: FederatedModule, data: FederatedDataModule) -> None:
-    """Apply the network to a few records: shapes, what it writes or keeps, records that it mixes.
-
-    Raises:
-        ValueError: saying which.
-    """
-    whole = data.x[:100]
-    x, y = whole[:3].nan_to_num(), data.y[:3]
-    # The first record that is not like the one at the beginning, if there is any.
-    at = int((whole != whole[0]).reshape(len(whole), -1).any(1).int().argmax())
-    network = module.network
-    device = next(network.parameters()).device
-    x, y = x.to(device, input_dtype(network, x)), y.to(device)
-    beside = x.clone(), y.clone()
-    beside[0][0], beside[1][0] = whole[at].nan_to_num().to(x), data.y[at].to(y)
-    modes = {name: layer.training for name, layer in network.named_modules()}
-    state = dict(network.named_parameters()) | dict(network.named_buffers())
-    before = {name: value.detach().clone() for name, value in state.items()}
-    given, alone, again = x.clone(), True, True
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            network.train()(given)
-            written = [n for n, v in state.items() if not torch.equal(v, before[n])]
-            losses = module.loss(network.eval()(x.clone()), y)
-            if losses.shape == (len(x),):
-                alone, again = _depends_on_the_record_alone(module, (x, y), beside, modes)
-    except Exception as error:
-        raise ValueError(
-            f"network: it cannot be applied to records of shape {tuple(x.shape[1:])} of "
-            f"{data.dataset_name}: {error}"
-        ) from error
-    finally:
-        for name, layer in network.named_modules():
-            layer.training = modes[name]
-        with torch.no_grad():
-            for name, value in state.items():
-                value.copy_(before[name])
-    if written:
-        kind = "buffer" if written[0] in dict(network.named_buffers()) else "parameter"
-        raise ValueError(
-            f"network: applying it changes the {kind} '{written[0]}', which would leave a client "
-            "without clipping or noise; keep no statistics in the network"
-        )
-    if not torch.equal(given, x):
-        raise ValueError(
-            "network: applying it changes the records that it is given; use no operation in place "
-            "on them (x = x / 255, not x /= 255)"
-        )
-    if losses.shape != (len(x),):
-        raise ValueError(
-            f"loss: it gave shape {tuple(losses.shape)} for {len(x)} records; it must give one "
-            "number a record (reduction='none')"
-        )
-    if module.privacy.private and not again:
-        raise ValueError(
-            "network or loss: equal records have other losses when it is applied again; it must "
-            "keep nothing of the records that it has seen (neither clipped nor noised), and draw "
-            "random numbers from torch alone (or no run can be repeated)"
-        )
-    if module.privacy.unit == "record" and not alone:
-        raise ValueError(
-            "network or loss: a record's loss changes with the records beside it, so no clipping "
-            "of single records bounds what one of them does; compute every record by itself"
-        )
-
-
-def _depends_on_the_record_alone(
-    module: FederatedModule,
-    records: tuple[Tensor, Tensor],
-    beside: tuple[Tensor, Tensor],
-    modes: dict[str, bool],
-) -> tuple[bool, bool]:
-    """Whether losses change neither with the other records nor from one application to the next.
-
-    The weights are moved a little: behind a layer of zeros nothing would be seen.
-
-    Args:
-        module: network, loss.
-        records: inputs and labels of some records.
-        beside: the same with another record in the first place.
-        modes: what is in training mode when the network trains, by name.
-    """
-    network, generator, moved = module.network, torch.Generator().manual_seed(0), {}
-    for name, p in network.named_parameters():
-        if p.requires_grad:
-            size = 0.3 / (p[0].numel() if p.ndim > 1 else 10) ** 0.5
-            by = torch.empty(p.shape).normal_(std=size, generator=generator)
-            moved[name] = p.detach() + by.to(p)
-
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        torch.manual_seed(0)  # dropout and the like are the same each time
-        return module.loss(functional_call(network, moved, (x.clone(),)), y)
-
-    network.eval()
-    single = [losses(x[None], y[None]) for x, y in zip(*records, strict=True)]
-    alone = torch.allclose(
-        losses(*records), torch.cat(single), rtol=1e-3, atol=1e-4, equal_nan=True
-    )
-    for name, layer in network.named_modules():
-        layer.training = modes[name]
-    first, other, again = (losses(*some) for some in (records, beside, records))
-    close = partial(torch.allclose, rtol=1e-4, atol=1e-5, equal_nan=True)
-    repeated = close(first, again)
-    return alone and (not repeated or close(first[1:], other[1:])), repeated

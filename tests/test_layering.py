@@ -95,6 +95,8 @@ def test_randomness_is_seeded(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called.endswith(("get_state", "set_state", "getstate", "setstate")):
+                continue  # put back what others drew
             assert called not in ("torch.randn", "torch.rand", "torch.randperm", "torch.bernoulli")
             if called == "np.random.default_rng":
                 assert node.args, "a generator needs its seed"

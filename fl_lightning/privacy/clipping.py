@@ -25,6 +25,7 @@ from aadp_kernels import (
     with_clipping,
 )
 from fl_lightning.client import Batch, CohortGradient, Loss
+from fl_lightning.network_state import with_parameters
 from fl_lightning.privacy.flat import (
     ROUNDING,
     ClippedSums,
@@ -235,13 +236,20 @@ def per_sample_gradients(
         rows = []
         for one_x, one_y in zip(x, y, strict=True):
             leaves = {n: v.detach().requires_grad_() for n, v in params.items()}
-            with torch.enable_grad():
-                value = record_loss(leaves, one_x, one_y)
-            rows.append(
-                torch.autograd.grad(
-                    value, list(leaves.values()), allow_unused=True, materialize_grads=True
+
+            def work(
+                held: nn.Module,
+                x: Tensor = one_x,
+                y: Tensor = one_y,
+                wanted: tuple[Tensor, ...] = tuple(leaves.values()),
+            ) -> tuple[Tensor, ...]:
+                value = loss(held(x[None]), y[None]).sum()
+                return torch.autograd.grad(
+                    value, list(wanted), allow_unused=True, materialize_grads=True
                 )
-            )
+
+            with torch.enable_grad():
+                rows.append(with_parameters(network, leaves, work))
         return {n: torch.stack(c) for n, c in zip(params, zip(*rows, strict=True), strict=True)}
 
     return per_sample if vectorize else looped

@@ -272,7 +272,7 @@ from fl_lightning import _chain, population
 from fl_lightning.fit import main
 rank = int(os.environ.get("LOCAL_RANK", 0))
 fault = os.environ.get("FAULT", "")
-write, made = _chain.write_all, population.ClientPopulation._private_update
+write, made = _chain.write_all, population.ClientPopulation.private_update
 
 def full(descriptor, data):
     if b'"round":2' in data:
@@ -289,7 +289,7 @@ def failing(self, clients, params, key, round):
 if fault == "disk full":
     _chain.write_all = full
 elif fault:
-    population.ClientPopulation._private_update = failing
+    population.ClientPopulation.private_update = failing
 if __name__ == "__main__":
     main()
 """
