@@ -27,6 +27,7 @@ from fl_lightning.forward_check import check_forward, check_repeatable, draws_nu
 from fl_lightning.network_state import left_as_it_was, moved_parameters
 from fl_lightning.population import ClientPopulation, LocalTraining
 from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.weights import pooled_weights
 from fl_lightning.record_independence import (
@@ -199,7 +200,9 @@ def few_clients(
     rate, size = module.sampling_rate, module.batch_size
     several = module.local_steps != 1
     budget = Budget(privacy, [1] * len(sizes), 1.0, dims, pooled.shares_needed(privacy, len(sizes)))
-    budget.calibrate(1)
+    given = privacy.noise_multiplier
+    assert given is not None
+    budget.multiplier = torch.tensor(per_client(given, len(sizes)), dtype=torch.float64)
     training = LocalTraining(
         lr=module.client_lr,
         momentum=module.client_momentum,

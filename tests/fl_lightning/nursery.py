@@ -24,7 +24,7 @@ from fl_lightning.privacy import budget
 
 TOO_LONG = 60.0  # seconds; a run that has not ended by then is killed, and fails its test
 PLACES = {
-    "preflight": (fit, "check_run"),
+    "preflight": (module.FederatedModule, "check"),
     "calibration": (budget.Budget, "calibrate"),
     "training": (population.ClientPopulation, "train"),
     "writing": (module.Ledger, "append"),
@@ -37,14 +37,18 @@ ALONE = ("preflight", "calibration", "writing", "checkpointing", "pictures")  # 
 
 
 def stay_at(order: dict, rank: int) -> None:
-    """Make this process stay at the third call of the place (at the first of what comes once)."""
+    """Make this process stay at the third call of the place (at the first of what comes once).
+
+    The dry round trains once before.
+    """
     home, name = PLACES[order["place"]]
     original, calls = getattr(home, name), []
+    third = 4 if order["place"] == "training" else 3
     once = order["place"] in ("preflight", "calibration", "testing", "pictures")
 
     def slow(*arguments, **options):
         calls.append(name)
-        if len(calls) == (1 if once else 3) and rank in order.get("slow", [0, 1]):
+        if len(calls) == (1 if once else third) and rank in order.get("slow", [0, 1]):
             Path(f"there.{rank}").touch()
             if order.get("deaf"):
                 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

@@ -171,12 +171,49 @@ DENOISING = group(
 )  # fmt: skip
 
 RECORDS_ALONE = group(
-    "fl_lightning/preflight.py",
+    "fl_lightning/forward_check.py",
     "tests/fl_lightning/test_bad_input.py",
     ("parameters that a forward writes accepted", "written = [n for n, v in state.items() if not torch.equal(v, before[n])]", "written = []"),
-    ("records that mix accepted", "and not alone:", "and False:"),
-    ("mixing in training mode not seen", "return alone and (not repeated or close(first[1:], other[1:])), repeated", "return alone, repeated"),
-    ("what is kept of records not seen", "if module.privacy.private and not again:", "if False:"),
+    ("what is kept of records not seen", "if not _close(first, again):", "if False:"),
+)  # fmt: skip
+
+DRY = "tests/fl_lightning/test_dry_round.py"
+INDEPENDENCE = group(
+    "fl_lightning/record_independence.py",
+    DRY,
+    ("differences not seen", "<= _RTOL * size + floor + 1e-12:", "<= 1e9:"),
+    ("records that draw numbers not compared", "return _mixed(name) if name else \"\"", "return \"\""),
+)  # fmt: skip
+
+DRY_ROUND = group(
+    "fl_lightning/dry_round.py",
+    DRY,
+    ("records alone not compared", "problem = mixed_records(", "problem = \"\" and mixed_records("),
+    ("autograd on the network not compared", "problem = foreign_gradient(", "problem = \"\" and foreign_gradient("),
+    ("checkpoint not tried", "        _try_checkpoint(module, server)\n", ""),
+    ("vmap kept where it fails", "        except _CannotTrain as error:\n", "        except ZeroDivisionError as error:\n"),
+)  # fmt: skip
+
+SERVER_STEP = group(
+    "fl_lightning/server_step.py",
+    DRY,
+    ("schedule not stepped to its end", "for done in range(rounds):", "for done in range(1):"),
+    ("optimizer not stepped", "        optimizer.step()\n", ""),
+)  # fmt: skip
+
+EVALUATION = group(
+    "fl_lightning/evaluation.py",
+    DRY,
+    ("fewer outputs than classes accepted", "if count >= num_classes or", "if True or"),
+    ("probabilities compared with 0", "0.5 if probability else 0.0", "0.0"),
+)  # fmt: skip
+
+NETWORK_CHECK = group(
+    "fl_lightning/network_check.py",
+    DRY,
+    ("complex parameters accepted", "if p.requires_grad and p.dtype not in _REAL:", "if False:"),
+    ("sparse gradients accepted", "if layer.sparse and layer.weight.requires_grad:", "if False:"),
+    ("norms that train() wakes accepted", "and not (layer.training or mode)", "and not mode"),
 )  # fmt: skip
 
 ONE_USE = group(
@@ -290,6 +327,7 @@ COMMAND_LINE = [
 
 MUTATIONS = [
     *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *FLAT, *BUDGET, *POPULATION, *DENOISING, *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
+    *FLAT, *BUDGET, *POPULATION, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
+    *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
 ]  # fmt: skip
