@@ -329,7 +329,7 @@ def test_weights_that_a_later_record_changes(tmp_path, setting, monkeypatch):
     records = FederatedDataModule(
         from_arrays(x, torch.arange(30) % 3, codes=True), num_clients=3, val_fraction=0.0
     )
-    with pytest.raises(RuntimeError, match="changes its parameters in place"):
+    with pytest.raises(ValueError, match="changes its parameters in place"):
         train(
             tmp_path,
             network=Renormed(),
@@ -337,7 +337,7 @@ def test_weights_that_a_later_record_changes(tmp_path, setting, monkeypatch):
             privacy={"setting": setting},
             sampling_rate=1.0,
         )
-    assert not ledgers.read(tmp_path)[1], "nothing was released"
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 class Tied(nn.Module):
