@@ -114,7 +114,7 @@ def _calibrated(header: Mapping[str, Any]) -> Callable[[Release], Iterator[str]]
             assert z is not None
         if release.noise_multiplier != z:
             yield f"noise_multiplier is {release.noise_multiplier}, calibrated was {z}"
-        elif release.vote_noise_scale is not None:
+        elif release.vote_noise_scale is not None and header["vote_share"] > 0:
             wanted = _vote_noise_scale(header, z)
             if not math.isclose(release.vote_noise_scale, wanted, rel_tol=1e-9):
                 yield f"vote_noise_scale is {release.vote_noise_scale}, by the header {wanted}"

@@ -8,8 +8,70 @@ from pathlib import Path
 from typing import Any
 
 from fl_lightning import _chain
+from fl_lightning._ledger_report import report_clients
+from fl_lightning.privacy.statement import privacy_statement
+from tests.fl_lightning.resuming import go
 
 Entries = list[dict[str, Any]]
+
+# Without sampling, so that calibration has a closed form.
+RUNS = {
+    "records": {
+        "privacy": {"epsilon": [2.0, 4.0], "delta": 1e-3},
+        "sampling_rate": 1.0,
+        "local_steps": 2,
+    },
+    "sums": {
+        "privacy": {
+            "setting": "client+secure_sum",
+            "epsilon": [3.0, 4.0],
+            "delta": 0.05,
+            "thresholds": "fixed",
+            "min_survivors": 2,
+        },
+        "dropout": 0.3,
+    },
+    "given": {
+        "privacy": {
+            "setting": "client+aggregator",
+            "epsilon": 30.0,
+            "delta": 0.05,
+            "noise_multiplier": 2.0,
+            "cohort_sampling": "fixed",
+        },
+    },
+    "coins": {
+        "privacy": {
+            "setting": "client+aggregator",
+            "epsilon": None,
+            "delta": 0.05,
+            "noise_multiplier": 2.0,
+        },
+        "clients_per_round": 2,
+    },
+}
+ROUNDS = 5
+
+
+class Runs(dict[str, Path]):
+    """Folders of short runs with all that the command line writes; made when they are asked for."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.make_folder = make_folder
+
+    def __missing__(self, name: str) -> Path:
+        folder = self[name] = self.make_folder(name) / "run"
+        module = go(folder, ROUNDS, **RUNS[name])
+        assert module.ledger is not None
+        reports = report_clients(module.ledger.header, module.ledger.releases)
+        (folder / "privacy_statement.md").write_text(privacy_statement(module.ledger))
+        summary = {
+            "ledger_head": module.ledger.head_hash,
+            "epsilon_max": max(r.epsilon for r in reports.values()),
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
 
 
 def entries_of(folder: Path) -> Entries:
@@ -76,3 +138,11 @@ def without(*numbers: int) -> Callable[[Entries], Entries]:
 
 def tenfold(value: float) -> float:
     return 10 * value
+
+
+def two_thirds(value: float) -> float:
+    return 2 / 3 * value
+
+
+def half(value: float) -> float:
+    return value / 2

@@ -286,7 +286,7 @@ COMMAND_LINE = [
     *group(
         "fl_lightning/finish.py",
         "tests/fl_lightning/test_console.py tests/fl_lightning/test_users_files.py",
-        ("a failure after the rounds ends the run", "    except Exception as error:\n", "    except KeyError as error:\n"),
+        ("a failure after the rounds ends the run", "    except Exception as error:\n        words", "    except KeyError as error:\n        words"),
         ("a missing test set is read", "    if not data.has_test:\n", "    if False:\n"),
     ),
     *group(

@@ -37,6 +37,7 @@ def group(file: str, tests: str, *places: tuple[str, ...]) -> list[Mutation]:
 
 def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
-    from tests.mutation import adapters, federated, groups, kernels
+    from tests.mutation import adapters, federated, groups, kernels, ledger
 
-    return [*kernels.MUTATIONS, *adapters.MUTATIONS, *federated.MUTATIONS, *groups.MUTATIONS]
+    files = kernels, adapters, federated, groups, ledger
+    return [mutation for file in files for mutation in file.MUTATIONS]

@@ -1,0 +1,295 @@
+"""Mistakes in what `ledger verify` compares and in what a line of a sum costs each client."""
+
+from __future__ import annotations
+
+from tests.mutation.mutations import group
+
+_VERIFY = "tests/fl_lightning/test_ledger_verify.py"
+_EDITS = "tests/fl_lightning/test_ledger_edits.py"
+_ACCOUNTS = "tests/fl_lightning/test_sum_accounts.py"
+_RELEASES = f"{_EDITS}::test_an_edit_of_releases_is_found"
+_SUMS = f"{_EDITS}::test_an_edit_of_sums_is_found"
+_COINS = f"{_EDITS}::test_an_edit_of_secret_cohorts_is_found"
+_HONEST = f"{_VERIFY}::test_an_honest_run_has_no_problems"
+
+LINES = [
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        _RELEASES,
+        ("nothing is compared", "if \"planned_steps\" not in header:", "if \"planned_steps\" in header:"),
+        ("the header is not looked at", "found = check_header(header)", "found = []"),
+        ("lines are not compared with the header", "for problem in _against_header(header, release, noise)", "for problem in ()"),
+        ("steps are not counted", "return problems or list(_steps(header, releases))", "return problems"),
+        ("single releases under a sum's header", "release.is_sum != (setting in POOLED):", "release.is_sum and setting not in POOLED:"),
+        ("a line of everybody among single ones", "if release.client == ALL_CLIENTS and setting not in POOLED:", "if False:"),
+        ("mechanism of lines", "(release.mechanism, header[\"mechanism\"])", "(0, 0)"),
+        ("adjacency of lines", "(release.adjacency, header[\"adjacency\"])", "(0, 0)"),
+        ("guarantee of lines", "(release.guarantee, setting != \"abstract\")", "(0, 0)"),
+        ("layers of lines", "(release.num_layers, len(header[\"dims\"]))", "(0, 0)"),
+        ("votes of lines", "(release.vote_noise_scale is not None, header[\"thresholds\"] == \"quantile\")", "(0, 0)"),
+        ("grid of lines", "(release.quantum is not None, header[\"noise_form\"] == \"grid\")", "(0, 0)"),
+        ("rate of lines", "(release.sampling_rate, _rate(header, release))", "(0, 0)"),
+        ("a client one too many", "if last >= everyone:", "if last > everyone:"),
+        ("noise is not compared", "yield from noise(release)", "yield from ()"),
+        ("more noise in lines than calibrated", "if release.noise_multiplier != z:", "if release.noise_multiplier < z:"),
+        ("less noise in lines than calibrated", "if release.noise_multiplier != z:", "if release.noise_multiplier > z:"),
+        ("noise of votes", "wanted, rel_tol=1e-9)", "wanted, rel_tol=1.0)"),
+        ("attempts are not counted", "if release.attempt != attempts:", "if False:"),
+        ("lines removed", "if release.first_step != before:", "if release.first_step < before:"),
+        ("lines repeated", "if release.first_step != before:", "if release.first_step > before:"),
+        ("more steps than calibrated", "if spent[client] <= most[client]:", "if client >= 0:"),
+        ("a step more than calibrated", "most = of_clients(header, \"affordable_steps\")", "most = of_clients(header, \"affordable_steps\") + 2"),
+    ),
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        _SUMS,
+        ("steps of a sum", "stated[\"steps\"] = release.steps, 1", "pass"),
+        ("clients of a sum", "else int(release.members(everyone)[-1])", "else int(release.members(everyone)[0])"),
+        ("largest weight of a sum", "if release.largest_weight != largest:", "if False:"),
+        ("too few in a sum", "if not least <= count <= most:", "if count > most:"),
+        ("too many in a sum", "if not least <= count <= most:", "if least > count:"),
+        ("a public cohort like a secret one", "most = header[\"clients_per_round\"]", "most = everyone"),
+        ("who was in sums before", "release.spent != spent_digest(spent):", "not release.spent:"),
+    ),
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        _HONEST,
+        ("the most noise of a sum", "float(z.min())", "float(z.max())"),
+        ("lines have a step each", "        spent[client] += release.steps", "        spent[client] += 1"),
+        ("who is not in a sum spends", "        spent[ids] += release.steps", "        spent += release.steps"),
+        ("sums begin where a client ends", "before = number if release.is_sum else before", "before = number if release.is_sum and not number else before"),
+    ),
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        f"{_VERIFY}::test_ledgers_of_schema_0_are_read_and_verified",
+        ("other noise later (schema 0)", "if release.event != one.event:", "if False:"),
+        ("rates of schema 0 like those of 1", "    if header.get(\"schema\"):\n        return header[\"sampling_rate\"]", "    if True:\n        return header[\"sampling_rate\"]"),
+    ),
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        _COINS,
+        ("rate of lines is the cohort's size", "        return header[\"sampling_rate\"]\n", "        return release.sampling_rate\n"),
+    ),
+]  # fmt: skip
+
+HEADERS = [
+    *group(
+        "fl_lightning/_header_checks.py",
+        _RELEASES,
+        ("missing facts", "    if missing:\n", "    if False:\n"),
+        ("settings without a ledger", "    if setting not in _SETTINGS:\n", "    if False:\n"),
+        ("unit and trust", "        if header[name] != value:\n", "        if False:\n"),
+        ("adjacency of a setting", "if header[\"adjacency\"] not in adjacencies:", "if False:"),
+        ("survivors of a setting", "if shares != (setting == \"client+secure_sum\"):", "if False:"),
+        ("raw thresholds", "(raw and setting != \"abstract\") or ", ""),
+        ("votes of single clients", " or (votes and setting == \"client+local\")", ""),
+        ("lists of fewer clients", "if not isinstance(header[name], list) or len(header[name]) != num_clients(header):", "if False:"),
+        ("layers and dims", "if len(header[\"layers\"]) != len(header[\"dims\"]):", "if False:"),
+        ("cutoff of the form", "if header[\"tail_cutoff\"] != (cutoff if math.isfinite(cutoff) else None):", "if False:"),
+        ("share of votes", "if (header[\"vote_share\"] > 0) != (header[\"thresholds\"] == \"quantile\"):", "if False:"),
+        ("noise of fewer clients", "for name in (\"weights\", \"noise_multiplier\", \"affordable_steps\"):", "for name in ():"),
+        ("calibration is not looked at", "list(_rules(header)) or list(_calibration(header))", "list(_rules(header))"),
+        ("no limit for an epsilon", "if limited != bool(np.isfinite(target).any()):", "if False:"),
+        ("steps that were not planned", "steps != most:", "steps < 0:"),
+        ("too little noise", "if spent > epsilon * (1 + _ROUNDING):", "if False:"),
+        ("two thirds of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.05, 1.0"),
+        ("three halves of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.7, 1e-3"),
+        ("too much noise", "return \"\" if least else f\"{where}, far below", "return \"\" if True else f\"{where}, far below"),
+        ("half the steps", "return charged_epsilon(event, count, delta, extra(event, delta))", "return charged_epsilon(event, max(count // 2, 1), delta, extra(event, delta))"),
+        ("a rate of 1", "event = NoiseEvent(header[\"mechanism\"], z, header[\"sampling_rate\"], header[\"adjacency\"])\n        return charged", "event = NoiseEvent(header[\"mechanism\"], z, 1.0, header[\"adjacency\"])\n        return charged"),
+    ),
+    *group(
+        "fl_lightning/_header_checks.py",
+        _SUMS,
+        ("coins of another setting", "if header.get(\"cohort_rate\") is not None and setting != \"client+aggregator\":", "if False:"),
+        ("weights of a setting", "if (header[\"weights\"] is not None) != pooled:", "if False:"),
+        ("weights that were not asked for", "if not (of_clients(header, \"weights\") == wanted).all():", "if False:"),
+        ("rate of sums", "if setting != \"record+local\" and header[\"sampling_rate\"] != (rate or 1.0):", "if False:"),
+    ),
+    *group(
+        "fl_lightning/_header_checks.py",
+        _COINS,
+        ("rate of a cohort of another size", "if rate is not None and rate != size / everyone:", "if False:"),
+    ),
+    *group(
+        "fl_lightning/_header_checks.py",
+        f"{_EDITS}::test_a_given_multiplier_must_allow_the_steps_it_is_said_to",
+        ("given noise of any size", "least = steps >= 10**9 or cost(multiplier, 2 * steps + 2) > epsilon", "least = True"),
+    ),
+    *group(
+        "fl_lightning/header.py",
+        _HONEST,
+        ("noise of the first client", "    return values[0] if len(set(values)) == 1 else values", "    return values[0]"),
+        ("equal weights", "_shared(pool.weights.tolist()) if pool else None", "1.0 if pool else None"),
+        ("no coins", "\"cohort_rate\": pool.rate if pool else None", "\"cohort_rate\": None"),
+        ("no survivors", "\"min_survivors\": pool.survivors if pool else None", "\"min_survivors\": None"),
+        ("every multiplier was calibrated", "privacy.noise_multiplier is not None,", "False,"),
+        ("no share of votes", "\"vote_share\": privacy.votes,", "\"vote_share\": 0.0,"),
+        ("no limit of steps", "if limited else None,\n        \"simulated\"", "if not limited else None,\n        \"simulated\""),
+    ),
+]  # fmt: skip
+
+FILES = [
+    *group(
+        "fl_lightning/_run_checks.py",
+        f"{_VERIFY}::test_rounds_dropped_at_the_end_contradict_the_other_files",
+        ("no checkpoint", "self._checkpoint(self.folder / \"checkpoints\" / \"last.ckpt\")", "pass"),
+        ("no statement", "self._statement(self.folder / \"privacy_statement.md\")", "pass"),
+        ("no summary", "self._summary(self.folder / \"summary.json\")", "pass"),
+        ("heads of other ledgers", "            self.problems.append(f\"{name} names head {hashes[-1]}, which no line of the ledger has\")", "            pass"),
+        ("missing lines", "if state[\"releases\"] > len(self.releases):", "if False:"),
+    ),
+    *group(
+        "fl_lightning/_run_checks.py",
+        f"{_VERIFY}::test_a_checkpoint_of_another_ledger_is_found",
+        ("a checkpoint of another run", "if header.get(fact, promised) != promised:", "if False:"),
+        ("a checkpoint of other noise", "if header.get(\"schema\") and not _same(known, of_clients(header, \"noise_multiplier\")):", "if False:"),
+        ("a checkpoint of another target", "if not _same(np.resize(promised, num_clients(header)), of_clients(header, fact)):", "if False:"),
+        ("a checkpoint of no line", "elif state.get(\"ledger_head\"):", "elif False:"),
+        ("a checkpoint of another number of releases", "place != state[\"releases\"] + 1:", "place < 0:"),
+    ),
+    *group(
+        "fl_lightning/_run_checks.py",
+        f"{_VERIFY}::test_a_statement_and_a_summary_must_say_the_epsilon_of_the_ledger",
+        ("epsilon of the statement", "wanted not in text:", "not text:"),
+        ("epsilon of the summary", "if stated is None or not _close(stated, spent):", "if stated is None:"),
+    ),
+    *group(
+        "fl_lightning/_run_checks.py",
+        f"{_VERIFY}::test_a_ledger_may_be_ahead_of_the_other_files",
+        ("epsilon of the whole ledger", "accounts(self.header, self.releases[: line - 1])", "accounts(self.header, self.releases)"),
+        ("files may not be older", "if known[-1] < len(self.hashes):", "if False:"),
+    ),
+    *group(
+        "fl_lightning/_ledger_verdict.py",
+        f"{_VERIFY}::test_a_head_names_its_line {_VERIFY}::test_a_head_does_not_hide_another_problem "
+        f"{_VERIFY}::test_a_head_that_two_lines_begin_with_is_ambiguous",
+        ("any text is a hash", "if head is not None and not re.fullmatch(", "if head is None and not re.fullmatch("),
+        ("three digits are a hash", "SHORTEST = 16", "SHORTEST = 3"),
+        ("a head that is missing is a note", "(notes if named else problems).append(found)", "notes.append(found)"),
+        ("a head that is missing is no problem", "    if not lines:\n        return False,", "    if not lines:\n        return True,"),
+        ("capital letters", "_named(head.lower(), scan.hashes)", "_named(head, scan.hashes)"),
+        ("the first of several lines", "if len(lines) > 1:", "if len(lines) > 9:"),
+        ("a head in place of all checks", "        problems = contradictions(header, releases) or undercharged(header, releases)", "        problems = [] if head else contradictions(header, releases)"),
+        ("later lines are not counted", "later = len(hashes) - lines[0]", "later = 0"),
+    ),
+    *group(
+        "fl_lightning/_ledger_verdict.py",
+        _RELEASES,
+        ("contradictions are not looked for", "contradictions(header, releases) or undercharged(header, releases)", "undercharged(header, releases)"),
+        ("inexact noise is free", "contradictions(header, releases) or undercharged(header, releases)", "contradictions(header, releases)"),
+    ),
+    *group(
+        "fl_lightning/_ledger_report.py",
+        _RELEASES,
+        ("inexact noise of one step", "if charged < release.steps * least * (1 - 1e-9):", "if charged < least * (1 - 1e-9):"),
+        ("tails are free", "(\"tail_delta\", cost.delta)):", "(\"tail_delta\", 0.0)):"),
+    ),
+    *group(
+        "fl_lightning/ledger.py",
+        f"{_VERIFY}::test_a_run_does_not_go_on_with_a_ledger_of_another_history",
+        ("a run goes on with another ledger", "                _check_known(path, found, known)", "                pass"),
+    ),
+]  # fmt: skip
+
+_DEFINED = f"{_ACCOUNTS}::test_a_clients_multiplier_is_that_of_its_weight"
+_WHO = f"{_ACCOUNTS}::test_who_was_in_a_sum_pays_and_nobody_else"
+_COHORTS = f"{_ACCOUNTS}::test_cohorts_of_unequal_clients_are_charged_by_their_own_largest"
+_COSTLIEST = f"{_ACCOUNTS}::test_a_sum_states_what_its_costliest_client_pays_for_inexact_noise"
+
+ACCOUNTING = [
+    *group(
+        "fl_lightning/sums.py",
+        _DEFINED,
+        ("two thirds of a client's multiplier", "return event_multiplier(weights, z, **rules).numpy()", "return 2 / 3 * event_multiplier(weights, z, **rules).numpy()"),
+        ("three halves of a client's multiplier", "return event_multiplier(weights, z, **rules).numpy()", "return 1.5 * event_multiplier(weights, z, **rules).numpy()"),
+        ("weights of the first clients", "torch.from_numpy(of_clients(header, name)[ids])", "torch.from_numpy(of_clients(header, name)[: len(ids)].copy())"),
+        ("everybody weighs the same", "return event_multiplier(weights, z, **rules).numpy()", "return event_multiplier(torch.ones_like(weights), z, **rules).numpy()"),
+        ("weights that were asked for", "return event_multiplier(weights, z, **rules).numpy()", "return event_multiplier(base / release.largest_weight, z, **rules).numpy()"),
+        ("weights among all clients", "largest=release.largest_weight, **rules)", "largest=max(of_clients(header, \"weights\")), **rules)"),
+        ("the client's noise for that of the sum", "return event_multiplier(weights, z, **rules).numpy()", "return event_multiplier(weights, float(calibrated.max()), **rules).numpy()"),
+        ("votes are free", "\"vote_share\": float(header[\"vote_share\"])}", "\"vote_share\": 0.0}"),
+        ("Laplace noise like Gaussian", "rules = {\"mechanism\": release.mechanism,", "rules = {\"mechanism\": \"gaussian\","),
+    ),
+    *group(
+        "fl_lightning/sums.py",
+        _COSTLIEST,
+        ("the client with the most noise", "least = float(multipliers[deltas == delta].min())", "least = float(multipliers[deltas == delta].max())"),
+        ("the cheapest client", "max(c.delta for c in costs))", "min(c.delta for c in costs))"),
+        ("costs at the largest delta", "costs.append(extra(own, delta))", "costs.append(extra(own, float(deltas.min())))"),
+    ),
+    *group(
+        "fl_lightning/sums.py",
+        _SUMS,
+        ("spent steps in any order", "np.ascontiguousarray(spent, dtype=\"<i8\")", "np.sort(np.ascontiguousarray(spent, dtype=\"<i8\"))"),
+    ),
+    *group(
+        "fl_lightning/_ledger_accounts.py",
+        _WHO,
+        ("absent clients are charged", "        times[ids] += count\n", "        times += count\n"),
+        ("the last client is not charged", "    ids = np.flatnonzero(times)\n", "    ids = np.flatnonzero(times)[:-1]\n"),
+        ("sums of one kind once", "        times[ids] += count\n", "        times[ids] += 1\n"),
+        ("sums of the last set only", "        times[ids] += count\n", "        times[ids] = count\n"),
+        ("charges are found once", "            own[charge] = own.get(charge, 0) + times\n", "            own[charge] = 1\n"),
+        ("steps of a charge once", "counts[charge.event] += times * charge.steps", "counts[charge.event] += charge.steps"),
+        ("largest weights are alike", "return release.event, release.steps, release.largest_weight, votes,", "return release.event, release.steps, votes,"),
+        ("a smaller epsilon is the largest", "largest = max(largest, account.epsilon())", "largest = account.epsilon()"),
+    ),
+    *group(
+        "fl_lightning/_ledger_accounts.py",
+        f"{_ACCOUNTS}::test_a_line_of_schema_0_costs_everybody_what_it_says",
+        ("a step a line", "counts[charge.event] += times * charge.steps", "counts[charge.event] += times"),
+        ("tails are not paid from delta", "left = self.delta - tails\n", "left = self.delta\n"),
+        ("inflation is free", "compose_epsilon(self.counts(), left) + inflation if", "compose_epsilon(self.counts(), left) if"),
+        ("stated costs are forgotten", "    stated = (release.epsilon_inflation, release.tail_delta)\n    known", "    stated = (0.0, 0.0)\n    known"),
+        ("costs on top once", "        return times * getattr(charge, name)", "        return getattr(charge, name)"),
+    ),
+    *group(
+        "fl_lightning/_ledger_accounts.py",
+        f"{_ACCOUNTS}::test_the_largest_epsilon_is_that_of_some_client",
+        ("more noise is worse", "return kind, (-event.noise_multiplier, steps,", "return kind, (event.noise_multiplier, steps,"),
+        ("steps do no harm", "(-event.noise_multiplier, steps, -account.delta,", "(-event.noise_multiplier, -account.delta,"),
+        ("a larger delta is worse", "steps, -account.delta, *", "steps, account.delta, *"),
+        ("costs on top do no harm", "-account.delta, *account.on_top())", "-account.delta)"),
+        ("one measure is enough", "    return all(a >= b for a, b", "    return any(a >= b for a, b"),
+    ),
+    *group(
+        "fl_lightning/pooled.py",
+        _COHORTS,
+        ("largest weight of all clients", "float(pool.weights[candidates].max())", "float(pool.weights.max())"),
+        ("sums of everybody", "clients=None if len(ids) == len(pool.weights) else encode(ids),", "clients=None,"),
+        ("nobody spent before", "spent=spent_digest(budget.spent),", "spent=spent_digest(0 * budget.spent),"),
+        ("the first step of every sum", "first_step=len(population.ledger),", "first_step=0,"),
+        ("weights of all clients", "        pool.weights[candidates],\n", "        pool.weights[: len(candidates)],\n"),
+        ("sums are not spent", "        population.budget.spend(line)\n", "        pass\n"),
+        ("two thirds of the multiplier in the ledger", "noise_multiplier=event.noise_multiplier,", "noise_multiplier=2 / 3 * event.noise_multiplier,"),
+        ("three halves of the multiplier in the ledger", "noise_multiplier=event.noise_multiplier,", "noise_multiplier=1.5 * event.noise_multiplier,"),
+        ("tails of a sum are free", "tail_delta=extra.delta,", "tail_delta=0.0,"),
+        ("the grid is free", "epsilon_inflation=extra.epsilon,", "epsilon_inflation=0.0,"),
+    ),
+    *group(
+        "fl_lightning/privacy/budget.py",
+        _COHORTS,
+        ("sums are everybody's", "else release.members(len(self.spent))", "else slice(None)"),
+        ("present clients do not pay", "else release.members(len(self.spent))", "else release.members(len(self.spent))[1:]"),
+    ),
+    *group(
+        "fl_lightning/release.py",
+        f"tests/fl_lightning/test_ledger_sums.py::test_a_sum_that_is_none_is_refused {_SUMS}",
+        ("a sum of one client", "if self.client != ALL_CLIENTS:\n            raise", "if False:\n            raise"),
+        ("a sum without a weight", "if weight is None or not (weight > 0 and math.isfinite(weight)):", "if False:"),
+        ("a sum after nobody knows what", "if not isinstance(self.spent, str):", "if False:"),
+        ("a sum of nobody knows whom", "            decode(self.clients)\n\n", "            pass\n\n"),
+        ("a sum that is none", "if release.is_sum != (entry[\"kind\"] == \"sum\"):", "if False:"),
+    ),
+    *group(
+        "fl_lightning/client_set.py",
+        "tests/fl_lightning/test_client_set.py",
+        ("several spellings", "same = encode(ids) == text", "same = len(ids) > 0"),
+        ("the last of a range is missing", "np.arange(part[0], part[-1] + 1)", "np.arange(part[0], max(part[-1], part[0] + 1))"),
+        ("the longer spelling", "if len(ranges) <= len(_BITS)", "if len(ranges) > len(_BITS)"),
+        ("sets out of order", " or not (np.diff(ids) > 0).all():", ":"),
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*LINES, *HEADERS, *FILES, *ACCOUNTING]
