@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import NoiseKey, WatchedForward, poisson_mask
 from fl_lightning.convolutions import CohortConvolutions
+from fl_lightning.functional import apply_with
 from fl_lightning.network_state import with_parameters
 from fl_lightning.recording import Recorded, can_record
 from fl_lightning.types import Params
@@ -202,7 +203,7 @@ class CohortGradient:
     ) -> Tensor:
         buffers = {**probes, **fixed}
         if self.watch is None:
-            outputs = functional_call(self.network, {**params, **buffers}, (x,))
+            outputs = apply_with(self.network, {**params, **buffers}, x)
         else:
             with self.watch.forward(params, len(x)):
                 outputs = functional_call(self.network, buffers, (x,), tie_weights=False)

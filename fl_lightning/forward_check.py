@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fl_lightning.evaluation import batch_sums, check_outputs
+from fl_lightning.functional import apply_with
 from fl_lightning.network_state import held, left_as_it_was
 from fl_lightning.types import Params
 
@@ -123,7 +123,7 @@ def _losses(
 ) -> Tensor:
     torch.manual_seed(seed)
     with torch.no_grad():
-        return loss(functional_call(network, values, (x.clone(),)), y)
+        return loss(apply_with(network, values, x.clone()), y)
 
 
 _close = partial(torch.allclose, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from fl_lightning.functional import apply_with
 
 Found = TypeVar("Found")
 
@@ -64,7 +65,7 @@ def moved_parameters(network: nn.Module) -> dict[str, Tensor]:
     generator, moved = torch.Generator().manual_seed(0), {}
     for name, p in network.named_parameters():
         if p.requires_grad:
-            size = 0.3 / (p[0].numel() if p.ndim > 1 else 10) ** 0.5
+            size = 0.3 / (p.numel() // len(p) if p.ndim > 1 and p.numel() else 10) ** 0.5
             by = torch.empty(p.shape).normal_(std=size, generator=generator)
             moved[name] = p.detach() + by.to(p)
     return moved
@@ -87,4 +88,4 @@ def with_parameters(
     A backward pass belongs into `work`: what recomputes activations would otherwise recompute them
     with the network's own parameters.
     """
-    return functional_call(_Holder(network), {f"network.{n}": t for n, t in tensors.items()}, work)
+    return apply_with(_Holder(network), {f"network.{n}": t for n, t in tensors.items()}, work)

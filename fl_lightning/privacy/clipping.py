@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from aadp_kernels import (
     Layout,
@@ -25,6 +25,7 @@ from aadp_kernels import (
     with_clipping,
 )
 from fl_lightning.client import Batch, CohortGradient, Loss
+from fl_lightning.functional import apply_with
 from fl_lightning.network_state import with_parameters
 from fl_lightning.privacy.flat import (
     ROUNDING,
@@ -228,7 +229,7 @@ def per_sample_gradients(
     """
 
     def record_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(network, params, (x[None],)), y[None]).sum()
+        return loss(apply_with(network, params, x[None]), y[None]).sum()
 
     per_sample = vmap(grad(record_loss), in_dims=(None, 0, 0), randomness="different")
 
