@@ -31,9 +31,11 @@ def test_a_parameter_of_two_modules_is_exchanged_in_both():
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     network[1].weight = network[0].weight
     before = held(network)
-    values = {n: torch.zeros_like(p) for n, p in network.named_parameters()}
+    values = {n: torch.ones_like(p) for n, p in network.named_parameters()}
     assert set(values) == {"0.weight", "0.bias", "1.bias"}
-    assert not apply_with(network, values, torch.ones(2, 3)).any()
+    torch.testing.assert_close(
+        apply_with(network, values, torch.ones(2, 3)), torch.full((2, 3), 13.0)
+    )
     assert held(network) == before
 
 

@@ -325,8 +325,19 @@ COMMAND_LINE = [
     ),
 ]  # fmt: skip
 
+FUNCTIONAL = group(
+    "fl_lightning/functional.py",
+    "tests/fl_lightning/test_functional.py",
+    (
+        "a module of two names exchanged twice",
+        "network.named_modules():",
+        "network.named_modules(remove_duplicate=False):",
+    ),
+    ("a shared parameter exchanged once", "given[name] = by_tensor[id(tensor)]", "pass"),
+)
+
 MUTATIONS = [
-    *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
+    *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
     *FLAT, *BUDGET, *POPULATION, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
     *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
