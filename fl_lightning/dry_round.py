@@ -23,6 +23,7 @@ from fl_lightning import pooled
 from fl_lightning.aggregate import WeightedMean
 from fl_lightning.client import Batch, bytes_per_example, input_dtype
 from fl_lightning.data import Arrays, FederatedDataModule
+from fl_lightning.data.differences import different_records
 from fl_lightning.forward_check import check_forward, check_repeatable, draws_numbers, first_line
 from fl_lightning.network_state import left_as_it_was, moved_parameters
 from fl_lightning.population import ClientPopulation, LocalTraining
@@ -34,7 +35,6 @@ from fl_lightning.record_independence import (
     SummedGradients,
     added_up,
     autograd_gradients,
-    different_records,
     foreign_gradient,
     interacting_records,
     mixed_records,
@@ -83,6 +83,7 @@ def dry_round(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
             few.x,
             few.y,
             num_classes=data.num_classes,
+            smallest_label=int(data.y.min()),
             inference_mode=trainer.test_loop.inference_mode,
             source=data.dataset_name,
         )

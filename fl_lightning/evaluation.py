@@ -48,7 +48,9 @@ def class_scores(outputs: object) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def check_outputs(network: nn.Module, outputs: object, records: int, num_classes: int) -> None:
+def check_outputs(
+    network: nn.Module, outputs: object, records: int, num_classes: int, smallest: int = 0
+) -> None:
     """Refuse fewer outputs than classes; more are fine.
 
     Args:
@@ -56,6 +58,7 @@ def check_outputs(network: nn.Module, outputs: object, records: int, num_classes
         outputs: of `records` records.
         records: their number B.
         num_classes: of the data.
+        smallest: label of the data.
 
     Raises:
         ValueError: with both numbers. A tuple is never refused: what it holds is the loss's matter.
@@ -66,10 +69,12 @@ def check_outputs(network: nn.Module, outputs: object, records: int, num_classes
     count = 1 if scores.ndim == 1 else scores.shape[1]
     if count >= num_classes or (count == 1 and num_classes == 2):
         return
+    advice = f"give it {num_classes} outputs"
+    if smallest > 0:
+        advice = f"labels go from {smallest} to {num_classes - 1}: number classes from 0"
     raise ValueError(
         f"network={type(network).__name__}: it gives {count} output{'s' * (count != 1)} a record, "
-        f"but the data has num_classes={num_classes} (labels 0 to {num_classes - 1}); give it "
-        f"{num_classes} outputs, or take 1 from labels that are numbered from 1"
+        f"but the data has num_classes={num_classes} (labels 0 to {num_classes - 1}); {advice}"
     )
 
 

@@ -29,6 +29,7 @@ def check_forward(
     y: Tensor,
     *,
     num_classes: int,
+    smallest_label: int,
     inference_mode: bool,
     source: str,
 ) -> None:
@@ -38,6 +39,7 @@ def check_forward(
         network, loss: of the run.
         x, y: records [B, ...] and labels [B], on the network's device.
         num_classes: of the data.
+        smallest_label: of the data.
         inference_mode: whether evaluation runs in torch's inference mode.
         source: name of the data.
 
@@ -70,7 +72,7 @@ def check_forward(
                 f"network={type(network).__name__}: applying it changes the records that it is "
                 "given; use no operation in place on them (x = x / 255, not x /= 255)"
             )
-        check_outputs(network, outputs, len(x), num_classes)
+        check_outputs(network, outputs, len(x), num_classes, smallest_label)
         _check_loss(loss, outputs, y, num_classes)
 
 

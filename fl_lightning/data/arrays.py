@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-_log = logging.getLogger("pytorch_lightning")
+from .labels import check_labels, class_numbers, named_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +48,9 @@ class Arrays:
                 raise ValueError(
                     f"x_{split} must be float32 or int64 [N, ...], got {x.dtype} {list(x.shape)}"
                 )
-            if y.dtype != torch.int64 or y.ndim != 1:
-                raise ValueError(f"y_{split} must be int64 [N], got {y.dtype} {list(y.shape)}")
+            check_labels(f"y_{split}", y, self.num_classes)
             if len(x) != len(y):
                 raise ValueError(f"x_{split} has {len(x)} records but y_{split} has {len(y)}")
-            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-                raise ValueError(
-                    f"y_{split} must lie in [0, num_classes={self.num_classes}), "
-                    f"got [{int(y.min())}, {int(y.max())}]"
-                )
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise ValueError(
                 f"x_test must hold records of shape {list(self.x_train.shape[1:])}, "
@@ -98,54 +91,6 @@ def _records(name: str, value: ArrayLike | Tensor, codes: bool) -> Tensor:
     return x.detach().to("cpu", whole)
 
 
-def _labels(name: str, value: ArrayLike | Tensor) -> Tensor:
-    y = torch.as_tensor(value)
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"{name} must hold integers, got {y.dtype}")
-    return y.detach().to("cpu", torch.int64)
-
-
-def named_labels(
-    train: ArrayLike | Tensor, test: ArrayLike | Tensor | None
-) -> tuple[tuple[str, ...], Tensor, Tensor | None] | None:
-    """Numbers for labels that are words: their places in the sorted list of all words.
-
-    The words count as public, like the number of classes.
-
-    Args:
-        train: [N], labels of the training records.
-        test: [M], labels of the test records; None where there are none.
-
-    Returns:
-        The words, and int64 [N] and [M]; None where labels are no words.
-
-    Raises:
-        ValueError: words beside numbers, or nearly as many words as records.
-    """
-    given = [c if isinstance(c, Tensor) else np.asarray(c) for c in (train, test) if c is not None]
-    columns = [c.ravel().tolist() for c in given]
-    values = [value for column in columns for value in column]
-    words = [value for value in values if isinstance(value, str)]
-    if not words:
-        return None
-    if len(words) < len(values):
-        other = next(value for value in values if not isinstance(value, str))
-        raise ValueError(
-            f"labels must be integers or words, not both: got {words[0]!r} and {other!r}"
-        )
-    names = tuple(sorted(set(words)))
-    if len(names) > max(2, len(words) // 2):
-        raise ValueError(
-            f"labels: {len(names)} different words for {len(words)} records, such as "
-            f"{names[0]!r}: is that column the label?"
-        )
-    number = {name: i for i, name in enumerate(names)}
-    shown = ", ".join(f"{name!r} is {i}" for name, i in list(number.items())[:20])
-    _log.info(f"labels are words, which are taken as public and numbered in order: {shown}")
-    first, *rest = (torch.tensor([number[v] for v in c], dtype=torch.int64) for c in columns)
-    return names, first, rest[0] if rest else None
-
-
 def from_arrays(
     x_train: ArrayLike | Tensor,
     y_train: ArrayLike | Tensor,
@@ -179,9 +124,9 @@ def from_arrays(
     if named := named_labels(y_train, y_test):
         names, y_train, y_test = named
         num_classes = len(names) if num_classes is None else num_classes
-    x, y = _records("x_train", x_train, codes), _labels("y_train", y_train)
+    x, y = _records("x_train", x_train, codes), class_numbers("y_train", y_train)
     xt = x[:0] if x_test is None else _records("x_test", x_test, codes)
-    yt = y[:0] if y_test is None else _labels("y_test", y_test)
+    yt = y[:0] if y_test is None else class_numbers("y_test", y_test)
     if num_classes is None:
         num_classes = max((int(labels.max()) + 1 for labels in (y, yt) if len(labels)), default=1)
     owner = None if client is None else client_ids(client)

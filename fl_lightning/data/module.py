@@ -24,6 +24,7 @@ from .partition import (
 )
 from .sources import load
 from .transform import transformed
+from .transform_check import why_not_alone
 
 PartitionName = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 _HOLDOUT_STREAM = 1
@@ -37,6 +38,7 @@ class _Prepared:
     x_val: Tensor
     y_val: Tensor
     partition: Partition
+    transform_problem: str
 
 
 class FederatedDataModule(pl.LightningDataModule):
@@ -130,8 +132,11 @@ class FederatedDataModule(pl.LightningDataModule):
             download=self.download,
             source_args=self.source_args,
         )
+        problem = ""
         if self.transform is not None:
-            arrays = transformed(arrays, self.transform, self.transform_args)
+            x, y, how = arrays.x_train, arrays.y_train, (self.transform, self.transform_args)
+            arrays = transformed(arrays, *how)
+            problem = why_not_alone(x, y, arrays.x_train, *how)
         num_records = len(arrays.x_train)
         # A stream of its own: the partition draws from default_rng(seed).
         order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)
@@ -143,7 +148,8 @@ class FederatedDataModule(pl.LightningDataModule):
             x, y = x[train], y[train]
         owners = None if arrays.client_train is None else arrays.client_train[train]
         partition = self._split(y, owners)
-        return _Prepared(arrays, x, y, arrays.x_train[val], arrays.y_train[val], partition)
+        val_records = arrays.x_train[val], arrays.y_train[val]
+        return _Prepared(arrays, x, y, *val_records, partition, problem)
 
     def _split(self, labels: Tensor, owners: Tensor | None) -> Partition:
         clients, seed, least = self.num_clients, self.seed, self.min_client_size
@@ -205,6 +211,11 @@ class FederatedDataModule(pl.LightningDataModule):
     def dataset_name(self) -> str:
         """What to call the data in reports."""
         return self._prepared.arrays.name
+
+    @property
+    def transform_problem(self) -> str:
+        """Why the transform's values are not each of one record alone; "" where they are."""
+        return self._prepared.transform_problem
 
     @property
     def has_test(self) -> bool:

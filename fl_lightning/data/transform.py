@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import inspect
 import os
+import random
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from .arrays import Arrays
@@ -22,6 +25,7 @@ from .leaves import whitened_scattering
 from .scattering import scattering
 from .sources import resolve
 
+ALONE = ".alone"  # suffix of the mark that values passed `why_not_alone`
 TRANSFORMS: dict[str, Callable[..., Tensor]] = {
     "scattering": scattering,
     "whitened_scattering": whitened_scattering,
@@ -39,9 +43,14 @@ def transformed(
     Args:
         arrays: the records; labels and owners stay.
         transform: a name in TRANSFORMS, or the import path of a function (x [N, ...], **arguments)
-            → [N, ...]. It must treat each record by itself: nothing here can find out whether it
-            learned something from the others, which would be a release.
+            → [N, ...]. It must treat each record by itself (see `why_not_alone`): what it learns
+            from the others would be a release.
         arguments: its further arguments.
+
+    Guarantees:
+        Random numbers of torch, numpy and random are drawn from one public seed, and the state of
+        the caller's generators stays. A function that keeps what it is first given keeps drawn
+        records.
 
     Raises:
         ValueError: an unknown name, arguments that the function does not take, or a result with
@@ -71,17 +80,47 @@ def _check_arguments(name: str, function: Callable[..., Tensor], arguments: dict
         raise ValueError(f"transform_args={arguments}: transform={name!r}: {error}") from error
 
 
+def kept_in(
+    x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]
+) -> Path:
+    """File that holds the function's values of the records x."""
+    return cache_folder("features") / f"{_key(x, function, name, arguments)}.npy"
+
+
+def applied(function: Callable[..., Tensor], x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The function's values of a copy of the records, with random numbers from one public seed."""
+    with torch.no_grad(), isolate_rng(include_cuda=False):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what the function may draw from
+        random.seed(0)
+        return function(x.clone(), **arguments)
+
+
+def _meet_drawn_records(function: Callable[..., Tensor], x: Tensor, arguments: Any) -> None:
+    """Call the function on drawn records, so that what fits itself at first fits these."""
+    shape = (min(len(x), 8), *x.shape[1:])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.empty(shape).uniform_(-1, 1, generator=generator)
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        applied(function, drawn.to(x.dtype), arguments)
+
+
 def _kept(
     x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]
 ) -> Tensor:
-    folder = cache_folder("features")
-    path = folder / f"{_key(x, function, name, arguments)}.npy"
+    path = kept_in(x, function, name, arguments)
     if path.is_file():
         return torch.from_numpy(np.load(path))
-    with torch.no_grad():
-        result = function(x, **arguments).contiguous()
+    if function not in TRANSFORMS.values():
+        _meet_drawn_records(function, x, arguments)
+    result = applied(function, x, arguments)
+    if not isinstance(result, Tensor) or not result.ndim:
+        raise ValueError(f"transform={name!r} must give a tensor [N, ...], got {result!r:.80}")
+    result = result.contiguous()
     if len(result) != len(x):
         raise ValueError(f"transform={name!r} made {len(result)} records of {len(x)}")
+    path.with_suffix(ALONE).unlink(missing_ok=True)  # that was said of other values
     _write(path, result.numpy())
     return result
 

@@ -17,8 +17,8 @@ import torch
 from fl_lightning import ClientParallelStrategy, processes
 from fl_lightning import ledger as ledgers
 from fl_lightning.checkpoint import CHECKPOINT
-from fl_lightning.preflight import check_processes
 from fl_lightning.processes import Processes
+from fl_lightning.trainer_check import check_processes
 from tests.fl_lightning.ddp_jobs import go
 
 ROOT = Path(__file__).resolve().parents[2]
