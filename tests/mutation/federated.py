@@ -194,6 +194,57 @@ DRY_ROUND = group(
     ("vmap kept where it fails", "        except _CannotTrain as error:\n", "        except ZeroDivisionError as error:\n"),
 )  # fmt: skip
 
+TRANSFORM = "tests/fl_lightning/test_transform_check.py"
+TRANSFORM_CHECK = group(
+    "fl_lightning/data/transform_check.py",
+    TRANSFORM,
+    ("records alone not compared", "if _equal(alone, used[rows]):", "if True:"),
+    ("a part of the records not compared", 'return "" if _equal(apply(x[:part]), used[:part]) else _BESIDE', 'return ""'),
+    ("random numbers taken for an excuse", "            if not _equal(apply(beside)[[place]], values[[place]]):\n", "            if False:\n"),
+    ("what changes by itself accepted", "if not _equal(apply(few), values):", "if False:"),
+)  # fmt: skip
+
+TRANSFORMED = group(
+    "fl_lightning/data/transform.py",
+    TRANSFORM,
+    ("mark kept when values are made again", "    path.with_suffix(ALONE).unlink(missing_ok=True)", "    ALONE"),
+    ("records of the user changed", "return function(x.clone(), **arguments)", "return function(x, **arguments)"),
+    ("first meets private records", "        _meet_drawn_records(function, x, arguments)\n", "        pass\n"),
+)  # fmt: skip
+
+TRANSFORM_REFUSED = group(
+    "fl_lightning/preflight.py",
+    TRANSFORM,
+    ("a transform that learns accepted", "if data.transform_problem and module.privacy.private:", "if False:"),
+)  # fmt: skip
+
+TRAINER = "tests/fl_lightning/test_trainer_check.py"
+CALLBACK_CHECK = group(
+    "fl_lightning/callback_check.py",
+    TRAINER,
+    ("callbacks that replace weights accepted", "if isinstance(callback, kind):", "if False:"),
+    ("only the class itself refused", "if isinstance(callback, kind):", "if type(callback) is kind:"),
+    ("private figures may decide", "if monitor.startswith(_PRIVATE) and module.privacy.private:", "if False:"),
+    ("figures that nobody logs accepted", "if not _is_logged(monitor, module, trainer):", "if False:"),
+    ("figures of others refused", "return True  # what others log is not known", "return False"),
+)  # fmt: skip
+
+TRAINER_CHECK = group(
+    "fl_lightning/trainer_check.py",
+    TRAINER,
+    ("options without meaning accepted", "        if wrong:\n", "        if False:\n"),
+    ("half a round accepted", "            batches < 1,", "            False,"),
+    ("batches within a round accepted", "every_round and isinstance(interval, int) and interval > 1", "False"),
+)  # fmt: skip
+
+LABELS = group(
+    "fl_lightning/data/labels.py",
+    "tests/fl_lightning/test_labels.py",
+    ("labels out of range accepted", "if not len(y) or 0 <=", "if True or 0 <="),
+    ("lists of labels accepted", "    if y.ndim == 1:\n        return\n", "    return\n"),
+    ("numbers cut to integers", "if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:", "if False:"),
+)  # fmt: skip
+
 SERVER_STEP = group(
     "fl_lightning/server_step.py",
     DRY,
@@ -313,7 +364,7 @@ COMMAND_LINE = [
         ("indices of a palette taken as brightness", "if wanted is None else value.convert(wanted)", ""),
     ),
     *group(
-        "fl_lightning/data/arrays.py",
+        "fl_lightning/data/labels.py",
         "tests/fl_lightning/test_users_files.py",
         ("words beside numbers accepted", "    if len(words) < len(values):", "    if False:"),
         ("words numbered as they come", "names = tuple(sorted(set(words)))", "names = tuple(dict.fromkeys(words))"),
@@ -339,6 +390,7 @@ FUNCTIONAL = group(
 MUTATIONS = [
     *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
     *FLAT, *BUDGET, *POPULATION, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
+    *TRANSFORM_CHECK, *TRANSFORMED, *TRANSFORM_REFUSED, *CALLBACK_CHECK, *TRAINER_CHECK, *LABELS,
     *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
 ]  # fmt: skip
