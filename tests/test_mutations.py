@@ -14,7 +14,11 @@ from tests.mutation.mutations import Mutation, all_mutations  # noqa: E402
 sys.path.remove(str(ROOT))
 MUTATIONS = all_mutations()
 # Known to survive, and in want of a test: shown in the table as SURVIVED.
-OPEN = {"aadp_kernels/_cpu/passes.py: fast factor not rounded down"}
+OPEN = {
+    "aadp_kernels/_cpu/passes.py: fast factor not rounded down",
+    "fl_lightning/data/transform_check.py: a part of the records not compared",
+    "fl_lightning/data/transform_check.py: random numbers taken for an excuse",
+}
 
 
 def test_there_are_many_and_each_is_named_once() -> None:
