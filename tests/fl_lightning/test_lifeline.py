@@ -99,6 +99,15 @@ def test_a_stop_reaches_the_others(three: list[Lifeline], training: bool) -> Non
     assert (0, None) not in three[0].hear()
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as it is in a terminal: under nohup it is ignored, and stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
 def test_a_signal_is_told_to_process_0(three: list[Lifeline]) -> None:
     with Stop() as stop:
         stop.training = True

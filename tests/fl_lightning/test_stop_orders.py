@@ -49,6 +49,14 @@ def asked_by(stop: Stop, seconds: float) -> int | None:
     return stop.asked
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as it is in a terminal: under nohup it is ignored, and stays so."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
 # The others -------------------------------------------------------------------------------------
 
 
@@ -106,6 +114,7 @@ def test_a_started_process_ends_when_its_parent_is_gone(
         stop.leave()
 
 
+@pytest.mark.usefixtures("hang_up")
 def test_the_first_that_is_asked_counts(pair: list[Lifeline]) -> None:
     with Stop() as stop:
         stop.training = True
@@ -160,6 +169,7 @@ def in_fork(work: Callable[[], Any]) -> tuple[int, float]:
 def stubborn(seconds: float, *signums: int, training: bool = False) -> None:
     """Work that swallows whatever is raised in it."""
     until = time.monotonic() + seconds
+    signal.signal(INT, signal.default_int_handler)  # in the background it may be ignored
     with Stop(program=True) as stop:
         stop.training = training
         for number, signum in enumerate(signums, 1):
@@ -173,6 +183,19 @@ def test_who_swallows_a_stop_is_ended() -> None:
     status, seconds = in_fork(lambda: stubborn(20.0, TERM))
     assert status == 128 + TERM
     assert seconds < 15
+
+
+def test_who_is_told_by_another_is_interrupted(pair: list[Lifeline]) -> None:
+    def work() -> None:
+        with Stop(program=True) as stop:
+            stop.join(pair[1], 1)
+            try:
+                time.sleep(20)
+            except Stopped:
+                os._exit(9)
+
+    threading.Timer(0.3, pair[0].tell, [TERM]).start()
+    assert in_fork(work)[0] == 9
 
 
 def test_a_round_is_not_waited_for_longer_than_promised() -> None:

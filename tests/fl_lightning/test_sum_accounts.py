@@ -20,6 +20,7 @@ from fl_lightning.ledger import verify
 from fl_lightning.models import MLP
 from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.exactness import inexact_noise, noise_streams
+from fl_lightning.privacy.pooled_sum import PooledSum
 from fl_lightning.release import ALL_CLIENTS, Release
 from fl_lightning.sums import client_multipliers
 
@@ -97,6 +98,13 @@ def test_a_clients_multiplier_is_that_of_its_weight(
     assert not any(found[k].charges for k in range(len(WEIGHTS)) if k not in ids)
 
 
+def test_sums_of_unlike_cohorts_are_charged_apart() -> None:
+    """The same noise is four times as much for a client of weight 10."""
+    found = accounts(header_of(), [line((0, 1)), replace(line((0, 4)), round=1)])
+    assert [e.noise_multiplier for e in found[0].counts()] == pytest.approx([8.0, 2.0])
+    assert [e.noise_multiplier for e in found[4].counts()] == pytest.approx([4.0])
+
+
 def exact_epsilon(multiplier: float, steps: int) -> float:
     """ε of a Gaussian sum that was seen several times, in closed form."""
     mu = math.sqrt(steps) / multiplier
@@ -146,6 +154,26 @@ def test_the_largest_epsilon_is_that_of_some_client() -> None:
         assert largest_epsilon(found) == max(a.epsilon() for a in found.values())
 
 
+@pytest.mark.parametrize(
+    "harsher",
+    [{"noise": 1.9}, {"steps": 3}, {"delta": 1e-6}, {"inflation": 0.1}, {"tails": 5e-6}],
+    ids=str,
+)
+def test_no_measure_of_harm_is_overlooked(harsher: dict[str, float]) -> None:
+    def account(
+        noise: float = 2.0,
+        steps: float = 2,
+        inflation: float = 0,
+        tails: float = 0,
+        delta: float = 1e-5,
+    ) -> Account:
+        event = NoiseEvent("gaussian", noise)
+        return Account(delta, {Charge(event, int(steps), inflation, tails, True): 1})
+
+    mild, harsh = account(), account(**harsher)
+    assert largest_epsilon({0: mild, 1: harsh}) == harsh.epsilon() > mild.epsilon()
+
+
 def on_top(generator: np.random.Generator) -> tuple[float, float]:
     return float(generator.choice([0.0, 0.1])), float(generator.choice([0.0, 5e-7]))
 
@@ -167,8 +195,15 @@ def test_a_sum_states_what_its_costliest_client_pays_for_inexact_noise(first: in
 
 @pytest.mark.parametrize("form", ["wide", "grid"])
 def test_cohorts_of_unequal_clients_are_charged_by_their_own_largest(
-    federation: Any, fit: Any, form: str
+    federation: Any, fit: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    add, added = PooledSum.add, []
+
+    def seen(self: PooledSum, update: Any, clients: torch.Tensor, weights: torch.Tensor) -> None:
+        added.extend(zip(clients.tolist(), weights.tolist(), strict=True))
+        add(self, update, clients, weights)
+
+    monkeypatch.setattr(PooledSum, "add", seen)
     data = federation(80, clients=6, partition="quantity", alpha=0.5, min_client_size=4)
     torch.manual_seed(0)
     module = fit(
@@ -177,16 +212,20 @@ def test_cohorts_of_unequal_clients_are_charged_by_their_own_largest(
         module_kwargs={"clients_per_round": 2, "weighting": "records"},
     )  # fmt: skip
     ledger, sizes = module.ledger, data.client_sizes.numpy().astype(float)
-    times, largest = np.zeros(6, dtype=np.int64), []
+    times, largest, charged = np.zeros(6, dtype=np.int64), [], []
     for release in ledger:
         ids = release.members(6)
         assert len(ids) == 2
         times[ids] += 1
         largest.append(sizes[ids].max())
         own = client_multipliers(ledger.header, release)
+        charged += zip(ids.tolist(), (2.0 / own).tolist(), strict=True)
         assert own.tolist() == pytest.approx((2.0 * largest[-1] / sizes[ids]).tolist())
     assert [release.largest_weight for release in ledger] == largest
     assert len(set(largest)) > 1
+    # The dry round before the first one charges nobody.
+    weighed = added[-len(charged) :]
+    assert np.array(sorted(weighed)) == pytest.approx(np.array(sorted(charged)))
     assert module.budget.spent.tolist() == times.tolist()
     found = accounts(ledger.header, ledger.releases)
     assert [found[k].releases for k in range(6)] == times.tolist()

@@ -11,6 +11,10 @@ _RELEASES = f"{_EDITS}::test_an_edit_of_releases_is_found"
 _SUMS = f"{_EDITS}::test_an_edit_of_sums_is_found"
 _COINS = f"{_EDITS}::test_an_edit_of_secret_cohorts_is_found"
 _HONEST = f"{_VERIFY}::test_an_honest_run_has_no_problems"
+_DEFINED = f"{_ACCOUNTS}::test_a_clients_multiplier_is_that_of_its_weight"
+_WHO = f"{_ACCOUNTS}::test_who_was_in_a_sum_pays_and_nobody_else"
+_COHORTS = f"{_ACCOUNTS}::test_cohorts_of_unequal_clients_are_charged_by_their_own_largest"
+_COSTLIEST = f"{_ACCOUNTS}::test_a_sum_states_what_its_costliest_client_pays_for_inexact_noise"
 
 LINES = [
     *group(
@@ -57,13 +61,17 @@ LINES = [
         ("the most noise of a sum", "float(z.min())", "float(z.max())"),
         ("lines have a step each", "        spent[client] += release.steps", "        spent[client] += 1"),
         ("who is not in a sum spends", "        spent[ids] += release.steps", "        spent += release.steps"),
-        ("sums begin where a client ends", "before = number if release.is_sum else before", "before = number if release.is_sum and not number else before"),
     ),
     *group(
         "fl_lightning/_ledger_checks.py",
         f"{_VERIFY}::test_ledgers_of_schema_0_are_read_and_verified",
         ("other noise later (schema 0)", "if release.event != one.event:", "if False:"),
         ("rates of schema 0 like those of 1", "    if header.get(\"schema\"):\n        return header[\"sampling_rate\"]", "    if True:\n        return header[\"sampling_rate\"]"),
+    ),
+    *group(
+        "fl_lightning/_ledger_checks.py",
+        _COHORTS,
+        ("sums begin where a client ends", "before = number if release.is_sum else before", "before = before"),
     ),
     *group(
         "fl_lightning/_ledger_checks.py",
@@ -192,11 +200,6 @@ FILES = [
     ),
 ]  # fmt: skip
 
-_DEFINED = f"{_ACCOUNTS}::test_a_clients_multiplier_is_that_of_its_weight"
-_WHO = f"{_ACCOUNTS}::test_who_was_in_a_sum_pays_and_nobody_else"
-_COHORTS = f"{_ACCOUNTS}::test_cohorts_of_unequal_clients_are_charged_by_their_own_largest"
-_COSTLIEST = f"{_ACCOUNTS}::test_a_sum_states_what_its_costliest_client_pays_for_inexact_noise"
-
 ACCOUNTING = [
     *group(
         "fl_lightning/sums.py",
@@ -232,8 +235,12 @@ ACCOUNTING = [
         ("sums of the last set only", "        times[ids] += count\n", "        times[ids] = count\n"),
         ("charges are found once", "            own[charge] = own.get(charge, 0) + times\n", "            own[charge] = 1\n"),
         ("steps of a charge once", "counts[charge.event] += times * charge.steps", "counts[charge.event] += charge.steps"),
-        ("largest weights are alike", "return release.event, release.steps, release.largest_weight, votes,", "return release.event, release.steps, votes,"),
         ("a smaller epsilon is the largest", "largest = max(largest, account.epsilon())", "largest = account.epsilon()"),
+    ),
+    *group(
+        "fl_lightning/_ledger_accounts.py",
+        f"{_ACCOUNTS}::test_sums_of_unlike_cohorts_are_charged_apart",
+        ("largest weights are alike", "return release.event, release.steps, release.largest_weight, votes,", "return release.event, release.steps, votes,"),
     ),
     *group(
         "fl_lightning/_ledger_accounts.py",
@@ -246,8 +253,9 @@ ACCOUNTING = [
     ),
     *group(
         "fl_lightning/_ledger_accounts.py",
-        f"{_ACCOUNTS}::test_the_largest_epsilon_is_that_of_some_client",
-        ("more noise is worse", "return kind, (-event.noise_multiplier, steps,", "return kind, (event.noise_multiplier, steps,"),
+        f"{_ACCOUNTS}::test_the_largest_epsilon_is_that_of_some_client "
+        f"{_ACCOUNTS}::test_no_measure_of_harm_is_overlooked",
+        ("fewer steps are worse", "(-event.noise_multiplier, steps, -account.delta,", "(-event.noise_multiplier, -steps, -account.delta,"),
         ("steps do no harm", "(-event.noise_multiplier, steps, -account.delta,", "(-event.noise_multiplier, -account.delta,"),
         ("a larger delta is worse", "steps, -account.delta, *", "steps, account.delta, *"),
         ("costs on top do no harm", "-account.delta, *account.on_top())", "-account.delta)"),

@@ -37,7 +37,7 @@ def group(file: str, tests: str, *places: tuple[str, ...]) -> list[Mutation]:
 
 def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
-    from tests.mutation import adapters, federated, groups, kernels, ledger
+    from tests.mutation import adapters, federated, groups, kernels, ledger, stopping
 
-    files = kernels, adapters, federated, groups, ledger
+    files = kernels, adapters, ledger, stopping, federated, groups
     return [mutation for file in files for mutation in file.MUTATIONS]
