@@ -182,7 +182,7 @@ def test_the_displayed_epsilon_includes_the_extras(monkeypatch):
     budget.calibrate(1)
     budget.spent[:] = [0, 10]
     plain = budget.epsilon_spent()
-    monkeypatch.setattr(budget, "_extra", lambda event, delta: Extra(0.125, 5e-7))
+    monkeypatch.setattr(budget, "extra_at", lambda event, delta: Extra(0.125, 5e-7))
     budget._curves.clear()
     spent = budget.epsilon_spent()
     assert spent[0] == plain[0] == 0.0
@@ -194,6 +194,6 @@ def test_a_plan_is_refused_that_only_the_tails_break(monkeypatch):
     config = PrivacyConfig(epsilon=1.0, noise_multiplier=4.0, delta=1e-5)
     Budget(config, [10], 1.0, (100,)).calibrate(1)
     budget = Budget(config, [10], 1.0, (100,))
-    monkeypatch.setattr(budget, "_extra", lambda event, delta: Extra(0.9, 0.0))
+    monkeypatch.setattr(budget, "extra_at", lambda event, delta: Extra(0.9, 0.0))
     with pytest.raises(ValueError, match="one release alone would spend more"):
         budget.calibrate(1)

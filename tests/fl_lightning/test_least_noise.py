@@ -43,7 +43,7 @@ def test_the_least_noise_that_can_be_proven(steps, rate, privacy, caplog):
     assert f"ε ≤ {spent:.3g} is spent" in caplog.text
     # With much less noise, what inexact noise costs would exceed half of delta.
     less = NoiseEvent(budget.config.mechanism, 0.97 * float(budget.multiplier[0]))
-    assert steps * budget._extra(less, 1e-5).delta > 0.5e-5
+    assert steps * budget.extra_at(less, 1e-5).delta > 0.5e-5
 
 
 @pytest.mark.parametrize(("steps", "epsilon"), [(20, 8.0), (20, 100.0), (1, 1.0)])
