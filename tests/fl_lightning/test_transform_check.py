@@ -6,6 +6,9 @@ from torch import nn
 
 from fl_lightning import FederatedDataModule, from_arrays
 from fl_lightning.data import transform as transforms
+from fl_lightning.data.differences import different_records
+from fl_lightning.data.transform import applied
+from fl_lightning.data.transform_check import why_not_alone
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger
 from fl_lightning.privacy.statement import privacy_statement
@@ -240,3 +243,34 @@ def test_codes_and_few_records():
     data = records(sorted_rows, source=source, num_clients=1)
     assert "changes with the records beside it" in data.transform_problem
     assert records(scaled, source=source, num_clients=1).transform_problem == ""
+
+
+MARK = 0.4321
+
+
+def marked_by_the_sum(x):
+    """Adds the sum of all records to those that begin with the mark."""
+    return torch.where(x[:, :1] == MARK, x + x.sum(), x)
+
+
+def noisy_centred(x):
+    return x - x.mean(0) + 0.1 * torch.randn_like(x)
+
+
+def test_records_that_are_like_the_others_are_compared_in_part():
+    """The records that differ most do not include the one whose value is not its own."""
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(200) % 2
+    chosen = different_records(x, y, 16)
+    row = next(i for i in range(60, 90) if i not in chosen)
+    x[row, 0] = MARK
+    assert row not in different_records(x, y, 16)
+    whole = marked_by_the_sum(x)
+    assert "beside it" in why_not_alone(x, y, whole, f"{__name__}.marked_by_the_sum")
+
+
+def test_random_numbers_are_no_excuse_for_a_mean():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 2
+    whole = applied(noisy_centred, x, {})
+    assert "beside it" in why_not_alone(x, y, whole, f"{__name__}.noisy_centred")
