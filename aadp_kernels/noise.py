@@ -285,13 +285,17 @@ def sample_noise(
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
         _validate.nonnegative_tensor("scale", scale, finite=True)
-        scale = scale.to(device=place, dtype=torch.float64).expand(shape).reshape(-1, count)
+        scale = scale.to(device=place, dtype=torch.float64).expand(shape)
+        nothing = shape.numel() == 0
     else:
         scale = _validate.finite_nonnegative("scale", scale)
-    if shape.numel() == 0 or (not isinstance(scale, Tensor) and scale == 0):
+        nothing = shape.numel() == 0 or scale == 0
+    if nothing:
         return torch.zeros(shape, dtype=dtype, device=place)
     segment = (layer, offset, count)
     claim(key, mechanism, form, step, client, [segment])
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(-1, count)
     return backend.scaled_noise(
         key.rng, key.words, segment, clients, step=step, mechanism=mechanism, form=form,
         scale=scale, dtype=dtype,

@@ -29,6 +29,11 @@ def check_network(network: nn.Module) -> None:
                 f"network: parameter '{name}' is {str(p.dtype).removeprefix('torch.')}: clipping "
                 "is only proven for float32 and float64; hold a complex number as two real ones"
             )
+        if p.requires_grad and not is_lazy(p) and not p.numel():
+            raise ValueError(
+                f"network: parameter '{name}' has shape {list(p.shape)}, no elements to train; "
+                "leave it out, or set its requires_grad to False"
+            )
 
 
 def _eval_for_good(network: nn.Module) -> set[str]:

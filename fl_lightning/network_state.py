@@ -65,7 +65,7 @@ def moved_parameters(network: nn.Module) -> dict[str, Tensor]:
     generator, moved = torch.Generator().manual_seed(0), {}
     for name, p in network.named_parameters():
         if p.requires_grad:
-            size = 0.3 / (p.numel() // len(p) if p.ndim > 1 and p.numel() else 10) ** 0.5
+            size = 0.3 / (p[0].numel() if p.ndim > 1 else 10) ** 0.5
             by = torch.empty(p.shape).normal_(std=size, generator=generator)
             moved[name] = p.detach() + by.to(p)
     return moved

@@ -237,3 +237,11 @@ def test_coins_are_independent_of_each_other_and_nested_in_the_rate():
         assert abs(pair - 0.25) < 5 * math.sqrt(0.1875 / 1e5)
     fewer = poisson_mask(100_000, 0.1, key=KEY, step=9)
     assert not (fewer & (mask == 0)).any()
+
+
+def test_a_shape_without_elements_and_a_scale_for_each_row():
+    noise = sample_noise(
+        (2, 0), mechanism="gaussian", scale=torch.ones(2, 1), key=NoiseKey.from_seed(1), step=0,
+        client=torch.tensor([0, 1]), layer=0,
+    )  # fmt: skip
+    assert noise.shape == (2, 0)

@@ -145,6 +145,15 @@ class Complex(Body):
         return (super().hidden(x) * self.turn).real
 
 
+class Without(Body):
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.ones(0, 4))
+
+    def hidden(self, x):
+        return super().hidden(x) + self.nothing.sum()
+
+
 class Codes(nn.Module):
     def __init__(self):
         super().__init__()
@@ -190,6 +199,7 @@ REFUSED = [
     ({"network": lambda: Body(1)}, "Body: it gives 1 output a record.*num_classes=3"),
     ({"network": lambda: Checkpointed(True)}, "Checkpointed: .*use_reentrant"),
     ({"network": Complex}, "parameter 'turn' is complex64"),
+    ({"network": Without}, "parameter 'nothing' has shape .0, 4., no elements to train"),
     ({"network": lambda: Body().half()}, "parameter 'first.weight' is float16"),
     ({"network": Codes}, "'codes' has sparse=True"),
     ({"network": lambda: FrozenNorm(stays=False)}, "'norm' is a BatchNorm1d"),

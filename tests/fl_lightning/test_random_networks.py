@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from aadp_kernels import watched
@@ -11,7 +12,7 @@ from fl_lightning.privacy import clipping
 from tests.networks import fuzz
 from tests.networks.programs import Program, draw, shrink
 
-SLOW = range(200, 2200)
+QUICK, SLOW = range(150), range(200, 2200)
 PLAIN = fuzz.Trial(
     Program("positions", (), "layer", "cross entropy"), fuzz.Setting(), 1, (4, 5), 2**40, 1
 )
@@ -21,6 +22,21 @@ def with_steps(*names: str, kind: str = "positions") -> fuzz.Trial:
     """A trial of a network of these operations."""
     program = Program(kind, tuple((name, 0) for name in names), "layer", "cross entropy")
     return replace(PLAIN, program=program)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_random_network_is_exact_or_refused(part):
+    counts, wrong = fuzz.run(QUICK[part::4], thorough=False)
+    assert not wrong, f"{counts}\n{fuzz.report(wrong)}"
+    assert counts["invalid"] <= 2, counts
+    assert sum(n for what, n in counts.items() if what.startswith("exact")) >= 15, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_every_one_of_two_thousand_random_networks_is_exact_or_refused(part):
+    counts, wrong = fuzz.run(SLOW[part::20])
+    assert not wrong, f"{counts}\n{fuzz.report(wrong)}"
 
 
 def test_a_seed_gives_one_program_and_what_it_prints_runs():

@@ -263,6 +263,7 @@ NETWORK_CHECK = group(
     "fl_lightning/network_check.py",
     DRY,
     ("complex parameters accepted", "if p.requires_grad and p.dtype not in _REAL:", "if False:"),
+    ("parameters without elements accepted", "and not is_lazy(p) and not p.numel():", "and False:"),
     ("sparse gradients accepted", "if layer.sparse and layer.weight.requires_grad:", "if False:"),
     ("norms that train() wakes accepted", "and not (layer.training or mode)", "and not mode"),
 )  # fmt: skip

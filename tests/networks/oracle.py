@@ -86,24 +86,24 @@ def record_gradients(
         x: records [B, ...].
         y: labels [B].
     """
+    return [batch_gradients(network, loss, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+
+
+def batch_gradients(
+    network: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor
+) -> Gradients:
+    """Gradient of the summed loss of a batch; the arguments are those of `record_gradients`."""
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
-    inputs: Any = x.double() if x.is_floating_point() else x
-    found = []
-    for i in range(len(x)):
-        value = loss(network(inputs[i : i + 1].clone()), y[i : i + 1]).sum()
-        if not value.requires_grad:
-            found.append({n: torch.zeros_like(p) for n, p in trained.items()})
-            continue
-        gradients = torch.autograd.grad(
-            value, list(trained.values()), allow_unused=True, materialize_grads=True
-        )
-        found.append(
-            {
-                n: (g.to_dense() if g.is_sparse else g).detach()
-                for n, g in zip(trained, gradients, strict=True)
-            }
-        )
-    return found
+    dtype = next((p.dtype.to_real() for p in network.parameters()), torch.float64)
+    inputs: Any = x.to(dtype) if x.is_floating_point() else x
+    value = loss(network(inputs.clone()), y).sum()
+    if not value.requires_grad:
+        return {n: torch.zeros_like(p) for n, p in trained.items()}
+    network.zero_grad()
+    value.backward()  # what reentrant checkpoints need
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+    network.zero_grad()
+    return {n: (g.to_dense() if g.is_sparse else g).detach().clone() for n, g in found.items()}
 
 
 def clipped_sum(gradients: Sequence[Gradients], rule: Rule, like: Gradients) -> Gradients:

@@ -33,6 +33,7 @@ COLUMNS = {
     "grid": Setting(noise_form="grid"),
 }
 BOUND, ROUNDING = 1 + 1e-6, 1e-4
+STOPPED = ("refused", "raises", "raises (Opacus)", "fails")
 CLIENTS = Setting(setting="client+local")
 HEAD = (
     "network",
@@ -62,7 +63,10 @@ layers. **clients** are the settings that clip a client's whole update.
 - backward, loop: in one backward pass, and record by record for batches whose forward does not
   allow it;
 - refused, raises: one clear line, before anything is released; the reasons stand below;
-- inexact: the norm is bounded, but the gradient is not that of the network.
+- raises (Opacus): an error of Opacus itself, whose per-sample gradients do not know the layer;
+- inexact: the norm is bounded, but Opacus' per-sample gradient is not that of the network.
+
+The adapters get lazy layers after one forward.
 
 Each accepted cell was compared with clipping by the definition: float64, plain autograd, one
 record at a time. **move** is the largest norm that one record adds to a sum, over what it may add,
@@ -92,9 +96,7 @@ class Row:
 
     def line(self) -> str:
         """The row of the table."""
-        ours = [
-            s for n, s in self.seen.items() if n in COLUMNS and s.way not in ("refused", "fails")
-        ]
+        ours = [s for n, s in self.seen.items() if n in COLUMNS and s.way not in STOPPED]
         move = max((s.move for s in ours), default=None)
         errors = [s.difference for s in ours if s.difference == s.difference]
         figures = ("" if move is None else f"{move:.7f}", f"{max(errors):.0e}" if errors else "—")
@@ -111,7 +113,7 @@ class Row:
 
 
 def _cell(seen: Seen) -> str:
-    if seen.way in ("refused", "raises", "fails"):
+    if seen.way in STOPPED:
         return seen.way
     if not seen.move <= BOUND:
         return f"{seen.way}, but moves by {seen.move:.2f}"
