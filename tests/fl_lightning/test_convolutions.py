@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
+from fl_lightning import convolutions
 from fl_lightning.client import Batch, CohortGradient
 from fl_lightning.convolutions import CohortConvolutions
 from fl_lightning.models import CNN, MLP
@@ -167,3 +168,28 @@ def test_only_networks_that_hold_all_they_depend_on_are_recorded():
     hooked = MLP()
     hooked.register_forward_hook(lambda *_: None)
     assert not can_record(hooked, cross_entropy)
+
+
+@pytest.mark.parametrize("stride", [2, (2, 1), 3])
+@pytest.mark.parametrize("clients", [1, 3])
+def test_kernels_of_one_pixel_never_reach_torch_with_a_stride(clients, stride, monkeypatch):
+    """torch 2.13's backward of these writes past its memory in channels_last."""
+    seen = []
+    backward = convolutions._gradients
+
+    def noted(g, x, weight, stride, *rest):
+        seen.append((tuple(weight.shape[2:]), stride))
+        return backward(g, x, weight, stride, *rest)
+
+    monkeypatch.setattr(convolutions, "_gradients", noted)
+    torch.manual_seed(0)
+    x, weight = torch.randn(clients, 6, 4, 8, 8), torch.randn(clients, 8, 4, 1, 1)
+
+    def loss(weight, x):
+        return torch.conv2d(x, weight, None, stride).square().sum()
+
+    with CohortConvolutions():
+        found = vmap(grad(loss))(weight, x)
+    assert seen == [((1, 1), (1, 1))]
+    for k in range(clients):
+        torch.testing.assert_close(found[k], grad(loss)(weight[k], x[k]), rtol=1e-4, atol=1e-4)
