@@ -276,11 +276,13 @@ def _check_gradients(
         layer.training = mode
     if drawing and record and len(few.x) > 2 and not problem:
         with _named(network, "its gradient"):
-            problem = interacting_records(
-                unclipped(population), values, few.x, few.y, lambda: torch.manual_seed(0)
-            )
+            problem = interacting_records(unclipped(population), values, few.x, few.y, _seed)
     if problem:
         raise _CannotTrain(f"network={type(network).__name__}: {problem}")
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def _hold_still(network: nn.Module, draws: Callable[[], bool]) -> None:
@@ -337,7 +339,8 @@ def _clients_at_once(module: FederatedModule, few: Few) -> int:
 
 def _try_checkpoint(module: FederatedModule, server: dict[str, Any]) -> None:
     try:
-        torch.save({"state_dict": module.state_dict(), **server}, _Nowhere())
+        nowhere: Any = _Nowhere()
+        torch.save({"state_dict": module.state_dict(), **server}, nowhere)
     except Exception as error:
         raise ValueError(
             f"network={type(module.network).__name__}: a checkpoint of it, of the server_optimizer "
