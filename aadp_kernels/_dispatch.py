@@ -55,8 +55,6 @@ def choose(
     """
     _validate.one_of("impl", impl, IMPLS)
     if impl == "auto":
-        if torch.compiler.is_compiling():
-            return "torch"
         impl = _FASTEST.get(device.type, "torch")
         if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
@@ -73,14 +71,11 @@ def backend(
     """The module of the chosen implementation; numba or triton is imported here."""
     if impl not in IMPLS:
         _validate.one_of("impl", impl, IMPLS)
-    small, compiling = elements < AUTO_ELEMENTS, torch.compiler.is_compiling()
-    return _backend(impl, operation, device, form, small, compiling)
+    return _backend(impl, operation, device, form, elements < AUTO_ELEMENTS)
 
 
 @cache
-def _backend(
-    impl: str, operation: str, device: torch.device, form: str, small: bool, compiling: bool
-) -> ModuleType:
+def _backend(impl: str, operation: str, device: torch.device, form: str, small: bool) -> ModuleType:
     """`backend`, found once for all calls of a kind."""
     elements = 0 if small else AUTO_ELEMENTS
     name = choose(impl, operation, device=device, elements=elements, form=form)

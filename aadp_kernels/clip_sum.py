@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _ops, _validate
+from aadp_kernels import _dispatch, _validate
+from aadp_kernels._eager import eager
 from aadp_kernels._torch.grid import quantum
 from aadp_kernels._torch.privatize import ClipStats, noisy_layers
 from aadp_kernels.layout import Layout
@@ -21,7 +22,7 @@ from aadp_kernels.privatize import (
 )
 
 
-@_ops.without_grad
+@eager
 def clip_sum_noise(
     per_sample: Sequence[Tensor],
     *,
@@ -91,12 +92,6 @@ def clip_sum_noise(
         Abadi et al. 2016, arXiv:1607.00133, algorithm 1; per layer: McMahan et al. 2018,
         arXiv:1812.06210.
     """
-    if _ops.tracing():
-        return _ops.traced_clip_sum_noise(
-            per_sample, layout, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key,
-            step=step, client=client, mask=mask, votes_at=votes_at, accumulate=accumulate,
-            last=last, form=form, impl=impl,
-        )  # fmt: skip
     check_kind(mechanism, form, p)
     if not per_sample or per_sample[0].dim() == 0:
         raise ValueError("per_sample must be tensors [B, ...], got none or a 0-d tensor")

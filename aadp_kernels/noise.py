@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NoReturn
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _ops, _validate
+from aadp_kernels import _dispatch, _validate
+from aadp_kernels._eager import eager
 from aadp_kernels._reuse import Segment, UsedNoise
 from aadp_kernels._torch import noise as _noise
 from aadp_kernels._torch.rng import RNGS, key_words_needed, words_per_block
@@ -23,8 +23,6 @@ FORMS = ("wide", "fast", "grid")
 
 _MAX_STEP = 1 << 32
 _MAX_LAYER = 1 << _noise.LAYER_BITS
-
-_OWNERS: WeakValueDictionary[int, NoiseKey] = WeakValueDictionary()
 
 
 class NoiseKey:
@@ -71,9 +69,6 @@ class NoiseKey:
         self._rng = rng
         self._simulated = bool(simulated)
         self._used = UsedNoise()
-        # A tensor is an input of a compiled graph; a tuple of numbers would be a constant in it.
-        self.word_tensor = torch.tensor(self.words)
-        _OWNERS[self.word_tensor.data_ptr()] = self
 
     @classmethod
     def random(cls, rng: str = "chacha20") -> NoiseKey:
@@ -92,16 +87,6 @@ class NoiseKey:
     def from_bytes(cls, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> NoiseKey:
         """The key with the given 32 secret bytes."""
         return cls(secret, rng, simulated)
-
-    @classmethod
-    def from_word_tensor(cls, words: Tensor, rng: str) -> NoiseKey:
-        """The living key whose `word_tensor` this is; else a key that is no more than the words."""
-        owner = _OWNERS.get(words.data_ptr())
-        if owner is not None and owner.rng == rng and owner.words == tuple(words.tolist()):
-            return owner
-        key = cls(bytes(32), rng, simulated=True)
-        key.__dict__["words"] = tuple(words.tolist())
-        return key
 
     def derive(self, *context: bytes | str | int) -> NoiseKey:
         """The key for a context, such as `key.derive("round", 3, digest)`.
@@ -203,6 +188,7 @@ def max_elements(rng: str, form: str = "wide") -> int:
     return (1 << 32) * words_per_block(rng) // words_an_element
 
 
+@eager
 def sample_noise(
     shape: Sequence[int],
     *,
@@ -264,11 +250,6 @@ def sample_noise(
     Reference:
         Box and Muller 1958; Salmon et al. 2011 (counter-based generators); RFC 8439 (ChaCha20).
     """
-    if _ops.tracing():
-        return _ops.traced_sample_noise(
-            shape, mechanism=mechanism, scale=scale, key=key, step=step, client=client,
-            layer=layer, offset=offset, dtype=dtype, device=device, form=form, impl=impl,
-        )  # fmt: skip
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     _validate.one_of("form", form, FORMS)
     shape = torch.Size(shape)
@@ -302,6 +283,7 @@ def sample_noise(
     ).reshape(shape)  # fmt: skip
 
 
+@eager
 def poisson_mask(
     n: int,
     rate: float | Sequence[float],
@@ -337,10 +319,6 @@ def poisson_mask(
     Edge cases:
         Rate 0 gives no True, rate 1 gives all True, n = 0 gives an empty mask.
     """
-    if _ops.tracing():
-        return _ops.traced_poisson_mask(
-            n, rate, key=key, step=step, client=client, device=device, impl=impl
-        )
     place = torch.device(device) if device is not None else torch.device("cpu")
     n = _validate.integer_below("n", n, max_elements(key.rng))
     clients = _validate.client_ids(client, place)

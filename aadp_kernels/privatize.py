@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _ops, _validate
+from aadp_kernels import _dispatch, _validate
+from aadp_kernels._eager import eager
 from aadp_kernels._torch.privatize import ClipStats, Noise, noisy_layers
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
@@ -15,7 +16,7 @@ from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
 
-@_ops.without_grad
+@eager
 def privatize_(
     tensors: Sequence[Tensor],
     *,
@@ -88,11 +89,6 @@ def privatize_(
         Dwork, McSherry, Nissim, Smith 2006 (Laplace); Abadi et al. 2016, arXiv:1607.00133
         (clipping).
     """
-    if _ops.tracing():
-        return _ops.traced_privatize_(
-            tensors, layout, clip=clip, scale=scale, p=p, mechanism=mechanism, key=key, step=step,
-            clients=clients, reference=reference, out=out, votes_at=votes_at, form=form, impl=impl,
-        )  # fmt: skip
     check_kind(mechanism, form, p)
     out = tensors if out is None else out
     lead = () if clients is None else (len(clients),)
@@ -118,7 +114,7 @@ def privatize_(
     )  # fmt: skip
 
 
-@_ops.without_grad
+@eager
 def layer_norms(
     tensors: Sequence[Tensor],
     *,
@@ -145,8 +141,6 @@ def layer_norms(
         ValueError: p not in {1, 2}, shapes that do not fit the layout, or an `impl` that is unknown
             or cannot run here.
     """
-    if _ops.tracing():
-        return _ops.traced_layer_norms(tensors, layout, p, reference, cohort)
     _validate.one_of("p", p, (1, 2))
     lead = tuple(tensors[0].shape[:1]) if cohort and len(tensors) else ()
     device = check_tensors("tensors", tensors, layout, lead)

@@ -163,3 +163,33 @@ def test_more_than_two_to_the_31_elements():
         )  # fmt: skip
         part = x[start : start + 4096].float().cpu()
         assert ((part - 1 - noise).abs() <= 2.0**-7 * (1 + noise.abs())).all()
+
+
+def test_a_cuda_graph_replays_with_the_step_it_is_given():
+    """The step is a tensor that the graph itself advances: no two replays have one noise."""
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    x = tensors()
+    out = [torch.empty_like(t) for t in x]
+    layout = Layout.build([torch.empty(s, device="meta") for s in SIZES], GROUPS)
+    bounds = torch.ones(layout.num_layers, device="cuda")
+    arguments = {"layout": layout, "clip": bounds, "scale": bounds}
+
+    def release():
+        privatize_(x, out=out, key=secret, step=step, **arguments)
+
+    secret, stream, graph = NoiseKey.from_seed(1), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        release()
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        release()
+        step.add_(1)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append([t.clone() for t in out])
+    for i, found in enumerate(seen):
+        eager = tensors()
+        privatize_(eager, key=NoiseKey.from_seed(1), step=i, **arguments)
+        assert all(map(torch.equal, found, eager))
+    assert not torch.equal(seen[0][0], seen[1][0])
