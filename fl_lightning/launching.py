@@ -9,17 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch.distributed as dist
+from lightning_fabric.strategies.launchers.subprocess_script import (
+    _basic_subprocess_cmd,
+    _hydra_subprocess_cmd,
+)
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.states import TrainerFn
 
+from fl_lightning.child import behind
 from fl_lightning.processes import ProcessLost
-from fl_lightning.stopping import LOST, PARENT, Stop, Stopped
+from fl_lightning.stopping import LOST, Stop, Stopped
 
 
 class _Signals:
@@ -131,12 +138,34 @@ class StoppableLauncher(_SubprocessScriptLauncher):
                 raise
 
     def _start(self, stop: Stop) -> None:
-        os.environ[PARENT] = str(os.getpid())
         # A child that still imports would answer Ctrl-C by a traceback: it keeps it for later.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            self._call_children_scripts()
             stop.watch_over(self.procs)
+            self._call_children_scripts()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            del os.environ[PARENT]
+
+    def _call_children_scripts(self) -> None:
+        """Start this command again for every other process; each ends with this one."""
+        self._check_can_spawn_children()
+        cluster = self.cluster_environment
+        os.environ |= {
+            "MASTER_ADDR": cluster.main_address,
+            "MASTER_PORT": str(cluster.main_port),
+            "NODE_RANK": str(cluster.node_rank()),
+            "LOCAL_RANK": str(cluster.local_rank()),
+            "WORLD_SIZE": str(self.num_processes * self.num_nodes),
+        }
+        for rank in range(1, self.num_processes):
+            command, cwd = _command(rank)
+            env = os.environ | {"LOCAL_RANK": str(rank)}
+            self.procs.append(subprocess.Popen(behind(command), env=env, cwd=cwd))
+
+
+def _command(rank: int) -> tuple[Sequence[str], str | None]:
+    """What this process was started by, for another rank, and where to start it."""
+    hydra = sys.modules.get("hydra.core.hydra_config")
+    if hydra is not None and hydra.HydraConfig.initialized():
+        return _hydra_subprocess_cmd(rank)
+    return _basic_subprocess_cmd(), None

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from fl_lightning import slurm
+from fl_lightning.child import outlive_parent, parent
 from fl_lightning.lifeline import DONE, Lifeline
 
 PATIENCE = 5.0  # seconds that a round has to finish after a signal
@@ -31,7 +32,6 @@ LAST_CALL = 2.0  # seconds from `Stopped` in the main thread until the process i
 ALL_GONE = 8.5  # seconds after a signal at which no process of the run is left
 GRIEF = 2.0  # seconds that the main thread has to find out itself that a process is lost
 LOST = 0  # in place of a signal's number: another process is gone
-PARENT = "AADP_FL_PARENT"  # environment: process 0, in the processes that it started
 _TICK = 0.25  # seconds
 _NEVER = float("inf")
 
@@ -72,7 +72,7 @@ class Stop:
         self.rank = _rank()
         self._main = threading.main_thread().ident
         self._children: list[subprocess.Popen[Any]] = []
-        self._parent = int(os.environ.get(PARENT, 0))
+        self._parent = parent()
         self._line: Lifeline | None = None
         self._gone: list[int] = []
         self._since = self._interrupt_at = self._end_at = _NEVER
@@ -109,6 +109,8 @@ class Stop:
         _ACTIVE.add(self)
         self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
         self._thread.start()
+        if self._parent:
+            outlive_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
 
     def _hand_back(self) -> None:
@@ -153,7 +155,7 @@ class Stop:
             self._line.tell(DONE)
 
     def watch_over(self, children: list[subprocess.Popen[Any]]) -> None:
-        """Take processes that this one started: they end with it, and it ends if one fails."""
+        """Take processes that this one starts: they end with it, and it ends if one fails."""
         self._children = children
 
     def settle(self) -> None:
@@ -211,9 +213,17 @@ class Stop:
             else:
                 # A process that has left takes part in no round any more.
                 self._hurry(1.0)
-        lost = any(child.poll() for child in self._children)
-        if self.asked is None and (lost or (self._parent and os.getppid() != self._parent)):
-            self._gone += [] if lost else [0]
+        self._look_after_family()
+
+    def _look_after_family(self) -> None:
+        """Note that a process ended that this one started, or the one that started it."""
+        failed = [status for child in self._children if (status := child.poll())]
+        if self.asked is not None:
+            return
+        if failed:
+            self._ask(max(map(_cause, failed)))
+        elif self._parent and os.getppid() != self._parent:
+            self._gone.append(0)
             self._ask(LOST)
 
     def _ask(self, signum: int) -> None:
@@ -244,9 +254,13 @@ class Stop:
         self._told = True
         if self._line is not None:
             self._line.tell(self.asked)
-        else:  # not connected yet
-            for child in self._children:
-                child.terminate()
+        else:
+            self._end_unconnected()
+
+    def _end_unconnected(self) -> None:
+        """Let processes know that cannot hear yet; one that just began may have been missed."""
+        for child in self._children if self._line is None else []:
+            child.terminate()
 
     def _end(self) -> None:
         """End the process from here, as if it was killed."""
@@ -281,6 +295,7 @@ class Stop:
 
     def end_children(self) -> None:
         """Wait for the processes that this one started; kill those that do not end."""
+        self._end_unconnected()
         until = min(time.monotonic() + PATIENCE, self._end_at - 1.0)
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -342,6 +357,12 @@ def _signals() -> list[int]:
     """Signals that stop a run."""
     known = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     return [*known, signal.SIGUSR1] if slurm.in_batch() else [*known]
+
+
+def _cause(status: int) -> int:
+    """What ended a process that failed: the signal of a stop, or LOST."""
+    signum = -status if status < 0 else status - 128
+    return signum if signum in _signals() else LOST
 
 
 def _rank() -> int:

@@ -44,20 +44,42 @@ ORDERS = [
     ),
     *group(
         "fl_lightning/stopping.py",
-        f"{_ORDERS}::test_a_signal_before_all_are_connected_ends_the_processes_that_were_started",
-        ("processes that were started go on", "                child.terminate()\n", "                pass\n"),
+        f"{_ORDERS}::test_a_signal_before_all_are_connected_ends_the_processes_that_were_started "
+        f"{_ORDERS}::test_a_process_that_begins_while_a_signal_comes_is_ended",
+        ("processes that were started go on", "            child.terminate()\n", "            pass\n"),
+        ("processes that begin are missed", "        self._end_unconnected()\n        until", "        until"),
     ),
     *group(
         "fl_lightning/stopping.py",
         f"{_ORDERS}::test_a_started_process_that_fails_is_a_loss",
-        ("failed processes are no loss", "lost = any(child.poll() for child in self._children)", "lost = False"),
-        ("ended processes are a loss", "any(child.poll() for child", "any(child.poll() is not None for child"),
+        ("failed processes are no loss", "        if failed:\n", "        if False:\n"),
+        ("ended processes are a loss", "if (status := child.poll())]", "if (status := child.poll()) is not None]"),
     ),
     *group(
         "fl_lightning/stopping.py",
         f"{_ORDERS}::test_a_started_process_ends_when_its_parent_is_gone",
-        ("a lost parent is no loss", "(self._parent and os.getppid() != self._parent)", "False"),
-        ("a parent that is there is a loss", "os.getppid() != self._parent)", "os.getppid() == self._parent)"),
+        ("a lost parent is no loss", "elif self._parent and os.getppid() != self._parent:", "elif False:"),
+        ("a parent that is there is a loss", "os.getppid() != self._parent:", "os.getppid() == self._parent:"),
+    ),
+    *group(
+        "fl_lightning/stopping.py",
+        f"{_ORDERS}::test_a_started_process_that_was_stopped_is_a_stop "
+        f"{_ORDERS}::test_a_stop_notices_itself_that_its_parent_is_gone",
+        ("a process that was stopped is lost", "    return signum if signum in _signals() else LOST", "    return LOST"),
+        ("statuses of a shell are none", "-status if status < 0 else status - 128", "-status"),
+        ("the kernel ends who can say why", "        if self._parent:\n            outlive_parent()\n", ""),
+        ("everybody outlives a parent", "        if self._parent:\n            outlive_parent()\n", "        outlive_parent()\n"),
+    ),
+    *group(
+        "fl_lightning/child.py",
+        f"{_ORDERS}::test_a_process_that_imports_ends_with_its_parent "
+        f"{_ORDERS}::test_a_process_that_a_started_process_starts_has_another_parent "
+        f"{_ORDERS}::test_a_process_whose_parent_is_gone_before_it_begins_ends",
+        ("the kernel is not asked", "    _end_with_parent(signal.SIGKILL)\n", ""),
+        ("the kernel is asked for good", "    _end_with_parent(0)\n", "    pass\n"),
+        ("a parent that is gone is not noticed", "if os.getppid() != int(first):", "if False:"),
+        ("a parent is inherited", "return int(first) if own == str(os.getpid()) else 0", "return int(first)"),
+        ("no parent is known", "    os.environ[PARENT] = f\"{first}:{os.getpid()}\"\n", ""),
     ),
     *group(
         "fl_lightning/stopping.py",
