@@ -37,18 +37,18 @@ ALONE = ("preflight", "calibration", "writing", "checkpointing", "pictures")  # 
 
 
 def stay_at(order: dict, rank: int) -> None:
-    """Make this process stay at the third call of the place (at the first of what comes once).
+    """Make this process stay at a `call` of the place: the third, or the first of what comes once.
 
     The dry round trains once before.
     """
     home, name = PLACES[order["place"]]
     original, calls = getattr(home, name), []
-    third = 4 if order["place"] == "training" else 3
     once = order["place"] in ("preflight", "calibration", "testing", "pictures")
+    wanted = order.get("call", 1 if once else 3) + (order["place"] == "training")
 
     def slow(*arguments, **options):
         calls.append(name)
-        if len(calls) == (1 if once else third) and rank in order.get("slow", [0, 1]):
+        if len(calls) == wanted and rank in order.get("slow", [0, 1]):
             Path(f"there.{rank}").touch()
             if order.get("deaf"):
                 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

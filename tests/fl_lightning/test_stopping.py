@@ -62,7 +62,8 @@ class Nursery:
 def nursery() -> Iterator[Nursery]:
     made = Nursery()
     yield made
-    made.process.communicate(timeout=60)
+    made.process.kill()  # it holds nothing, and would take its time
+    made.process.communicate()
 
 
 Undisturbed = Callable[[int], Path]
@@ -110,27 +111,30 @@ def go_on(nursery: Nursery, cwd: Path, undisturbed: Path, processes: int) -> Non
 TERM, INT, HUP, KILL, USR1 = (
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "KILL", "USR1")
 )
-slow = pytest.mark.slow
 WAYS = [(way, to) for way in (TERM, INT) for to in ([0, 1], [0], [1])]
 WAYS += [(HUP, [0, 1]), (KILL, [0]), (KILL, [1])]
-QUICK = [(TERM, [0, 1]), (INT, [0, 1]), (KILL, [0])]
 
 
 def named(value: Any) -> str:
     return value.name if isinstance(value, signal.Signals) else str(value)
 
 
-def cases(places: list[str], quick: list[tuple[signal.Signals, list[int]]]) -> list[Any]:
-    return [
-        pytest.param(place, *way, marks=[] if way in quick and place == "training" else slow)
-        for place in places
-        for way in WAYS
-    ]
+def test_a_run_of_two_processes_that_is_stopped_again_and_again(
+    nursery: Nursery, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    # One process is busy for too long, then for a second, then until it is killed.
+    stops = [(TERM, [0, 1], {}), (INT, [0, 1], {"stay": 1.0}), (KILL, [0], {})]
+    for number, (way, to, more) in enumerate(stops):
+        again = ["--ckpt_path", "last"] if number else []
+        order = {"place": "training", "call": 2, "signal": way, "to": to, "slow": [1], **more}
+        check_words(stop(nursery, tmp_path, *again, processes=2, **order), way, to, GO_ON)
+    assert 3 <= len({r.round for r in ledgers.read(tmp_path / "run")[1]}) < 6
+    go_on(nursery, tmp_path, undisturbed(2), 2)
 
 
-@pytest.mark.parametrize(
-    ("place", "way", "to"), cases(["training", "evaluation", "checkpointing"], QUICK), ids=named
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["training", "evaluation", "checkpointing"])
+@pytest.mark.parametrize(("way", "to"), WAYS, ids=named)
 def test_a_round_of_two_processes_that_takes_too_long(
     nursery: Nursery,
     tmp_path: Path,
