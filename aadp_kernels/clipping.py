@@ -308,17 +308,22 @@ def _check_modules(model: nn.Module) -> None:
 
 def _refusal(module: nn.Module) -> str | None:
     """Why a module's options cannot be clipped; None if they can."""
-    if isinstance(module, _BatchNorm) and not _is_affine(module):
-        return "mixes the records of a batch, unless it is frozen and in eval mode"
-    if isinstance(module, _InstanceNorm) and module.track_running_stats:
-        return "keeps statistics of the records: track_running_stats must be False"
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return "rescales weights by the tokens that records hold: max_norm must be None"
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
         if module.scale_grad_by_freq:
             return "weights records by the batch: scale_grad_by_freq must be False"
         if module.sparse:
             return "shows which tokens occur: sparse must be False"
+    return mixing(module)
+
+
+def mixing(module: nn.Module) -> str | None:
+    """Why no clipping of gradients can bound what a record does to a module; None if it can."""
+    if isinstance(module, _BatchNorm) and not _is_affine(module):
+        return "mixes the records of a batch, unless it is frozen and in eval mode"
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        return "keeps statistics of the records: track_running_stats must be False"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "rescales weights by the tokens that records hold: max_norm must be None"
     return None
 
 

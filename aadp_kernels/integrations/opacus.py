@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 from aadp_kernels import _validate
 from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._opacus import ClippedModule, LaplaceAccountant, PrivateOptimizer
+from aadp_kernels.integrations._per_sample import check_layers, inner, use_right_samplers
+from aadp_kernels.integrations._rows import RowWatch
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
@@ -149,10 +151,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
         joint = clipping == "per_layer" and wrap_model and batch_first
         model: Any = self._clipped(module, layout, trained, loss_reduction) if joint else None
         if model is None:
+            check_layers(inner(module), grad_sample_mode)
             model = self._prepare_model(
                 module, batch_first=batch_first, loss_reduction=loss_reduction,
                 grad_sample_mode=grad_sample_mode, wrap_model=wrap_model,
             )  # fmt: skip
+            if grad_sample_mode != "ew":
+                use_right_samplers(model, batch_first=batch_first)
+                RowWatch(model, batch_first=batch_first)
         model.forbid_grad_accumulation()
         sample_rate = 1 / len(data_loader)
         loader = self._prepare_data_loader(
@@ -175,12 +181,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """The model that clips in backward, or None if it cannot or the layers are others."""
         if isinstance(module, AbstractGradSampleModule):
             return None
-        self.validate(module=module, optimizer=None, data_loader=None)  # pyright: ignore
         try:
             model = ClippedModule(module, p=self.p, loss_reduction=loss_reduction)
             set_clip_norms(model._module, layout, torch.ones(layout.num_layers))
         except ValueError:  # also UnsupportedLayerError: per-sample gradients serve any model
             return None
+        self.validate(module=module, optimizer=None, data_loader=None)  # pyright: ignore
         model.watch(trained)
         return model
 

@@ -6,6 +6,7 @@ from tests.mutation.mutations import group
 
 _LIFE = "tests/aadp_kernels/test_integrations_life.py"
 _OPACUS = "tests/aadp_kernels/test_integrations_opacus.py"
+_SAMPLES = "tests/aadp_kernels/test_integrations_per_sample.py"
 _SEEN = "tests/aadp_kernels/test_integrations_watch.py"
 
 WATCH = group(
@@ -98,4 +99,40 @@ OPACUS = group(
     ("accumulation is never forbidden", "self.sums.micro_batches = False", "self.sums.micro_batches = True"),
 )  # fmt: skip
 
-MUTATIONS = [*WATCH, *SUMS, *OPTIMIZER, *STATES, *OPACUS]
+SAMPLERS = group(
+    "aadp_kernels/integrations/_per_sample.py",
+    _SAMPLES,
+    ("convolutions are padded with zeros", 'return layer.padding_mode != "zeros"', 'return layer.padding_mode == "zeros"'),
+    ("padding rows have gradients", "return layer.padding_idx is not None or layer.scale_grad_by_freq", "return layer.scale_grad_by_freq"),
+    ("frequencies do not scale", "return layer.padding_idx is not None or layer.scale_grad_by_freq", "return layer.padding_idx is not None"),
+    ("every norm has a bias", "return type(layer) is nn.LayerNorm and layer.bias is None", "return False"),
+    ("wrapped models keep their samplers", "        if sample is None and needs_functorch(layer):\n", "        if sample is None and needs_functorch(layer) and not batch_first:\n"),
+    ("hooks see the second call", "if _owner(h) is not made}", "if _owner(h) is not None}"),
+    ("a batch without records fails", "        if not len(x):\n", "        if not len(x) and grad is None:\n"),
+    ("raw errors of samplers", "except (RuntimeError, TypeError, NotImplementedError) as error:", "except ZeroDivisionError as error:"),
+    ("recurrent layers pass", "    nn.RNNBase:", "    nn.Transformer:"),
+    ("cells pass", "    nn.RNNCellBase:", "    nn.TransformerEncoder:"),
+    ("bilinear layers pass", "    nn.Bilinear:", "    nn.TransformerDecoder:"),
+    ("bags pass", "    nn.EmbeddingBag:", "    nn.Transformer:"),
+    ("layers that mix records pass", "        reason = mixing(layer)\n", "        reason = None\n"),
+    ("sparse gradients pass", "nn.Embedding) and layer.sparse:", "nn.Embedding) and layer.sparse is None:"),
+    ("expanded weights of padded embeddings pass", 'if mode == "ew" and isinstance(layer, nn.Embedding)', 'if mode == "EW" and isinstance(layer, nn.Embedding)'),
+)  # fmt: skip
+
+ROWS = group(
+    "aadp_kernels/integrations/_rows.py",
+    _SAMPLES,
+    ("rows are not looked at", "        if rows != self._count and not", "        if rows is None and not"),
+    ("one record only", "zip((1, 2), tried, strict=True)", "zip((1, 1), tried, strict=True)"),
+    ("no signature is tried", "            if signature not in self._tried:\n", "            if signature is None:\n"),
+    ("untried layers pass", "            if untried:\n", "            if untried and not _TRIALS:\n"),
+    ("layers by chance are not tried again", "                self._try(tried, model, args, kwargs, count, seed)\n", "                pass\n"),
+    ("other inputs pass", "        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):\n", "        if not isinstance(args[0], Tensor):\n"),
+    ("several outputs pass", "if not (self._unseen() or isinstance(output, Tensor)):", "if not (self._unseen() or output is not None):"),
+    ("calls outside of a forward pass", "        if self._count is None:\n", "        if self._count is None and layer is None:\n"),
+    ("batch normalisation goes back to training", "            reason = mixing(norm)\n", "            reason = None\n"),
+    ("packed sequences are refused", "        packed = recurrent and", "        packed = not recurrent and"),
+    ("the watch outlives the hooks", "if made is None or not made.hooks_enabled or not", "if made is None or not"),
+)  # fmt: skip
+
+MUTATIONS = [*WATCH, *SUMS, *OPTIMIZER, *STATES, *OPACUS, *SAMPLERS, *ROWS]
