@@ -151,8 +151,10 @@ def _or_by_records(one_pass: ClippedSums, by_records: ClippedSums) -> ClippedSum
         except UnsupportedLayerError as error:
             if not said:
                 said.append(str(error))
+                # It depends on records: for the console of who holds them, in no file of the run.
                 _LOG.info(
-                    f"some batches are clipped by per-sample gradients, which is slower: {error}"
+                    "private, not released: some batches are clipped by per-sample gradients, "
+                    f"which is slower: {error}"
                 )
         return by_records(params, shared, batch, policy)
 

@@ -115,6 +115,7 @@ def test_a_net_that_runs_to_the_longest_record_is_clipped_by_records(clipping, c
     close(sums, expected)
     (line,) = [r.message for r in caplog.records if "per-sample" in r.message]
     assert "step is used more than once" in line
+    assert line.startswith("private, not released: ")
 
 
 def test_short_records_are_clipped_in_backward(caplog):
