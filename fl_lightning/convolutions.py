@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -24,6 +25,8 @@ class CohortConvolutions(TorchFunctionMode):
     """While it is entered, `conv2d` of images on a CPU has the rule of this file under vmap.
 
     Left as they are: groups, padding by name, inputs without a batch, other devices and dtypes.
+    `group_norm` gets a copy of what lies in channels_last: it would ask for that order itself, which
+    vmap cannot give.
     """
 
     def __torch_function__(
@@ -33,6 +36,8 @@ class CohortConvolutions(TorchFunctionMode):
             call = _arguments(*args, **(kwargs or {}))
             if call is not None:
                 return _Conv2d.apply(*call)
+        if func is F.group_norm:
+            return _normalised(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -54,6 +59,11 @@ def _arguments(
         # past its memory for some shapes in channels_last.
         input, steps = input[..., :: steps[0], :: steps[1]], (1, 1)
     return input, weight, bias, steps, margin, _pair(dilation)
+
+
+def _normalised(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    on_cpu = input.ndim == 4 and input.device.type == "cpu"
+    return F.group_norm(input.contiguous() if on_cpu else input, *args, **kwargs)
 
 
 def _pair(value: Any) -> Shape:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
 
 from fl_lightning import convolutions
 from fl_lightning.client import Batch, CohortGradient
@@ -63,6 +63,24 @@ def test_outside_vmap_and_without_gradients_nothing_changes():
     torch.testing.assert_close(got[:, 0], layer(x), rtol=1e-5, atol=1e-5)
     (want,) = torch.autograd.grad(layer(x).sum(), [layer.weight])
     torch.testing.assert_close(layer.weight.grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_normalisation_behind_a_convolution_is_vmapped(affine):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4, affine=affine), nn.Flatten())
+    x = torch.randn(CLIENTS, 5, 2, 6, 6)
+    params = {n: torch.randn(CLIENTS, *p.shape) for n, p in network.named_parameters()}
+
+    def total(params, x):
+        return functional_call(network, params, (x,)).sin().square().sum()
+
+    with CohortConvolutions():
+        got = vmap(grad(total))(params, x)
+    for k in range(CLIENTS):
+        want = grad(total)({n: p[k] for n, p in params.items()}, x[k])
+        for name in params:
+            torch.testing.assert_close(got[name][k], want[name], rtol=1e-4, atol=1e-4)
 
 
 def test_activations_stay_in_the_memory_that_the_next_convolution_wants():
