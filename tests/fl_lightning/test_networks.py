@@ -8,10 +8,85 @@ import pytest
 import torch
 from torch import nn
 
+from tests.networks import page, rows
 from tests.networks.blocks import Block, Net, vectors
-from tests.networks.measure import measured, rule_of, some_records, subject
+from tests.networks.measure import Seen, measured, rule_of, some_records, subject
 from tests.networks.oracle import Rule, clipped_sum, record_gradients
 from tests.networks.product import Setting
+
+VERSIONS, ROWS = rows.kept()
+# Cheap ones of each kind; the slow test makes all of them.
+FEW = (
+    "MLP",
+    "learned temperature, 0-d",
+    "Embedding, padding_idx",
+    "lazy layers",
+    "tied layers",
+    "one layer under two names",
+    "centred gradients (mixes records)",
+)
+SOME = ("layer", "clients", "PrivateOptimizer")
+
+
+def cells():
+    """(name, column, what was seen) of all cells that are kept."""
+    return [(name, column, seen) for name, row in ROWS.items() for column, seen in row.items()]
+
+
+def same(found: rows.Row, name: str) -> None:
+    """Hold that cells and reasons are those that are kept."""
+    want = {column: ROWS[name][column] for column in found}
+    for column, seen in found.items():
+        assert seen.move <= page.BOUND, column
+        assert page.cell(seen) == page.cell(want[column]), column
+        assert page.reason(name, seen) == page.reason(name, want[column]), column
+
+
+def test_the_page_is_what_the_rows_give():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(VERSIONS, ROWS)
+
+
+def test_every_network_has_one_row_of_all_columns():
+    assert list(ROWS) == [block.name for block in rows.BLOCKS]
+    assert len(set(ROWS)) == len(rows.BLOCKS) >= 100
+    assert all(tuple(row) == rows.COLUMNS for row in ROWS.values())
+
+
+def test_every_cell_is_within_the_clip_norm_and_exact_or_says_why():
+    for name, column, seen in cells():
+        what = page.cell(seen)
+        assert "moves" not in what, (name, column, seen)
+        assert what != "fails", (name, column, seen)
+        if what == "inexact":
+            assert column.startswith("Opacus"), (name, column, seen)
+        if what in (*page.STOPPED, "inexact"):
+            assert page.reason(name, seen), (name, column, seen)
+
+
+def test_what_mixes_records_is_refused_in_every_setting_that_clips_records():
+    mixing = [name for name in ROWS if "(mixes records)" in name]
+    assert len(mixing) >= 5
+    for name in mixing:
+        assert {ROWS[name][column].way for column in rows.RECORD} == {"refused"}, name
+
+
+def test_a_cell_that_moves_too_far_is_not_hidden():
+    row = {"layer": Seen("backward", 1.0 + 2e-6, 0.0), "flat": Seen("vmap", 1.0, 2e-4)}
+    assert "backward, but moves by 1.00 | inexact | 1.0000020 | 2e-04" in page.line("net", row)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_row_is_what_the_code_does(name):
+    (block,) = (block for block in rows.BLOCKS if block.name == name)
+    same(rows.made(block, SOME), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "block", [block for block in rows.BLOCKS if not block.missing()], ids=lambda block: block.name
+)
+def test_every_row_is_what_the_code_does(block):
+    same(rows.made(block), block.name)
 
 
 def test_the_definition_clips_what_is_longer_and_leaves_the_rest():

@@ -79,12 +79,13 @@ class Trial:
     sizes: tuple[int, ...]
     max_examples: int
     seed: int
+    execution: str = "auto"
 
     def __str__(self) -> str:
         return (
-            f"# seed {self.seed}: {self.setting}; {self.clients} client(s), batches of "
-            f"{self.sizes}, max_examples {self.max_examples}; records: {self.program.kind}\n"
-            f"{self.program.source()}"
+            f"# seed {self.seed}: {self.setting}, {self.execution}; {self.clients} client(s), "
+            f"batches of {self.sizes}, max_examples {self.max_examples}; "
+            f"records: {self.program.kind}\n{self.program.source()}"
         )
 
 
@@ -94,6 +95,7 @@ def trial(seed: int) -> Trial:
     return Trial(
         draw(seed), coins.choice(_SETTINGS), coins.choice((1, 1, 2)),
         tuple(coins.choice(BATCH_SIZES) for _ in range(2)), coins.choice((2**40, 2)), seed,
+        coins.choice(("auto", "vmap")),
     )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def judge(trial: Trial, *, thorough: bool = True) -> Verdict:
     network = quiet(network)
     given = None if program.loss == "cross entropy" else loss
     try:
-        module, vmaps = accepted(network, given, dataset(x, y, 3), trial.setting)
+        module, vmaps = accepted(network, given, dataset(x, y, 3), trial.setting, trial.execution)
     except Refused as refused:
         return Verdict("refused", words=str(refused))
     except Exception as error:

@@ -88,7 +88,11 @@ def dataset(x: Tensor, y: Tensor, classes: int) -> FederatedDataModule:
 
 
 def accepted(
-    network: nn.Module, loss: nn.Module | None, data: FederatedDataModule, setting: Setting
+    network: nn.Module,
+    loss: nn.Module | None,
+    data: FederatedDataModule,
+    setting: Setting,
+    execution: str = "auto",
 ) -> tuple[FederatedModule, bool]:
     """The module as far as a run comes without its ledger, and whether clients can be vmapped.
 
@@ -97,8 +101,9 @@ def accepted(
     """
     try:
         module = FederatedModule(
-            network, setting.config(), loss=loss, sampling_rate=0.5, clients_per_round=2
-        )
+            network, setting.config(), loss=loss, sampling_rate=0.5, clients_per_round=2,
+            execution=execution,
+        )  # fmt: skip
         trainer = _trainer()
         module.trainer = trainer
         trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]
