@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fl_lightning import FederatedModule
 from fl_lightning.client import Batch, input_dtype
@@ -93,7 +94,13 @@ def without(x: Tensor, y: Tensor, i: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_move(
-    product: Product, params: Sequence[Gradients], x: Tensor, y: Tensor, extreme: Tensor
+    product: Product,
+    params: Sequence[Gradients],
+    x: Tensor,
+    y: Tensor,
+    extreme: Tensor,
+    *,
+    random: bool,
 ) -> float:
     """The most that a record adds to the sums of a client.
 
@@ -107,9 +114,9 @@ def largest_move(
         x: records [B, ...].
         y: labels [B].
         extreme: other records, [E, ...].
+        random: whether the forward draws random numbers.
     """
     largest = 0.0
-    random = draws(product, params, batch_of(x[None], y[None]))
     for i in range(len(x)):
         fewer_x, fewer_y = without(x, y, i)
         mask = torch.ones(1, len(x))
@@ -132,13 +139,6 @@ def sums_of(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return product.sums(params, batch)[0]
-
-
-def draws(product: Product, params: Sequence[Gradients], batch: Batch) -> bool:
-    """Whether the forward draws random numbers."""
-    one = sums_of(product, params, batch)
-    others = (sums_of(product, params, batch, seed) for seed in SEEDS)
-    return any(not torch.equal(one[n], other[n]) for other in others for n in one)
 
 
 def difference(
@@ -184,6 +184,7 @@ class Subject:
         x: records [12, ...], in the network's dtype.
         y: labels [12].
         gradients: of each record, float64, by the definition.
+        random: whether the forward draws random numbers.
     """
 
     module: FederatedModule
@@ -192,6 +193,7 @@ class Subject:
     x: Tensor
     y: Tensor
     gradients: list[Gradients]
+    random: bool
 
 
 def subject(block: Block, setting: Setting) -> Subject | Seen:
@@ -200,7 +202,8 @@ def subject(block: Block, setting: Setting) -> Subject | Seen:
     loss = None if block.loss is None else block.loss()
     try:
         data = dataset(x, y, CLASSES)
-        module, vmaps = accepted(quiet(block.network()), loss, data, setting)
+        # What vmap cannot run goes to the loop under "vmap" too; "auto" tries both.
+        module, vmaps = accepted(quiet(block.network()), loss, data, setting, "vmap")
     except Refused as refused:
         return Seen("refused", reason=str(refused))
     x = x.to(input_dtype(module.network, x))
@@ -208,7 +211,23 @@ def subject(block: Block, setting: Setting) -> Subject | Seen:
     finish_network(judge, x[0])
     judge.load_state_dict(module.network.state_dict())  # lazy layers draw theirs late
     gradients = record_gradients(double(judge), module.loss, x, y)
-    return Subject(module, vmaps, judge, x, y, gradients)
+    return Subject(module, vmaps, judge, x, y, gradients, _draws(module.network, x[:5]))
+
+
+def _draws(network: nn.Module, x: Tensor) -> bool:
+    """Whether outputs of the same records differ with the state of the generator."""
+
+    def outputs(seed: int) -> list[Tensor]:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            return [v for v in tree_leaves(network(x.clone())) if isinstance(v, Tensor)]
+
+    first = outputs(0)
+    return any(
+        not torch.equal(one, other)
+        for seed in SEEDS
+        for one, other in zip(first, outputs(seed), strict=True)
+    )
 
 
 def measured(subject: Subject, setting: Setting) -> Seen:
@@ -219,23 +238,19 @@ def measured(subject: Subject, setting: Setting) -> Seen:
     rule = rule_of(setting, layout.names, gradients)
     product = Product(subject.module, setting, rule, layout, Ways(vectorize=subject.vmaps))
     batch, far = batch_of(x[None, :5], y[None, :5]), math.nan
-    if not draws(product, params, batch):
+    if not subject.random:
         far = difference(product, params, batch, [gradients[:5]])
-    move = largest_move(product, params, x[1:4], y[1:4], x[4:5])
+    move = largest_move(product, params, x[1:4], y[1:4], x[4:5], random=subject.random)
     return Seen(str(product.ways), move, far)
 
 
 def trained_by_clients(subject: Subject) -> Seen:
     """The way in which clients train a block that is clipped whole, against autograd of a batch."""
-    x, y = subject.x[:5], subject.y[:5]
-
-    def sums(seed: int) -> Gradients:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return plain_sums(subject.module, batch_of(x[None], y[None]), subject.vmaps)
-
-    found, way = sums(0), "vmap" if subject.vmaps else "loop"
-    if any(not torch.equal(found[n], other[n]) for other in map(sums, SEEDS) for n in found):
+    x, y, way = subject.x[:5], subject.y[:5], "vmap" if subject.vmaps else "loop"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = plain_sums(subject.module, batch_of(x[None], y[None]), subject.vmaps)
+    if subject.random:
         return Seen(way, 0.0, math.nan)
     wanted = batch_gradients(subject.judge, subject.module.loss, x, y)
     size = max(float(v.abs().max()) for v in wanted.values())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.networks.measure import Seen
-from tests.networks.rows import COLUMNS, RECORD, Row, kept
+from tests.networks.rows import BLOCKS, COLUMNS, RECORD, Row, kept
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "networks.md"
 BOUND, ROUNDING = 1 + 1e-6, 1e-4
@@ -90,7 +90,11 @@ def page(versions: Mapping[str, str], rows: Mapping[str, Row]) -> str:
     table = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     table += [line(name, row) for name, row in rows.items()]
     why = "".join(reasons(name, row) for name, row in rows.items())
-    return text + "\n## The networks\n" + "\n".join(table) + "\n\n## Reasons\n" + why
+    text += "\n## The networks\n" + "\n".join(table) + "\n\n## Reasons\n" + why
+    lacking = [block.name for block in BLOCKS if block.name not in rows]
+    if lacking:
+        text += f"\n## Without a row yet\n{'; '.join(lacking)}.\n"
+    return text
 
 
 def main(arguments: list[str]) -> None:

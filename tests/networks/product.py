@@ -24,7 +24,7 @@ from fl_lightning.types import LayerPolicy
 from tests.networks.oracle import Gradients, Rule
 
 Loss = Callable[[Any, Tensor], Tensor]
-NOISE_SCALE = 1.0
+NOISE_SCALE = 1.0  # in clip norms
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def accepted(
     try:
         module = FederatedModule(
             network, setting.config(), loss=loss, sampling_rate=0.5, clients_per_round=2,
-            execution=execution,
+            execution=execution,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         trainer = _trainer()
         module.trainer = trainer
@@ -195,9 +195,9 @@ class Product:
         self.ways.backward += self.ways.records == before
         unit = dict.fromkeys(self.layout.names, 1.0)
         if self.setting.noise_form == "grid":
-            unit = dict.fromkeys(
-                self.layout.names, float(grid.quantum(NOISE_SCALE, self.setting.mechanism))
-            )
+            for name in self.layout.names:
+                scale = NOISE_SCALE * self.rule.clips[self.rule.layer(name)]
+                unit[name] = float(grid.quantum(scale, self.setting.mechanism))
         wide = {
             n: v.to(torch.complex128 if v.is_complex() else torch.float64) * unit[n]
             for n, v in sums.items()
@@ -211,7 +211,7 @@ class Product:
 
         shares = rows(self.rule.shares)
         return LayerPolicy(
-            rows(self.rule.clips), shares, shares, torch.full_like(shares, NOISE_SCALE)
+            rows(self.rule.clips), shares, shares, NOISE_SCALE * rows(self.rule.clips)
         )
 
 

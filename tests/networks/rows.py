@@ -1,6 +1,7 @@
 """One row of docs/networks.md for each building block: making it, and the file that keeps rows.
 
     python -m tests.networks.rows             makes all rows again, about ten minutes
+    python -m tests.networks.rows --new       rows that the file lacks
     python -m tests.networks.rows 0/2         every second row, from the first
     python -m tests.networks.rows MLP GRU     rows by name
 
@@ -133,6 +134,9 @@ def _chosen(arguments: Sequence[str]) -> list[Block]:
     blocks = [block for block in BLOCKS if not block.missing()]
     if not arguments:
         return blocks
+    if list(arguments) == ["--new"]:
+        rows = kept()[1]
+        return [block for block in blocks if block.name not in rows]
     first, slash, step = arguments[0].partition("/")
     if slash and first.isdigit() and step.isdigit():
         return blocks[int(first) :: int(step)]
