@@ -25,7 +25,7 @@ FEW = (
     "one layer under two names",
     "centred gradients (mixes records)",
 )
-SOME = ("layer", "clients", "PrivateOptimizer")
+SOME = ("layer", "PrivateOptimizer")
 
 
 def cells():
@@ -35,9 +35,10 @@ def cells():
 
 def same(found: rows.Row, name: str) -> None:
     """Hold that cells and reasons are those that are kept."""
-    want = {column: ROWS.get(name, found)[column] for column in found}  # not all have a row
+    want = {**found, **ROWS.get(name, {})}  # not all are made yet
     for column, seen in found.items():
-        assert seen.move <= page.BOUND, column
+        if column not in rows.COLUMNS[-3:]:
+            assert seen.move <= page.BOUND, column
         assert page.cell(seen) != "fails", (column, seen)
         assert page.cell(seen) == page.cell(want[column]), column
         assert page.reason(name, seen) == page.reason(name, want[column]), column
@@ -47,22 +48,25 @@ def test_the_page_is_what_the_rows_give():
     assert page.PAGE.read_text(encoding="utf-8") == page.page(VERSIONS, ROWS)
 
 
-def test_rows_are_of_networks_that_there_are_and_have_all_columns():
+def test_rows_are_of_networks_that_there_are_and_have_the_columns_of_runs():
     names = [block.name for block in rows.BLOCKS]
     assert len(set(names)) == len(names)
     assert list(ROWS) == [name for name in names if name in ROWS]
     assert len(ROWS) >= 40
-    assert all(tuple(row) == rows.COLUMNS for row in ROWS.values())
+    runs = (*rows.RECORD, "clients", "PrivateOptimizer")
+    assert all(tuple(row)[: len(runs)] == runs for row in ROWS.values())
 
 
 def test_every_cell_is_within_the_clip_norm_and_exact_or_says_why():
     for name, column, seen in cells():
         what = page.cell(seen)
-        assert "moves" not in what, (name, column, seen)
+        if "moves" in what:  # adapters see one batch alone
+            assert column in rows.COLUMNS[-3:], (name, column, seen)
+            assert "(mixes records)" in name, (name, column, seen)
         assert what != "fails", (name, column, seen)
         if what == "inexact":
             assert column.startswith("Opacus"), (name, column, seen)
-        if what in (*page.STOPPED, "inexact"):
+        if what in (*page.STOPPED, "inexact") or "moves" in what:
             assert page.reason(name, seen), (name, column, seen)
 
 
@@ -75,7 +79,7 @@ def test_what_mixes_records_is_refused_in_every_setting_that_clips_records():
 
 def test_a_cell_that_moves_too_far_is_not_hidden():
     row = {"layer": Seen("backward", 1.0 + 2e-6, 0.0), "flat": Seen("vmap", 1.0, 2e-4)}
-    assert "backward, but moves by 1.00 | inexact | 1.0000020 | 2e-04" in page.line("net", row)
+    assert "backward, but moves by 1.000002 | not made | inexact |" in page.line("net", row)
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -53,6 +53,7 @@ class Block:
         make: builds the network; called after `torch.manual_seed`, so that two are equal.
         loss: builds the loss of each record; None: cross entropy.
         needs: packages that it is made of, beside torch.
+        classes: of its labels.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Block:
     make: Callable[[], nn.Module]
     loss: Callable[[], nn.Module] | None = None
     needs: tuple[str, ...] = ()
+    classes: int = CLASSES
 
     def network(self) -> nn.Module:
         """A new network, equal to any other that this method gives.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fl_lightning import FederatedModule
 from fl_lightning.client import Batch, input_dtype
 from fl_lightning.network_check import finish_network
-from tests.networks.blocks import CLASSES, Block
+from tests.networks.blocks import Block
 from tests.networks.oracle import (
     Gradients,
     Rule,
@@ -170,7 +170,7 @@ def some_records(block: Block, n: int) -> tuple[Tensor, Tensor]:
     if x.is_floating_point():
         x[3] *= 30
         x[4] = 0
-    return x, torch.randint(0, CLASSES, (n,), generator=generator)
+    return x, torch.randint(0, block.classes, (n,), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def subject(block: Block, setting: Setting) -> Subject | Seen:
     x, y = some_records(block, 12)
     loss = None if block.loss is None else block.loss()
     try:
-        data = dataset(x, y, CLASSES)
+        data = dataset(x, y, block.classes)
         # What vmap cannot run goes to the loop under "vmap" too; "auto" tries both.
         module, vmaps = accepted(quiet(block.network()), loss, data, setting, "vmap")
     except Refused as refused:

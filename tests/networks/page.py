@@ -26,6 +26,10 @@ LIMITS = {
     "tied embedding and softmax, F.linear": "Opacus sees a weight where its layer is called, not "
     "where F.linear takes it",
 }
+MIXES = (
+    "the adapters see one batch and compare no record's gradient alone with that among others; a "
+    "network for them must compute every record by itself, forwards and backwards"
+)
 
 _TEXT = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
 _COUNTED = {
@@ -46,7 +50,7 @@ def cell(seen: Seen) -> str:
     if seen.way in STOPPED:
         return seen.way
     if not seen.move <= BOUND:
-        return f"{seen.way}, but moves by {seen.move:.2f}"
+        return f"{seen.way}, but moves by {seen.move:.6f}"
     return "inexact" if seen.difference > ROUNDING else seen.way
 
 
@@ -58,14 +62,16 @@ def line(name: str, row: Row) -> str:
     if ours:
         move = max(s.move for s in ours)
         figures = (f"{move:.7f}", f"{max(errors):.0e}" if errors else "—")
-    return "| " + " | ".join((name, *map(cell, row.values()), *figures)) + " |"
+    cells = (cell(row[column]) if column in row else "not made" for column in COLUMNS)
+    return "| " + " | ".join((name, *cells, *figures)) + " |"
 
 
 def reason(name: str, seen: Seen) -> str:
     """Why a cell is not exact; "" if it is."""
-    if cell(seen) == "inexact":
+    what = cell(seen)
+    if what == "inexact":
         return LIMITS.get(name, "")
-    return seen.reason
+    return seen.reason or (MIXES if "moves" in what else "")
 
 
 def reasons(name: str, row: Row) -> str:
@@ -85,6 +91,7 @@ def page(versions: Mapping[str, str], rows: Mapping[str, Row]) -> str:
         count=len(rows),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         rounding=ROUNDING,
+        n_moves=sum(number for what, number in cells.items() if "moves" in what),
         **{key: sum(cells[name] for name in names) for key, names in _COUNTED.items()},
     )
     table = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]

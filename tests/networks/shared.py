@@ -279,8 +279,8 @@ BLOCKS = (
         lambda net, h: h + (h.round() - h).detach())),
     Block("two outputs, tuple", vectors, lambda: _auxiliary(tuple), _TupleLoss),
     Block("two outputs, dict", vectors, lambda: _auxiliary(dict), _TupleLoss),
-    Block("one logit [B, 1]", vectors, lambda: _one_logit(False), _BCE),
-    Block("one logit [B]", vectors, lambda: _one_logit(True), _BCE),
+    Block("one logit [B, 1]", vectors, lambda: _one_logit(False), _BCE, classes=2),
+    Block("one logit [B]", vectors, lambda: _one_logit(True), _BCE, classes=2),
     Block("loss with a parameter", vectors, lambda: _between(lambda net, h: h), _WeightedLoss),
     Block("batch centring (mixes records)", vectors, lambda: _between(
         lambda net, h: h - h.mean(0))),
