@@ -25,8 +25,8 @@ class CohortConvolutions(TorchFunctionMode):
     """While it is entered, `conv2d` of images on a CPU has the rule of this file under vmap.
 
     Left as they are: groups, padding by name, inputs without a batch, other devices and dtypes.
-    `group_norm` gets a copy of what lies in channels_last: it would ask for that order itself, which
-    vmap cannot give.
+    `group_norm` gets a copy of what lies in channels_last: it would ask for that order itself,
+    which vmap cannot give.
     """
 
     def __torch_function__(
