@@ -4,42 +4,49 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: fit test test-slow test-gpu lint tables bench bench-peers mutate clean
+.PHONY: fit test test-slow test-gpu lint tables bench bench-peers mutate docs clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# A stamp for each set of packages: `fit` needs one, `test` another, `lint` the developers' tools.
+FIT = $(VENV)/installed-federated
+TEST = $(VENV)/installed-test
+DEV = $(VENV)/installed-dev
+
+$(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-fit: $(VENV)/installed  ## the default experiment; ARGS="--config ..." for another
+fit: $(FIT)  ## the default experiment; ARGS="--config ..." for another
 	$(BIN)/python -m fl_lightning.fit $(ARGS)
 
-test: $(VENV)/installed  ## all quick tests
+test: $(TEST)  ## all quick tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(VENV)/installed  ## the tests that take minutes
+test-slow: $(TEST)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(VENV)/installed  ## the tests that need a CUDA device
+test-gpu: $(TEST)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-tables: $(VENV)/installed  ## write the figures of bench/results into README.md and configs/
+docs: $(VENV)/installed-docs  ## the documentation as a site, in build/site
+	$(BIN)/python -m mkdocs build --strict
+
+tables: $(TEST)  ## write the figures of bench/results into docs/, README.md and configs/
 	$(BIN)/python -m bench report
 
-bench: $(VENV)/installed  ## kernels, private steps and rounds against peers, about an hour; ARGS=--quick
-	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+bench: $(VENV)/installed-bench  ## kernels, private steps and rounds against peers, about an hour; ARGS=--quick
 	$(BIN)/python -m bench kernels dp_step rounds $(ARGS)
 
 bench-peers:  ## peers that need other versions than ours, in .venv-peers
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -r bench/requirements-peers.txt
 
-mutate: $(VENV)/installed  ## one mistake at a time, and whether the tests notice; minutes
+mutate: $(TEST)  ## one mistake at a time, and whether the tests notice; minutes
 	$(BIN)/python -m tests.mutation $(ARGS)
 
 clean:

@@ -28,6 +28,8 @@ from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
 from aadp_kernels.single_use import check_single_use
 from aadp_kernels.watched import WatchedForward
 
+__version__ = "0.1.0"  # of the distribution: pyproject.toml takes it from this line
+
 __all__ = [
     "FORMS",
     "MECHANISMS",

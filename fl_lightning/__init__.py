@@ -5,11 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fl_lightning.requirements import check_packages, check_system
+
 if TYPE_CHECKING:
     from fl_lightning.data import FederatedDataModule, from_arrays
     from fl_lightning.module import FederatedModule
     from fl_lightning.privacy.config import PrivacyConfig
     from fl_lightning.strategy import ClientParallelStrategy
+
+__version__ = "0.1.0"  # that of aadp_kernels, which pyproject.toml takes
+
+check_system()
+check_packages()
 
 __all__ = [
     "ClientParallelStrategy",
