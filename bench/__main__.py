@@ -8,7 +8,8 @@
     cohort    clients trained together against one after another
     faults    accuracy, ε and rounds given up where clients fail (minutes)
     processes a round in one process and in two (four minutes)
-    report    tables and plots of the committed results, into README.md and docs/
+    picture   the picture on README's first screen, by one run (half a minute)
+    report    tables and plots of the committed results, into docs/ and README.md
 
 Nothing is timed that has not computed the right thing in the same run. Results are written to
 DIR/<machine>_<date>.json after every part. On a GPU torch, triton and numpy are enough.
@@ -33,7 +34,17 @@ from bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 MEASURED = ("kernels", "dp_step", "rounds")
-PARTS = (*MEASURED, "headline", "accuracy", "cohort", "faults", "processes", "report", "all")
+PARTS = (
+    *MEASURED,
+    "headline",
+    "accuracy",
+    "cohort",
+    "faults",
+    "processes",
+    "picture",
+    "report",
+    "all",
+)
 
 
 def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:

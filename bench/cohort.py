@@ -1,7 +1,7 @@
 """Clients trained together against the same clients one after another, in one run.
 
     python -m bench.cohort run       # about two minutes, on a quiet machine
-    python -m bench.cohort report    # write the table into README.md
+    python -m bench.cohort report    # write the table into docs/benchmarks.md
 
 Times are of local training of one cohort (all local steps), interleaved, median of 9; both ways
 must give the same updates, without noise, before anything is timed. "Chosen" is what
@@ -15,13 +15,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey
-from bench.headline import README, ROOT, machine
+from bench import pages
+from bench.headline import ROOT, machine
 from fl_lightning.client import (
     Batch,
     CohortGradient,
@@ -37,7 +37,7 @@ from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient
 
 RESULTS = ROOT / "bench" / "results" / "cohort.json"
-BEGIN, END = "<!-- cohort table: generated -->", "<!-- end of cohort table -->"
+PLACE = (pages.BENCHMARKS, "cohort table")
 REPEATS = 9
 
 
@@ -162,10 +162,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def report(readme: Path = README) -> None:
-    """Put the table between the marks in README.md."""
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+def report() -> None:
+    """Write the table into its page."""
+    pages.put(*PLACE, table())
 
 
 if __name__ == "__main__":

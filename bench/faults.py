@@ -1,4 +1,4 @@
-"""The README's table of failing clients: accuracy, ε and rounds given up by dropout.
+"""The table of failing clients: accuracy, ε and rounds given up by dropout.
 
     python -m bench faults            # runs that have no result yet, some minutes; then `report`
 
@@ -17,12 +17,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from bench import pages
 from bench.headline import machine, privacy
+from bench.machine import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "faults.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- faults table: generated -->", "<!-- end of faults table -->"
+PLACE = (pages.RESULTS, "faults table")
 SEEDS = (1, 2, 3)
 DROPOUTS = (0.0, 0.1, 0.3)
 SECURE_SUM = [
@@ -95,7 +95,5 @@ def table() -> str:
 
 
 def report() -> None:
-    """Put the table between the marks in README.md."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+    """Write the table into its page."""
+    pages.put(*PLACE, table())

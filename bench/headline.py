@@ -1,7 +1,7 @@
-"""The README's accuracy table: every figure from committed runs of the configurations.
+"""Accuracy of the shipped configurations: every figure from committed runs.
 
     python -m bench.headline run            # all cases that have no result yet, about an hour
-    python -m bench.headline report         # write the figures into README.md and configs/
+    python -m bench.headline report         # write the figures into docs/results.md and configs/
 
 A case is a list of configurations and options of `python -m fl_lightning.fit`. Seeds are 1, 2, 3
 for weights, partition and (public, hence simulated) noise; every run counts, and the figure is
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import pages
+from bench.machine import ROOT
+
 RESULTS = ROOT / "bench" / "results" / "headline.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- headline table: generated -->", "<!-- end of headline table -->"
+PLACE = (pages.RESULTS, "headline table")
 SEEDS = (1, 2, 3)
 FASHION = ["configs/fashion_mnist_aadp.yaml"]
 CASES: dict[str, list[str]] = {
@@ -164,11 +165,8 @@ def privacy(summary: dict) -> str:
 
 
 def report() -> None:
-    """Put the table between the marks in README.md."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    """Write the table into its page, and the expected figures into configs/."""
+    pages.put(*PLACE, table())
     for config in sorted((ROOT / "configs").glob("*.yaml")):
         config.write_text(expected(config) + without_comment(config.read_text()))
 

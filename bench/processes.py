@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
+from bench import pages
 from bench.headline import ROOT, machine
 from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.data import Arrays, from_arrays
 
 RESULTS = ROOT / "bench" / "results" / "processes.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- processes table: generated -->", "<!-- end of processes table -->"
+PLACE = (pages.BENCHMARKS, "processes table")
 ROUNDS, SKIPPED, TURNS = 6, 2, 2
 WAYS = {
     "1 process, 1 thread": (1, 1),
@@ -115,6 +115,5 @@ def table() -> str:
 
 
 def report() -> None:
-    """Put the table between the marks in README.md."""
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+    """Write the table into its page."""
+    pages.put(*PLACE, table())

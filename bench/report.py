@@ -1,21 +1,23 @@
-"""Tables and plots of the committed results: README.md, docs/benchmarks.md, docs/images/."""
+"""Tables and plots of the committed results: docs/, docs/images/ and README's few figures.
+
+A table shows named configurations, the same in every row, and never the best of each row.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from bench import report_rounds
+from bench import pages, report_rounds
 from bench.machine import ROOT
 from bench.measure import quantiles, ratios
 
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
-DOCS = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 PARTS = ("kernels", "dp_step", "rounds")
 BASES = {"kernels": ("eager loop", "eager, per-sample"), "dp_step": ("no privacy",)}
-OURS = ("ours, wide, chacha20", "ours, fast")
+DEFAULT = "ours, wide, chacha20"
+CONFIGURATIONS = {DEFAULT: "wide, ChaCha20 (default)", "ours, fast, chacha20": "fast, ChaCha20"}
+IMPLEMENTATIONS = ("triton", "numba", "torch")  # of one configuration, the compiled one first
 
 
 def latest() -> dict[str, dict[str, dict]]:
@@ -48,9 +50,9 @@ def times(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def quickest(case: dict, kind: str) -> str | None:
-    """The side of a kind with the least median."""
-    sides = {n: s for n, s in timed(case).items() if s["kind"] == kind and n != base_of(case)}
+def quickest_peer(case: dict) -> str | None:
+    """The peer with the least median, beside the side that ratios are taken to."""
+    sides = {n: s for n, s in timed(case).items() if s["kind"] == "peer" and n != base_of(case)}
     return min(sides, key=lambda n: quantiles(sides[n]["seconds"])[0], default=None)
 
 
@@ -60,10 +62,10 @@ def base_of(case: dict) -> str:
     return base("dp_step" if "network" in case else "kernels", case)
 
 
-def fastest_of(case: dict, prefix: str) -> str | None:
-    """The fastest side of a name, of all generators and implementations that it leaves open."""
-    names = [n for n in timed(case) if n == prefix or n.startswith(f"{prefix}, ")]
-    return min(names, key=lambda n: quantiles(case["sides"][n]["seconds"])[0], default=None)
+def side_of(case: dict, configuration: str) -> str | None:
+    """The side of a named configuration, compiled where that was measured; None if it was not."""
+    names = [configuration, *(f"{configuration}, {impl}" for impl in IMPLEMENTATIONS)]
+    return next((n for n in names if n in timed(case)), None)
 
 
 def speedup(case: dict, name: str | None, over: str | None) -> str:
@@ -75,50 +77,48 @@ def speedup(case: dict, name: str | None, over: str | None) -> str:
 
 
 def faster_peers(results: dict) -> str:
-    """One line on the cases in which a peer beats all of ours."""
-    found = []
+    """One line on the cases in which a peer beats the default, whatever other sides of ours do."""
+    found, label = [], CONFIGURATIONS[DEFAULT]
     for title, case in results.items():
-        mine, peer = quickest(case, "ours"), quickest(case, "peer")
+        mine, peer = side_of(case, DEFAULT), quickest_peer(case)
+        if "cohort" in case:
+            mine = label = report_rounds.DEFAULT
         start = base_of(case)
         rivals = [n for n in (peer, start) if n is not None and case["sides"][n]["kind"] == "peer"]
-        if mine is None or not rivals:
+        if mine not in timed(case) or not rivals:
             continue
         rival = min(rivals, key=lambda n: quantiles(case["sides"][n]["seconds"])[0])
         sides = case["sides"]
         ratio = ratios(sides[mine]["seconds"], sides[rival]["seconds"])[0]
         if ratio > 1:
             found.append(f"{title} ({rival}, {times(ratio)}×)")
-    return f"A peer is faster in: {'; '.join(found) or 'no case'}."
+    return f"A peer is faster than {label} in: {'; '.join(found) or 'no case'}."
 
 
 def kernels_summary(results: dict) -> list[str]:
-    """README: a line a case."""
-    lines = [
-        "| case | elements | plain PyTorch | fastest peer | ours, wide, ChaCha20 | "
-        "ours, fast | over plain | over fastest peer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A line a case: plain PyTorch, the fastest peer, and each of our named configurations."""
+    head = ["case", "elements", "plain PyTorch", "fastest peer"]
+    for label in CONFIGURATIONS.values():
+        head += [label, "over plain", "over fastest peer"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for title, case in results.items():
-        start, peer = base_of(case), quickest(case, "peer")
-        wide, fast = (fastest_of(case, prefix) for prefix in OURS)
-        best = quickest(case, "ours")
+        start, peer = base_of(case), quickest_peer(case)
 
         def cell(name: str | None, sides=case["sides"]) -> str:
             return "–" if name is None else f"{1e3 * quantiles(sides[name]['seconds'])[0]:.3g} ms"
 
         rival = "–" if peer is None else f"{cell(peer)} ({peer})"
-        lines.append(
-            f"| {title} | {case['elements'] / 1e6:.1f}M | {cell(start)} | {rival} | {cell(wide)} "
-            f"| {cell(fast)} | {speedup(case, best, start)} | {speedup(case, best, peer)} |"
-        )
+        row = [title, f"{case['elements'] / 1e6:.1f}M", cell(start), rival]
+        for configuration in CONFIGURATIONS:
+            mine = side_of(case, configuration)
+            row += [cell(mine), speedup(case, mine, start), speedup(case, mine, peer)]
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
 def dp_step_summary(results: dict) -> list[str]:
-    """README: time as a ratio to the step without privacy."""
-    columns = {
-        "ours, wide, ChaCha20": OURS[0],
-        "ours, fast": OURS[1],
+    """Time as a ratio to the step without privacy."""
+    columns = {label: name for name, label in CONFIGURATIONS.items()} | {
         "vmap(grad)": "vmap(grad)",
         "Opacus hooks": "Opacus, hooks, flat",
         "per layer": "Opacus, hooks, per layer",
@@ -127,16 +127,12 @@ def dp_step_summary(results: dict) -> list[str]:
     }
     lines = [f"| step | no privacy | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for title, case in results.items():
-        start = base_of(case)
-        cells = [f"{milliseconds(case['sides'][start]).split()[0]} ms"]
-        for prefix in columns.values():
-            name = fastest_of(case, prefix)
-            sides = case["sides"]
-            cells.append(
-                "–"
-                if name is None
-                else f"{ratios(sides[name]['seconds'], sides[start]['seconds'])[0]:.2f}×"
-            )
+        start, sides = base_of(case), case["sides"]
+        cells = [f"{milliseconds(sides[start]).split()[0]} ms"]
+        for configuration in columns.values():
+            name = side_of(case, configuration)
+            ratio = name and ratios(sides[name]["seconds"], sides[start]["seconds"])[0]
+            cells.append(f"{ratio:.2f}×" if ratio else "–")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
@@ -195,13 +191,8 @@ SUMMARIES = {
 }
 
 
-def between(part: str) -> tuple[str, str]:
-    """The marks around a generated table."""
-    return f"<!-- {part} table: generated -->", f"<!-- end of {part} table -->"
-
-
 def table(part: str) -> str:
-    """README's table of a part, a block a machine."""
+    """Summary of a part, a block a machine."""
     blocks = []
     for parts in latest().values():
         if part in parts:
@@ -227,16 +218,9 @@ def details() -> str:
     return "\n".join(lines).strip()
 
 
-def replace_between(path: Path, part: str, text: str) -> None:
-    """Put a generated text between its marks."""
-    begin, end = between(part)
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 def report() -> None:
     """Everything that is generated."""
-    from bench import accuracy_report, cohort, faults, headline, processes
+    from bench import accuracy_report, cohort, faults, headline, processes, readme_figures
     from bench.plots import draw
 
     headline.report()
@@ -245,8 +229,9 @@ def report() -> None:
     faults.report()
     processes.report()
     for part in PARTS:
-        replace_between(README, part, table(part))
-    replace_between(DOCS, "all", details())
+        pages.put(pages.BENCHMARKS, f"{part} table", table(part))
+    pages.put(pages.BENCHMARKS, "all table", details())
+    pages.put(pages.README, "figures", readme_figures.figures())
     IMAGES.mkdir(parents=True, exist_ok=True)
     for slug, parts in latest().items():
         for part in PARTS:

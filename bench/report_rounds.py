@@ -1,10 +1,16 @@
-"""Tables of `bench.rounds`, for README.md and docs/benchmarks.md."""
+"""Tables of `bench.rounds`, for docs/benchmarks.md."""
 
 from __future__ import annotations
 
 from bench.measure import quantiles, ratios
 
-MINE = ("fl_lightning, FedAvg", "fl_lightning, client+local")
+DEFAULT = "fl_lightning, client+local"
+MINE = (
+    "fl_lightning, FedAvg",
+    DEFAULT,
+    "fl_lightning, FedAvg, 2 processes",
+    "fl_lightning, client+local, 2 processes",
+)
 RIVALS = {
     "Flower's simulation": ("Flower simulation",),
     "pfl's best": ("pfl, 1 process", "pfl, 2 processes"),
@@ -38,31 +44,33 @@ def megabytes(side: dict) -> str:
 
 
 def best(case: dict, names: tuple[str, ...]) -> str | None:
-    """The fastest of the named sides, each with any number of processes."""
+    """The fastest of the named sides of a rival."""
     known = timed(case)
-    found = [n for n in known if n in names or n.removesuffix(", 2 processes") in names]
-    return min(found, key=lambda n: middle(known[n]), default=None)
+    return min((n for n in names if n in known), key=lambda n: middle(known[n]), default=None)
 
 
-def comparison(title: str, case: dict) -> str:
-    """How many times as fast as each rival this package is, each side at its best."""
-    known, parts = timed(case), []
+def over_rival(case: dict, mine: str, rival: tuple[str, ...]) -> str:
+    """How many times as many rounds a second one of our sides makes as a rival at its best."""
+    known, other = timed(case), best(case, rival)
+    if mine not in known or other is None:
+        return "–"
+    ratio = ratios(known[other]["seconds"], known[mine]["seconds"])[0]
+    return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:.0f} ×"
+
+
+def comparison(contests: dict) -> list[str]:
+    """A line a side of ours: rounds a second over those of each rival, in every case."""
+    pairs = [(case, label) for case in contests.values() for label in RIVALS]
+    heads = " | ".join(f"{case['network']}: {label}" for case, label in pairs)
+    lines = [f"| rounds a second, over | {heads} |", "|---" * (1 + len(pairs)) + "|"]
     for mine in MINE:
-        own = best(case, (mine,))
-        if own is None:
-            continue
-        over = []
-        for label, names in RIVALS.items():
-            rival = best(case, names)
-            if rival is not None:
-                ratio = ratios(known[rival]["seconds"], known[own]["seconds"])[0]
-                over.append(f"{ratio:.2g} × {label}" if ratio < 10 else f"{ratio:.0f} × {label}")
-        parts.append(f"{own}: {', '.join(over)}")
-    return f"{title}, rounds a second over those of others. {'; '.join(parts)}."
+        cells = [over_rival(case, mine, RIVALS[label]) for case, label in pairs]
+        lines.append(f"| {mine} | {' | '.join(cells)} |")
+    return lines
 
 
 def summary(results: dict) -> list[str]:
-    """README: engines by case, then what grows."""
+    """Engines by case, our sides over the rivals, then what grows."""
     contests = {t: c for t, c in results.items() if not grown(c)}
     names = list(dict.fromkeys(n for c in contests.values() for n in timed(c)))
     heads = [f"{c['network']}, ms a round | rounds/s | MB" for c in contests.values()]
@@ -78,7 +86,7 @@ def summary(results: dict) -> list[str]:
             cells.append(f"{1e3 * seconds:.3g} | {1 / seconds:.3g} | {megabytes(side)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    lines += [comparison(title, case) + "\n" for title, case in contests.items()]
+    lines += [*comparison(contests), ""]
     for title, case in results.items():
         if grown(case):
             lines += [*growth(title, case), ""]

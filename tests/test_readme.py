@@ -1,4 +1,4 @@
-"""The README's commands run, and its figures are those of the committed results."""
+"""README: its commands and snippets run, its figures are current, and it stays short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cohort, faults, headline, processes
+from bench import cohort, faults, headline, pages, processes, readme_figures
 from fl_lightning import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +18,21 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
 FIT = [command for command in COMMANDS if command.startswith("python -m")]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+FIRST_SCREEN = 62  # lines
+
+
+def test_readme_is_short_and_says_at_once_what_it_is() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    first = "\n".join(lines[:FIRST_SCREEN])
+    assert "*simulated*" in first
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", first)
+    assert (ROOT / picture).is_file()
+    assert "make fit" in first
+    for snippet in SNIPPETS:
+        assert snippet in first
+        assert len([line for line in snippet.splitlines() if line]) == 8
 
 
 def test_make_targets_exist() -> None:
@@ -28,6 +43,16 @@ def test_make_targets_exist() -> None:
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert "python -m" in done.stdout
+
+
+@pytest.mark.parametrize(("target", "extra"), [("fit", "federated"), ("test", "test")])
+def test_make_installs_what_a_target_needs(target: str, extra: str) -> None:
+    venv = ["VENV=no-such-folder"]
+    done = subprocess.run(
+        ["make", "-n", target, *venv], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (installed,) = re.findall(r"pip install .* '\.\[(.*)\]'", done.stdout)
+    assert installed == extra
 
 
 @pytest.mark.parametrize("command", FIT)
@@ -56,17 +81,16 @@ def test_personal_epsilon_command_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("index", range(sum(kind == "python" for kind, _ in BLOCKS)))
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_python_examples_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = [text for kind, text in BLOCKS if kind == "python"][index]
-    exec(compile(code, f"README block {index}", "exec"), {})
+    exec(compile(SNIPPETS[index], f"README block {index}", "exec"), {})
 
 
-def test_tables_are_current() -> None:
+def test_figures_are_current() -> None:
+    assert pages.written(pages.README, "figures") == readme_figures.figures()
     for bench in (headline, cohort, faults, processes):
-        between = README.split(bench.BEGIN)[1].split(bench.END)[0].strip()
-        assert between == bench.table()
+        assert pages.written(*bench.PLACE) == bench.table()
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -166,7 +166,7 @@ def main() -> int:
             if (ROOT / name).is_dir():
                 ignore = shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc")
                 shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-        for file in ("pyproject.toml", "README.md"):
+        for file in ("pyproject.toml", "README.md", "CITATION.cff"):
             shutil.copy2(ROOT / file, tree / file)
         for number, mutation in enumerate(chosen, 1):
             start = time.monotonic()

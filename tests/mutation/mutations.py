@@ -37,7 +37,7 @@ def group(file: str, tests: str, *places: tuple[str, ...]) -> list[Mutation]:
 
 def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
-    from tests.mutation import adapters, federated, groups, kernels, ledger, stopping
+    from tests.mutation import adapters, federated, groups, kernels, ledger, packaging, stopping
 
-    files = kernels, adapters, ledger, stopping, federated, groups
+    files = kernels, adapters, ledger, stopping, federated, groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]
