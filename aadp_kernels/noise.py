@@ -32,13 +32,12 @@ class NoiseKey:
     keep its bytes in a private file. A privacy claim rests on the generator as well: that nobody
     can tell its words from uniform ones without the key. That is the usual assumption for ChaCha.
     Nobody has analysed Philox as a cipher and its key has 64 bits, so a claim with "philox10"
-    assumes more; "philox7" is no basis for a claim. A key from a public seed marks everything that
-    is made with it as simulated.
+    assumes more. A key from a public seed marks everything that is made with it as simulated.
 
     Args:
         secret: 32 bytes, secret.
-        rng: "chacha20" (default), "chacha12", "chacha8" (stream ciphers; fewer rounds, less
-            margin), "philox10" (fast, not a cipher) or "philox7" (for experiments only).
+        rng: "chacha20" (default), "chacha8" (the same stream cipher with fewer rounds, less margin)
+            or "philox10" (fast, not a cipher).
         simulated: True if the secret is not secret (a public seed).
 
     Raises:

@@ -33,7 +33,6 @@ from fl_lightning.preflight import check_run, check_training
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.simulated import warn_of_generator
 from fl_lightning.resumption import (
     check_promise,
     check_resumption,
@@ -316,8 +315,6 @@ class FederatedModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate or restore the noise, open the ledger, choose how to train together."""
         data, resumed = self.data, self._resumed
-        if self.privacy.private and self.processes.rank == 0:
-            warn_of_generator(self.privacy.rng)
         self._share_start()
         planned = self._planned_rounds = self._plan()
         self._training_facts = training_facts(self)

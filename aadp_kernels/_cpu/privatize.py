@@ -79,7 +79,9 @@ def privatize(
     layers, alone = layout.num_layers, clip.dim() == 1
     rows = 1 if alone else len(clip)
     if noise is None:
-        noise = Noise("philox7", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64))
+        noise = Noise(
+            "philox10", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64)
+        )
     words = first_words(noise.rng, noise.key_words, int(noise.step))
     numbers, flags = np.empty((3, rows, layers)), np.empty((2, rows, layers), np.int64)
     clip, scale, clients = clip.contiguous(), scale.contiguous(), noise.clients.contiguous()

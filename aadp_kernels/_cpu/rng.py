@@ -171,7 +171,7 @@ def _philox_round(x0, x1, x2, x3, k0, k1):
 
 
 @jit
-def _philox(words, state, rounds):
+def _philox(words, state):
     """128 Philox blocks; state: counter, the keys of the rounds."""
     wide_vectors()
     n = _N
@@ -187,17 +187,11 @@ def _philox(words, state, rounds):
             x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[12], k[13])
             x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[14], k[15])
             x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[16], k[17])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[18], k[19])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[20], k[21])
+            x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[22], k[23])
             words[w + t], words[w + n + t] = _U32(x0), _U32(x1)
             words[w + 2 * n + t], words[w + 3 * n + t] = _U32(x2), _U32(x3)
-        if rounds == 10:
-            for t in range(n):
-                x0, x1 = _U64(words[w + t]), _U64(words[w + n + t])
-                x2, x3 = _U64(words[w + 2 * n + t]), _U64(words[w + 3 * n + t])
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[18], k[19])
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[20], k[21])
-                x0, x1, x2, x3 = _philox_round(x0, x1, x2, x3, k[22], k[23])
-                words[w + t], words[w + n + t] = _U32(x0), _U32(x1)
-                words[w + 2 * n + t], words[w + 3 * n + t] = _U32(x2), _U32(x3)
 
 
 @jit_inline
@@ -206,7 +200,7 @@ def fill_words(words, state, rounds, blocks):
     if blocks == _N:
         _chacha(words, state, rounds)
     else:
-        _philox(words, state, rounds)
+        _philox(words, state)
 
 
 class Generator(NamedTuple):
@@ -241,7 +235,6 @@ def first_words(rng: str, key: Sequence[int], step: int) -> list[int]:
         words += *_CHACHA, *key
     else:
         a, b = key
-        # Keys of ten rounds; philox7 leaves some.
         for r in range(10):
             words += (a + r * _WEYL[0]) & 0xFFFFFFFF, (b + r * _WEYL[1]) & 0xFFFFFFFF
     return words + [0] * (24 - len(words))

@@ -21,7 +21,7 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
 
-RNGS = ("philox10", "philox7", "chacha8", "chacha12", "chacha20")
+RNGS = ("philox10", "chacha8", "chacha20")
 
 
 def signed32(word: int) -> int:

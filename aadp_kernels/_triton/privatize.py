@@ -481,7 +481,7 @@ def _launch(
     dtypes = [group[0].dtype for group in lists]
     itemsize = min(dtype.itemsize for dtype in dtypes)
     wide = form != "fast" or torch.float64 in dtypes
-    rng = "philox7" if noise is None else noise.rng
+    rng = "philox10" if noise is None else noise.rng
     secure = rng.startswith("chacha")
     tile = tile_size(form, secure, itemsize)
     aligned = tuple(

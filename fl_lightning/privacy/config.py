@@ -109,10 +109,10 @@ class PrivacyConfig:
             float32 from 32 bits; both are proven in real arithmetic. ``grid``: whole numbers,
             proven in floating point as computed, which δ = 0 asks for; under record+local it needs
             every record's gradient by itself, which is slower.
-        rng: Generator of noise and coins. ``chacha20`` is what a privacy claim wants; ``chacha12``
-            and ``chacha8`` are the same stream cipher with fewer rounds. ``philox10`` is faster,
-            passes statistical tests, and has a key of 64 bits and no analysis as a cipher: a claim
-            with it assumes more. ``philox7`` is no basis for a claim; a run with it is *simulated*.
+        rng: Generator of noise and coins. ``chacha20`` is what a privacy claim wants; ``chacha8``
+            is the same stream cipher with fewer rounds. ``philox10`` is faster, passes statistical
+            tests, and has a key of 64 bits and no analysis as a cipher: a claim with it assumes
+            more.
 
     Raises:
         ValueError: if a value is out of range or values contradict each other.
@@ -144,7 +144,7 @@ class PrivacyConfig:
     nominal_sensitivity: Literal["update", "records"] = "update"
     seed: int | None = None
     noise_form: Literal["wide", "fast", "grid"] = "wide"
-    rng: Literal["chacha20", "chacha12", "chacha8", "philox10", "philox7"] = "chacha20"
+    rng: Literal["chacha20", "chacha8", "philox10"] = "chacha20"
 
     def __repr__(self) -> str:
         # Seeded noise is bound to this text: options that came later show where they are used.

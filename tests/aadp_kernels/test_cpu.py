@@ -85,9 +85,8 @@ def test_chacha20_rfc8439_block():
 @pytest.mark.parametrize(
     ("rng", "counter", "words", "expected"),
     [
-        ("philox7", (0,) * 4, (0, 0), "5f6fb709 0d893f64 4f121f81 4f730a48"),
-        ("philox7", (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "5207ddc2 45165e59 4d8ee751 8c52f662"),
         ("philox10", (0,) * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("philox10", (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
         ("philox10", (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
          "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
@@ -153,7 +152,7 @@ def test_fast_noise_is_close_to_the_specification(rng, mechanism, dtype):
         assert close(b, a, 0.7), (shape, change)
 
 
-@pytest.mark.parametrize("rng", ["philox7", "chacha8"])
+@pytest.mark.parametrize("rng", ["philox10", "chacha8"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_fast_noise_is_refined_where_the_word_is_small(rng, mechanism):
     generator = fast_rng.Generator.build(rng, key(rng).words, (1 << 32) - 1)

@@ -102,11 +102,11 @@ def test_tails_of_the_transforms_reach_the_cutoff():
     counters = torch.zeros((4, 1), dtype=torch.int32)
     words = torch.tensor([[0], [1], [8191], [8192]], dtype=torch.int32)
     key = KEY.derive("x")
-    tails = [word(NoiseKey(key._secret, "philox7"), 7, i, step=0) for i in range(4)]
-    philox = NoiseKey(key._secret, "philox7").words
+    tails = [word(NoiseKey(key._secret, "philox10"), 7, i, step=0) for i in range(4)]
+    philox = NoiseKey(key._secret, "philox10").words
     address = counters.clone()
     address[3] = 5 << 24
-    got = spec._fast_laplace("philox7", philox)(words, address).tolist()
+    got = spec._fast_laplace("philox10", philox)(words, address).tolist()
     expected = [laplace(w, t) for w, t in zip([0, 1, 8191, 8192], tails, strict=True)]
     assert got == pytest.approx(expected, rel=1e-14)
     assert tail_cutoff("laplace", "fast") == pytest.approx(-math.log(2.0**-33 * 2.0**-31))
@@ -158,7 +158,7 @@ def test_neighbours_are_uncorrelated():
 
 def test_last_address_of_the_stream():
     assert [max_elements("chacha8", form) for form in ("wide", "fast")] == [1 << 35, 1 << 36]
-    assert [max_elements("philox7", form) for form in ("wide", "fast")] == [1 << 33, 1 << 34]
+    assert [max_elements("philox10", form) for form in ("wide", "fast")] == [1 << 33, 1 << 34]
     end = 1 << 36
     assert draw((3,), offset=end - 3).shape == (3,)
     with pytest.raises(ValueError, match="offset"):

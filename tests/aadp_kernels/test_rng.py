@@ -50,7 +50,7 @@ def python_chacha(key: list[int], counter: list[int], rounds: int) -> list[int]:
     return [(a + b) & 0xFFFFFFFF for a, b in zip(x, state, strict=True)]
 
 
-@pytest.mark.parametrize("rounds", [8, 12, 20])
+@pytest.mark.parametrize("rounds", [8, 20])
 def test_chacha_equals_scalar_code_in_every_column(rounds):
     generator = torch.Generator().manual_seed(rounds)
     key = torch.randint(0, 1 << 32, (8,), generator=generator).tolist()
@@ -63,12 +63,6 @@ def test_chacha_equals_scalar_code_in_every_column(rounds):
 
 # Random123's kat_vectors: rounds, counter, key, result.
 PHILOX = [
-    (7, "00000000 00000000 00000000 00000000", "00000000 00000000",
-     "5f6fb709 0d893f64 4f121f81 4f730a48"),
-    (7, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-     "5207ddc2 45165e59 4d8ee751 8c52f662"),
-    (7, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-     "4dfccaba 190a87f0 c47362ba b6b5242a"),
     (10, "00000000 00000000 00000000 00000000", "00000000 00000000",
      "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     (10, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",

@@ -80,8 +80,8 @@ def assert_sums(got, want, dtype, form, scale):
     ("form", "mechanism", "rng", "p"),
     [
         ("wide", "gaussian", "philox10", 2),
-        ("wide", "laplace", "philox7", 1),
-        ("fast", "gaussian", "philox7", 1),
+        ("wide", "laplace", "philox10", 1),
+        ("fast", "gaussian", "philox10", 1),
         ("fast", "laplace", "philox10", 1),
     ],
 )
@@ -96,7 +96,7 @@ def test_chacha_noise_equals_the_specification(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rng", ["chacha8", "chacha12", "chacha20"])
+@pytest.mark.parametrize("rng", ["chacha8", "chacha20"])
 @pytest.mark.parametrize("form", ["wide", "fast"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_chacha_equals_the_specification(dtype, form, rng):

@@ -62,7 +62,7 @@ def test_the_specification_on_the_cpu(form, dtype, rng):
     assert torch.equal(stats.nonfinite.cpu(), wanted.nonfinite)
 
 
-@pytest.mark.parametrize("rng", ["philox7", "philox10", "chacha8", "chacha12", "chacha20"])
+@pytest.mark.parametrize("rng", ["philox10", "chacha8", "chacha20"])
 @pytest.mark.parametrize("mechanism", ["laplace", "gaussian"])
 @pytest.mark.parametrize("form", ["wide", "grid"])
 def test_noise_has_the_bits_of_the_cpu(form, mechanism, rng):

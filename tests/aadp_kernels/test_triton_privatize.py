@@ -73,19 +73,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 QUICK = [
     ("philox10", "wide", torch.float32, "laplace", 1),
     ("philox10", "fast", torch.float32, "laplace", 1),
-    ("philox7", "fast", torch.bfloat16, "gaussian", 2),
+    ("philox10", "fast", torch.bfloat16, "gaussian", 2),
     ("chacha8", "fast", torch.float32, "gaussian", 2),
     ("philox10", "wide", torch.float16, "gaussian", 2),
-    ("philox7", "grid", torch.float32, "laplace", 1),
+    ("philox10", "grid", torch.float32, "laplace", 1),
 ]
 ALL = [
     (rng, form, dtype, mechanism, p)
-    for rng in ("philox7", "philox10", "chacha8", "chacha12", "chacha20")
+    for rng in ("philox10", "chacha8", "chacha20")
     for form in ("wide", "fast")
     for dtype in DTYPES
     for mechanism, p in (("laplace", 1), ("gaussian", 1), ("gaussian", 2))
 ] + [
-    ("philox7", "grid", torch.bfloat16, "laplace", 1),
+    ("philox10", "grid", torch.bfloat16, "laplace", 1),
     ("chacha8", "grid", torch.float32, "laplace", 1),
     ("philox10", "grid", torch.float64, "gaussian", 2),
 ]
@@ -209,7 +209,7 @@ def test_a_factor_too_small_to_be_exact_is_zero(form):
     clip = torch.tensor([2.53686876683007e-301], dtype=torch.float64, device=DEVICE)
     out, stats = run(
         "triton", [x], layout=Layout.build([x]), clip=clip, scale=0 * clip, votes=False, form=form,
-        key=NoiseKey.from_seed(1, "philox7"),
+        key=NoiseKey.from_seed(1, "philox10"),
     )  # fmt: skip
     assert not out[0].any()
     assert stats.clipped.item() == 1

@@ -77,7 +77,7 @@ def test_philox_random123(rounds, counter, key, expected):
     assert unsigned(words[:, 0]) == expected
 
 
-@pytest.mark.parametrize("rng", ["philox7", "philox10", "chacha8", "chacha12", "chacha20"])
+@pytest.mark.parametrize("rng", ["philox10", "chacha8", "chacha20"])
 def test_words_of_the_specification(rng):
     generator = torch.Generator().manual_seed(1)
     draw = torch.randint(0, 1 << 32, (16 + 3 + 8,), generator=generator).tolist()

@@ -261,7 +261,6 @@ def progress(path: Path, capsys: Any, rounds: int, privacy: PrivacyConfig, **opt
     [
         (PrivacyConfig(), "round 40/40  ε ≤ 40.00 (max)  sim_only accuracy 0.400"),
         (PrivacyConfig(seed=3), "ε ≤ 40.00 (max)  simulated"),
-        (PrivacyConfig(rng="philox7"), "ε ≤ 40.00 (max)  simulated"),
         (PrivacyConfig(setting="abstract"), "nominal ε 40.00, no guarantee"),
         (PrivacyConfig(setting="none"), "no privacy  sim_only"),
     ],

@@ -67,14 +67,12 @@ def test_the_card_says_what_the_ledger_says(run: Path) -> None:
         assert secret.hex().encode() not in raw
 
 
-@pytest.mark.filterwarnings("ignore:rng='philox7' is no basis")
 def test_simulated_nominal_and_no_privacy_are_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for options, words in (
         (["--privacy.seed", "1"], "simulated: public seed"),
-        (["--privacy.rng", "philox7"], "simulated: generator philox7"),
         (["--privacy.setting", "abstract"], "nominal, no guarantee"),
         (["--privacy.setting", "none"], "no differential privacy"),
     ):

@@ -47,6 +47,13 @@ def test_an_honest_run_has_no_problems(
     assert f"schema 1, head {Ledger.open(runs[name]).head_hash}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rng", ["chacha12", "philox7"])
+def test_generators_of_older_versions_verify(runs: Runs, tmp_path: Path, rng: str) -> None:
+    entries = entries_of(runs["records"])
+    entries[0]["facts"]["rng"] = rng
+    assert verify(reseal(entries, tmp_path)) == []
+
+
 # The files beside the ledger --------------------------------------------------------------------
 
 

@@ -12,12 +12,7 @@ import pytest
 from fl_lightning.ledger import Ledger, Release, report
 from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.privacy.simulated import (
-    SimulatedWarning,
-    simulated_because,
-    simulated_reason,
-    warn_of_generator,
-)
+from fl_lightning.privacy.simulated import simulated_because, simulated_reason
 from fl_lightning.privacy.statement import privacy_statement
 
 
@@ -315,12 +310,9 @@ def test_inexact_noise_of_a_group_is_charged_where_the_header_says_what_it_was(
     [
         ({}, None),
         ({"seed": 3}, "public seed"),
-        ({"rng": "philox7"}, "generator philox7"),
-        ({"rng": "philox7", "seed": 3}, "public seed, generator philox7"),
         ({"rng": "philox10"}, None),
         ({"rng": "chacha8"}, None),
         ({"setting": "none", "seed": 3}, None),
-        ({"setting": "none", "rng": "philox7"}, None),
     ],
 )
 def test_when_a_run_is_simulated(options: dict[str, Any], reason: str | None) -> None:
@@ -332,15 +324,10 @@ def test_old_headers_say_that_the_seed_was_public() -> None:
     assert simulated_reason({"simulated": False}) is None
 
 
-def test_a_generator_without_basis_is_warned_of_once() -> None:
-    with pytest.warns(SimulatedWarning, match="rng='philox7' is no basis"):
-        warn_of_generator("philox7")
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rng", ["chacha20", "chacha12", "chacha8", "philox10"])
-def test_other_generators_are_not_warned_of(rng: str) -> None:
-    warn_of_generator(rng)
+@pytest.mark.parametrize("rng", ["chacha12", "philox7"])
+def test_generators_of_older_versions_are_unknown_to_new_runs(rng: str) -> None:
+    with pytest.raises(ValueError, match="rng"):
+        PrivacyConfig(rng=rng)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,7 @@ SAID = group(
 SIMULATED = group(
     "fl_lightning/privacy/simulated.py",
     STATEMENT,
-    ("philox7 a basis", "if privacy.rng in NO_BASIS else []", "if False else []"),
-    ("public seeds protect", "[\"public seed\"] if privacy.seed is not None else []", "[]"),
-    ("no warning", "    if rng in NO_BASIS:\n        warnings", "    if False:\n        warnings"),
-    ("everything warned of", "    if rng in NO_BASIS:\n        warnings", "    if True:\n        warnings"),
+    ("public seeds protect", "\"public seed\" if privacy.seed is not None else None", "None"),
 )  # fmt: skip
 
 MUTATIONS = [*GROUP_STEPS, *MIXTURES, *TAILS, *WORDS, *ASSUMED, *SAID, *SIMULATED]
