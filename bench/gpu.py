@@ -1,4 +1,4 @@
-"""Contenders that exist on a GPU only: two launches, other windows, a replayed CUDA graph."""
+"""Contenders that exist on a GPU only: other windows, a replayed CUDA graph."""
 
 from __future__ import annotations
 
@@ -29,19 +29,6 @@ def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-def _two_launches(problem: Problem) -> Runner:
-    """Norms in a first launch, factor and noise in a second: what one writes without tickets."""
-    module = import_module("aadp_kernels._triton.privatize")
-    body = privatize_body(problem, "philox10", "fast", "triton")
-    twice = partial(module.privatize, launches=2)
-
-    def patched(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
-        with _patched(module, "privatize", twice):
-            return body(tensors, scale, step)
-
-    return Local(problem, patched)
 
 
 def _window(problem: Problem, megabytes: int) -> Runner:
@@ -115,10 +102,7 @@ def contenders(problem: Problem, *, windows: bool) -> list[Contender]:
     def make(name: str, kind: str, build: Callable[[Problem], Runner]) -> Contender:
         return Contender(name, kind, "layer", build, form="fast", spec=spec)
 
-    found = [
-        make("two launches, fast, philox10", "peer", _two_launches),
-        make("ours, fast, philox10, CUDA graph", "ours", _graph),
-    ]
+    found = [make("ours, fast, philox10, CUDA graph", "ours", _graph)]
     for megabytes in WINDOWS if windows else ():
         build = partial(_window, megabytes=megabytes)
         found.append(make(f"ours, fast, philox10, window {megabytes} MB", "ours", build))

@@ -229,9 +229,9 @@ def product_sums(a: Tensor, g: Tensor, terms: Terms) -> tuple[Tensor | None, Ten
         L1 norms and squared L2 norms, float64 [B].
     """
     if fused_norms(a):
-        from aadp_kernels._triton.ghost import ghost_norms
+        from aadp_kernels._triton.product_norms import product_norms
 
-        norm1, square = ghost_norms(a, g)
+        norm1, square = product_norms(a, g)
         return norm1 if terms.needs_l1 else None, square if terms.wanted.p == 2 else None
     norm1 = square = None
     rows = max(1, slice_elements(a.device) // max(1, len(a) * a.shape[-1]))

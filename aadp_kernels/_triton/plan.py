@@ -34,9 +34,7 @@ class Plan:
     """The tables of a launch, on its device.
 
     Attributes:
-        tickets: int32, 4 * chunk + kind, in the order of one launch.
-        norm_tickets: int32, the tickets of the first of two launches.
-        apply_tickets: int32, those of the second.
+        tickets: int32, 4 * chunk + kind, in the order in which programs take them.
         chunks: int64 [chunks, 8]: tensor; shift, to be added to an element of the layer to give the
             element of the tensor; first element, a multiple of the tile; low and high, the bounds;
             end of the whole, aligned tiles; unit; shift of row 0 (of the reference).
@@ -45,8 +43,6 @@ class Plan:
     """
 
     tickets: Tensor
-    norm_tickets: Tensor
-    apply_tickets: Tensor
     chunks: Tensor
     units: Tensor
     addresses: dict[tuple[int, ...], Tensor]
@@ -80,7 +76,7 @@ def _row_chunks(layout: Layout, tile: int) -> np.ndarray:
 
 
 def _order(chunks: np.ndarray, ends: np.ndarray, itemsize: int) -> np.ndarray:
-    """Tickets of one launch; `ends[c]` is the end of the chunks of chunk c's unit."""
+    """Tickets; `ends[c]` is the end of the chunks of chunk c's unit."""
     index = np.arange(len(chunks))
     single = np.bincount(chunks[:, 6])[chunks[:, 6]] == 1
     read = np.cumsum(chunks[:, 4] - chunks[:, 3]) * itemsize
@@ -121,11 +117,8 @@ def make(
     chunks[:, 5] = np.where(usable, chunks[:, 5], 0)
     counts = np.bincount(chunks[:, 6], minlength=rows * layout.num_layers)
     ends = np.cumsum(counts)
-    index = np.arange(len(chunks)) << KIND_BITS
     return {
         "tickets": _order(chunks, ends[chunks[:, 6]], itemsize),
-        "norm_tickets": (index | NORM).astype(np.int32),
-        "apply_tickets": (index | APPLY).astype(np.int32),
         "chunks": chunks,
         "units": np.stack([ends - counts, ends], axis=1).astype(np.int32),
     }

@@ -425,12 +425,10 @@ def privatize(
     noise: Noise | None,
     reference: Sequence[Tensor] | None,
     votes_at: Tensor | None,
-    launches: int = 1,
 ) -> ClipStats:
     """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L].
 
-    Tensors of mixed dtypes or with gaps are copied, as float64. `launches=2` is the peer and
-    fallback that waits for the norms between two launches.
+    Tensors of mixed dtypes or with gaps are copied, as float64.
     """
     rows = clip.shape[0]
     form = "wide" if noise is None else noise.form
@@ -449,7 +447,7 @@ def privatize(
         targets = [torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in out]
     stats = _launch(
         values, targets, given, layout, tuple(eps_of), clip=clip, scale=scale, p=p, noise=noise,
-        form=form, votes_at=votes_at, rows=rows, launches=launches,
+        form=form, votes_at=votes_at, rows=rows,
     )  # fmt: skip
     for source, target, place in zip(targets, [t.detach() for t in out], out, strict=True):
         if source.data_ptr() != target.data_ptr():
@@ -473,7 +471,6 @@ def _launch(
     form: str,
     votes_at: Tensor | None,
     rows: int,
-    launches: int,
 ) -> ClipStats:
     """Launch over contiguous tensors of one dtype each."""
     device = tensors[0].device
@@ -509,21 +506,19 @@ def _launch(
     clients = torch.zeros(rows, dtype=torch.int64, device=device)
     if noise is not None:
         clients = noise.clients.contiguous()
-    work = [tables.tickets] if launches == 1 else [tables.norm_tickets, tables.apply_tickets]
-    for turn, tickets in enumerate(work):
-        privatize_kernel[(min(len(tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
-            tickets, len(tickets), integers[4 * turn :], tables.chunks, tables.units, layers,
-            _addresses(tables.addresses, lists, device), integers[8:], integers[flags:],
-            floats, floats[2 * slots :], clip, clip.stride(0), scale, scale.stride(0), votes_at,
-            0 if votes_at is None else votes_at.stride(0), step, clients,
-            key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
-            threshold_tensor(device) if form == "grid" else None,
-            X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
-            REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
-            DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
-            WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
-            CHACHA=secure, ROUNDS=int(rng[6:]),
-            BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
-            num_warps=WARPS, enable_fp_fusion=form == "fast",
-        )  # fmt: skip
+    privatize_kernel[(min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
+        tables.tickets, len(tables.tickets), integers, tables.chunks, tables.units, layers,
+        _addresses(tables.addresses, lists, device), integers[8:], integers[flags:],
+        floats, floats[2 * slots :], clip, clip.stride(0), scale, scale.stride(0), votes_at,
+        0 if votes_at is None else votes_at.stride(0), step, clients,
+        key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
+        threshold_tensor(device) if form == "grid" else None,
+        X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
+        REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
+        DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
+        WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
+        CHACHA=secure, ROUNDS=int(rng[6:]),
+        BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
+        num_warps=WARPS, enable_fp_fusion=form == "fast",
+    )  # fmt: skip
     return stats

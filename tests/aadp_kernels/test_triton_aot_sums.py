@@ -1,4 +1,4 @@
-"""Gates on the machine code of the clipped sums and ghost norms, built without a GPU.
+"""Gates on the machine code of the clipped sums and norms of products, built without a GPU.
 
 The builds run in a process of their own: Triton's interpreter, which the other tests use, and
 ahead-of-time builds cannot share one.
@@ -15,15 +15,15 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_aot_sums.py")
-MAX_REGISTERS = {"norms": 128, "sums": 128, "grid": 160, "ghost": 128, "conv": 224}
+MAX_REGISTERS = {"norms": 128, "sums": 128, "grid": 160, "products": 128}
 
-QUICK = ["norms,1,votes,fp32,90", "sums,philox10,fast,laplace,fp32,90", "ghost,fp32,90"]
+QUICK = ["norms,1,votes,fp32,90", "sums,philox10,fast,laplace,fp32,90", "products,fp32,90"]
 SLOW = [
     f"{case},{dtype},{capability}"
     for case in (
         "norms,1,none", "norms,2,none", "norms,2,votes", "sums,philox10,wide,gaussian",
         "sums,philox10,wide,laplace", "sums,philox10,fast,laplace", "sums,chacha8,wide,gaussian",
-        "sums,chacha8,fast,gaussian", "sums,chacha20,wide,laplace", "grid", "ghost", "conv",
+        "sums,chacha8,fast,gaussian", "sums,chacha20,wide,laplace", "grid", "products",
     )
     for dtype in ("fp32", "bf16")
     for capability in (80, 90)
@@ -52,9 +52,8 @@ def check(report):
         assert report[f"loads{width}"] >= 4, report
     if kind in ("sums", "grid"):
         assert report[f"stores{width}"] >= 1, report
-    if kind == "ghost":
+    if kind == "products":
         assert report["loads128"] >= 4, report
-    if kind in ("ghost", "conv"):
         # float32 runs in float32 and not in TF32; 16 bits run on tensor cores.
         assert (report["tensor_core"] > 0) == (dtype == "bf16"), report
         assert (report["fused"] >= 64) == (dtype == "fp32"), report

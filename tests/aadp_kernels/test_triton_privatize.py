@@ -128,17 +128,6 @@ def test_one_update_without_votes_is_row_zero_of_a_cohort():
     assert not stats.votes.any()
 
 
-@pytest.mark.parametrize("form", [pytest.param("wide", marks=pytest.mark.slow), "fast"])
-def test_two_launches_give_the_bits_of_one(form, monkeypatch):
-    tensors = values(rows=2)
-    one = run("triton", tensors, rows=2, form=form)
-    inner = privatize.privatize
-    monkeypatch.setattr(privatize, "privatize", lambda *a, **k: inner(*a, **k, launches=2))
-    two = run("triton", tensors, rows=2, form=form)
-    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
-
-
 @pytest.mark.parametrize(
     ("form", "bad"), [("wide", -math.inf), ("fast", math.nan), ("fast", math.inf)]
 )

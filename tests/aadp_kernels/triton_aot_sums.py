@@ -1,8 +1,8 @@
-"""Builds the kernels of `clip_sum_noise` and of the ghost norms ahead of time; JSON of their code.
+"""Builds the kernels of `clip_sum_noise` and of norms of products ahead of time; JSON of the code.
 
 Run as `python tests/aadp_kernels/triton_aot_sums.py CASE ...` in a process of its own, without
 TRITON_INTERPRET. Cases: norms,p,votes,dtype,capability; sums,rng,form,mechanism,dtype,capability;
-grid,dtype,capability; ghost,dtype,capability; conv,dtype,capability. No GPU is needed.
+grid,dtype,capability; products,dtype,capability. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aadp_kernels._triton import clip_sum_kernels as sums
-from aadp_kernels._triton import ghost
+from aadp_kernels._triton import product_norms
 from aadp_kernels._triton.clip_sum import sum_constants
 from aadp_kernels._triton.noise import blocks_per_row, parts
 
@@ -31,7 +31,7 @@ FLOATS = ("clip_ptr", "votes_ptr", "quanta_ptr", "slots_ptr", "factors_ptr", "no
 
 def pointer(name: str, element: str) -> str:
     """Type of an argument."""
-    if name in ("a_ptr", "g_ptr", "x_ptr"):
+    if name in ("a_ptr", "g_ptr"):
         return f"*{element}"
     if name.endswith("_ptr"):
         return (
@@ -63,16 +63,12 @@ def plan(case: str):
         options = {k: shared.pop(k) for k in ("enable_fp_fusion", "maxnreg")}
         constants |= shared
     else:
-        kernel = ghost.linear_tiles if kind == "ghost" else ghost.conv_tiles
-        constants = ghost.options(256, 256, element) | {"WIDEN": False}
-        if kind == "ghost":
-            constants |= {"a_column": 1, "g_row": 1}
-        else:
-            constants |= {"KERNEL_W": 3, "GROUPS": 1, "x_column": 1, "g_position": 1}
-            constants |= dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w"), 1)
+        kernel = product_norms.linear_tiles
+        constants = product_norms.options(256, 256, element) | {"WIDEN": False}
+        constants |= {"a_column": 1, "g_row": 1}
         options = {"enable_fp_fusion": constants.pop("enable_fp_fusion")}
     divisible = [n for n in kernel.arg_names if n.endswith("_ptr")]
-    if kind == "ghost":
+    if kind == "products":
         divisible += ["a_record", "a_position", "g_record", "g_position", "columns", "rows"]
     return kernel, constants, [n for n in divisible if n not in constants], options
 
