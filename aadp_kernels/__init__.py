@@ -1,9 +1,7 @@
 """Per-layer clipping and secure noise for differentially private training."""
 
 from aadp_kernels._reuse import ReusedNoiseError
-from aadp_kernels.clip_sum import clip_sum_noise
-from aadp_kernels.clipping import Bias, ClippingLayer, UnsupportedLayerError, with_clipping
-from aadp_kernels.ghost import (
+from aadp_kernels.clip_in_backward.functions import (
     clipped_bias,
     clipped_conv1d,
     clipped_conv2d,
@@ -13,6 +11,15 @@ from aadp_kernels.ghost import (
     clipped_linear,
     clipped_rms_norm,
 )
+from aadp_kernels.clip_in_backward.modules import (
+    Bias,
+    ClippingLayer,
+    UnsupportedLayerError,
+    with_clipping,
+)
+from aadp_kernels.clip_in_backward.single_use import check_single_use
+from aadp_kernels.clip_in_backward.watched import WatchedForward
+from aadp_kernels.clip_sum import clip_sum_noise
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import (
     FORMS,
@@ -25,8 +32,6 @@ from aadp_kernels.noise import (
 )
 from aadp_kernels.privatize import ClipStats, layer_norms, privatize_
 from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
-from aadp_kernels.single_use import check_single_use
-from aadp_kernels.watched import WatchedForward
 
 __version__ = "0.1.0"  # of the distribution: pyproject.toml takes it from this line
 

@@ -17,7 +17,7 @@ FORMS = {
     "privatize": ("wide", "fast", "grid"),
     "norms": ("wide",),
     "clip_sum": ("wide", "fast", "grid"),
-    "ghost": ("wide",),
+    "backward": ("wide",),
 }
 
 

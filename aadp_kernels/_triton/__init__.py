@@ -12,7 +12,7 @@ FORMS = {
     "noise": ("wide", "fast", "grid"),
     "privatize": ("wide", "fast", "grid"),
     "clip_sum": ("wide", "fast", "grid"),
-    "ghost": ("wide",),
+    "backward": ("wide",),
 }
 
 _MIN_CAPABILITY = (8, 0)

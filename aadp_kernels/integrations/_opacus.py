@@ -13,8 +13,8 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from aadp_kernels.clip_in_backward.modules import with_clipping
 from aadp_kernels.clip_sum import clip_sum_noise
-from aadp_kernels.clipping import with_clipping
 from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._watch import Watch

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clipping import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._trial import shape_of_record, trial
-from aadp_kernels.watched import some_records
 
 Tried = tuple[set[int], set[int]]
 

@@ -74,14 +74,16 @@ def test_nothing_has_norm_zero(sizes):
 
 
 def test_clip_in_backward_takes_its_norms_here(monkeypatch):
-    assert _dispatch.choose("triton", "ghost", device=torch.device(DEVICE), elements=1) == "triton"
+    assert (
+        _dispatch.choose("triton", "backward", device=torch.device(DEVICE), elements=1) == "triton"
+    )
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, 2, 9, 7, generator=generator).to(DEVICE)
     weight = torch.randn(3, 5, 7, generator=generator).to(DEVICE)
     bias = torch.randn(3, 5, generator=generator).to(DEVICE)
     calls = []
     # On a CPU numba would sum the records at once and need no norms.
-    monkeypatch.setattr("aadp_kernels._torch.ghost_matrix.fast", lambda _: False)
+    monkeypatch.setattr("aadp_kernels.clip_in_backward.matrix_rules.fast", lambda _: False)
 
     def gradients(fused):
         def norms(a, g):
@@ -89,8 +91,10 @@ def test_clip_in_backward_takes_its_norms_here(monkeypatch):
             return product_norms(a, g)
 
         monkeypatch.setattr("aadp_kernels._triton.product_norms.product_norms", norms)
-        for module in ("ghost_clip", "ghost_matrix"):
-            monkeypatch.setattr(f"aadp_kernels._torch.{module}.fused_norms", lambda _: fused)
+        for module in ("clip", "matrix_rules"):
+            monkeypatch.setattr(
+                f"aadp_kernels.clip_in_backward.{module}.fused_norms", lambda _: fused
+            )
 
         def loss(w, b, x):
             clip = torch.tensor(3.0, device=DEVICE)

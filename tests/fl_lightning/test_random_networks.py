@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aadp_kernels import watched
+from aadp_kernels.clip_in_backward import watched
 from fl_lightning.privacy import clipping
 from tests.networks import fuzz
 from tests.networks.programs import Program, draw, shrink

@@ -269,15 +269,15 @@ NETWORK_CHECK = group(
 )  # fmt: skip
 
 ONE_USE = group(
-    "aadp_kernels/single_use.py",
-    "tests/aadp_kernels/test_ghost.py",
+    "aadp_kernels/clip_in_backward/single_use.py",
+    "tests/aadp_kernels/test_clip_in_backward.py",
     ("rows that are no records accepted", "if rows != [count]:", "if False:"),
     ("two records alone looked at", "for count in (1, 2):", "for count in (2,):"),
     ("layers used twice accepted", "if len(rows) > 1:", "if len(rows) > 9:"),
 )  # fmt: skip
 
 WATCHED = group(
-    "aadp_kernels/watched.py",
+    "aadp_kernels/clip_in_backward/watched.py",
     "tests/aadp_kernels/test_watched.py",
     ("layers used twice accepted", "elif name in self._called:", "elif False:"),
     ("calls of an earlier forward counted", "self._called.clear()", "pass"),
@@ -299,8 +299,8 @@ WATCHED_CLIPPING = group(
 )  # fmt: skip
 
 CHECKPOINTED = group(
-    "aadp_kernels/_torch/ghost.py",
-    "tests/aadp_kernels/test_ghost_use.py",
+    "aadp_kernels/clip_in_backward/autograd.py",
+    "tests/aadp_kernels/test_clip_in_backward_use.py",
     ("the clip norm is computed again", "ctx.how = rule, p, clip, mask, votes_at", "ctx.how = rule, p, clip * torch.inf, mask, votes_at"),
 )  # fmt: skip
 

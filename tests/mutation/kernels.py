@@ -31,7 +31,7 @@ PRIVATIZE = "tests/aadp_kernels/test_privatize.py"
 CLIP_SUM = "tests/aadp_kernels/test_clip_sum.py"
 SENSITIVITY = "tests/aadp_kernels/test_sensitivity.py"
 CPU = "tests/aadp_kernels/test_cpu.py"
-GHOST = "tests/aadp_kernels/test_ghost.py"
+BACKWARD = "tests/aadp_kernels/test_clip_in_backward.py"
 LAUNCH = "tests/aadp_kernels/test_triton_privatize.py::test_meets_the_specification"
 TRITON_NOISE = "tests/aadp_kernels/test_triton_noise.py"
 
@@ -227,8 +227,8 @@ DECISIONS = group(
 )  # fmt: skip
 
 CLIP_IN_BACKWARD = group(
-    "aadp_kernels/_torch/ghost_clip.py",
-    GHOST,
+    "aadp_kernels/clip_in_backward/clip.py",
+    BACKWARD,
     ("clip dropped", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "1.0, 1.0)"),
     ("clip doubled", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "2 * bound[:, None] / torch.where(over, norm, 1.0), 1.0)"),
     ("mask ignored", "live = finite & self.mask\n", "live = finite\n"),
@@ -239,15 +239,15 @@ CLIP_IN_BACKWARD = group(
 )  # fmt: skip
 
 CLIP_MATRICES = group(
-    "aadp_kernels/_torch/ghost_matrix.py",
-    GHOST,
-    ("ghost norm without its root", "else (a2 * w + b) * g2", "else (a2.sqrt() * w + b) * g2"),
-    ("bias not in the ghost norm", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
+    "aadp_kernels/clip_in_backward/matrix_rules.py",
+    BACKWARD,
+    ("norm of a product without its root", "else (a2 * w + b) * g2", "else (a2.sqrt() * w + b) * g2"),
+    ("bias not in the norm of a product", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
 )  # fmt: skip
 
-_CPU_GHOST = "tests/aadp_kernels/test_cpu_ghost.py"
+_CPU_BACKWARD = "tests/aadp_kernels/test_cpu_clip_in_backward.py"
 _PRODUCTS = (
-    f"{_CPU_GHOST}::test_sequences_of_any_shape {_CPU_GHOST}::test_convolutions_of_any_shape"
+    f"{_CPU_BACKWARD}::test_sequences_of_any_shape {_CPU_BACKWARD}::test_convolutions_of_any_shape"
 )
 
 TILES = group(
@@ -260,7 +260,7 @@ TILES = group(
 
 ROWS = group(
     "aadp_kernels/_cpu/rows.py",
-    f"{_PRODUCTS} {_CPU_GHOST}::test_a_record_alone_never_passes_the_clip_norm_in_float32",
+    f"{_PRODUCTS} {_CPU_BACKWARD}::test_a_record_alone_never_passes_the_clip_norm_in_float32",
     ("L2 norm 2/3", "        total += value * value\n", "        total += value * value * 4 / 9\n"),
     ("squares in float32", "value = np.float64(x[i])", "value = x[i]"),
     ("signed sum for the L1 norm", "total += abs(np.float64(x[i]))", "total += np.float64(x[i])"),
@@ -268,9 +268,9 @@ ROWS = group(
 )  # fmt: skip
 
 LINEAR_ROWS = group(
-    "aadp_kernels/_cpu/ghost.py",
-    f"{GHOST}::test_clipped_sums_and_counts {GHOST}::test_one_record_never_passes_the_clip_norm_in_float32 "
-    f"{GHOST}::test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences",
+    "aadp_kernels/_cpu/backward_linear.py",
+    f"{BACKWARD}::test_clipped_sums_and_counts {BACKWARD}::test_one_record_never_passes_the_clip_norm_in_float32 "
+    f"{BACKWARD}::test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences",
     ("bias not in the norm", "np.sqrt((norms[b, 0] * weight + bias) * norms[b, 1])", "np.sqrt(norms[b, 0] * weight * norms[b, 1])"),
     ("bias not in the L1 norm", "norm1 = (norms[b, 2] * weight + bias) * norms[b, 3]", "norm1 = norms[b, 2] * weight * norms[b, 3]"),
     ("clip dropped", "return clip * (1 - 1e-12) / inflated if clip >= 0 else 0.0", "return 1.0"),
@@ -283,8 +283,8 @@ LINEAR_ROWS = group(
 )  # fmt: skip
 
 PRODUCTS = group(
-    "aadp_kernels/_cpu/ghost_matrix.py",
-    _CPU_GHOST,
+    "aadp_kernels/_cpu/backward_products.py",
+    _CPU_BACKWARD,
     ("first group for all", "part = record[i * whole : i * whole + used]\n                    add_scaled", "part = record[:used]\n                    add_scaled"),
     ("padding on one side", "(high + 2 * above) + y + above) * across + beside", "(high + 2 * above) + y + above) * across"),
     ("bias not in the norm", "norm1, total = absolute(own), square(own)", "norm1, total = 0.0, 0.0"),
@@ -306,9 +306,9 @@ REUSE = group(
 )  # fmt: skip
 
 NORM_LAYERS = group(
-    "aadp_kernels/_cpu/ghost_norm.py",
-    "tests/aadp_kernels/test_ghost_layers.py::test_sums_and_counts "
-    "tests/aadp_kernels/test_ghost_layers.py::test_one_record_never_passes_the_clip_norm_in_float32 -k norm",
+    "aadp_kernels/_cpu/backward_norms.py",
+    "tests/aadp_kernels/test_clip_in_backward_layers.py::test_sums_and_counts "
+    "tests/aadp_kernels/test_clip_in_backward_layers.py::test_one_record_never_passes_the_clip_norm_in_float32 -k norm",
     ("input not in the weight's gradient", "own[0, j] += a[start + j] * g[start + j]", "own[0, j] += g[start + j]"),
     ("norm of the first parameter only", "for i in range(first, last):\n                    norm1", "for i in range(first, first + 1):\n                    norm1"),
     ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),

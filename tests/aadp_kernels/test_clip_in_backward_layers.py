@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import Bias, Layout, with_clipping
-from aadp_kernels._torch import ghost_clip, ghost_matrix, ghost_rules
+from aadp_kernels.clip_in_backward import clip, matrix_rules, other_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CLIENTS, BATCH = 3, 5
@@ -192,11 +192,11 @@ def test_sums_and_counts(name, p, mode):
 def implementation(request, monkeypatch):
     """Plain torch where numba would run, and layers that are large for the slices and caches."""
     name = request.param
-    monkeypatch.setattr(ghost_clip, "fast", lambda _: name != "torch")
-    monkeypatch.setattr(ghost_matrix, "fast", lambda _: name != "torch")
-    monkeypatch.setattr(ghost_rules, "fast", lambda _: name == "numba")
+    monkeypatch.setattr(clip, "fast", lambda _: name != "torch")
+    monkeypatch.setattr(matrix_rules, "fast", lambda _: name != "torch")
+    monkeypatch.setattr(other_rules, "fast", lambda _: name == "numba")
     if name == "torch, numba norms":
-        monkeypatch.setattr(ghost_matrix.Matrix, "_numba_sums", lambda *_: None)
+        monkeypatch.setattr(matrix_rules.Matrix, "_numba_sums", lambda *_: None)
 
 
 @pytest.fixture(params=["all at once", "slices of one record", "norms without gradients"])
@@ -204,7 +204,7 @@ def slices(request, monkeypatch):
     """Layers that are large for the slices of the batch."""
     if request.param != "all at once":
         size = 60 if request.param == "slices of one record" else 4
-        monkeypatch.setitem(ghost_clip.SLICE, "cpu", size)
+        monkeypatch.setitem(clip.SLICE, "cpu", size)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -276,8 +276,8 @@ def test_a_clip_norm_that_is_none_silences(name, clip):
         clipped.layer.clip_norm.fill_(clip)
         with pytest.MonkeyPatch.context() as patch:
             if kind == "torch":
-                patch.setattr(ghost_clip, "fast", lambda _: False)
-                patch.setattr(ghost_matrix, "fast", lambda _: False)
+                patch.setattr(clip, "fast", lambda _: False)
+                patch.setattr(matrix_rules, "fast", lambda _: False)
             (clipped(x[0]) * y[0]).sum().backward()
         assert not any(q.grad.any() for q in clipped.layer.parameters())
         assert clipped.first.bias.grad.any()

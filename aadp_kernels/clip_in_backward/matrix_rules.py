@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aadp_kernels._torch.ghost_clip import (
+from aadp_kernels.clip_in_backward.clip import (
     Terms,
     blocks,
     bounded,
@@ -34,7 +34,7 @@ from aadp_kernels._torch.ghost_clip import (
 )
 
 if TYPE_CHECKING:
-    from aadp_kernels._cpu.ghost_matrix import Geometry
+    from aadp_kernels._cpu.backward_products import Geometry
 
 # Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not wanted.
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -97,12 +97,12 @@ class Matrix:
 
     def _numba_sums(self, a: Tensor, g: Tensor, weight: Tensor, terms: Terms) -> Sums | None:
         """All in one call, a record after the other; None if a record is too large for that."""
-        from aadp_kernels._cpu import ghost_matrix
+        from aadp_kernels._cpu import backward_products
 
         geometry, wanted = self.geometry(a, g, weight), terms.wanted
         if not geometry.fits(weight.shape[0], a.dtype):
             return None
-        sum_w, sum_b, counts = ghost_matrix.clipped_sums(
+        sum_w, sum_b, counts = backward_products.clipped_sums(
             a, g, geometry, weight.shape[0], weight=wanted.weight, bias=wanted.bias,
             largest=largest(a.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
             votes_at=terms.votes_at,
@@ -192,7 +192,7 @@ class Linear(Matrix):
         return 0
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        from aadp_kernels._cpu.ghost_matrix import Geometry
+        from aadp_kernels._cpu.backward_products import Geometry
 
         positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
         return Geometry(
@@ -205,14 +205,14 @@ class Linear(Matrix):
             return super().backward(x, grad, weight, terms)
         grad_x = self.input_grad(x, grad, weight) if wanted.x else None
         dtype = compute_dtype(grad)
-        sums = self._ghost(x.to(dtype), grad.to(dtype), terms)
+        sums = self._product_norms(x.to(dtype), grad.to(dtype), terms)
         return grad_x, sums[0], sums[1], sums[2]
 
-    def _ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
+    def _product_norms(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
         """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no record's gradient is formed."""
         wanted = terms.wanted
         if fast(a):
-            return self._numba_ghost(a, g, terms)
+            return self._numba_products(a, g, terms)
         w, b = float(wanted.weight), float(wanted.bias)
         a1, a2 = row_sums(a, l1=terms.needs_l1, l2=wanted.p == 2)
         g1, g2 = row_sums(g, l1=terms.needs_l1, l2=wanted.p == 2)
@@ -233,7 +233,7 @@ class Linear(Matrix):
         sum_w = torch.bmm(scaled.transpose(1, 2), a) if wanted.weight else None
         return sum_w, scaled.sum(1) if wanted.bias else None, counts
 
-    def _numba_ghost(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
+    def _numba_products(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
         wanted = terms.wanted
         found = kernels().scale_linear(
             a, g, wanted.weight, wanted.bias, largest(a.dtype), wanted.p, terms.mask, terms.clip,
@@ -340,7 +340,7 @@ class Conv(Matrix):
         return math.prod(weight.shape[1:]) * self.groups * math.prod(grad.shape[3:])
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        from aadp_kernels._cpu.ghost_matrix import Geometry
+        from aadp_kernels._cpu.backward_products import Geometry
 
         return Geometry(
             a.shape[2], _plane(a.shape[3:]), _plane(self.padding, 0), self.groups,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels._torch.ghost import clipped_layer
-from aadp_kernels._torch.ghost_matrix import Conv, Linear
-from aadp_kernels._torch.ghost_rules import Bias, Embedding, Norm
+from aadp_kernels.clip_in_backward.autograd import clipped_layer
+from aadp_kernels.clip_in_backward.matrix_rules import Conv, Linear
+from aadp_kernels.clip_in_backward.other_rules import Bias, Embedding, Norm
 
 _LINEAR = Linear()
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.ghost import array_of, clip_factor, levels
-from aadp_kernels._cpu.ghost_matrix import SLACK, rows_of, share, total_of
+from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
+from aadp_kernels._cpu.backward_products import SLACK, rows_of, share, total_of
 from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, square
 
 

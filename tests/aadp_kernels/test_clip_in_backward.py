@@ -15,7 +15,7 @@ from aadp_kernels import (
     clipped_linear,
     with_clipping,
 )
-from aadp_kernels._torch.ghost_clip import Terms, Wanted
+from aadp_kernels.clip_in_backward.clip import Terms, Wanted
 
 CLIENTS, BATCH = 3, 6
 LOSS = nn.CrossEntropyLoss(reduction="sum")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.ghost import array_of, clip_factor, levels
+from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
 from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clipping import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
 
 # What a network may ask of a parameter that is not its own: nothing that depends on the values.
 _METADATA = {

@@ -1,6 +1,6 @@
 """Clip-in-backward's norms and clip factors in numba.
 
-They compute what `_torch.ghost_clip` computes, norms in float64, in one pass over memory and
+They compute what `clip_in_backward.clip` computes, norms in float64, in one pass over memory and
 without the cost of some twenty small torch calls a slice.
 """
 

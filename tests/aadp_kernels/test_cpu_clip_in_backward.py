@@ -12,7 +12,7 @@ from aadp_kernels import clipped_conv1d, clipped_conv2d, clipped_linear
 
 pytest.importorskip("numba")
 
-from aadp_kernels._cpu import ghost_matrix as kernel
+from aadp_kernels._cpu import backward_products as kernel
 
 
 def clipped(records, clip, p, mask):

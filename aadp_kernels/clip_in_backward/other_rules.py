@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aadp_kernels._torch.ghost_clip import (
+from aadp_kernels.clip_in_backward.clip import (
     Terms,
     blocks,
     bounded,
@@ -26,7 +26,7 @@ from aadp_kernels._torch.ghost_clip import (
     weighted_sum,
     zeroed,
 )
-from aadp_kernels._torch.ghost_matrix import Results
+from aadp_kernels.clip_in_backward.matrix_rules import Results
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class Norm:
         self, normed: Tensor, g: Tensor, terms: Terms
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Clipped sums of weight and bias and counts, in one call."""
-        from aadp_kernels._cpu import ghost_norm
+        from aadp_kernels._cpu import backward_norms
 
         wanted = terms.wanted
-        sum_w, sum_b, counts = ghost_norm.clipped_sums(
+        sum_w, sum_b, counts = backward_norms.clipped_sums(
             normed, g, math.prod(self.shape), weight=wanted.weight, bias=wanted.bias,
             largest=largest(g.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
             votes_at=terms.votes_at,

@@ -87,9 +87,9 @@ class Terms:
         norm = norm1 if square is None else square.sqrt()
         assert norm is not None
         if fast(norm):
-            from aadp_kernels._cpu import ghost
+            from aadp_kernels._cpu import backward_linear
 
-            factor, counts = ghost.settle(
+            factor, counts = backward_linear.settle(
                 norm1, norm, finite, self.mask, self.clip, self.votes_at, slack
             )
             return factor, counts if self.wanted.counts else None
@@ -125,13 +125,13 @@ def fast(x: Tensor) -> bool:
 
 @cache
 def kernels() -> Any:
-    """`_cpu.ghost` if numba is what large operations on a CPU run on, else None."""
+    """`_cpu.backward_linear` if numba is what large operations on a CPU run on, else None."""
     cpu = torch.device("cpu")
-    if _dispatch.choose("auto", "ghost", device=cpu, elements=1 << 20) != "numba":
+    if _dispatch.choose("auto", "backward", device=cpu, elements=1 << 20) != "numba":
         return None
-    from aadp_kernels._cpu import ghost
+    from aadp_kernels._cpu import backward_linear
 
-    return ghost
+    return backward_linear
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -173,9 +173,9 @@ def row_sums(x: Tensor, *, l1: bool = True, l2: bool = True) -> tuple[Tensor | N
     The last axis is summed in the dtype of x at worst.
     """
     if fast(x):
-        from aadp_kernels._cpu import ghost
+        from aadp_kernels._cpu import backward_linear
 
-        return ghost.row_sums(x)
+        return backward_linear.row_sums(x)
     norm1 = square = None
     if l1:
         row = torch.linalg.vector_norm(x, 1, dim=-1).to(torch.float64)
@@ -247,7 +247,7 @@ def fused_norms(x: Tensor) -> bool:
     """Whether a Triton kernel takes norms of products."""
     if x.device.type == "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    return _dispatch.choose("auto", "ghost", device=x.device, elements=1 << 20) == "triton"
+    return _dispatch.choose("auto", "backward", device=x.device, elements=1 << 20) == "triton"
 
 
 def slack_of(columns: int, dtype: torch.dtype) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from aadp_kernels._torch.ghost_clip import Terms, Wanted
-from aadp_kernels._torch.ghost_matrix import Linear, Results
+from aadp_kernels.clip_in_backward.clip import Terms, Wanted
+from aadp_kernels.clip_in_backward.matrix_rules import Linear, Results
 
 
 class Rule(Protocol):

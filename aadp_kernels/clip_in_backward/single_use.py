@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clipping import ClippingLayer, UnsupportedLayerError
-from aadp_kernels.watched import some_records
+from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.watched import some_records
 
 
 def check_single_use(model: nn.Module, *example: Any, **keywords: Any) -> None:

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from aadp_kernels import _validate, ghost
+from aadp_kernels import _validate
+from aadp_kernels.clip_in_backward import functions
 
 
 class UnsupportedLayerError(ValueError):
@@ -119,7 +120,7 @@ class _Linear(nn.Linear, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.taken(input)
         assert weight is not None
-        return ghost.clipped_linear(input, weight, bias, **self.clipping())
+        return functions.clipped_linear(input, weight, bias, **self.clipping())
 
 
 def _conv(function: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
@@ -138,19 +139,19 @@ def _conv(function: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
 
 class _Conv1d(nn.Conv1d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        return _conv(ghost.clipped_conv1d, self, input)
+        return _conv(functions.clipped_conv1d, self, input)
 
 
 class _Conv2d(nn.Conv2d, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        return _conv(ghost.clipped_conv2d, self, input)
+        return _conv(functions.clipped_conv2d, self, input)
 
 
 class _Embedding(nn.Embedding, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight, _ = self.taken(input)
         assert weight is not None
-        return ghost.clipped_embedding(
+        return functions.clipped_embedding(
             input, weight, padding_idx=self.padding_idx, **self.clipping()
         )
 
@@ -158,7 +159,7 @@ class _Embedding(nn.Embedding, ClippingLayer):
 class _LayerNorm(nn.LayerNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.taken(input)
-        return ghost.clipped_layer_norm(
+        return functions.clipped_layer_norm(
             input, self.normalized_shape, weight, bias, eps=self.eps, **self.clipping()
         )
 
@@ -167,7 +168,7 @@ class _RMSNorm(nn.RMSNorm, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
         weight, _ = self.taken(x)
         assert weight is not None
-        return ghost.clipped_rms_norm(
+        return functions.clipped_rms_norm(
             x, self.normalized_shape, weight, eps=self.eps, **self.clipping()
         )
 
@@ -175,7 +176,7 @@ class _RMSNorm(nn.RMSNorm, ClippingLayer):
 class _GroupNorm(nn.GroupNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.taken(input)
-        return ghost.clipped_group_norm(
+        return functions.clipped_group_norm(
             input, self.num_groups, weight, bias, eps=self.eps, **self.clipping()
         )
 
@@ -186,7 +187,7 @@ def _instance_norm(layer: Any, x: Tensor) -> Tensor:
         raise ValueError(f"x must be [B, channels, ...], got shape {tuple(x.shape)}")
     layer._check_input_dim(x)
     weight, bias = layer.taken(x)
-    return ghost.clipped_group_norm(
+    return functions.clipped_group_norm(
         x, layer.num_features, weight, bias, eps=layer.eps, **layer.clipping()
     )
 
@@ -205,7 +206,7 @@ class _Bias(Bias, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
         _, bias = self.taken(x)
         assert bias is not None
-        return ghost.clipped_bias(x, bias, **self.clipping())
+        return functions.clipped_bias(x, bias, **self.clipping())
 
 
 class _FrozenBatchNorm(_BatchNorm):
