@@ -1,43 +1,41 @@
-"""Which implementation runs a call. It is chosen here and nowhere else."""
+"""Which back end runs a call. It is chosen here and nowhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from aadp_kernels import _validate
+from aadp_kernels.contract import HostBackend, RecordKernels
 
 IMPLS = ("auto", "torch", "numba", "triton")
 AUTO_ELEMENTS = 64
 
 _PACKAGES = {"torch": "_torch", "numba": "_cpu", "triton": "_triton"}
 _FASTEST = {"cpu": "numba", "cuda": "triton"}
-# Modules of operations that have no module of their own.
-_MODULES = {"coins": "noise", "norms": "privatize"}
+_CPU = torch.device("cpu")
 
 
 @cache
 def package(impl: str) -> ModuleType | None:
-    """The package of an implementation; importing it imports neither numba nor triton."""
+    """The package of a back end; importing it imports neither numba nor triton."""
     name = f"aadp_kernels.{_PACKAGES[impl]}"
     return import_module(name) if find_spec(name) else None
 
 
 def unavailable(impl: str, operation: str, form: str, device: torch.device) -> str | None:
-    """Why an implementation cannot run an operation; None if it can.
-
-    A package names in `FORMS` the forms that it has of each operation, and says in
-    `missing(device)` why it cannot run there.
-    """
+    """Why a back end cannot run an operation; None if it can."""
     found = package(impl)
     if found is None:
         return f"without aadp_kernels.{_PACKAGES[impl]}"
-    forms = getattr(found, "FORMS", {})
-    if form not in forms.get(operation, ()):
+    if form not in found.FORMS.get(operation, ()):
         return f"for {operation} with form={form!r}"
     return found.missing(device)
 
@@ -45,7 +43,7 @@ def unavailable(impl: str, operation: str, form: str, device: torch.device) -> s
 def choose(
     impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
 ) -> str:
-    """Name of the implementation; `elements` counts one row, so that a cohort changes nothing.
+    """Name of the back end; `elements` counts one row, so that a cohort changes nothing.
 
     Only the wide form has the same bits in torch and numba, so only there may a small call leave
     numba: an element must not depend on the size of the call.
@@ -59,26 +57,67 @@ def choose(
         if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
         return impl if unavailable(impl, operation, form, device) is None else "torch"
+    if impl == "numba" and (operation, form) in _left_to_torch():
+        return "torch"
     reason = unavailable(impl, operation, form, device)
     if reason is not None:
         raise ValueError(f"impl must not be {impl!r} {reason}")
     return impl
 
 
+@cache
+def _left_to_torch() -> set[tuple[str, str]]:
+    found = package("numba")
+    return set() if found is None else found.LEFT_TO_TORCH
+
+
 def backend(
     impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
-) -> ModuleType:
-    """The module of the chosen implementation; numba or triton is imported here."""
+) -> HostBackend:
+    """The chosen back end; numba or triton is imported here.
+
+    One on an accelerator has `coins` and `layer_norms` only where its `FORMS` say so, and is not
+    chosen for them otherwise.
+    """
     if impl not in IMPLS:
         _validate.one_of("impl", impl, IMPLS)
     return _backend(impl, operation, device, form, elements < AUTO_ELEMENTS)
 
 
 @cache
-def _backend(impl: str, operation: str, device: torch.device, form: str, small: bool) -> ModuleType:
+def _backend(
+    impl: str, operation: str, device: torch.device, form: str, small: bool
+) -> HostBackend:
     """`backend`, found once for all calls of a kind."""
     elements = 0 if small else AUTO_ELEMENTS
     name = choose(impl, operation, device=device, elements=elements, form=form)
-    grid = form == "grid" and operation == "noise"
-    module = "grid" if grid else _MODULES.get(operation, operation)
-    return import_module(f"aadp_kernels.{_PACKAGES[name]}.{module}")
+    return cast(HostBackend, import_module(f"aadp_kernels.{_PACKAGES[name]}.backend"))
+
+
+def record_kernels(x: Tensor) -> RecordKernels | None:
+    """The compiled parts of clip-in-backward for a plain tensor on a CPU; never in a trace."""
+    if (
+        type(x) is Tensor
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+    ):
+        return _record_kernels()
+    return None
+
+
+@cache
+def _record_kernels() -> RecordKernels | None:
+    if choose("auto", "backward", device=_CPU, elements=AUTO_ELEMENTS) != "numba":
+        return None
+    return cast(RecordKernels, import_module("aadp_kernels._cpu.records"))
+
+
+def product_norms(x: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """A kernel for norms of products that are not written, float32 on an accelerator, or None."""
+    if x.device.type == "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    if choose("auto", "backward", device=x.device, elements=AUTO_ELEMENTS) != "triton":
+        return None
+    module: Any = import_module("aadp_kernels._triton.product_norms")
+    return module.product_norms

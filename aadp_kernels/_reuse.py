@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from threading import Lock
 
+from aadp_kernels.contract import Segment
+
 Spans = tuple[tuple[int, int], ...]  # sorted, disjoint, not touching: [start, stop)
-Segment = tuple[int, int, int]  # layer, first element, number of elements
 
 _MOST_WAITING = 64
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
-from aadp_kernels._torch.grid import quantum
-from aadp_kernels._torch.privatize import ClipStats, noisy_layers
+from aadp_kernels.certified import noisy_layers
+from aadp_kernels.contract import Bounds, ClipStats
+from aadp_kernels.grid import quantum, release
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import NoiseKey
 from aadp_kernels.privatize import (
@@ -119,40 +120,50 @@ def clip_sum_noise(
         if device.type == "cpu" and bool(((scale == 0) & (clip > 0)).any()):
             raise ValueError("scale must be positive with form='grid' (or None), got 0")
         quanta = quantum(scale, mechanism)
-    kind = torch.float64 if quanta is None else torch.int64
-    running = None if accumulate is None else _running_sums(accumulate, layout, device, kind)
+    running = None
+    if accumulate is not None:
+        running = _running_sums(accumulate, layout, device, quanta is not None)
     if last:
         claim_layers(key, noise, client, layout, noisy_ones)
-    if hasattr(backend, "clip_sum_noise"):
-        return backend.clip_sum_noise(
-            per_sample, layout, clip=clip, scale=scale, p=p, noise=noise, mask=live,
-            votes_at=votes_at, accumulate=running, last=last, quanta=quanta,
-        )  # fmt: skip
-    sums = running or _running_sums(None, layout, device, kind)
-    stats = backend.clip_sum(
-        per_sample,
-        layout,
-        clip=clip,
-        p=p,
-        mask=live,
-        votes_at=votes_at,
-        sums=sums,
-        quanta=quanta,
-    )
-    if not last:
-        return sums, stats
-    dtypes = [t.dtype for t in per_sample]
-    return backend.finish(
-        sums, layout, scale=scale, noise=noise, dtypes=dtypes, quanta=quanta
-    ), stats
+    given = {"bounds": Bounds(clip, p, votes_at), "mask": live, "sums": running}
+    if last and quanta is None:
+        return backend.clip_sum_noise(per_sample, layout, **given, scale=scale, noise=noise)
+    sums, stats = backend.clip_sum(per_sample, layout, **given, quanta=quanta)
+    if last and quanta is not None:
+        drawing = _dispatch.backend(
+            impl, "noise", device=device, elements=layout.elements, form=form
+        )
+        drawn = [None] * layout.num_layers
+        if noise is not None:
+            drawn = drawing.layer_integers(noise, layout, scale)
+        sums = _released(sums, layout, drawn, quanta, mechanism)
+        sums = [t.to(record.dtype) for t, record in zip(sums, per_sample, strict=True)]
+    return sums, stats
+
+
+def _released(
+    sums: Sequence[Tensor],
+    layout: Layout,
+    drawn: Sequence[Tensor | None],
+    quanta: Tensor,
+    mechanism: str,
+) -> list[Tensor]:
+    """Sums of integers with their noise, float64."""
+    results = []
+    for i, value in enumerate(sums):
+        layer, start = layout.layer_of[i], layout.offsets[i]
+        piece = drawn[layer]
+        if piece is not None:
+            piece = piece[0, start : start + layout.sizes[i]].view(value.shape)
+        results.append(release(value, piece, quanta[layer], mechanism))
+    return results
 
 
 def _running_sums(
-    accumulate: Sequence[Tensor] | None, layout: Layout, device: torch.device, dtype: torch.dtype
+    accumulate: Sequence[Tensor], layout: Layout, device: torch.device, integers: bool
 ) -> list[Tensor]:
-    """The sums so far; zeros at the beginning."""
-    if accumulate is None:
-        return [torch.zeros(s, dtype=dtype, device=device) for s in layout.shapes]
+    """The sums so far, float64 or integers."""
+    dtype = torch.int64 if integers else torch.float64
     if len(accumulate) != len(layout.names):
         raise ValueError(f"accumulate must be {len(layout.names)} tensors, got {len(accumulate)}")
     for name, shape, tensor in zip(layout.names, layout.shapes, accumulate, strict=True):

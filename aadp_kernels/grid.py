@@ -53,10 +53,42 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import _validate
-from aadp_kernels._torch import grid as _torch
-from aadp_kernels._torch.noise import CUTOFFS
+from aadp_kernels.addresses import CUTOFFS
+
+OCTAVE_BITS = 30
+DIGIT_BITS = 10
+ATTEMPTS = 128
+TAIL_DOMAINS = 32
+MAX_OCTAVES = 63 + 256 * TAIL_DOMAINS
+LIMIT = 1 << 42
+SUM_LIMIT = 1 << 61
+RECORDS_AT_ONCE = 1 << 18
+MAX_WEIGHT = 2.0**1000
+OFFSETS = {"laplace": 0.5, "gaussian": 0.0}
+LN2_UP = math.nextafter(math.log(2), 1)
 
 _ACCEPTANCE_ERROR = 2.0**-45
+
+
+@cache
+def thresholds() -> tuple[tuple[int, ...], ...]:
+    """c_1 .. c_1023 of each digit: 2^64 P(digit < v), to the nearest integer.
+
+    Digit j of three has P(digit = v) proportional to 2^(-v / 2^(10 (j + 1))). It is the number of
+    thresholds that are at most a 64-bit number.
+    """
+    tables = []
+    with localcontext() as context:
+        context.prec = 60
+        for j in range(3):
+            ratio = Decimal(2) ** (-1 / Decimal(2 ** (DIGIT_BITS * (j + 1))))
+            whole = 1 - Decimal(2) ** (-1 / Decimal(2 ** (DIGIT_BITS * j)))
+            power, table = Decimal(1), []
+            for _ in range(1, 1 << DIGIT_BITS):
+                power *= ratio
+                table.append(int(((1 - power) / whole * 2**64).to_integral_value()))
+            tables.append(tuple(table))
+    return tuple(tables)
 
 
 def quantum(scale: float | Tensor, mechanism: str) -> Tensor:
@@ -79,10 +111,25 @@ def quantum(scale: float | Tensor, mechanism: str) -> Tensor:
         | so small that q would be subnormal | the smallest normal number: more noise than asked |
         | negative or not finite, on an accelerator | NaN |
     """
-    _validate.one_of("mechanism", mechanism, tuple(_torch.OFFSETS))
+    _validate.one_of("mechanism", mechanism, tuple(OFFSETS))
     scale = torch.as_tensor(scale, dtype=torch.float64)
     _validate.nonnegative_tensor("scale", scale, finite=True)
-    return _torch.quantum(scale, mechanism)
+    factor = (LN2_UP if mechanism == "laplace" else 1.0) * 2.0**-OCTAVE_BITS
+    step = (scale * factor).clamp(min=torch.finfo(torch.float64).tiny)
+    step = torch.where(torch.isfinite(scale) & (scale > 0), step, torch.nan)
+    return torch.where(scale == 0, 0.0, step)
+
+
+def release(total: Tensor, noise: Tensor | None, step: Tensor, mechanism: str) -> Tensor:
+    """Integers S with noise as float64, (S + noise + offset) * step; exactly zero where step is 0.
+
+    Without noise a step that is not 0 gives NaN.
+    """
+    if noise is None:
+        noise = torch.zeros_like(total)
+        step = torch.where(step == 0, 0.0, torch.nan)
+    noised = (total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)
+    return torch.where(step == 0, 0.0, (noised.to(torch.float64) + OFFSETS[mechanism]) * step)
 
 
 @cache
@@ -91,7 +138,7 @@ def _table_error() -> float:
     total = Decimal(0)
     with localcontext() as context:
         context.prec = 60
-        for j, table in enumerate(_torch.thresholds()):
+        for j, table in enumerate(thresholds()):
             edges = [0, *table, 1 << 64]
             ratio = Decimal(2) ** (-1 / Decimal(2 ** (10 * (j + 1))))
             exact = (1 - ratio) / (1 - Decimal(2) ** (-1 / Decimal(2 ** (10 * j))))
@@ -129,12 +176,12 @@ def inexactness(mechanism: str, elements: int) -> tuple[float, float]:
     Edge cases:
         No elements cost nothing. The tail delta of Laplace noise is 0.
     """
-    _validate.one_of("mechanism", mechanism, tuple(_torch.OFFSETS))
+    _validate.one_of("mechanism", mechanism, tuple(OFFSETS))
     if elements < 0:
         raise ValueError(f"elements must not be negative, got {elements}")
     if mechanism == "laplace":
         return 2 * elements * _table_error(), 0.0
     cutoff = CUTOFFS["gaussian", "grid"]
-    discrete = (cutoff**2 + 1) / (24 * 4.0**_torch.OCTAVE_BITS)
+    discrete = (cutoff**2 + 1) / (24 * 4.0**OCTAVE_BITS)
     eta = _table_error() + _ACCEPTANCE_ERROR + discrete
     return 2 * elements * eta, elements * math.erfc(cutoff / math.sqrt(2)) * (1 + 1e-6)

@@ -14,15 +14,21 @@ from torch import Tensor
 
 from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
-from aadp_kernels._reuse import Segment, UsedNoise
-from aadp_kernels._torch import noise as _noise
-from aadp_kernels._torch.rng import RNGS, key_words_needed, words_per_block
+from aadp_kernels._reuse import UsedNoise
+from aadp_kernels.addresses import (
+    CUTOFFS,
+    LAYER_BITS,
+    RNGS,
+    key_words_needed,
+    words_per_block,
+)
+from aadp_kernels.contract import Noise, Segment
 
 MECHANISMS = ("gaussian", "laplace")
 FORMS = ("wide", "fast", "grid")
 
 _MAX_STEP = 1 << 32
-_MAX_LAYER = 1 << _noise.LAYER_BITS
+_MAX_LAYER = 1 << LAYER_BITS
 
 
 class NoiseKey:
@@ -170,7 +176,7 @@ def tail_cutoff(mechanism: str, form: str = "wide") -> float:
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
     _validate.one_of("form", form, FORMS)
-    return _noise.CUTOFFS[mechanism, form]
+    return CUTOFFS[mechanism, form]
 
 
 def max_elements(rng: str, form: str = "wide") -> int:
@@ -276,10 +282,8 @@ def sample_noise(
     claim(key, mechanism, form, step, client, [segment])
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, count)
-    return backend.scaled_noise(
-        key.rng, key.words, segment, clients, step=step, mechanism=mechanism, form=form,
-        scale=scale, dtype=dtype,
-    ).reshape(shape)  # fmt: skip
+    noise = Noise(key.rng, key.words, mechanism, form, step, clients)
+    return backend.scaled_noise(noise, segment, scale, dtype).reshape(shape)
 
 
 @eager
@@ -332,7 +336,8 @@ def poisson_mask(
     cohort = isinstance(client, Tensor) and client.dim() == 1
     if n == 0 or len(clients) == 0:
         return torch.zeros((len(clients), n) if cohort else (n,), dtype=torch.bool, device=place)
-    mask = backend.coins(key.rng, key.words, n, clients, step=step, rates=rates)
+    noise = Noise(key.rng, key.words, "coins", "wide", step, clients)
+    mask = backend.coins(noise, n, rates)
     return mask if cohort else mask[0]
 
 

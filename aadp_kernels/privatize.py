@@ -9,7 +9,8 @@ from torch import Tensor
 
 from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
-from aadp_kernels._torch.privatize import ClipStats, Noise, noisy_layers
+from aadp_kernels.certified import noisy_layers
+from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
 
@@ -109,8 +110,8 @@ def privatize_(
     )
     claim_layers(key, noise, 0 if clients is None else clients, layout, noisy)
     return backend.privatize(
-        tensors, out, layout, clip=clip, scale=scale, p=p, noise=noise, reference=reference,
-        votes_at=votes_at,
+        tensors, out, layout, bounds=Bounds(clip, p, votes_at), scale=scale, noise=noise,
+        reference=reference,
     )  # fmt: skip
 
 

@@ -121,3 +121,58 @@ def test_importing_the_kernels_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "[]"
+
+
+# aadp_kernels: rooms from the ground up ---------------------------------------------------------
+
+# A file or package imports from rooms below its own, and from nothing else in its own room.
+KERNEL_ROOMS = [
+    {"_validate", "_eager", "addresses", "layout", "threads"},
+    {"contract"},
+    {"certified", "grid", "_reuse"},
+    {"_torch", "_cpu", "_triton"},
+    {"_dispatch"},
+    {"noise"},
+    {"privatize", "sensitivity"},
+    {"clip_sum"},
+    {"clip_in_backward"},
+    {"integrations"},
+    {"__init__"},
+]
+KERNEL_FLOOR = {room: floor for floor, rooms in enumerate(KERNEL_ROOMS) for room in rooms}
+
+
+def kernel_room(path: Path) -> str:
+    return path.relative_to(ROOT / "aadp_kernels").with_suffix("").parts[0]
+
+
+def kernel_imports(path: Path) -> Iterator[str]:
+    """Rooms that a file imports from; "__init__" for the public names of the package."""
+    for module, name in imports(path):
+        if top(module) == "aadp_kernels":
+            inside = module.split(".")[1:]
+            yield inside[0] if inside else (name if name in KERNEL_FLOOR else "__init__")
+
+
+def test_every_file_of_the_kernels_has_a_room() -> None:
+    assert {kernel_room(path) for path in KERNELS} == set(KERNEL_FLOOR)
+    assert sum(map(len, KERNEL_ROOMS)) == len(KERNEL_FLOOR)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=short)
+def test_no_import_of_the_kernels_climbs(path: Path) -> None:
+    own = kernel_room(path)
+    for room in kernel_imports(path):
+        assert room == own or KERNEL_FLOOR[room] < KERNEL_FLOOR[own], f"{own} imports {room}"
+
+
+def test_the_kernels_have_no_circle_of_imports() -> None:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in KERNELS}
+    needs = {
+        name: {full for m, n in imports(path) for full in (m, f"{m}.{n}") if full in modules}
+        for name, path in modules.items()
+    }
+    while needs:
+        ground = {name for name, others in needs.items() if not others & set(needs)}
+        assert ground, f"circles among {sorted(needs)}"
+        needs = {name: others for name, others in needs.items() if name not in ground}

@@ -1,7 +1,7 @@
-"""The fast path on a CPU, in numba: the noise of `_torch`, tens of times as fast.
+"""The fast path on a CPU, in numba: the noise of the specification, tens of times as fast.
 
-Numba is imported with the first call that pays, never with the package; where it is
-missing everything runs on `_torch`.
+Numba is imported with the first call that pays, never with the package; where it is missing
+everything runs in plain torch.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from functools import cache
 
 import torch
 
-# The forms of each operation that exist here; the others run on `_torch`.
+# The forms of each operation that exist here.
 FORMS = {
     "noise": ("wide", "fast", "grid"),
     "coins": ("wide",),
     "privatize": ("wide", "fast", "grid"),
     "norms": ("wide",),
-    "clip_sum": ("wide", "fast", "grid"),
+    "clip_sum": ("wide", "fast"),
     "backward": ("wide",),
 }
+# What plain torch does in the place of this back end, also where a caller asks for numba: sums of
+# integers, whose noise is drawn here.
+LEFT_TO_TORCH = {("clip_sum", "grid")}
 
 
 def missing(device: torch.device) -> str | None:

@@ -55,7 +55,7 @@ def _body(context: Any, builder: Any, compiled: Any, kind: ir.Type) -> tuple[ir.
 def _parallel(_context, kernel, arguments, count, threads, region):
     """parallel(kernel, arguments, count, threads, region): kernel(*arguments, begin, end).
 
-    Covers [0, count) on threads of `_threads.region_for`. The kernel is compiled, and gives the
+    Covers [0, count) on threads of `threads.region_for`. The kernel is compiled, and gives the
     same result however the range is cut. Where a part of it raises (it finds no memory), the others
     are done and then a MemoryError is raised.
     """

@@ -1,6 +1,6 @@
 """Clip-in-backward's norms and clip factors in numba.
 
-They compute what `clip_in_backward.clip` computes, norms in float64, in one pass over memory and
+They compute what `clip_in_backward/clip.py` computes, norms in float64, in one pass over memory and
 without the cost of some twenty small torch calls a slice.
 """
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel
-from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.pieces import address
 from aadp_kernels._cpu.rows import absolute, bytes_of, jit_sums, memory, square
+from aadp_kernels.certified import largest
+from aadp_kernels.contract import ClipRule, GradientsNeeded
+from aadp_kernels.threads import region_for, spread
 
 # As kernels take them, and a factor that covers the roundings of a scaled row.
 _DTYPES = {
@@ -43,7 +45,7 @@ def _sum_rows(x, absolute, squares, begin, end):
 
 @jit
 def clip_factor(norm1, norm, finite, live, clip, votes_at, slack, counts):
-    """Clip factor of a record, operation by operation as `Terms.settle`; counts [3] move on."""
+    """Clip factor of a record, operation by operation as `clip_in_backward`; counts [3] move on."""
     if not live:
         return 0.0
     if not finite:
@@ -59,7 +61,7 @@ def clip_factor(norm1, norm, finite, live, clip, votes_at, slack, counts):
 
 
 @jit
-def _settle(norm1, norm, finite, mask, clip, votes_at, slack, factor, counts):
+def _factors_and_counts(norm1, norm, finite, mask, clip, votes_at, slack, factor, counts):
     """Clip factors of [K, B] records; votes_at is NaN for no votes."""
     for k in range(norm.shape[0]):
         for b in range(norm.shape[1]):
@@ -169,20 +171,15 @@ def _sums(x: Tensor) -> np.ndarray:
     return sums.reshape(2, *x.shape[:2])
 
 
-def settle(
-    norm1: Tensor | None,
-    norm: Tensor,
-    finite: Tensor,
-    mask: Tensor,
-    clip: Tensor,
-    votes_at: Tensor | None,
-    slack: float,
+def factors_and_counts(
+    norm1: Tensor | None, norm: Tensor, finite: Tensor, rule: ClipRule, slack: float
 ) -> tuple[Tensor, Tensor]:
-    """Clip factors [K, B] and counts [K, 3], float64."""
+    """`RecordKernels.factors_and_counts`."""
     factor, counts = np.zeros(norm.shape), np.zeros((len(norm), 3))
-    _settle(
-        (norm if norm1 is None else norm1).numpy(), norm.numpy(), finite.numpy(), mask.numpy(),
-        clip.numpy(), levels(votes_at, len(norm)), slack, factor, counts,
+    _factors_and_counts(
+        (norm if norm1 is None else norm1).numpy(), norm.numpy(), finite.numpy(),
+        rule.mask.numpy(), rule.clip.numpy(), levels(rule.votes_at, len(norm)), slack, factor,
+        counts,
     )  # fmt: skip
     return torch.from_numpy(factor), torch.from_numpy(counts)
 
@@ -213,54 +210,30 @@ class Scaled(NamedTuple):
     counts: Any
 
 
-def scale_linear(
-    a: Tensor,
-    g: Tensor,
-    weight: bool,
-    bias: bool,
-    largest: float,
-    p: int,
-    mask: Tensor,
-    clip: Tensor,
-    votes_at: Tensor | None,
-) -> Scaled:
-    """Clip the gradients g aᵀ of records, of which no one is formed.
-
-    Args:
-        a: inputs [K, B, in], float32 or float64.
-        g: output gradients [K, B, out].
-        weight: whether the weight gradient counts in the norm.
-        bias: whether the bias gradient does.
-        largest: bound on the norms of a finite record.
-        p: norm of the clipping.
-        mask: which records count, bool [K, B].
-        clip: [K]; also votes_at (None or NaN: no votes).
-        votes_at: see clip.
-    """
-    a, g, mask = a.resolve_neg().contiguous(), g.resolve_neg().contiguous(), mask.contiguous()
+def scale_linear(a: Tensor, g: Tensor, rule: ClipRule) -> Scaled:
+    """`RecordKernels.scale_linear`: the gradients g aᵀ of records, of which no one is formed."""
+    needed, mask = rule.needed, rule.mask.contiguous()
+    a, g = a.resolve_neg().contiguous(), g.resolve_neg().contiguous()
     clients, batch, out = g.shape
     scaled, total, counts = torch.empty_like(g), g.new_empty((clients, out)), np.empty((clients, 3))
     dtype, shrink = _DTYPES[g.dtype]
     clean = _scale_clients(
-        address(a), address(g), address(scaled), address(total), address(mask), dtype,
-        clients, batch, a.shape[2], out, float(weight), float(bias), p, array_of(clip),
-        levels(votes_at, clients), largest, shrink, counts,
+        address(a), address(g), address(scaled), address(total), address(mask), dtype, clients,
+        batch, a.shape[2], out, float(needed.weight), float(needed.bias), needed.p,
+        array_of(rule.clip), levels(rule.votes_at, clients), largest(g.dtype), shrink, counts,
     )  # fmt: skip
     return Scaled(scaled, total, clean, torch.from_numpy(counts))
 
 
-def scale_alone(
+def scale_single(
     a: Tensor,
     g: Tensor,
-    weight: bool,
-    bias: bool,
-    largest: float,
-    p: int,
-    mask: Tensor | None,
+    needed: GradientsNeeded,
     clip: Tensor,
+    mask: Tensor | None,
     votes_at: Tensor | None,
 ) -> Scaled:
-    """`scale_linear` of one client: a [B, in], g [B, out], mask [B] or [1], the others []."""
+    """`RecordKernels.scale_single`."""
     a, g = a.resolve_neg().contiguous(), g.resolve_neg().contiguous()
     batch, out = g.shape
     scaled, total = torch.empty_like(g), g.new_empty(out)
@@ -269,9 +242,10 @@ def scale_alone(
     dtype, shrink = _DTYPES[g.dtype]
     clean, *counts = _scale_rows(
         address(a), address(g), address(scaled), address(total),
-        0 if mask is None else address(mask), dtype, batch, a.shape[1], out, float(weight),
-        float(bias), p, float(clip), math.nan if votes_at is None else float(votes_at), largest,
-        shrink, *region_for(a.numel() + g.numel()),
+        0 if mask is None else address(mask), dtype, batch, a.shape[1], out, float(needed.weight),
+        float(needed.bias), needed.p, float(clip),
+        math.nan if votes_at is None else float(votes_at), largest(g.dtype), shrink,
+        *region_for(a.numel() + g.numel()),
     )  # fmt: skip
     return Scaled(scaled, total, clean, counts)
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
-from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
 from aadp_kernels._cpu.backward_products import SLACK, rows_of, share, total_of
 from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, square
+from aadp_kernels.certified import largest
+from aadp_kernels.contract import ClipRule
+from aadp_kernels.threads import spread
 
 
 @jit_sums
@@ -61,33 +63,16 @@ def clip_units(
                 add_scaled(sums[unit, i], lowered, own[i])
 
 
-def clipped_sums(
-    a: Tensor,
-    g: Tensor,
-    n: int,
-    *,
-    weight: bool,
-    bias: bool,
-    largest: float,
-    p: int,
-    mask: Tensor,
-    clip: Tensor,
-    votes_at: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of clipped records' gradients of weight and bias [K, n], and counts [K, 3].
+def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tensor, Tensor, Tensor]:
+    """`RecordKernels.norm_layer_sums`.
 
     Args:
         a: normalised inputs [K, B, ..., n elements], float32 or float64.
         g: output gradients of the same shape and dtype.
         n: elements of weight and bias.
-        weight: whether the weight gradient is wanted and counts in the norm.
-        bias: whether the bias gradient is and does.
-        largest: bound on the norms of a finite record.
-        p: norm of the clipping.
-        mask: [K, B], bool.
-        clip: [K], float64; also votes_at (None or NaN: no votes).
-        votes_at: see clip.
+        rule: how to clip.
     """
+    needed, mask = rule.needed, rule.mask
     clients, batch = mask.shape
     rows_a, rows_g = (rows_of(t) for t in (a, g))
     per_client, each = share(clients, batch)
@@ -96,9 +81,9 @@ def clipped_sums(
 
     def work(begin: int, end: int) -> None:
         clip_units(
-            rows_a, rows_g, 0 if weight else 1, 2 if bias else 1, largest,
-            1 - 2 * torch.finfo(g.dtype).eps, p, array_of(mask), array_of(clip),
-            levels(votes_at, clients), per_client, each, sums, counts, begin, end,
+            rows_a, rows_g, 0 if needed.weight else 1, 2 if needed.bias else 1, largest(g.dtype),
+            1 - 2 * torch.finfo(g.dtype).eps, needed.p, array_of(mask), array_of(rule.clip),
+            levels(rule.votes_at, clients), per_client, each, sums, counts, begin, end,
         )  # fmt: skip
 
     spread(work, len(sums), elements=rows_g.size)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
-from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
 from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
+from aadp_kernels.certified import largest
+from aadp_kernels.contract import ClipRule, Geometry
+from aadp_kernels.threads import spread
 
 # Elements of a record's gradient, and of its input and output, that a core's own cache holds.
 MOST = 1 << 17
@@ -29,48 +31,26 @@ SLACK = 2.0**-33
 _UNITS, _SMALLEST_UNIT = 16, 8
 
 
-class Geometry(NamedTuple):
-    """How a layer's positions and columns lie in a record, public and hashable.
-
-    Attributes:
-        channels: Channels of the input.
-        size: Spatial sizes of the input, two axes; a linear layer has (positions, features).
-        padding: Zeros on each side of each axis.
-        groups: Groups of channels.
-        positions: Positions along each axis.
-        step: Rows or elements between neighbouring positions along each axis.
-        kernel: Columns along each axis, within a channel.
-        gap: Rows or elements between neighbouring columns along each axis.
-        last: Whether the output gradient has its features in the last axis.
-    """
-
-    channels: int
-    size: tuple[int, int]
-    padding: tuple[int, int]
-    groups: int
-    positions: tuple[int, int]
-    step: tuple[int, int]
-    kernel: tuple[int, int]
-    gap: tuple[int, int]
-    last: bool
-
-    @property
-    def columns(self) -> int:
-        """Columns of a group's weight."""
-        return self.channels // self.groups * math.prod(self.kernel)
-
-    def width(self, out: int, dtype: torch.dtype) -> int:
-        """Features of a group's output, padded to whole vectors."""
-        lanes = VECTOR // dtype.itemsize
-        return -(-out // self.groups // lanes) * lanes
-
-    def fits(self, out: int, dtype: torch.dtype) -> bool:
-        """Whether a record's gradient and what it is made of stay in the cache."""
-        width, inner = self.groups * self.width(out, dtype), self.channels * math.prod(self.size)
-        return max(width * self.columns, width * math.prod(self.positions), inner) <= MOST
+def _columns(geometry: Geometry) -> int:
+    """Columns of a group's weight."""
+    return geometry.channels // geometry.groups * math.prod(geometry.kernel)
 
 
-class _Plan(NamedTuple):
+def _width(geometry: Geometry, out: int, dtype: torch.dtype) -> int:
+    """Features of a group's output, padded to whole vectors."""
+    lanes = VECTOR // dtype.itemsize
+    return -(-out // geometry.groups // lanes) * lanes
+
+
+def fits(geometry: Geometry, out: int, dtype: torch.dtype) -> bool:
+    """Whether a record's gradient and what it is made of stay in the cache."""
+    width = geometry.groups * _width(geometry, out, dtype)
+    inner = geometry.channels * math.prod(geometry.size)
+    products = width * max(_columns(geometry), math.prod(geometry.positions))
+    return max(products, inner) <= MOST
+
+
+class ProductPlan(NamedTuple):
     """A geometry as the kernel takes it.
 
     Attributes:
@@ -106,7 +86,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> _Plan:
+def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> ProductPlan:
     high, wide = (n + 2 * pad for n, pad in zip(geometry.size, geometry.padding, strict=True))
     base = [
         y * geometry.step[0] * wide + x * geometry.step[1]
@@ -118,10 +98,10 @@ def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> _Plan:
         for y, x in itertools.product(*map(range, geometry.kernel))
     ]
     columns += columns[-1:] * max(COLUMNS1, COLUMNS2)
-    return _Plan(
+    return ProductPlan(
         dtype.itemsize * np.array(base, np.int64), dtype.itemsize * np.array(columns, np.int64),
         (geometry.channels, *geometry.size), geometry.padding, geometry.groups, geometry.last,
-        geometry.columns, out, geometry.width(out, dtype),
+        _columns(geometry), out, _width(geometry, out, dtype),
     )  # fmt: skip
 
 
@@ -288,38 +268,26 @@ def total_of(units: np.ndarray, clients: int) -> Tensor:
     return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
 
 
-def clipped_sums(
-    a: Tensor,
-    g: Tensor,
-    geometry: Geometry,
-    out: int,
-    *,
-    weight: bool,
-    bias: bool,
-    largest: float,
-    p: int,
-    mask: Tensor,
-    clip: Tensor,
-    votes_at: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of clipped records' gradients of weight [K, out, columns] and bias [K, out], and counts.
+def product_sums(
+    a: Tensor, g: Tensor, geometry: Geometry, out: int, rule: ClipRule
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`RecordKernels.product_sums`.
 
     Args:
-        a: inputs [K, B, ...], contiguous, float32 or float64.
-        g: output gradients [K, B, ...], contiguous.
-        geometry: of the layer; it must fit.
+        a: inputs [K, B, ...], float32 or float64.
+        g: output gradients [K, B, ...].
+        geometry: of the layer.
         out: features of the output.
-        weight: whether the weight gradient is wanted and counts in the norm.
-        bias: whether the bias gradient is and does.
-        largest: bound on the norms of a finite record.
-        p: norm of the clipping.
-        mask: [K, B], bool.
-        clip: [K], float64; also votes_at (NaN: no votes).
-        votes_at: see clip.
+        rule: how to clip.
 
     Returns:
-        The sums in the dtype of g, whatever the number of threads, and counts [K, 3].
+        Weight [K, out, columns], bias [K, out] and counts [K, 3], the sums in the dtype of g and
+        whatever the number of threads; None if a record is too large to stay in the cache.
     """
+    if not fits(geometry, out, a.dtype):
+        return None
+    needed, mask = rule.needed, rule.mask
+    weight, bias = needed.weight, needed.bias
     clients, batch = mask.shape
     rows_a, rows_g = (rows_of(t) for t in (a, g))
     dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
@@ -334,8 +302,9 @@ def clipped_sums(
         kinds = (np.zeros, np.zeros, np.empty, np.empty)
         own = [_aligned(kind, n, dtype) for kind, n in zip(kinds, plan.sizes(), strict=True)]
         clip_units(
-            rows_a, rows_g, plan, weight, bias, largest, 1 - 2 * torch.finfo(g.dtype).eps, p,
-            array_of(mask), array_of(clip), levels(votes_at, clients), per_client, each,
+            rows_a, rows_g, plan, weight, bias, largest(g.dtype),
+            1 - 2 * torch.finfo(g.dtype).eps, needed.p, array_of(mask), array_of(rule.clip),
+            levels(rule.votes_at, clients), per_client, each,
             np.array([part.ctypes.data for part in own]), dtype, sum_w, sum_b, counts, begin, end,
         )  # fmt: skip
 

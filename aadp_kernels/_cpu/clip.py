@@ -17,7 +17,6 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, pointer
 from aadp_kernels._cpu._parallel import parallel
-from aadp_kernels._cpu._threads import region_for, spread
 from aadp_kernels._cpu.passes import (
     NOISE_COST,
     SCRATCH,
@@ -28,8 +27,9 @@ from aadp_kernels._cpu.passes import (
 )
 from aadp_kernels._cpu.pieces import Frame, frame_of
 from aadp_kernels._cpu.plan import Kind, Plan
-from aadp_kernels._torch.privatize import ClipStats, Precision
+from aadp_kernels.contract import ClipStats, Precision
 from aadp_kernels.layout import Layout
+from aadp_kernels.threads import region_for, spread
 
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)
@@ -76,7 +76,7 @@ class Cells(NamedTuple):
 
 @jit
 def decide(sums, units, p, cells, row, layer):
-    """`_torch.privatize.clip_factors` and `ballots` of one row's layer, operation by operation."""
+    """`certified.clip_factors` and `ballots` of one row's layer, operation by operation."""
     norm1, norm = 0.0, 0.0
     for unit in range(units[layer], units[layer + 1]):
         norm1 += sums[0, row, unit]

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.clip import FACTOR, Cells, decide
-from aadp_kernels._cpu.grid import GridNoise
 from aadp_kernels._cpu.passes import Plan, clipped_sums, write
 from aadp_kernels._cpu.pieces import Pieces, native, target
 from aadp_kernels._cpu.privatize import norms
 from aadp_kernels._cpu.rows import absolute, add_scaled, memory, square
-from aadp_kernels._torch import clip_sum as _torch
-from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, ballots, clip_factors
+from aadp_kernels.certified import ballots, clip_factors
+from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
+from aadp_kernels.threads import spread
 
 # Elements of a record whose running sums stay in a core's own cache.
 MOST = 1 << 18
@@ -84,16 +83,13 @@ def clip_records(
 def _clip_records(
     per_sample: Sequence[Tensor],
     layout: Layout,
-    *,
-    clip: Tensor,
-    p: int,
+    bounds: Bounds,
     mask: Tensor,
-    votes_at: Tensor | None,
     sums: Sequence[Tensor],
 ) -> ClipStats:
     """`clip_sum` in one walk over memory; sums do not depend on the number of threads."""
-    batch, layers = len(mask), layout.num_layers
-    order, bounds = layout.order, np.array(layout.bounds)
+    (clip, p, votes_at), batch, layers = bounds, len(mask), layout.num_layers
+    order, edges = layout.order, np.array(layout.bounds)
     tensors = [native(per_sample[i]) for i in order]
     table = ([t.data_ptr() for t in tensors], [layout.sizes[i] for i in order],
              [t.element_size() for t in tensors])  # fmt: skip
@@ -108,7 +104,7 @@ def _clip_records(
 
     def work(begin: int, end: int) -> None:
         clip_records(
-            *(np.array(column, np.int64) for column in table), bounds, np.arange(layers + 1), p,
+            *(np.array(column, np.int64) for column in table), edges, np.arange(layers + 1), p,
             seen, mask.numpy(), norms, cells, each, totals, begin, end,
         )  # fmt: skip
 
@@ -128,57 +124,50 @@ def clip_sum(
     per_sample: Sequence[Tensor],
     layout: Layout,
     *,
-    clip: Tensor,
-    p: int,
+    bounds: Bounds,
     mask: Tensor,
-    votes_at: Tensor | None,
-    sums: Sequence[Tensor],
+    sums: Sequence[Tensor] | None,
     quanta: Tensor | None,
-) -> ClipStats:
-    """Add the clipped records to the float64 `sums` in place; clip and votes_at are [L]."""
-    if quanta is not None:
-        return _torch.clip_sum(
-            per_sample, layout, clip=clip, p=p, mask=mask, votes_at=votes_at, sums=sums,
-            quanta=quanta,
-        )  # fmt: skip
+) -> tuple[list[Tensor], ClipStats]:
+    """`Backend.clip_sum` of float64 sums; plain torch has those of quanta."""
+    assert quanta is None
+    clip, p, votes_at = bounds
+    totals = list(sums or (torch.zeros(s, dtype=torch.float64) for s in layout.shapes))
     if sum(layout.sizes) <= MOST:
-        return _clip_records(
-            per_sample, layout, clip=clip, p=p, mask=mask, votes_at=votes_at, sums=sums
-        )
-    batch = len(mask)
-    pieces = Pieces.of_layout(layout, [native(t) for t in per_sample], None, sums)
-    norm1, norm = norms(pieces, batch, p)
+        return totals, _clip_records(per_sample, layout, bounds, mask, totals)
+    pieces = Pieces.of_layout(layout, [native(t) for t in per_sample], None, totals)
+    norm1, norm = norms(pieces, len(mask), p)
     finite = torch.isfinite(norm)
     live = finite & mask[:, None]
     dims = torch.tensor(layout.dims, dtype=torch.float64)
     factor, clipped = clip_factors(norm, clip, live, dims, torch.float64)
     clipped_sums(pieces, live.numpy(), factor.numpy())
     seen = p == 1 or votes_at is not None
-    return ClipStats(
+    return totals, ClipStats(
         norm1 if seen else None, ballots(norm1, votes_at, live).sum(0), clipped.sum(0),
         (mask[:, None] & ~finite).sum(0),
     )  # fmt: skip
 
 
-def finish(
-    sums: Sequence[Tensor],
+def clip_sum_noise(
+    per_sample: Sequence[Tensor],
     layout: Layout,
     *,
+    bounds: Bounds,
+    mask: Tensor,
+    sums: Sequence[Tensor] | None,
     scale: Tensor,
     noise: Noise | None,
-    dtypes: Sequence[torch.dtype],
-    quanta: Tensor | None,
-) -> list[Tensor]:
-    """The sums with noise, in the dtypes of the records."""
-    if quanta is not None:
-        noise = None if noise is None else GridNoise(*noise)
-        return _torch.finish(sums, layout, scale=scale, noise=noise, dtypes=dtypes, quanta=quanta)
-    results = [torch.empty(s.shape, dtype=d) for s, d in zip(sums, dtypes, strict=True)]
+) -> tuple[list[Tensor], ClipStats]:
+    """`Backend.clip_sum_noise`."""
+    totals, stats = clip_sum(per_sample, layout, bounds=bounds, mask=mask, sums=sums, quanta=None)
+    dtypes = [t.dtype for t in per_sample]
+    results = [torch.empty(s, dtype=d) for s, d in zip(layout.shapes, dtypes, strict=True)]
     if noise is None:
-        return [result.copy_(value) for result, value in zip(results, sums, strict=True)]
+        return [out.copy_(total) for out, total in zip(results, totals, strict=True)], stats
     targets = [target(t) for t in results]
     one = np.ones((1, layout.num_layers))
-    pieces = Pieces.of_layout(layout, list(sums), None, targets)
+    pieces = Pieces.of_layout(layout, totals, None, targets)
     plan = Plan.build(noise, scale[None].contiguous().numpy())
     write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
-    return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)]
+    return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)], stats

@@ -1,40 +1,29 @@
-"""Integer noise on the grid in numba: exactly the integers of `_torch.grid`."""
+"""Integer noise on the grid in numba: exactly the specification's integers, a tile at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline, leading_zeros, wide_vectors
-from aadp_kernels._cpu._threads import spread
-from aadp_kernels._cpu.clip import DEAD, FACTOR, Cells, decide_all
-from aadp_kernels._cpu.passes import (
-    load_difference,
-    store,
-    unit_sums,
-)
-from aadp_kernels._cpu.pieces import FIRST, SIZE, Pieces
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import log
-from aadp_kernels._torch import grid as _torch
-from aadp_kernels._torch.grid import (
+from aadp_kernels.addresses import DOMAINS, LAYER_BITS
+from aadp_kernels.contract import Noise
+from aadp_kernels.grid import (
     ATTEMPTS,
     DIGIT_BITS,
-    LIMIT,
     MAX_OCTAVES,
     OCTAVE_BITS,
     TAIL_DOMAINS,
+    thresholds,
 )
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
-from aadp_kernels._torch.privatize import ClipStats, Noise, Precision, by_rows
-from aadp_kernels.layout import Layout
 
-_LN2, _MAX_WEIGHT, _FLOAT_LIMIT = _torch._LN2, _torch._MAX_WEIGHT, float(LIMIT)
+_LN2 = math.log(2)
 _LAST_DIGIT = (1 << DIGIT_BITS) - 1
 _TO_TAIL = (DOMAINS["grid_laplace_tail"] - DOMAINS["grid_laplace"]) << LAYER_BITS
 _U64 = np.uint64
@@ -47,7 +36,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     No more than two thresholds have the same first ten bits; the last two are no thresholds.
     """
     tables = np.full((3, (1 << DIGIT_BITS) + 1), np.iinfo(np.uint64).max, dtype=np.uint64)
-    tables[:, :-2] = np.array(_torch.thresholds(), dtype=np.uint64)
+    tables[:, :-2] = np.array(thresholds(), dtype=np.uint64)
     begins = np.arange(1 << DIGIT_BITS, dtype=np.uint64) << np.uint64(64 - DIGIT_BITS)
     guides = [np.searchsorted(table[:-2], begins, side="right") for table in tables]
     return tables, np.array(guides, dtype=np.int64)
@@ -222,16 +211,13 @@ class Source(NamedTuple):
     guides: np.ndarray
 
     @classmethod
-    def build(
-        cls, rng: str, key: Sequence[int], step: int, mechanism: str, clients: Tensor,
-        layers: Sequence[int],
-    ) -> Source:  # fmt: skip
+    def build(cls, noise: Noise, layers: Sequence[int]) -> Source:
         """For some layers of some clients."""
-        gaussian = mechanism == "gaussian"
-        words = np.array(layers, np.int64) + (DOMAINS[f"grid_{mechanism}"] << LAYER_BITS)
+        gaussian = noise.mechanism == "gaussian"
+        words = np.array(layers, np.int64) + (DOMAINS[f"grid_{noise.mechanism}"] << LAYER_BITS)
         return cls(
-            *Generator.build(rng, key, step), gaussian, WORDS // (16 if gaussian else 8),
-            clients.numpy(), words, *_tables(),
+            *Generator.build(noise.rng, noise.key_words, int(noise.step)), gaussian,
+            WORDS // (16 if gaussian else 8), noise.clients.numpy(), words, *_tables(),
         )  # fmt: skip
 
     def own(self) -> Source:
@@ -240,7 +226,7 @@ class Source(NamedTuple):
 
 
 @jit
-def _draw(own, source, row, layer, tile):
+def draw_tile(own, source, row, layer, tile):
     """Integers of a tile into own.values."""
     state = source.state
     state[0] = np.uint32(tile * source.blocks)
@@ -251,157 +237,3 @@ def _draw(own, source, row, layer, tile):
         _gaussian_tile(own, state, rounds, blocks, tables, guides)
     else:
         _laplace_tile(own, state, rounds, blocks, tables, guides)
-
-
-@jit
-def integer_units(out, start, source, own, begin, end):
-    """Tiles of the rows of `out`, int64 [K, n] of one layer, whose column 0 is element `start`."""
-    per_tile = len(own.values)
-    first = start // per_tile
-    per_row = -(-(start + out.shape[1]) // per_tile) - first
-    for unit in range(begin, end):
-        row, tile = unit // per_row, first + unit % per_row
-        low = tile * per_tile - start
-        _draw(own, source, row, 0, tile)
-        for e in range(max(0, -low), min(per_tile, out.shape[1] - low)):
-            out[row, low + e] = own.values[e]
-
-
-def integer_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segments: Sequence[Segment],
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-) -> list[Tensor]:
-    """`_torch.grid.integer_noise`: int64 [K, count] for every (layer, offset, count)."""
-    results = []
-    for layer, start, count in segments:
-        out = torch.zeros((len(clients), count), dtype=torch.int64)
-        results.append(out)
-        if out.numel() == 0:
-            continue
-        source = Source.build(rng, key_words, int(step), mechanism, clients, [layer])
-        array = out.numpy()
-
-        def work(begin: int, end: int, array=array, start=start, source=source) -> None:
-            integer_units(array, start, source.own(), Scratch.build(source.per_tile), begin, end)
-
-        per_row = -(-(start + count) // source.per_tile) - start // source.per_tile
-        spread(work, len(clients) * per_row, elements=8 * out.numel())
-    return results
-
-
-@jit
-def _release(x, count, weight, values, at, quantum, offset):
-    """x = (trunc(x * weight) + values + offset) * quantum, integers within LIMIT."""
-    for i in range(count):
-        cut = np.int64(min(max(x[i] * weight, -_FLOAT_LIMIT), _FLOAT_LIMIT))
-        noised = min(max(cut + values[at + i], -LIMIT), LIMIT)
-        x[i] = (np.float64(noised) + offset) * quantum
-
-
-@jit
-def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin, end):
-    """Clipped rows on the grid with integer noise, in tiles of a layer; quanta are [K, L].
-
-    A quantum of zero stands for no grid and no noise.
-    """
-    per_tile = len(own.values)
-    x, minus = np.empty(per_tile, np.float64), np.empty(per_tile, np.float64)
-    per_row = units[len(units) - 1]
-    row, column, layer = begin // per_row, begin % per_row, 0
-    for _ in range(begin, end):
-        while column >= units[layer + 1]:
-            layer += 1
-        tile = column - units[layer]
-        low, quantum = tile * per_tile, quanta[row, layer]
-        if quantum > 0:
-            _draw(own, source, row, layer, tile)
-        for k in range(bounds[layer], bounds[layer + 1]):
-            first, size = pieces[k, FIRST], pieces[k, SIZE]
-            start, end_of = max(0, low - first), min(size, low + per_tile - first)
-            count = end_of - start
-            if count <= 0:
-                continue
-            if cells.flags[DEAD, row, layer]:
-                x[:count] = 0.0
-            else:
-                load_difference(x, minus, pieces, k, row, start, count)
-            if quantum > 0:
-                weight = min(cells.numbers[FACTOR, row, layer] / quantum, _MAX_WEIGHT)
-                _release(x, count, weight, own.values, first + start - low, quantum, offset)
-            else:
-                x[:count] *= cells.numbers[FACTOR, row, layer]
-            store(x, pieces, k, row, start, count)
-        column += 1
-        if column == per_row:
-            row, column, layer = row + 1, 0, 0
-
-
-@by_rows
-def privatize(
-    pieces: Pieces, layout: Layout, dtypes: Precision, noise: Noise, *,
-    clip: Tensor, scale: Tensor, p: int, votes_at: Tensor | None,
-) -> ClipStats:  # fmt: skip
-    """`_cpu.privatize.privatize` on the grid: exactly `_torch.privatize` but for the norms."""
-    rows, elements = len(clip), len(clip) * sum(layout.dims)
-    exact = torch.finfo(torch.float64)
-    dtypes = Precision(
-        torch.where(scale == 0, dtypes.eps, exact.eps),
-        torch.where(scale == 0, dtypes.smallest_normal, exact.smallest_normal),
-    )
-    frame, cells = pieces.frame, Cells.build(layout, dtypes, clip, votes_at)
-    decide_all(unit_sums(pieces, rows, p), frame.chunks, p, cells)
-    source = Source.build(
-        noise.rng, noise.key_words, int(noise.step), noise.mechanism, noise.clients,
-        range(layout.num_layers),
-    )  # fmt: skip
-    units = np.zeros(layout.num_layers + 1, np.int64)
-    np.cumsum(-(-frame.ends // source.per_tile), out=units[1:])
-    quanta = _torch.quantum(scale, noise.mechanism).contiguous().numpy()
-    offset = _torch.OFFSETS[noise.mechanism]
-
-    def work(begin: int, end: int) -> None:
-        write_units(
-            pieces.table, frame.bounds, units, cells, quanta, offset, source.own(),
-            Scratch.build(source.per_tile), begin, end,
-        )  # fmt: skip
-
-    spread(work, rows * int(units[-1]), elements=8 * elements)
-    return cells.stats()
-
-
-class GridNoise(Noise):
-    """Noise of a release whose integers are drawn here."""
-
-    __slots__ = ()
-
-    def integers(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Noise in quanta of the segments."""
-        return integer_noise(
-            self.rng, self.key_words, segments, self.clients, step=self.step,
-            mechanism=self.mechanism,
-        )  # fmt: skip
-
-
-def scaled_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-    form: str,
-    scale: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`_torch.grid.scaled_noise`: noise of a scale in `dtype`, or quanta with int64: [K, count]."""
-    (noise,) = integer_noise(rng, key_words, [segment], clients, step=step, mechanism=mechanism)
-    if dtype == torch.int64:
-        return noise
-    size = _torch.quantum(torch.as_tensor(scale, dtype=torch.float64), mechanism)
-    return ((noise.to(torch.float64) + _torch.OFFSETS[mechanism]) * size).to(dtype)

@@ -1,4 +1,4 @@
-"""Noise and coins in numba: the wide form has the bits of `_torch.noise`, the fast one is close."""
+"""Noise and coins in numba: the wide form has the specification's bits, the fast one is close."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu._threads import spread
 from aadp_kernels._cpu.passes import write
 from aadp_kernels._cpu.pieces import Frame, Pieces
 from aadp_kernels._cpu.plan import Plan
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import TILE
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
-from aadp_kernels._torch.privatize import Noise
+from aadp_kernels.addresses import DOMAINS, LAYER_BITS
+from aadp_kernels.contract import Noise, Segment
+from aadp_kernels.threads import spread
 
 _COINS = WORDS // 2
 
@@ -44,81 +44,39 @@ def flip_coins(out, limit, always, clients, state, rounds, blocks, begin, end):
 
 
 def scaled_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    *,
-    step: int,
-    mechanism: str,
-    form: str,
-    scale: float | Tensor,
-    dtype: torch.dtype,
+    noise: Noise, segment: Segment, scale: float | Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`_torch.noise.scaled_noise`: noise of a scale in `dtype`, [K, count]."""
+    """`Backend.scaled_noise` of the wide or fast form."""
     if isinstance(scale, Tensor):
-        (noise,) = standard_noise(
-            rng, key_words, [segment], clients, step=step, mechanism=mechanism, form=form
-        )
-        return (noise * scale).to(dtype)
-    layer, first, count = segment
-    out = torch.empty(
-        (len(clients), count), dtype=dtype if dtype == torch.float64 else torch.float32
-    )
+        return (scaled_noise(noise, segment, 1.0, torch.float64) * scale).to(dtype)
+    (layer, first, count), rows = segment, len(noise.clients)
+    out = torch.empty((rows, count), dtype=dtype if dtype == torch.float64 else torch.float32)
     if out.numel() == 0:
         return out.to(dtype)
     row = [first, count, 0, 0, 0, 0, out.data_ptr(), out.element_size()]
-    one = np.ones((len(clients), 1))
+    one = np.ones((rows, 1))
     frame = Frame.build([0, 1], [first + count], first // TILE)
     pieces = Pieces(np.array([row]), frame, [out])
-    noise = Noise(rng, key_words, mechanism, form, step, clients)
     plan = Plan.build(noise, one * scale, layer)
     write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return out.to(dtype)
 
 
-def standard_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segments: Sequence[Segment],
-    clients: Tensor,
-    *,
-    step: int,
-    mechanism: str,
-    form: str = "wide",
-) -> list[Tensor]:
-    """`_torch.noise.standard_noise`: float64 [K, count] for every (layer, offset, count)."""
-    return [
-        scaled_noise(
-            rng, key_words, segment, clients, step=step, mechanism=mechanism, form=form,
-            scale=1.0, dtype=torch.float64,
-        )
-        for segment in segments
-    ]  # fmt: skip
-
-
-def coins(
-    rng: str,
-    key_words: Sequence[int],
-    n: int,
-    clients: Tensor,
-    *,
-    step: int,
-    rates: Sequence[float],
-) -> Tensor:
-    """`_torch.noise.coins`: independent Bernoulli coins, bool [K, n]."""
-    out = torch.empty((len(clients), n), dtype=torch.bool)
+def coins(noise: Noise, n: int, rates: Sequence[float]) -> Tensor:
+    """`HostBackend.coins`."""
+    rows = len(noise.clients)
+    out = torch.empty((rows, n), dtype=torch.bool)
     if out.numel() == 0:
         return out
-    array, ids = out.numpy(), clients.numpy()
+    array, ids = out.numpy(), noise.clients.numpy()
     whole = 1 << 63
     limits = [min(round(Fraction(rate) * whole), whole - 1) for rate in rates]
     limit, always = np.array(limits, dtype=np.uint64), np.array([rate >= 1 for rate in rates])
-    generator = Generator.build(rng, key_words, step)
+    generator = Generator.build(noise.rng, noise.key_words, int(noise.step))
     generator.state[3] = DOMAINS["coins"] << LAYER_BITS
 
     def work(begin: int, end: int) -> None:
         flip_coins(array, limit, always, ids, *generator, begin, end)
 
-    spread(work, len(clients) * -(-n // _COINS), elements=out.numel())
+    spread(work, rows * -(-n // _COINS), elements=out.numel())
     return out

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aadp_kernels._cpu.rng import first_words, rounds_of
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS
-from aadp_kernels._torch.privatize import Noise
+from aadp_kernels._cpu.rng import first_words, rounds_and_blocks
+from aadp_kernels.addresses import DOMAINS, LAYER_BITS
+from aadp_kernels.contract import Noise
 
 
 class Kind(NamedTuple):
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
         fast = form == "fast"
         domain = DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS
         words = np.arange(first, first + layers) + domain
-        return Kind(words, *rounds_of(rng), fast, mechanism == "gaussian")
+        return Kind(words, *rounds_and_blocks(rng), fast, mechanism == "gaussian")
 
 
 class Plan(NamedTuple):

@@ -1,8 +1,8 @@
 """Norms, certified clipping and noise of updates in numba.
 
-Norms are added in an order of their own, fixed whatever the threads: they can differ from `_torch`
-in the last bits, and so can an element of a layer that is clipped. The rest of the wide form has
-the same bits.
+Norms are added in an order of their own, fixed whatever the threads: they can differ from the
+specification in the last bits, and so can an element of a layer that is clipped. The rest of the
+wide form has the same bits.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._cpu import grid
+from aadp_kernels._cpu import grid_release
 from aadp_kernels._cpu.clip import FACTOR, Job
 from aadp_kernels._cpu.clip import privatize as run
 from aadp_kernels._cpu.passes import layer_sums
 from aadp_kernels._cpu.pieces import Pieces, address, deliver, frame_of, native, rows_of, target
 from aadp_kernels._cpu.plan import Kind
 from aadp_kernels._cpu.rng import first_words
-from aadp_kernels._torch.privatize import ClipStats, Noise, Precision
+from aadp_kernels.certified import coarsest
+from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
 
 
 @lru_cache(maxsize=64)
 def _precision(dtypes: tuple[torch.dtype, ...], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """eps and smallest normal number of the coarsest dtype of each layer's tensors, [1, L]."""
-    known = [torch.finfo(dtype) for dtype in dtypes]
-    infos = [max((known[i] for i in m), key=lambda info: info.eps) for m in layout.members]
+    infos = [torch.finfo(coarsest([dtypes[i] for i in m])) for m in layout.members]
     return np.array([[i.eps for i in infos]]), np.array([[i.smallest_normal for i in infos]])
 
 
@@ -42,7 +42,7 @@ def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
 def layer_norms(
     tensors: Sequence[Tensor], layout: Layout, p: int, reference: Sequence[Tensor] | None
 ) -> Tensor:
-    """`_torch.privatize.layer_norms`: float64 [K, L]."""
+    """`HostBackend.layer_norms`."""
     minus = None if reference is None else [native(t) for t in reference]
     rows = tensors[0].shape[0] if tensors[0].dim() > len(layout.shapes[0]) else 1
     return norms(Pieces.of_layout(layout, [native(t) for t in tensors], minus), rows, p)[1]
@@ -53,17 +53,13 @@ def privatize(
     out: Sequence[Tensor],
     layout: Layout,
     *,
-    clip: Tensor,
+    bounds: Bounds,
     scale: Tensor,
-    p: int,
     noise: Noise | None,
     reference: Sequence[Tensor] | None,
-    votes_at: Tensor | None,
 ) -> ClipStats:
-    """Clip and noise K updates layer by layer into `out`.
-
-    clip, scale and votes_at are [K, L], or [L] of one update; statistics have the same shape.
-    """
+    """`Backend.privatize`."""
+    clip, p, votes_at = bounds
     minus = None if reference is None else [native(t) for t in reference]
     values = [native(t) for t in tensors]
     targets = values if out is tensors else [target(t) for t in out]
@@ -71,9 +67,7 @@ def privatize(
     if noise is not None and noise.form == "grid":
         pieces = Pieces.of_layout(layout, values, minus, targets)
         dtypes = Precision(torch.from_numpy(eps), torch.from_numpy(smallest))
-        stats = grid.privatize(
-            pieces, layout, dtypes, noise, clip=clip, scale=scale, p=p, votes_at=votes_at
-        )
+        stats = grid_release.privatize(pieces, layout, dtypes, noise, bounds=bounds, scale=scale)
         deliver(targets, out)
         return stats
     layers, alone = layout.num_layers, clip.dim() == 1

@@ -1,4 +1,4 @@
-"""ChaCha and Philox4x32 in numba: the words of `_torch.rng`, a tile of 512 at a time.
+"""ChaCha and Philox4x32 in numba: the words of `addresses`, a tile of 512 at a time.
 
 A tile is words[r, c, t], 4 x 4 x 32. It holds 32 ChaCha blocks, word 4r + c of block t, or 128
 Philox blocks, word c of block 32r + t. Either way word c of lane t belongs to element
@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from aadp_kernels._cpu._jit import jit, jit_inline, wide_vectors
-from aadp_kernels._torch.rng import words_per_block
+from aadp_kernels.addresses import (
+    CHACHA_CONSTANTS,
+    PHILOX_MULTIPLIERS,
+    PHILOX_WEYL,
+    rounds_of,
+    words_per_block,
+)
 
 LANES = 32
 WORDS = 16 * LANES
@@ -23,9 +29,7 @@ _N = LANES
 _U32 = np.uint32
 _U64 = np.uint64
 _LOW = np.uint64(0xFFFFFFFF)
-_CHACHA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_M0, _M1 = (np.uint64(m) for m in PHILOX_MULTIPLIERS)
 
 
 @jit
@@ -50,67 +54,22 @@ def _chacha(words, state, rounds):
     """32 ChaCha blocks; state: counter, constants, key."""
     wide_vectors()
     n = _N
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15 = (
-        state[4],
-        state[5],
-        state[6],
-        state[7],
-        state[8],
-        state[9],
-        state[10],
-        state[11],
-        state[12],
-        state[13],
-        state[14],
-        state[15],
-        state[0],
-        state[1],
-        state[2],
-        state[3],
-    )
+    counter, step, client, layer = state[0], state[1], state[2], state[3]
+    for i in range(12):
+        word = state[4 + i]
+        for t in range(n):
+            words[i * n + t] = word
     for t in range(n):
-        words[0 * n + t] = s0
-        words[1 * n + t] = s1
-        words[2 * n + t] = s2
-        words[3 * n + t] = s3
-        words[4 * n + t] = s4
-        words[5 * n + t] = s5
-        words[6 * n + t] = s6
-        words[7 * n + t] = s7
-        words[8 * n + t] = s8
-        words[9 * n + t] = s9
-        words[10 * n + t] = s10
-        words[11 * n + t] = s11
-        words[12 * n + t] = _U32(s12 + _U32(t))
-        words[13 * n + t] = s13
-        words[14 * n + t] = s14
-        words[15 * n + t] = s15
+        words[12 * n + t], words[13 * n + t] = _U32(counter + _U32(t)), step
+        words[14 * n + t], words[15 * n + t] = client, layer
     for _ in range(rounds // 4):
         for t in range(n):
-            x0, x1, x2, x3 = (
-                words[0 * n + t],
-                words[1 * n + t],
-                words[2 * n + t],
-                words[3 * n + t],
-            )
-            x4, x5, x6, x7 = (
-                words[4 * n + t],
-                words[5 * n + t],
-                words[6 * n + t],
-                words[7 * n + t],
-            )
-            x8, x9, x10, x11 = (
-                words[8 * n + t],
-                words[9 * n + t],
-                words[10 * n + t],
-                words[11 * n + t],
-            )
-            x12, x13, x14, x15 = (
-                words[12 * n + t],
-                words[13 * n + t],
-                words[14 * n + t],
-                words[15 * n + t],
-            )
+            x0, x1, x2, x3 = words[t], words[n + t], words[2 * n + t], words[3 * n + t]
+            x4, x5, x6, x7 = words[4 * n + t], words[5 * n + t], words[6 * n + t], words[7 * n + t]
+            x8, x9 = words[8 * n + t], words[9 * n + t]
+            x10, x11 = words[10 * n + t], words[11 * n + t]
+            x12, x13 = words[12 * n + t], words[13 * n + t]
+            x14, x15 = words[14 * n + t], words[15 * n + t]
             x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
             x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
             x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
@@ -127,39 +86,21 @@ def _chacha(words, state, rounds):
             x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
             x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
             x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
-            words[0 * n + t] = x0
-            words[1 * n + t] = x1
-            words[2 * n + t] = x2
-            words[3 * n + t] = x3
-            words[4 * n + t] = x4
-            words[5 * n + t] = x5
-            words[6 * n + t] = x6
-            words[7 * n + t] = x7
-            words[8 * n + t] = x8
-            words[9 * n + t] = x9
-            words[10 * n + t] = x10
-            words[11 * n + t] = x11
-            words[12 * n + t] = x12
-            words[13 * n + t] = x13
-            words[14 * n + t] = x14
-            words[15 * n + t] = x15
+            words[t], words[n + t], words[2 * n + t], words[3 * n + t] = x0, x1, x2, x3
+            words[4 * n + t], words[5 * n + t], words[6 * n + t], words[7 * n + t] = x4, x5, x6, x7
+            words[8 * n + t], words[9 * n + t] = x8, x9
+            words[10 * n + t], words[11 * n + t] = x10, x11
+            words[12 * n + t], words[13 * n + t] = x12, x13
+            words[14 * n + t], words[15 * n + t] = x14, x15
+    for i in range(12):
+        word = state[4 + i]
+        for t in range(n):
+            words[i * n + t] += word
     for t in range(n):
-        words[0 * n + t] += s0
-        words[1 * n + t] += s1
-        words[2 * n + t] += s2
-        words[3 * n + t] += s3
-        words[4 * n + t] += s4
-        words[5 * n + t] += s5
-        words[6 * n + t] += s6
-        words[7 * n + t] += s7
-        words[8 * n + t] += s8
-        words[9 * n + t] += s9
-        words[10 * n + t] += s10
-        words[11 * n + t] += s11
-        words[12 * n + t] += _U32(s12 + _U32(t))
-        words[13 * n + t] += s13
-        words[14 * n + t] += s14
-        words[15 * n + t] += s15
+        words[12 * n + t] += _U32(counter + _U32(t))
+        words[13 * n + t] += step
+        words[14 * n + t] += client
+        words[15 * n + t] += layer
 
 
 @jit
@@ -219,22 +160,22 @@ class Generator(NamedTuple):
     @classmethod
     def build(cls, rng: str, key: Sequence[int], step: int = 0) -> Generator:
         """The generator `rng` with the counter (0, step, 0, 0)."""
-        return cls(np.array(first_words(rng, key, step), np.uint32), *rounds_of(rng))
+        return cls(np.array(first_words(rng, key, step), np.uint32), *rounds_and_blocks(rng))
 
 
 @cache
-def rounds_of(rng: str) -> tuple[int, int]:
+def rounds_and_blocks(rng: str) -> tuple[int, int]:
     """Rounds of a generator, and its blocks of a tile."""
-    return int(rng.removeprefix("chacha").removeprefix("philox")), WORDS // words_per_block(rng)
+    return rounds_of(rng), WORDS // words_per_block(rng)
 
 
 def first_words(rng: str, key: Sequence[int], step: int) -> list[int]:
     """The 24 words of a state of `Generator` with the counter (0, step, 0, 0)."""
     words = [0, step, 0, 0]
     if rng.startswith("chacha"):
-        words += *_CHACHA, *key
+        words += *CHACHA_CONSTANTS, *key
     else:
         a, b = key
         for r in range(10):
-            words += (a + r * _WEYL[0]) & 0xFFFFFFFF, (b + r * _WEYL[1]) & 0xFFFFFFFF
+            words += (a + r * PHILOX_WEYL[0]) & 0xFFFFFFFF, (b + r * PHILOX_WEYL[1]) & 0xFFFFFFFF
     return words + [0] * (24 - len(words))

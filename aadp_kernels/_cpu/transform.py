@@ -1,7 +1,7 @@
 """Words to noise of scale one, a tile of 512 elements at a time.
 
-The wide form does the operations of `_torch.noise` in the same order, each with its own rounding,
-so that the bits are the same. The fast form is float32 with polynomials of its own.
+The wide form does the specification's operations in the same order, each with its own rounding, so
+that the bits are the same. The fast form is float32 with polynomials of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import numpy as np
 
 from aadp_kernels._cpu._jit import jit, jit_contract, jit_inline, wide_vectors
 from aadp_kernels._cpu.rng import LANES, fill_words
-from aadp_kernels._torch.noise import FAST_REFINED_BELOW, LAYER_BITS
+from aadp_kernels.addresses import (
+    ATANH,
+    COSINE,
+    FAST_REFINED_BELOW,
+    LAYER_BITS,
+    SINE,
+    SQRT_HALF_BITS,
+)
 
 TILE = 512
 
@@ -24,30 +31,26 @@ _F32 = np.float32
 
 _LN2 = math.log(2)
 _ANGLE = math.pi / 4 * 2.0**-31
-_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
-_ATANH = tuple(2 / (2 * k + 1) for k in range(12))
-_SIN = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(9))
-_COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9))
 
 
 @jit_inline
 def log(x):
     bits = np.float64(x).view(np.int64)
-    exponent = (bits - _SQRT_HALF_BITS) >> 52
+    exponent = (bits - SQRT_HALF_BITS) >> 52
     m = np.int64(bits - (exponent << 52)).view(np.float64)
     s = (m - 1.0) / (m + 1.0)
     y = s * s
-    r = y * _ATANH[11] + _ATANH[10]
-    r = r * y + _ATANH[9]
-    r = r * y + _ATANH[8]
-    r = r * y + _ATANH[7]
-    r = r * y + _ATANH[6]
-    r = r * y + _ATANH[5]
-    r = r * y + _ATANH[4]
-    r = r * y + _ATANH[3]
-    r = r * y + _ATANH[2]
-    r = r * y + _ATANH[1]
-    r = r * y + _ATANH[0]
+    r = y * ATANH[11] + ATANH[10]
+    r = r * y + ATANH[9]
+    r = r * y + ATANH[8]
+    r = r * y + ATANH[7]
+    r = r * y + ATANH[6]
+    r = r * y + ATANH[5]
+    r = r * y + ATANH[4]
+    r = r * y + ATANH[3]
+    r = r * y + ATANH[2]
+    r = r * y + ATANH[1]
+    r = r * y + ATANH[0]
     return np.float64(np.int32(exponent)) * _LN2 + s * r
 
 
@@ -94,8 +97,8 @@ def _wide_gaussian(words, rows):
             phi = np.float64(words[w + 2 * n + t]) + 0.5
             phi = (phi + np.float64(np.int32(low & np.int32(-4))) * 2.0**-32) * _ANGLE
             y = phi * phi
-            sine = _horner(y, _SIN) * phi * rows[z + t]
-            cosine = _horner(y, _COS) * rows[z + t]
+            sine = _horner(y, SINE) * phi * rows[z + t]
+            cosine = _horner(y, COSINE) * rows[z + t]
             cosine *= np.float64(np.int32(np.int32(1) - (low & np.int32(2))))
             swap = (low & np.int32(1)) != 0
             rows[z + t] = sine if swap else cosine

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._torch import grid
-from aadp_kernels._torch.privatize import (
-    ClipStats,
-    Noise,
-    add_noise,
-    ballots,
-    clip_factors,
-    norms,
-    update_parts,
-)
+from aadp_kernels._torch.privatize import add_noise, draw, norms, update_parts
+from aadp_kernels.certified import ballots, clip_factors
+from aadp_kernels.contract import Bounds, ClipStats, Noise
+from aadp_kernels.grid import RECORDS_AT_ONCE, SUM_LIMIT
 from aadp_kernels.layout import Layout
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -26,19 +21,21 @@ def clip_sum(
     per_sample: Sequence[Tensor],
     layout: Layout,
     *,
-    clip: Tensor,
-    p: int,
+    bounds: Bounds,
     mask: Tensor,
-    votes_at: Tensor | None,
-    sums: Sequence[Tensor],
+    sums: Sequence[Tensor] | None,
     quanta: Tensor | None,
-) -> ClipStats:
-    """Add the clipped records to `sums` in place: float64, or int64 counts of the `quanta` [L]."""
+) -> tuple[list[Tensor], ClipStats]:
+    """`Backend.clip_sum`, some records at a time."""
+    clip, p, votes_at = bounds
+    kind = torch.float64 if quanta is None else torch.int64
+    if sums is None:
+        sums = [torch.zeros(s, dtype=kind, device=mask.device) for s in layout.shapes]
     batch = mask.shape[0]
     columns = []
     for layer, members in enumerate(layout.members):
         rows = max(1, _ELEMENTS_AT_ONCE // max(1, layout.dims[layer]))
-        rows = min(rows, grid.RECORDS_AT_ONCE)
+        rows = min(rows, RECORDS_AT_ONCE)
         pieces = []
         for start in range(0, max(batch, 1), rows):
             piece = slice(start, min(batch, start + rows))
@@ -60,7 +57,7 @@ def clip_sum(
                     total.add_(torch.mv(kept.t(), factor))
                 else:
                     counts = grid.quantise(part, factor, live, quanta[layer])
-                    total.clamp_(-grid.SUM_LIMIT, grid.SUM_LIMIT).add_(counts.sum(0))
+                    total.clamp_(-SUM_LIMIT, SUM_LIMIT).add_(counts.sum(0))
             vote = torch.zeros_like(norm)
             if norm1 is not None:
                 vote = ballots(norm1, None if votes_at is None else votes_at[layer], live)
@@ -76,30 +73,27 @@ def clip_sum(
         )
     norm1s, *counts = zip(*columns, strict=True)
     l1_norm = None if norm1s[0] is None else torch.stack(norm1s, -1)
-    return ClipStats(l1_norm, *(torch.stack(count) for count in counts))
+    return list(sums), ClipStats(l1_norm, *(torch.stack(count) for count in counts))
 
 
-def finish(
-    sums: Sequence[Tensor],
+def clip_sum_noise(
+    per_sample: Sequence[Tensor],
     layout: Layout,
     *,
+    bounds: Bounds,
+    mask: Tensor,
+    sums: Sequence[Tensor] | None,
     scale: Tensor,
     noise: Noise | None,
-    dtypes: Sequence[torch.dtype],
-    quanta: Tensor | None,
-) -> list[Tensor]:
-    """The sums with noise, in the dtypes of the records."""
-    drawn = [None] * layout.num_layers if noise is None else noise.draw(layout, scale)
+) -> tuple[list[Tensor], ClipStats]:
+    """`Backend.clip_sum_noise`."""
+    sums, stats = clip_sum(per_sample, layout, bounds=bounds, mask=mask, sums=sums, quanta=None)
+    drawn = [None] * layout.num_layers if noise is None else draw(noise, layout, scale)
     results = []
-    for i, (value, dtype) in enumerate(zip(sums, dtypes, strict=True)):
+    for i, (value, record) in enumerate(zip(sums, per_sample, strict=True)):
         layer, start = layout.layer_of[i], layout.offsets[i]
         piece = drawn[layer]
         if piece is not None:
             piece = piece[0, start : start + layout.sizes[i]].view(value.shape)
-        if quanta is None:
-            noised = add_noise(value, piece, scale[layer])
-        else:
-            mechanism = "gaussian" if noise is None else noise.mechanism
-            noised = grid.release(value, piece, quanta[layer], mechanism)
-        results.append(noised.to(dtype))
-    return results
+        results.append(add_noise(value, piece, scale[layer]).to(record.dtype))
+    return results, stats

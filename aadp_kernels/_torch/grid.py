@@ -2,59 +2,37 @@
 
 T = 2^30 steps make one octave. A proposal G >= 0 has P(G = g) proportional to 2^(-g/T):
 G = H T + R with P(H = h) = 2^-(h+1) and three independent digits R = d0 2^20 + d1 2^10 + d2 in
-0..1023, P(d_j = v) proportional to 2^(-v / 2^(10 (j+1))). A digit is the number of thresholds that
-are at most a 64-bit number.
-
-Words of an element (of an attempt): (0, 1) sign bit, then the zeros before the next one are H;
-(2, 3), (4, 5), (6, 7) the digits; Gaussian also (8, 9) and (10, 11). The first word of a pair is
-the high one. Laplace: 8 words, ChaCha block j serves elements 2j and 2j + 1, Philox blocks 2e and
-2e + 1 serve element e. Gaussian: 16 words, ChaCha block e, Philox blocks 4e .. 4e + 3.
+0..1023, see `grid.thresholds`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from decimal import Decimal, localcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment, Transform, elements, log_
-from aadp_kernels._torch.rng import random_words, words_per_block
-
-OCTAVE_BITS = 30
-DIGIT_BITS = 10
-ATTEMPTS = 128
-TAIL_DOMAINS = 32
-MAX_OCTAVES = 63 + 256 * TAIL_DOMAINS
-LIMIT = 1 << 42
-SUM_LIMIT = 1 << 61
-RECORDS_AT_ONCE = 1 << 18
-OFFSETS = {"laplace": 0.5, "gaussian": 0.0}
+from aadp_kernels._torch.noise import Transform, elements, log_
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import DOMAINS, LAYER_BITS, words_per_block
+from aadp_kernels.contract import Noise, Segment
+from aadp_kernels.grid import (
+    ATTEMPTS,
+    DIGIT_BITS,
+    LIMIT,
+    MAX_OCTAVES,
+    MAX_WEIGHT,
+    OCTAVE_BITS,
+    TAIL_DOMAINS,
+    quantum,
+    release,
+    thresholds,
+)
 
 _LN2 = math.log(2)
-_LN2_UP = math.nextafter(_LN2, 1)
-_MAX_WEIGHT = 2.0**1000
 _SIGN = -(1 << 63)
-
-
-@cache
-def thresholds() -> tuple[tuple[int, ...], ...]:
-    """c_1 .. c_1023 of each digit: 2^64 P(digit < v), to the nearest integer."""
-    tables = []
-    with localcontext() as context:
-        context.prec = 60
-        for j in range(3):
-            ratio = Decimal(2) ** (-1 / Decimal(2 ** (DIGIT_BITS * (j + 1))))
-            whole = 1 - Decimal(2) ** (-1 / Decimal(2 ** (DIGIT_BITS * j)))
-            power, table = Decimal(1), []
-            for _ in range(1, 1 << DIGIT_BITS):
-                power *= ratio
-                table.append(int(((1 - power) / whole * 2**64).to_integral_value()))
-            tables.append(tuple(table))
-    return tuple(tables)
 
 
 @cache
@@ -182,36 +160,15 @@ def _gaussian(rng: str, key_words: Sequence[int]) -> Transform:
     return transform
 
 
-def integer_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segments: Sequence[Segment],
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-) -> list[Tensor]:
+def integer_noise(noise: Noise, segments: Sequence[Segment]) -> list[Tensor]:
     """Noise in quanta, int64 [K, count] for every (layer, offset, count) segment."""
-    need = 16 if mechanism == "gaussian" else 8
-    width = words_per_block(rng)
-    make = _gaussian if mechanism == "gaussian" else _laplace
+    gaussian, width = noise.mechanism == "gaussian", words_per_block(noise.rng)
+    need, make = (16, _gaussian) if gaussian else (8, _laplace)
     return elements(
-        rng, key_words, segments, clients, step=step, domain=DOMAINS[f"grid_{mechanism}"],
-        tile=(max(1, width // need), max(1, need // width)), transform=make(rng, key_words),
-        dtype=torch.int64,
+        noise, segments, domain=f"grid_{noise.mechanism}",
+        tile=(max(1, width // need), max(1, need // width)),
+        transform=make(noise.rng, noise.key_words), dtype=torch.int64,
     )  # fmt: skip
-
-
-def quantum(scale: Tensor, mechanism: str) -> Tensor:
-    """Grid step of a noise scale, float64; 0 for scale 0, NaN for what is no scale.
-
-    Laplace: scale * ln2 / T, rounded up; Gaussian: scale / T. At least the smallest normal number.
-    """
-    scale = scale.to(torch.float64)
-    factor = (_LN2_UP if mechanism == "laplace" else 1.0) * 2.0**-OCTAVE_BITS
-    step = (scale * factor).clamp(min=torch.finfo(torch.float64).tiny)
-    step = torch.where(torch.isfinite(scale) & (scale > 0), step, torch.nan)
-    return torch.where(scale == 0, 0.0, step)
 
 
 def quantise(part: Tensor, factor: Tensor, finite: Tensor, step: Tensor) -> Tensor:
@@ -219,18 +176,9 @@ def quantise(part: Tensor, factor: Tensor, finite: Tensor, step: Tensor) -> Tens
 
     One division a row and one product an element. Entries beyond LIMIT stop there.
     """
-    weight = (factor / step).clamp(max=_MAX_WEIGHT)
+    weight = (factor / step).clamp(max=MAX_WEIGHT)
     value = torch.where(finite[:, None], part * weight[:, None], 0.0)
     return value.clamp(-LIMIT, LIMIT).nan_to_num(0.0).trunc().to(torch.int64)
-
-
-def release(total: Tensor, noise: Tensor | None, step: Tensor, mechanism: str) -> Tensor:
-    """Integers with noise as float64; exactly zero where step is 0."""
-    if noise is None:
-        noise = torch.zeros_like(total)
-        step = torch.where(step == 0, 0.0, torch.nan)
-    noised = (total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)
-    return torch.where(step == 0, 0.0, (noised.to(torch.float64) + OFFSETS[mechanism]) * step)
 
 
 def released(
@@ -244,23 +192,3 @@ def released(
     """Clipped rows, quantised and noised, float64 [K, n] of `part` [K, n]; the rest are [K]."""
     step = quantum(scale, mechanism)
     return release(quantise(part, factor, finite, step), noise, step[:, None], mechanism)
-
-
-def scaled_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-    form: str,
-    scale: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Noise of a scale in `dtype`, or in quanta with int64: [K, count]."""
-    (noise,) = integer_noise(rng, key_words, [segment], clients, step=step, mechanism=mechanism)
-    if dtype == torch.int64:
-        return noise
-    size = quantum(torch.as_tensor(scale, dtype=torch.float64, device=noise.device), mechanism)
-    return ((noise.to(torch.float64) + OFFSETS[mechanism]) * size).to(dtype)

@@ -1,16 +1,5 @@
 """Standard Gaussian and Laplace noise, and Bernoulli coins, from counter-based words.
 
-Addressing. The 128-bit counter of a block is (block, step, client, layer + 2^24 * domain), 32 bits
-each, so no two (domain, step, client, layer, block) share a block.
-
-Wide form: a pair of words serves one element: elements 8j .. 8j+7 come from ChaCha block j,
-elements 2j, 2j+1 from Philox block j.
-
-Fast form: one word an element. Philox: word e % 4 of block e // 4. ChaCha: with tile = e // 512,
-r = e % 512 // 128, t = e % 128 // 4, c = e % 4, word 4r + c of block 32 tile + t, so that 32 GPU
-lanes that hold a block each write 128 consecutive elements at a time. Where the word is so small
-that its logarithm would show its steps, the word at the same address of the tail domain refines it.
-
 Only +, -, *, /, sqrt and integer operations are used, each of which IEEE 754 fixes to the last bit:
 the result does not depend on the length of the call, on vector tails, on threads or on the device.
 """
@@ -25,38 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._torch.rng import random_words, signed32, words_per_block
-
-DOMAINS = {
-    "gaussian": 1,
-    "laplace": 2,
-    "coins": 3,
-    "fast_gaussian": 4,
-    "fast_laplace": 5,
-    "fast_gaussian_tail": 6,
-    "fast_laplace_tail": 7,
-    "grid_laplace": 8,
-    "grid_gaussian": 16,  # 16 .. 143, one for each attempt
-    "grid_laplace_tail": 144,  # 144 .. 175
-}
-LAYER_BITS = 24
-CUTOFFS = {
-    ("gaussian", "wide"): math.sqrt(2 * 64 * math.log(2)),
-    ("laplace", "wide"): 63 * math.log(2),
-    ("gaussian", "fast"): math.sqrt(2 * 65 * math.log(2)),
-    ("laplace", "fast"): 64 * math.log(2),
-    ("gaussian", "grid"): 10.0,
-    ("laplace", "grid"): math.inf,
-}
-FAST_REFINED_BELOW = 1 << 12
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import (
+    ATANH,
+    COSINE,
+    DOMAINS,
+    FAST_REFINED_BELOW,
+    LAYER_BITS,
+    SINE,
+    SQRT_HALF_BITS,
+    signed32,
+    words_per_block,
+)
+from aadp_kernels.contract import Noise, Segment
 
 _LN2 = math.log(2)
-_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
-_ATANH = [2 / (2 * k + 1) for k in range(12)]
-_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
-_COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]
 
-Segment = tuple[int, int, int]  # layer, first element, number of elements
 Tile = tuple[int, int]  # elements, and the blocks that serve them and no others
 Transform = Callable[[Tensor, Tensor], Tensor]  # words and counters -> elements, tile by tile
 
@@ -72,14 +45,14 @@ def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 def log_(x: Tensor) -> Tensor:
     """Natural logarithm of positive normal float64, in place, to about one ulp."""
     bits = x.view(torch.int64)
-    exponent = bits - _SQRT_HALF_BITS
+    exponent = bits - SQRT_HALF_BITS
     exponent.bitwise_right_shift_(52)
     bits.sub_(exponent, alpha=1 << 52)
     # ln m = 2 atanh(s) with s = (m - 1) / (m + 1) and m in [sqrt(1/2), sqrt(2)), so |s| < 0.172.
     s = x - 1
     s.div_(x.add_(1))
     torch.mul(s, s, out=x)
-    s.mul_(_horner(x, _ATANH))
+    s.mul_(_horner(x, ATANH))
     torch.mul(exponent.to(torch.float64), _LN2, out=x)
     return x.add_(s)
 
@@ -113,8 +86,8 @@ def _gaussian(words: Tensor) -> Tensor:
     phi = quads[:, 2].to(torch.float64).add_(0.5)
     phi.add_(low.bitwise_and(-4).to(torch.float64), alpha=2.0**-32).mul_(math.pi / 4 * 2.0**-31)
     y = phi * phi
-    sine = _horner(y, _SIN).mul_(phi).mul_(radius)
-    cosine = _horner(y, _COS).mul_(radius)
+    sine = _horner(y, SINE).mul_(phi).mul_(radius)
+    cosine = _horner(y, COSINE).mul_(radius)
     cosine.mul_(low.bitwise_and(2).neg_().add_(1))
     swap = low.bitwise_and(1).to(torch.bool)
     out = torch.empty((pairs, 2, words.shape[1]), dtype=torch.float64, device=words.device)
@@ -193,7 +166,7 @@ def _fast_gaussian(rng: str, key_words: Sequence[int]) -> Transform:
         quarter = x.mul(2).round_()
         phi = x.sub_(quarter, alpha=0.5).mul_(math.pi)
         y = phi * phi
-        sine, cosine = _horner(y, _SIN).mul_(phi).mul_(radius), _horner(y, _COS).mul_(radius)
+        sine, cosine = _horner(y, SINE).mul_(phi).mul_(radius), _horner(y, COSINE).mul_(radius)
         turn = quarter.to(torch.int64).bitwise_and_(3)
         odd = turn.bitwise_and(1).to(torch.bool)
         across, up = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
@@ -204,11 +177,9 @@ def _fast_gaussian(rng: str, key_words: Sequence[int]) -> Transform:
     return transform
 
 
-def _counters(
-    segments: Sequence[Segment], clients: Tensor, step: int | Tensor, domain: int, tile: Tile
-) -> Tensor:
+def _counters(noise: Noise, segments: Sequence[Segment], domain: int, tile: Tile) -> Tensor:
     """int32 [4, K * blocks] counters of whole tiles that cover the segments, client by client."""
-    device = clients.device
+    clients, step, device = noise.clients, noise.step, noise.clients.device
     elements, per_tile = tile
     blocks, layers = [], []
     for layer, offset, count in segments:
@@ -232,28 +203,26 @@ def _chunk_columns(device: torch.device, words: int) -> int:
 
 
 def elements(
-    rng: str,
-    key_words: Sequence[int],
+    noise: Noise,
     segments: Sequence[Segment],
-    clients: Tensor,
     *,
-    step: int | Tensor,
-    domain: int,
+    domain: str,
     tile: Tile,
     transform: Transform,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Per segment [K, count]: `transform` of the words, tile by tile."""
     per_tile, blocks = tile
-    counters = _counters(segments, clients, step, domain, tile)
+    rows, device = len(noise.clients), noise.clients.device
+    counters = _counters(noise, segments, DOMAINS[domain], tile)
     tiles = counters.shape[1] // blocks
-    flat = torch.empty((tiles, per_tile), dtype=dtype, device=clients.device)
-    chunk = -(-_chunk_columns(clients.device, words_per_block(rng)) // blocks)
+    flat = torch.empty((tiles, per_tile), dtype=dtype, device=device)
+    chunk = -(-_chunk_columns(device, words_per_block(noise.rng)) // blocks)
     for start in range(0, tiles, chunk):
         part = counters[:, start * blocks : (start + chunk) * blocks]
-        values = transform(random_words(rng, key_words, part), part)
+        values = transform(random_words(noise.rng, noise.key_words, part), part)
         flat[start : start + chunk] = values.reshape(-1, per_tile)
-    flat = flat.view(len(clients), tiles // max(len(clients), 1) * per_tile)
+    flat = flat.view(rows, tiles // max(rows, 1) * per_tile)
     results, column = [], 0
     for _, offset, count in segments:
         skip = offset % per_tile
@@ -262,72 +231,36 @@ def elements(
     return results
 
 
-def standard_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segments: Sequence[Segment],
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-    form: str = "wide",
-) -> list[Tensor]:
-    """Noise of scale one, float64 [K, count] for every (layer, offset, count) segment."""
-    width = words_per_block(rng)
-    if form == "fast":
-        make = _fast_gaussian if mechanism == "gaussian" else _fast_laplace
-        domain, transform = f"fast_{mechanism}", make(rng, key_words)
+def standard_noise(noise: Noise, segments: Sequence[Segment]) -> list[Tensor]:
+    """Noise of scale one, wide or fast: float64 [K, count] for every (layer, offset, count)."""
+    gaussian, width = noise.mechanism == "gaussian", words_per_block(noise.rng)
+    if noise.form == "fast":
+        make = _fast_gaussian if gaussian else _fast_laplace
+        domain, transform = f"fast_{noise.mechanism}", make(noise.rng, noise.key_words)
         tile = (512, 32) if width == 16 else (4, 1)
     else:
-        domain, tile = mechanism, (width // 2, 1)
-        transform = _wide_gaussian if mechanism == "gaussian" else _wide_laplace
+        domain, tile = noise.mechanism, (width // 2, 1)
+        transform = _wide_gaussian if gaussian else _wide_laplace
     return elements(
-        rng, key_words, segments, clients, step=step, domain=DOMAINS[domain], tile=tile,
-        transform=transform, dtype=torch.float64,
-    )  # fmt: skip
-
-
-def scaled_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-    form: str,
-    scale: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Noise of a scale (a number, or float64 [K, count]) in `dtype`, [K, count]."""
-    (noise,) = standard_noise(
-        rng, key_words, [segment], clients, step=step, mechanism=mechanism, form=form
+        noise, segments, domain=domain, tile=tile, transform=transform, dtype=torch.float64
     )
-    return (noise * scale).to(dtype)
 
 
-def coins(
-    rng: str,
-    key_words: Sequence[int],
-    n: int,
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    rates: Sequence[float],
-) -> Tensor:
+def _word64(words: Tensor, counters: Tensor) -> Tensor:
+    """Words of blocks as numbers of 64 bits, the first word of a pair high."""
+    pairs = words.view(words.shape[0] // 2, 2, -1)
+    low = pairs[:, 1].to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    return pairs[:, 0].to(torch.int64).bitwise_left_shift_(32).bitwise_or_(low).t()
+
+
+def coins(noise: Noise, n: int, rates: Sequence[float]) -> Tensor:
     """Independent Bernoulli coins, bool [K, n]; the rate is kept to 2^-63."""
-
-    def word64(words: Tensor, counters: Tensor) -> Tensor:
-        pairs = words.view(words.shape[0] // 2, 2, -1)
-        low = pairs[:, 1].to(torch.int64).bitwise_and_(0xFFFFFFFF)
-        return pairs[:, 0].to(torch.int64).bitwise_left_shift_(32).bitwise_or_(low).t()
-
+    tile = (words_per_block(noise.rng) // 2, 1)
     (bits,) = elements(
-        rng, key_words, [(0, 0, n)], clients, step=step, domain=DOMAINS["coins"],
-        tile=(words_per_block(rng) // 2, 1), transform=word64, dtype=torch.int64,
-    )  # fmt: skip
-    whole = 1 << 63
+        noise, [(0, 0, n)], domain="coins", tile=tile, transform=_word64, dtype=torch.int64
+    )
+    whole, device = 1 << 63, noise.clients.device
     limits = [min(round(Fraction(rate) * whole), whole - 1) for rate in rates]
-    limit = torch.tensor(limits, dtype=torch.int64, device=clients.device)[:, None]
-    always = torch.tensor([rate >= 1 for rate in rates], device=clients.device)[:, None]
+    limit = torch.tensor(limits, dtype=torch.int64, device=device)[:, None]
+    always = torch.tensor([rate >= 1 for rate in rates], device=device)[:, None]
     return (bits.bitwise_and(whole - 1) < limit) | always

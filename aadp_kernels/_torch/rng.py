@@ -16,43 +16,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CHACHA_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+from aadp_kernels.addresses import (
+    CHACHA_CONSTANTS,
+    PHILOX_MULTIPLIERS,
+    PHILOX_WEYL,
+    rounds_of,
+    signed32,
+)
+
 _MASK32 = 0xFFFFFFFF
-
-RNGS = ("philox10", "chacha8", "chacha20")
-
-
-def signed32(word: int) -> int:
-    """The int32 value that has the bits of the unsigned 32-bit `word`."""
-    return ((word & _MASK32) ^ 0x80000000) - 0x80000000
-
-
-def words_per_block(rng: str) -> int:
-    """32-bit words in one block of the generator: 16 for ChaCha, 4 for Philox."""
-    return 16 if rng.startswith("chacha") else 4
-
-
-def key_words_needed(rng: str) -> int:
-    """32-bit key words of the generator: 8 for ChaCha, 2 for Philox."""
-    return 8 if rng.startswith("chacha") else 2
 
 
 def random_words(rng: str, key: Sequence[int], counters: Tensor) -> Tensor:
     """Blocks of the named generator.
 
     Args:
-        rng: One of `RNGS`.
+        rng: One of `addresses.RNGS`.
         key: Unsigned 32-bit key words, `key_words_needed(rng)` of them.
         counters: int32 [4, n], the 128-bit counters, word 0 the least significant.
 
     Returns:
         int32 [words_per_block(rng), n], the bits of the unsigned words.
     """
-    if rng.startswith("chacha"):
-        return chacha(key, counters, rounds=int(rng.removeprefix("chacha")))
-    return philox(key, counters, rounds=int(rng.removeprefix("philox")))
+    generator = chacha if rng.startswith("chacha") else philox
+    return generator(key, counters, rounds=rounds_of(rng))
 
 
 def _rotate_add(x: Tensor, bits: int, scratch: Tensor) -> None:
@@ -82,7 +69,7 @@ def chacha(key: Sequence[int], counters: Tensor, *, rounds: int) -> Tensor:
     """ChaCha blocks; `counters` are the state's words 12 to 15 (RFC 8439: counter, nonce)."""
     n = counters.shape[1]
     device = counters.device
-    constants = [signed32(w) for w in (*_CHACHA_CONSTANTS, *key)]
+    constants = [signed32(w) for w in (*CHACHA_CONSTANTS, *key)]
     head = torch.tensor(constants, dtype=torch.int32, device=device)[:, None]
     a = torch.empty((4, n), dtype=torch.int32, device=device)
     # Spare rows let a diagonal round be a shifted view: only the rows that wrap around are copied.
@@ -117,9 +104,9 @@ def philox(key: Sequence[int], counters: Tensor, *, rounds: int) -> Tensor:
     device = counters.device
     wide = counters.to(torch.int64).bitwise_and_(_MASK32)
     even, odd = wide[0::2].clone(), wide[1::2].clone()
-    factors = torch.tensor(_PHILOX_MULTIPLIERS, dtype=torch.int64, device=device)[:, None]
+    factors = torch.tensor(PHILOX_MULTIPLIERS, dtype=torch.int64, device=device)[:, None]
     schedule = [
-        [(k + r * w) & _MASK32 for k, w in zip(key, _PHILOX_WEYL, strict=True)]
+        [(k + r * w) & _MASK32 for k, w in zip(key, PHILOX_WEYL, strict=True)]
         for r in range(rounds)
     ]
     keys = torch.tensor(schedule, dtype=torch.int64, device=device)[:, :, None]

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-# The forms of each operation that exist here; the others run on `_torch`.
+# The forms of each operation that exist here; plain torch has the others.
 FORMS = {
     "noise": ("wide", "fast", "grid"),
     "privatize": ("wide", "fast", "grid"),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._torch.rng import signed32
+from aadp_kernels.addresses import signed32
 
 # A replayed CUDA graph copies again from the memory that it was captured with.
 _CAPTURED: list[Tensor] = []

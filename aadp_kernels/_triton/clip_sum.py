@@ -15,9 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._torch.clip_sum import finish
-from aadp_kernels._torch.privatize import ClipStats, Noise
-from aadp_kernels._triton import grid
 from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
 from aadp_kernels._triton.clip_sum_kernels import (
     TRITON_DTYPES,
@@ -27,6 +24,8 @@ from aadp_kernels._triton.clip_sum_kernels import (
     tile_size,
 )
 from aadp_kernels._triton.noise import blocks_per_row, parts
+from aadp_kernels.addresses import rounds_of
+from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
 
 PIECE = 16384  # elements of one record that a program of the first launch takes at most
@@ -42,32 +41,13 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class SumPlan:
     """What a call needs to know of the layout, as tables on the device."""
 
     groups: tuple[_Group, ...]
     layers: Tensor
     statics: Tensor
     num_slots: int
-
-
-class _GridNoise:
-    """The integers of a `Noise` of the grid form, drawn by Triton: one launch a layer."""
-
-    def __init__(self, noise: Noise) -> None:
-        self.noise, self.mechanism = noise, noise.mechanism
-
-    def draw(self, layout: Layout, scale: Tensor) -> list[Tensor | None]:
-        """Per layer, noise in quanta, int64 [1, d_l]."""
-        noise = self.noise
-        return [
-            grid.scaled_noise(
-                noise.rng, tuple(noise.key_words), (layer, 0, dim), noise.clients, step=noise.step,
-                mechanism=noise.mechanism, form="grid", scale=1.0, dtype=torch.int64,
-            )
-            if dim else None
-            for layer, dim in enumerate(layout.dims)
-        ]  # fmt: skip
 
 
 def _upload(rows: Sequence[Any], device: torch.device) -> Tensor:
@@ -78,7 +58,7 @@ def _upload(rows: Sequence[Any], device: torch.device) -> Tensor:
 @per_stream(64)
 def _plan(
     layout: Layout, dtypes: tuple[torch.dtype, ...], tile: int, device: torch.device
-) -> _Plan:
+) -> SumPlan:
     """Pieces of the first launch, tiles of the second, and where a layer's slots lie."""
     pieces: dict[torch.dtype, list] = {dtype: [] for dtype in dtypes}
     tiles: dict[torch.dtype, list] = {dtype: [] for dtype in dtypes}
@@ -95,7 +75,7 @@ def _plan(
             begin = offset // tile * tile
             tiles[dtypes[i]] += [(i, at) for at in range(begin, offset + size, tile)]
         layers.append((first, slots - first, layout.dims[layer]))
-    return _Plan(
+    return SumPlan(
         tuple(
             _Group(dtype, _upload(pieces[dtype], device), _upload(tiles[dtype], device))
             for dtype in pieces
@@ -106,51 +86,78 @@ def _plan(
     )
 
 
+def clip_sum(
+    per_sample: Sequence[Tensor],
+    layout: Layout,
+    *,
+    bounds: Bounds,
+    mask: Tensor,
+    sums: Sequence[Tensor] | None,
+    quanta: Tensor | None,
+) -> tuple[list[Tensor], ClipStats]:
+    """`Backend.clip_sum`."""
+    totals = sums
+    if totals is None:
+        kind = torch.float64 if quanta is None else torch.int64
+        totals = [torch.empty(shape, dtype=kind, device=mask.device) for shape in layout.shapes]
+    draw, flags = _draw(None, mask.device), {"FRESH": sums is None, "LAST": False}
+    stats = _both_launches(
+        per_sample, layout, bounds, mask, (totals, totals), quanta, bounds.clip, draw, flags
+    )
+    return list(totals), stats
+
+
 def clip_sum_noise(
     per_sample: Sequence[Tensor],
     layout: Layout,
     *,
-    clip: Tensor,
-    scale: Tensor,
-    p: int,
-    noise: Noise | None,
+    bounds: Bounds,
     mask: Tensor,
-    votes_at: Tensor | None,
-    accumulate: Sequence[Tensor] | None,
-    last: bool,
-    quanta: Tensor | None,
+    sums: Sequence[Tensor] | None,
+    scale: Tensor,
+    noise: Noise | None,
 ) -> tuple[list[Tensor], ClipStats]:
-    """Sums (with noise if last), and statistics: `aadp_kernels.clip_sum_noise` after its checks."""
-    batch, device = mask.shape[0], mask.device
-    dtypes = tuple(t.dtype for t in per_sample)
-    noised = last and quanta is None
-    draw = _draw(noise if noised else None, device)
-    plan = _plan(layout, dtypes, draw[1]["TILE"], device)
+    """`Backend.clip_sum_noise`: running sums are read, and results written, by one kernel."""
+    device, fresh = mask.device, sums is None
+    results = [
+        torch.empty(shape, dtype=record.dtype, device=device)
+        for shape, record in zip(layout.shapes, per_sample, strict=True)
+    ]
+    before = sums or [torch.empty(0, dtype=torch.float64, device=device)] * len(results)
+    stats = _both_launches(
+        per_sample, layout, bounds, mask, (before, results), None, scale, _draw(noise, device),
+        {"FRESH": fresh, "LAST": True},
+    )  # fmt: skip
+    return results, stats
+
+
+def _both_launches(
+    per_sample: Sequence[Tensor],
+    layout: Layout,
+    bounds: Bounds,
+    mask: Tensor,
+    places: tuple[Sequence[Tensor], Sequence[Tensor]],
+    quanta: Tensor | None,
+    scale: Tensor,
+    draw: Any,
+    flags: dict[str, bool],
+) -> ClipStats:
+    """Norms into factors, then sums with the noise; `places` are running sums and results."""
+    device = mask.device
+    plan = _plan(layout, tuple(t.dtype for t in per_sample), draw[1]["TILE"], device)
     rows = [_as_rows(t, size) for t, size in zip(per_sample, layout.sizes, strict=True)]
-    kind = torch.float64 if quanta is None else torch.int64
-    sums = _destination(accumulate, layout, kind, device, needed=not noised)
-    results = sums
-    if noised:
-        results = [
-            torch.empty(shape, dtype=dtype, device=device)
-            for shape, dtype in zip(layout.shapes, dtypes, strict=True)
-        ]
     tensors = _upload(
         [
             (x.data_ptr(), x.stride(0), total.data_ptr(), out.data_ptr())
-            for x, total, out in zip(rows, sums, results, strict=True)
+            for x, total, out in zip(rows, *places, strict=True)
         ],
         device,
     )
-    factors = torch.empty((layout.num_layers, batch), dtype=torch.float64, device=device)
+    factors = torch.empty((layout.num_layers, len(mask)), dtype=torch.float64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        stats = _clip(plan, layout, tensors, factors, clip, mask, votes_at, quanta, p)
-        flags = {"FRESH": accumulate is None, "LAST": noised, "GRID": quanta is not None}
-        _sum(plan, tensors, factors, scale, draw, flags)
-    if last and not noised:
-        drawn: Any = None if noise is None else _GridNoise(noise)
-        results = finish(sums, layout, scale=scale, noise=drawn, dtypes=dtypes, quanta=quanta)
-    return results, stats
+        stats = _clip(plan, layout, tensors, factors, bounds, mask, quanta)
+        _sum(plan, tensors, factors, scale, draw, flags | {"GRID": quanta is not None})
+    return stats
 
 
 def _as_rows(value: Tensor, size: int) -> Tensor:
@@ -159,23 +166,9 @@ def _as_rows(value: Tensor, size: int) -> Tensor:
     return rows if size <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _destination(
-    accumulate: Sequence[Tensor] | None,
-    layout: Layout,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    needed: bool,
-) -> list[Tensor]:
-    """Running sums to read, to write, or neither."""
-    if accumulate is not None:
-        return list(accumulate)
-    shapes = layout.shapes if needed else [torch.Size([0])] * len(layout.shapes)
-    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-
-
-def _clip(plan, layout, tensors, factors, clip, mask, votes_at, quanta, p) -> ClipStats:
+def _clip(plan, layout, tensors, factors, bounds, mask, quanta) -> ClipStats:
     """First launch: `factors`, and statistics."""
+    clip, p, votes_at = bounds
     batch, device = mask.shape[0], mask.device
     num_layers = layout.num_layers
     counts = torch.zeros(3 * num_layers + num_layers * batch, dtype=torch.int64, device=device)
@@ -235,7 +228,7 @@ def _draw(noise: Noise | None, device: torch.device) -> tuple[list[Tensor], dict
         "GAUSSIAN": noise is not None and noise.mechanism == "gaussian",
         "FORM": form,
         "CHACHA": chacha,
-        "ROUNDS": int(rng.removeprefix("chacha").removeprefix("philox")),
+        "ROUNDS": rounds_of(rng),
         "PARTS": parts(form, chacha),
     }
     if noise is None:

@@ -16,16 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
+from aadp_kernels import grid
 from aadp_kernels._triton.noise import part_index, tile_noise, to_element
 from aadp_kernels._triton.rng import load_key
 
 ROWS_AHEAD = tl.constexpr(4)  # records whose loads are in flight together
 
 _EPS = tl.constexpr(2.0**-52)
-_MAX_WEIGHT = tl.constexpr(2.0**1000)
-_LIMIT = tl.constexpr(2.0**42)
-_SUM_LIMIT = tl.constexpr(1 << 61)
-_RECORDS_AT_ONCE = tl.constexpr(1 << 18)
+_MAX_WEIGHT = tl.constexpr(grid.MAX_WEIGHT)
+_LIMIT = tl.constexpr(float(grid.LIMIT))
+_SUM_LIMIT = tl.constexpr(grid.SUM_LIMIT)
+_RECORDS_AT_ONCE = tl.constexpr(grid.RECORDS_AT_ONCE)
 _SMALLEST = tl.constexpr(2.0**-1074)
 _NORMAL = tl.constexpr(2.0**-1022)
 TRITON_DTYPES = {
@@ -195,7 +196,7 @@ def _add_rows(
 ):  # fmt: skip
     """acc + sum over records of factor * x, in order; records of factor zero are not read.
 
-    GRID: every product is cut to an integer, toward zero, as `_torch.grid.quantise` does.
+    GRID: every product is cut to an integer, toward zero, as the specification does.
     """
     for start in range(begin, end, ROWS):
         for ahead in tl.static_range(ROWS):

@@ -1,4 +1,4 @@
-"""Integer noise of the grid form as Triton device functions: the numbers of `_torch.grid`."""
+"""Integer noise of the grid form as Triton device functions: the numbers of the specification."""
 
 # Triton's constexpr arguments, ranges and launch options have no types that fit.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aadp_kernels._torch import grid as _torch
-from aadp_kernels._torch.noise import DOMAINS, LAYER_BITS, Segment
+from aadp_kernels import grid as _grid
 from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
-from aadp_kernels._triton.noise import log, to_element
+from aadp_kernels._triton.noise import to_element
 from aadp_kernels._triton.rng import chacha, load_key, philox
+from aadp_kernels._triton.wide_noise import log
+from aadp_kernels.addresses import DOMAINS, LAYER_BITS, rounds_of
+from aadp_kernels.contract import Noise, Segment
+from aadp_kernels.layout import Layout
 
 TILE = 256
 
@@ -29,20 +31,20 @@ _DOMAIN = tl.constexpr(1 << LAYER_BITS)
 _LAPLACE = tl.constexpr(DOMAINS["grid_laplace"])
 _GAUSSIAN = tl.constexpr(DOMAINS["grid_gaussian"])
 _LAPLACE_TAIL = tl.constexpr(DOMAINS["grid_laplace_tail"])
-_TAIL_DOMAINS = tl.constexpr(_torch.TAIL_DOMAINS)
-_MAX_OCTAVES = tl.constexpr(_torch.MAX_OCTAVES)
-_ATTEMPTS = tl.constexpr(_torch.ATTEMPTS)
-_LIMIT = tl.constexpr(_torch.LIMIT)
-_MAX_WEIGHT = tl.constexpr(2.0**1000)
-_QUANTUM = tl.constexpr(math.nextafter(math.log(2), 1) * 2.0**-_torch.OCTAVE_BITS)
-_OCTAVE = tl.constexpr(2.0**-_torch.OCTAVE_BITS)
+_TAIL_DOMAINS = tl.constexpr(_grid.TAIL_DOMAINS)
+_MAX_OCTAVES = tl.constexpr(_grid.MAX_OCTAVES)
+_ATTEMPTS = tl.constexpr(_grid.ATTEMPTS)
+_LIMIT = tl.constexpr(_grid.LIMIT)
+_MAX_WEIGHT = tl.constexpr(_grid.MAX_WEIGHT)
+_QUANTUM = tl.constexpr(_grid.LN2_UP * 2.0**-_grid.OCTAVE_BITS)
+_OCTAVE = tl.constexpr(2.0**-_grid.OCTAVE_BITS)
 _TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 
 
 @per_stream(16)
 def threshold_tensor(device: torch.device) -> Tensor:
     """The thresholds of the digits, int64 [3, 1023] with the bits of the uint64."""
-    return to_device(np.array(_torch.thresholds(), dtype=np.uint64).view(np.int64), device)
+    return to_device(np.array(_grid.thresholds(), dtype=np.uint64).view(np.int64), device)
 
 
 @triton.jit
@@ -262,36 +264,33 @@ def grid_kernel(
 
 
 def scaled_noise(
-    rng: str,
-    key_words: Sequence[int],
-    segment: Segment,
-    clients: Tensor,
-    *,
-    step: int | Tensor,
-    mechanism: str,
-    form: str,
-    scale: float | Tensor,
-    dtype: torch.dtype,
+    noise: Noise, segment: Segment, scale: float | Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Noise of a scale in `dtype`, or in quanta with int64: [K, count]."""
-    layer, offset, count = segment
-    device = clients.device
+    """`Backend.scaled_noise` of the grid form."""
+    (layer, offset, count), mechanism = segment, noise.mechanism
+    clients, device = noise.clients, noise.clients.device
     if isinstance(scale, Tensor) and dtype != torch.int64:
-        noise = scaled_noise(
-            rng, key_words, segment, clients, step=step, mechanism=mechanism, form=form, scale=1.0,
-            dtype=torch.int64,
-        )  # fmt: skip
-        size = _torch.quantum(scale, mechanism)
-        return ((noise.to(torch.float64) + _torch.OFFSETS[mechanism]) * size).to(dtype)
+        counts = scaled_noise(noise, segment, 1.0, torch.int64)
+        size = _grid.quantum(scale, mechanism)
+        return ((counts.to(torch.float64) + _grid.OFFSETS[mechanism]) * size).to(dtype)
     out = torch.empty((len(clients), count), dtype=dtype, device=device)
     tiles = -(-(offset + count) // TILE) - offset // TILE
     size = 1.0 if isinstance(scale, Tensor) else scale
     if out.numel():
         grid_kernel[(tiles, len(clients))](
             out, torch.full((), size, dtype=torch.float64, device=device),
-            step_tensor(step, device), clients.contiguous(), key_tensor(tuple(key_words), device),
-            threshold_tensor(device), layer, offset, offset + count, TILE=TILE,
-            GAUSSIAN=mechanism == "gaussian", CHACHA=rng.startswith("chacha"),
-            ROUNDS=int(rng[6:]), COUNTS=dtype == torch.int64, enable_fp_fusion=False,
+            step_tensor(noise.step, device), clients.contiguous(),
+            key_tensor(tuple(noise.key_words), device), threshold_tensor(device), layer, offset,
+            offset + count, TILE=TILE, GAUSSIAN=mechanism == "gaussian",
+            CHACHA=noise.rng.startswith("chacha"), ROUNDS=rounds_of(noise.rng),
+            COUNTS=dtype == torch.int64, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def layer_integers(noise: Noise, layout: Layout, scale: Tensor) -> list[Tensor | None]:
+    """`Backend.layer_integers`: one launch a layer."""
+    return [
+        scaled_noise(noise, (layer, 0, dim), 1.0, torch.int64) if dim else None
+        for layer, dim in enumerate(layout.dims)
+    ]

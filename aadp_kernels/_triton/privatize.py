@@ -1,4 +1,4 @@
-"""Norms, certified clipping and noise of a ragged list of layers in one launch."""
+"""`privatize_` in Triton: the tables of a launch, and the launch."""
 
 # Triton's constexpr arguments, ranges and launch options have no types that fit.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -11,11 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from aadp_kernels._torch.privatize import ClipStats, Noise, by_rows
 from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import (
@@ -25,17 +23,11 @@ from aadp_kernels._triton._device import (
     step_tensor,
     to_device,
 )
-from aadp_kernels._triton.grid import (
-    grid_index,
-    grid_noise,
-    quantise,
-    quantum,
-    quantum_weight,
-    release,
-    threshold_tensor,
-)
-from aadp_kernels._triton.noise import part_index, tile_noise, to_element
-from aadp_kernels._triton.rng import load_key
+from aadp_kernels._triton.grid import threshold_tensor
+from aadp_kernels._triton.privatize_kernel import privatize_kernel
+from aadp_kernels.addresses import rounds_of
+from aadp_kernels.certified import by_rows, coarsest
+from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
 
 _DTYPES = {
@@ -44,7 +36,6 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-_NORMAL = tl.constexpr(torch.finfo(torch.float64).tiny)
 
 WARPS = 4
 _PROGRAMS_PER_SM = 8
@@ -62,315 +53,6 @@ def tile_size(form: str, secure: bool, itemsize: int) -> int:
     """Elements of a tile, so that a thread of the forms wide and fast has 128 bits at least."""
     least = 0 if form == "grid" else 32 * WARPS * 16 // itemsize
     return max(TILES[form, secure], least)
-
-
-@triton.jit
-def _pointer(address, offset, FULL: tl.constexpr, DTYPE: tl.constexpr):
-    """Pointer to an element of a tensor; that of a whole tile is a multiple of 16 bytes."""
-    if FULL:
-        # The offset is a multiple already; the compiler sees it in the product, where a hint on an
-        # argument would be lost.
-        width: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + offset // width * width
-    else:
-        return address.to(tl.pointer_type(DTYPE)) + offset
-
-
-@triton.jit
-def _load(
-    address, offset, index, low, high, FULL: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr
-):
-    """Elements at `index` of a tile, zero outside [low, high), as `TO`."""
-    pointer = _pointer(address, offset, FULL, DTYPE)
-    if FULL:
-        return tl.load(pointer + index).to(TO)
-    else:
-        inside = (index >= low) & (index < high)
-        return tl.load(pointer + index, mask=inside, other=0.0).to(TO)
-
-
-@triton.jit
-def _update(
-    x, x_offset, reference, reference_offset, index, low, high, FULL: tl.constexpr,
-    X: tl.constexpr, REFERENCE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """x - reference of a tile."""
-    value = _load(x, x_offset, index, low, high, FULL, X, DTYPE)
-    if REFERENCE is not None:
-        value -= _load(reference, reference_offset, index, low, high, FULL, REFERENCE, DTYPE)
-    return value
-
-
-@triton.jit
-def _add_tile(
-    value, sum1, sum2, P: tl.constexpr,
-):  # fmt: skip
-    """Sums of |value| and value^2, the neighbours of a row in the dtype of `value`."""
-    sum1 += tl.sum(tl.abs(value), axis=1).to(tl.float64)
-    if P == 2:
-        wide = value.to(tl.float64)
-        sum2 += tl.sum(wide * wide, axis=1)
-    return sum1, sum2
-
-
-@triton.jit
-def _ordered_sum(partials, begin, end):
-    """Sum of partials[begin:end] in an order that depends on begin and end alone."""
-    lane = tl.arange(0, 128)
-    total = tl.zeros([128], tl.float64)
-    at = begin
-    while at < end:
-        total += tl.load(partials + at + lane, mask=at + lane < end, other=0.0, volatile=True)
-        at += 128
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _finish_unit(
-    unit, row, layer, total1, total2, layers, clip, clip_stride, scale, scale_stride, votes_at,
-    votes_stride, norm1_out, votes_out, clipped_out, nonfinite_out, P: tl.constexpr,
-    FORM: tl.constexpr,
-):  # fmt: skip
-    """Statistics of a unit, and its factor in float64: NaN for a unit that is not finite."""
-    norm = tl.sqrt(total2) if P == 2 else total1
-    finite = (norm < float("inf")) & (total1 < float("inf"))
-    bound = norm * tl.load(layers + layer * 5)
-    # What is cut to integers is rounded in float64, whatever the dtype of the tensors.
-    rounding = layers + layer * 5 + 1
-    if FORM == "grid":
-        rounding += 2 * (tl.load(scale + row * scale_stride + layer) != 0).to(tl.int32)
-    limit = tl.load(clip + row * clip_stride + layer)
-    valid = limit >= 0
-    limit = tl.where(valid, limit, 0.0)
-    clipped = (bound > limit) & finite
-    room = limit - tl.load(rounding + 1)
-    room = tl.where(room > 0, room, 0.0)
-    divisor = tl.where(clipped, bound * tl.load(rounding), 1.0)
-    factor = tl.where(clipped, room / divisor, 1.0)
-    # A subnormal factor has lost the digits that the bound counts on.
-    factor = tl.where(valid & (factor >= _NORMAL), factor, 0.0)
-    vote = 0.0
-    if votes_at is not None:
-        at = tl.load(votes_at + row * votes_stride + layer)
-        vote = tl.where(total1 <= at, 0.5, -0.5)
-        vote = tl.where(finite & (at == at), vote, 0.0)
-    tl.store(norm1_out + unit, total1)
-    tl.store(votes_out + unit, vote)
-    tl.store(clipped_out + unit, clipped.to(tl.int64))
-    tl.store(nonfinite_out + unit, 1 - finite.to(tl.int64))
-    return tl.where(finite, factor, float("nan"))
-
-
-@triton.jit
-def _round_down(factor, DTYPE: tl.constexpr):
-    """The largest number of `DTYPE`, float32 or float64, that is not above `factor` >= 0."""
-    near = factor.to(DTYPE)
-    if DTYPE.primitive_bitwidth == 32:
-        bits = near.to(tl.int32, bitcast=True) - (near.to(tl.float64) > factor).to(tl.int32)
-        near = bits.to(tl.float32, bitcast=True)
-    return near
-
-
-@triton.jit
-def _store(address, offset, index, low, high, value, FULL: tl.constexpr, DTYPE: tl.constexpr):
-    pointer = _pointer(address, offset, FULL, DTYPE)
-    value = to_element(value, DTYPE)
-    if FULL:
-        tl.store(pointer + index, value)
-    else:
-        tl.store(pointer + index, value, mask=(index >= low) & (index < high))
-
-
-@triton.jit
-def _apply_tile(
-    x, reference, out, shift, shift0, element, low, high, factor, scale, step, client, layer, key,
-    thresholds, FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
-    OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
-    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """out = (x - reference) * factor + scale * noise of a tile; no product if the factor is NaN.
-
-    In the grid form `factor` turns elements into quanta and `scale` is the quantum.
-    """
-    if NOISY and FORM == "grid":
-        noise = (
-            grid_noise(
-                element, step, client, layer, key, thresholds, TILE, GAUSSIAN, CHACHA, ROUNDS
-            ),
-        )
-    elif NOISY:
-        noise = tile_noise(
-            element, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
-        )
-    for part in tl.static_range(PARTS):
-        if FORM == "grid":
-            index = grid_index(TILE, GAUSSIAN, CHACHA)
-        else:
-            index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
-        value = _update(
-            x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
-            DTYPE,
-        )  # fmt: skip
-        if NOISY and FORM == "grid":
-            value = release(quantise(value, factor), noise[part], scale, GAUSSIAN)
-        elif NOISY:
-            value = tl.where(factor == factor, value * factor, 0.0) + noise[part].to(DTYPE) * scale
-        else:
-            # A scale that no noise was drawn for must not pass for privacy.
-            value = tl.where(factor == factor, value * factor, 0.0)
-            value = tl.where(scale == 0, value, float("nan"))
-        _store(out, shift + element, index, low, high, value, FULL, OUT)
-
-
-@triton.jit
-def _apply_chunk(
-    x, reference, out, shift, shift0, first, low, high, whole, factor, scale, step, client, layer,
-    key, thresholds, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
-    OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
-    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Whole tiles without masks (128-bit accesses), then the rest with them."""
-    element = first
-    while element < whole:
-        _apply_tile(
-            x, reference, out, shift, shift0, element, 0, 0, factor, scale, step, client, layer,
-            key, thresholds, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
-            ROUNDS, BLOCKS, PARTS,
-        )  # fmt: skip
-        element += TILE
-    while element < high:
-        begin = tl.maximum(low - element, 0).to(tl.int32)
-        end = tl.minimum(high - element, TILE).to(tl.int32)
-        _apply_tile(
-            x, reference, out, shift, shift0, element, begin, end, factor, scale, step, client,
-            layer, key, thresholds, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM,
-            CHACHA, ROUNDS, BLOCKS, PARTS,
-        )  # fmt: skip
-        element += TILE
-
-
-@triton.jit(do_not_specialize=[
-    "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
-    "num_chunks",
-])  # fmt: skip
-def privatize_kernel(
-    tickets, ticket_count, counter, chunks, units, layers, addresses, done, flags, partials,
-    factors, clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
-    key_pointer, norm1_out, votes_out, clipped_out, nonfinite_out, num_layers, num_tensors,
-    num_chunks, thresholds,
-    X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
-    P: tl.constexpr, NOISY: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-    GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """out = (x - reference) * factor(norm) + scale * noise, for every unit of a plan.
-
-    Persistent programs take tickets (see `plan`). A norm ticket adds |x| (and x^2) of its chunk,
-    in the dtype `DTYPE` over `WIDTH` neighbours and in float64 beyond, into a slot of its own; the
-    program that ends a unit adds its slots in order and releases the factor, which apply tickets
-    wait for. Products and sums are of the dtype `DTYPE`.
-    """
-    if NOISY:
-        key = load_key(key_pointer, CHACHA)
-        step = tl.load(step_pointer).to(tl.uint32)
-    else:
-        key, step = None, None
-    ticket = tl.atomic_add(counter, 1, sem="relaxed")
-    while ticket < ticket_count:
-        code = tl.load(tickets + ticket)
-        chunk = (code >> 2).to(tl.int64)
-        table = chunks + chunk * 8
-        tensor = tl.load(table)
-        shift = tl.load(table + 1)
-        first = tl.load(table + 2)
-        low = tl.load(table + 3)
-        high = tl.load(table + 4)
-        whole = tl.load(table + 5)
-        unit = tl.load(table + 6)
-        row = unit // num_layers
-        layer = unit % num_layers
-        begin = tl.load(units + unit * 2)
-        end = tl.load(units + unit * 2 + 1)
-        shift0 = tl.load(table + 7)
-        x = tl.load(addresses + tensor)
-        out = tl.load(addresses + num_tensors + tensor)
-        reference = x
-        if REFERENCE is not None:
-            reference = tl.load(addresses + 2 * num_tensors + tensor)
-        # The only chunk of its unit, in one launch: nobody else has or wants its factor.
-        alone = (code & 3) == 3
-        factor = tl.full([], 0.0, tl.float64)
-        if code & 1:
-            index = tl.arange(0, TILE // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            sum1 = tl.zeros([TILE // WIDTH], tl.float64)
-            sum2 = tl.zeros([TILE // WIDTH], tl.float64)
-            element = first
-            while element < whole:
-                value = _update(
-                    x, shift + element, reference, shift0 + element, index, 0, 0, True, X,
-                    REFERENCE, DTYPE,
-                )  # fmt: skip
-                sum1, sum2 = _add_tile(value, sum1, sum2, P)
-                element += TILE
-            while element < high:
-                value = _update(
-                    x, shift + element, reference, shift0 + element, index,
-                    tl.maximum(low - element, 0).to(tl.int32),
-                    tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE,
-                )  # fmt: skip
-                sum1, sum2 = _add_tile(value, sum1, sum2, P)
-                element += TILE
-            total1 = tl.sum(sum1, axis=0)
-            total2 = tl.sum(sum2, axis=0)
-            last = end - begin == 1
-            if end - begin > 1:
-                tl.store(partials + chunk, total1)
-                if P == 2:
-                    tl.store(partials + num_chunks + chunk, total2)
-                last = tl.atomic_add(done + unit, 1, sem="acq_rel") == end - begin - 1
-                if last:
-                    total1 = _ordered_sum(partials, begin, end)
-                    if P == 2:
-                        total2 = _ordered_sum(partials + num_chunks, begin, end)
-            if last:
-                factor = _finish_unit(
-                    unit, row, layer, total1, total2, layers, clip, clip_stride, scale,
-                    scale_stride, votes_at, votes_stride, norm1_out, votes_out, clipped_out,
-                    nonfinite_out, P, FORM,
-                )  # fmt: skip
-                if not alone:
-                    tl.store(factors + unit, factor)
-                    tl.atomic_xchg(flags + unit, 1, sem="release")
-        if code & 2:
-            if not alone:
-                ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-                while ready == 0:
-                    ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-                factor = tl.load(factors + unit, volatile=True)
-            amount = tl.load(scale + row * scale_stride + layer)
-            amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
-            weight = _round_down(factor, DTYPE)
-            unit_scale = amount.to(DTYPE)
-            if FORM == "grid":
-                unit_scale = quantum(amount, GAUSSIAN)
-                if amount != 0:
-                    weight = quantum_weight(factor, unit_scale)
-            client = tl.load(clients + row).to(tl.uint32)
-            if NOISY and amount != 0:
-                _apply_chunk(
-                    x, reference, out, shift, shift0, first, low, high, whole, weight,
-                    unit_scale, step, client, layer.to(tl.uint32), key, thresholds, True, X,
-                    REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
-                )  # fmt: skip
-            else:
-                _apply_chunk(
-                    x, reference, out, shift, shift0, first, low, high, whole, weight, amount,
-                    step, client, layer.to(tl.uint32), key, thresholds, False, X, REFERENCE, OUT,
-                    DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
-                )  # fmt: skip
-        ticket = tl.atomic_add(counter, 1, sem="relaxed")
 
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
@@ -419,36 +101,22 @@ def privatize(
     out: Sequence[Tensor],
     layout: Layout,
     *,
-    clip: Tensor,
+    bounds: Bounds,
     scale: Tensor,
-    p: int,
     noise: Noise | None,
     reference: Sequence[Tensor] | None,
-    votes_at: Tensor | None,
 ) -> ClipStats:
-    """Clip and noise K updates layer by layer into `out`; clip, scale and votes_at are [K, L].
+    """`Backend.privatize` of K updates; bounds and scale are [K, L].
 
     Tensors of mixed dtypes or with gaps are copied, as float64.
     """
-    rows = clip.shape[0]
-    form = "wide" if noise is None else noise.form
-    eps_of = [
-        max((out[i].dtype for i in members), key=lambda d: torch.finfo(d).eps)
-        for members in layout.members
-    ]
-    values = [t.detach() for t in tensors]
+    eps_of = tuple(coarsest([out[i].dtype for i in members]) for members in layout.members)
+    values = _addressable(tensors)
+    given = None if reference is None else _addressable(reference)
     targets = [t.detach() for t in out]
-    given = None if reference is None else [t.detach() for t in reference]
-    if not _direct(values):
-        values = [t.to(torch.float64, memory_format=torch.contiguous_format) for t in values]
-    if given is not None and not _direct(given):
-        given = [t.to(torch.float64, memory_format=torch.contiguous_format) for t in given]
     if not _direct(targets):
         targets = [torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in out]
-    stats = _launch(
-        values, targets, given, layout, tuple(eps_of), clip=clip, scale=scale, p=p, noise=noise,
-        form=form, votes_at=votes_at, rows=rows,
-    )  # fmt: skip
+    stats = _launch(values, targets, given, layout, eps_of, bounds, scale, noise)
     for source, target, place in zip(targets, [t.detach() for t in out], out, strict=True):
         if source.data_ptr() != target.data_ptr():
             target.copy_(source)
@@ -457,23 +125,27 @@ def privatize(
     return stats
 
 
+def _addressable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, or float64 copies where a kernel cannot address them."""
+    values = [t.detach() for t in tensors]
+    if _direct(values):
+        return values
+    return [t.to(torch.float64, memory_format=torch.contiguous_format) for t in values]
+
+
 def _launch(
     tensors: list[Tensor],
     out: list[Tensor],
     reference: list[Tensor] | None,
     layout: Layout,
     eps_of: tuple[torch.dtype, ...],
-    *,
-    clip: Tensor,
+    bounds: Bounds,
     scale: Tensor,
-    p: int,
     noise: Noise | None,
-    form: str,
-    votes_at: Tensor | None,
-    rows: int,
 ) -> ClipStats:
     """Launch over contiguous tensors of one dtype each."""
-    device = tensors[0].device
+    (clip, p, votes_at), rows, device = bounds, len(scale), tensors[0].device
+    form = "wide" if noise is None else noise.form
     lists = (tensors, out) if reference is None else (tensors, out, reference)
     dtypes = [group[0].dtype for group in lists]
     itemsize = min(dtype.itemsize for dtype in dtypes)
@@ -517,7 +189,7 @@ def _launch(
         REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
         DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
         WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
-        CHACHA=secure, ROUNDS=int(rng[6:]),
+        CHACHA=secure, ROUNDS=rounds_of(rng),
         BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
         num_warps=WARPS, enable_fp_fusion=form == "fast",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""ChaCha and Philox4x32 as Triton device functions: the words of `_torch.rng`.
+"""ChaCha and Philox4x32 as Triton device functions: the words of `addresses`.
 
 The counter is (block, step, client, layer), all uint32; a generator is named by its number of
 rounds, `ROUNDS`, and by `CHACHA`. Rounds are unrolled, so that what does not depend on the block

@@ -13,25 +13,26 @@ from torch import Tensor
 from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from aadp_kernels.clip_in_backward.clip import Terms, Wanted
+from aadp_kernels.clip_in_backward.clip import rule_of
 from aadp_kernels.clip_in_backward.matrix_rules import Linear, Results
+from aadp_kernels.contract import ClipRule, GradientsNeeded
 
 
-class Rule(Protocol):
+class LayerKind(Protocol):
     """One kind of layer: its ordinary forward and its clipping backward."""
 
     def forward(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
         """The ordinary layer."""
         ...
 
-    def backward(self, x: Tensor, grad: Tensor, weight: Any, terms: Terms) -> Results:
+    def backward(self, x: Tensor, grad: Tensor, weight: Any, rule: ClipRule) -> Results:
         """Gradients of x, weight and bias [K, ...] and counts [K, 3], None where not wanted.
 
         Args:
             x: [K, B, ...], K clients with B records each.
             grad: gradient of the output, [K, B, ...].
             weight: [K, ...], or [1, ...] where all clients share it.
-            terms: how to clip.
+            rule: how to clip.
         """
         ...
 
@@ -65,34 +66,34 @@ class ClippedLayer(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, clip, mask, votes_at, probe, rule, p):
+    def forward(x, weight, bias, clip, mask, votes_at, probe, kind, p):
         """The ordinary layer."""
-        return rule.forward(x, weight, bias)
+        return kind.forward(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the inputs; per-record gradients exist in backward only."""
-        x, weight, bias, clip, mask, votes_at, probe, rule, p = inputs
+        x, weight, bias, clip, mask, votes_at, probe, kind, p = inputs
         ctx.save_for_backward(x, weight, bias, clip, mask, votes_at, probe)
-        ctx.rule, ctx.p = rule, p
+        ctx.kind, ctx.p = kind, p
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Clipped sums for weight and bias, the ordinary gradient for x, counts for the probe."""
-        return _gradients(ctx.saved_tensors, grad, ctx.needs_input_grad, ctx.rule, ctx.p)
+        return _gradients(ctx.saved_tensors, grad, ctx.needs_input_grad, ctx.kind, ctx.p)
 
 
 class _PlainClippedLayer(torch.autograd.Function):
     """`ClippedLayer` outside torch.func: a call costs half as much without `setup_context`."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, rule, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, kind, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The ordinary layer."""
         ctx.save_for_backward(x, weight, bias, probe)
         # Not saved as what a checkpointed forward computes again: a caller who gave them for one
         # forward has taken them back by then, and the layer's own mean no clipping.
-        ctx.how = rule, p, clip, mask, votes_at
-        return rule.forward(x, weight, bias)
+        ctx.how = kind, p, clip, mask, votes_at
+        return kind.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,25 +108,25 @@ class _PlainClippedLayer(torch.autograd.Function):
 def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Results of `_PlainClippedLayer.backward`; a linear layer has a short way."""
     (x, weight, bias, probe), needs = ctx.saved_tensors, ctx.needs_input_grad
-    rule, p, *given = ctx.how
+    kind, p, *given = ctx.how
     saved = (x, weight, bias, *given, probe)
-    if isinstance(rule, Linear) and not in_functorch():
-        results = rule.alone(saved, grad, needs, p)
+    if isinstance(kind, Linear) and not in_functorch():
+        results = kind.single_client(saved, grad, needs, p)
         if results is not None:
             return results
-    return _gradients(saved, grad, needs, rule, p)
+    return _gradients(saved, grad, needs, kind, p)
 
 
 _once = once_differentiable(_clipped)
 
 
 def _gradients(
-    saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...], rule: Rule, p: int
+    saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, ...], kind: LayerKind, p: int
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments of `ClippedLayer.forward`."""
     x, weight, _, clip, mask, votes_at, probe = saved
     counts = probe is not None and needs[6]
-    wanted = Wanted(p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
+    needed = GradientsNeeded(p, x=needs[0], weight=needs[1], bias=needs[2], counts=counts)
     likes = [saved[i] for i in (0, 1, 2, 6)]
     if x.shape[0] == 0:
         grads = [
@@ -136,9 +137,9 @@ def _gradients(
     tensors = (x, grad, weight, clip, mask, votes_at)
     led = [None if t is None else t.unsqueeze(0) for t in tensors]
     if not in_functorch() or torch.compiler.is_compiling():
-        results = clip_backward(rule, wanted, *led)
+        results = clip_backward(kind, needed, *led)
     else:
-        results = _Clients.apply(rule, wanted, *led)
+        results = _Clients.apply(kind, needed, *led)
     left = iter(results)
     grads = [
         next(left)[0].to(like.dtype) if need else None
@@ -147,21 +148,21 @@ def _gradients(
     return *grads[:3], None, None, None, grads[3], None, None
 
 
-def clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:
-    """The wanted results of a rule's backward, in order; all tensors have a client axis."""
+def clip_backward(kind, needed, x, grad, weight, clip, mask, votes_at) -> tuple[Tensor, ...]:
+    """The needed results of a layer's backward, in order; all tensors have a client axis."""
     if x.shape[1] == 0:
         # An empty Poisson batch: one record of padding is easier than zero records.
         record, slope = (t.new_zeros((t.shape[0], 1, *t.shape[2:])) for t in (x, grad))
         nobody = clip.new_zeros((x.shape[0], 1))
-        first, *others = clip_backward(rule, wanted, record, slope, weight, clip, nobody, votes_at)
-        return (first[:, :0] if wanted.x else first, *others)
-    terms = Terms.build(wanted, clip, mask, votes_at, x)
+        first, *others = clip_backward(kind, needed, record, slope, weight, clip, nobody, votes_at)
+        return (first[:, :0] if needed.x else first, *others)
+    rule = rule_of(needed, clip, mask, votes_at, x)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            results = rule.backward(x, grad, weight, terms)
+            results = kind.backward(x, grad, weight, rule)
     else:
-        results = rule.backward(x, grad, weight, terms)
+        results = kind.backward(x, grad, weight, rule)
     return tuple(t for t in results if t is not None)
 
 
@@ -169,9 +170,9 @@ class _Clients(torch.autograd.Function):
     """`clip_backward` under torch.func: vmap adds to the client axis, and sees plain tensors."""
 
     @staticmethod
-    def forward(rule, wanted, x, grad, weight, clip, mask, votes_at):
+    def forward(kind, needed, x, grad, weight, clip, mask, votes_at):
         """All clients at once."""
-        return clip_backward(rule, wanted, x, grad, weight, clip, mask, votes_at)
+        return clip_backward(kind, needed, x, grad, weight, clip, mask, votes_at)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,7 +184,7 @@ class _Clients(torch.autograd.Function):
         raise RuntimeError("clipped gradients cannot be differentiated")
 
     @staticmethod
-    def vmap(info, in_dims, rule, wanted, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info, in_dims, kind, needed, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Fold the mapped axis into the client axis; what all clients share stays [1, ...]."""
         size, dims = info.batch_size, in_dims[2:]
         inner = max(
@@ -194,7 +195,7 @@ class _Clients(torch.autograd.Function):
         x, grad, *rest = (_fold(t, d, size, inner) for t, d in zip(tensors, dims, strict=True))
         # Records and their gradients always belong to a client.
         x, grad = (t.expand(size * inner, *t.shape[1:]) for t in (x, grad))
-        results = _Clients.apply(rule, wanted, x, grad, *rest)
+        results = _Clients.apply(kind, needed, x, grad, *rest)
         return tuple(t.unflatten(0, (size, inner)) for t in results), (0,) * len(results)
 
 

@@ -7,131 +7,83 @@ an axis here, and a single client has K = 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch
+from aadp_kernels._dispatch import product_norms, record_kernels
+from aadp_kernels.certified import largest
+from aadp_kernels.contract import ClipRule, GradientsNeeded
 
 SLICE = {"cpu": 1 << 20}
 _DEVICE_SLICE = 1 << 26
-_LARGEST = {d: torch.finfo(d).max ** 0.5 / 4096 for d in (torch.float32, torch.float64)}
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which results a backward owes, and the norm of the clipping. All of it is public.
+def rule_of(
+    needed: GradientsNeeded, clip: Tensor, mask: Tensor | None, votes_at: Tensor | None, x: Tensor
+) -> ClipRule:
+    """The rule of an operation on x [K, B, ...], from its arguments."""
+    count = x.shape[:2]
+    if mask is None:
+        live = torch.ones(count, dtype=torch.bool, device=x.device)
+    else:
+        live = (mask != 0).expand(count)
+    if not needed.counts:
+        votes_at = None
+    elif votes_at is not None:
+        votes_at = votes_at.detach().to(torch.float64).expand(count[0])
+        if branches_on_data(votes_at) and record_kernels(votes_at) is None:
+            votes_at = None if bool(votes_at.isnan().all()) else votes_at
+    return ClipRule(needed, clip.detach().to(torch.float64).expand(count[0]), live, votes_at)
 
-    Weight and bias count in a record's norm if they are wanted: what gets no gradient needs none.
+
+def needs_l1(rule: ClipRule) -> bool:
+    """Whether L1 norms are needed: to clip or to vote."""
+    return rule.needed.p == 1 or rule.votes_at is not None
+
+
+def part_of(rule: ClipRule, clients: slice, records: slice) -> ClipRule:
+    """The rule of some clients' records."""
+    votes_at = None if rule.votes_at is None else rule.votes_at[clients]
+    return ClipRule(rule.needed, rule.clip[clients], rule.mask[clients, records], votes_at)
+
+
+def factors_and_counts(
+    norm1: Tensor | None, square: Tensor | None, finite: Tensor, rule: ClipRule, slack: float
+) -> tuple[Tensor, Tensor | None]:
+    """Clip factors [K, B], 0 for records that do not count, and counts [K, 3].
+
+    Args:
+        norm1: L1 norms [K, B], float64; None where `needs_l1` is false.
+        square: squared L2 norms [K, B], float64; None where p is 1.
+        finite: which records are finite, bool [K, B].
+        rule: how to clip.
+        slack: relative error bound of the norms; they are inflated by it, so that
+            factor · norm <= clip holds for the true norm.
     """
-
-    p: int
-    x: bool
-    weight: bool
-    bias: bool
-    counts: bool
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Clip norms [K], which records count [K, B] and vote thresholds [K] (None: no votes)."""
-
-    wanted: Wanted
-    clip: Tensor
-    mask: Tensor
-    votes_at: Tensor | None
-
-    @classmethod
-    def build(
-        cls, wanted: Wanted, clip: Tensor, mask: Tensor | None, votes_at: Tensor | None, x: Tensor
-    ) -> Terms:
-        """Terms from the arguments of an operation on x [K, B, ...]."""
-        count = x.shape[:2]
-        if mask is None:
-            live = torch.ones(count, dtype=torch.bool, device=x.device)
-        else:
-            live = (mask != 0).expand(count)
-        if not wanted.counts:
-            votes_at = None
-        elif votes_at is not None:
-            votes_at = votes_at.detach().to(torch.float64).expand(count[0])
-            if branches_on_data(votes_at) and not fast(votes_at) and bool(votes_at.isnan().all()):
-                votes_at = None
-        return cls(wanted, clip.detach().to(torch.float64).expand(count[0]), live, votes_at)
-
-    @property
-    def needs_l1(self) -> bool:
-        """Whether L1 norms are needed: to clip or to vote."""
-        return self.wanted.p == 1 or self.votes_at is not None
-
-    def part(self, clients: slice, records: slice) -> Terms:
-        """The terms of some clients' records."""
-        votes_at = None if self.votes_at is None else self.votes_at[clients]
-        return Terms(self.wanted, self.clip[clients], self.mask[clients, records], votes_at)
-
-    def settle(
-        self, norm1: Tensor | None, square: Tensor | None, finite: Tensor, slack: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Clip factors [K, B], 0 for records that do not count, and counts [K, 3].
-
-        Args:
-            norm1: L1 norms [K, B], float64; None where `needs_l1` is false.
-            square: squared L2 norms [K, B], float64; None where p is 1.
-            finite: which records are finite, bool [K, B].
-            slack: relative error bound of the norms; they are inflated by it, so that
-                factor · norm <= clip holds for the true norm.
-        """
-        norm = norm1 if square is None else square.sqrt()
-        assert norm is not None
-        if fast(norm):
-            from aadp_kernels._cpu import backward_linear
-
-            factor, counts = backward_linear.settle(
-                norm1, norm, finite, self.mask, self.clip, self.votes_at, slack
-            )
-            return factor, counts if self.wanted.counts else None
-        norm = norm * (1 + slack)
-        live = finite & self.mask
-        over = ~(norm <= self.clip[:, None])
-        # A clip norm that is NaN or negative silences the client instead of not clipping it.
-        bound = torch.where(self.clip >= 0, self.clip * (1 - 1e-12), 0.0)
-        factor = torch.where(over, bound[:, None] / torch.where(over, norm, 1.0), 1.0)
-        factor = torch.where(live, factor, 0.0)
-        if not self.wanted.counts:
-            return factor, None
-        votes = torch.zeros_like(norm)
-        if self.votes_at is not None:
-            assert norm1 is not None
-            level = self.votes_at[:, None]
-            votes = torch.where(norm1 <= level, 0.5, -0.5).to(torch.float64)
-            votes = torch.where(live & ~level.isnan(), votes, 0.0)
-        counts = torch.stack([votes, (over & live).double(), (self.mask & ~finite).double()], -1)
-        return factor, counts.sum(1)
-
-
-def fast(x: Tensor) -> bool:
-    """Whether numba takes a plain tensor; never in a trace."""
-    return (
-        type(x) is Tensor
-        and x.dtype in (torch.float32, torch.float64)
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and kernels() is not None
-    )
-
-
-@cache
-def kernels() -> Any:
-    """`_cpu.backward_linear` if numba is what large operations on a CPU run on, else None."""
-    cpu = torch.device("cpu")
-    if _dispatch.choose("auto", "backward", device=cpu, elements=1 << 20) != "numba":
-        return None
-    from aadp_kernels._cpu import backward_linear
-
-    return backward_linear
+    norm, counted = norm1 if square is None else square.sqrt(), rule.needed.counts
+    assert norm is not None
+    kernels = record_kernels(norm)
+    if kernels is not None:
+        factor, counts = kernels.factors_and_counts(norm1, norm, finite, rule, slack)
+        return factor, counts if counted else None
+    norm = norm * (1 + slack)
+    live = finite & rule.mask
+    over = ~(norm <= rule.clip[:, None])
+    # A clip norm that is NaN or negative silences the client instead of not clipping it.
+    bound = torch.where(rule.clip >= 0, rule.clip * (1 - 1e-12), 0.0)
+    factor = torch.where(over, bound[:, None] / torch.where(over, norm, 1.0), 1.0)
+    factor = torch.where(live, factor, 0.0)
+    if not counted:
+        return factor, None
+    votes = torch.zeros_like(norm)
+    if rule.votes_at is not None:
+        assert norm1 is not None
+        level = rule.votes_at[:, None]
+        votes = torch.where(norm1 <= level, 0.5, -0.5).to(torch.float64)
+        votes = torch.where(live & ~level.isnan(), votes, 0.0)
+    counts = torch.stack([votes, (over & live).double(), (rule.mask & ~finite).double()], -1)
+    return factor, counts.sum(1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -162,20 +114,14 @@ def bounded(*squares: Tensor | None, dtype: torch.dtype) -> Tensor:
     return bound <= largest(dtype)
 
 
-def largest(dtype: torch.dtype) -> float:
-    """Bound on the norms, and their product, of a record that counts as finite."""
-    return _LARGEST[dtype]
-
-
 def row_sums(x: Tensor, *, l1: bool = True, l2: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """L1 norms and squared L2 norms of records [K, B, ...]: float64 [K, B], None if not asked for.
 
     The last axis is summed in the dtype of x at worst.
     """
-    if fast(x):
-        from aadp_kernels._cpu import backward_linear
-
-        return backward_linear.row_sums(x)
+    kernels = record_kernels(x)
+    if kernels is not None:
+        return kernels.row_sums(x)
     norm1 = square = None
     if l1:
         row = torch.linalg.vector_norm(x, 1, dim=-1).to(torch.float64)
@@ -199,16 +145,17 @@ def per_record(values: Tensor, like: Tensor) -> Tensor:
     return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
-def piece_norms(pieces: Sequence[Tensor], terms: Terms) -> tuple[Tensor | None, Tensor | None]:
+def piece_norms(pieces: Sequence[Tensor], rule: ClipRule) -> tuple[Tensor | None, Tensor | None]:
     """L1 norms and squared L2 norms [K, B], float64, of records given in pieces [K, B, ..., n].
 
-    Each is None where the terms do not need it. Rows of n elements are summed in the pieces' dtype.
+    Each is None where the rule needs it not. Rows of n elements are summed in the pieces' dtype.
     """
     norm1 = square = None
+    l1, l2 = needs_l1(rule), rule.needed.p == 2
     for piece in pieces:
-        sums = row_sums(piece, l1=terms.needs_l1, l2=terms.wanted.p == 2)
-        norm1 = plus(norm1, sums[0]) if terms.needs_l1 else None
-        square = plus(square, sums[1]) if terms.wanted.p == 2 else None
+        sums = row_sums(piece, l1=l1, l2=l2)
+        norm1 = plus(norm1, sums[0]) if l1 else None
+        square = plus(square, sums[1]) if l2 else None
     return norm1, square
 
 
@@ -217,37 +164,29 @@ def plus(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     return term if total is None or term is None else total + term
 
 
-def product_sums(a: Tensor, g: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
+def sums_of_products(a: Tensor, g: Tensor, rule: ClipRule) -> tuple[Tensor | None, Tensor | None]:
     """`piece_norms` of the products g[b]ᵀ a[b], which are not written as a whole.
 
     Args:
         a: [B, T, in].
         g: [B, T, out].
-        terms: which norms are needed.
+        rule: which norms are needed.
 
     Returns:
         L1 norms and squared L2 norms, float64 [B].
     """
-    if fused_norms(a):
-        from aadp_kernels._triton.product_norms import product_norms
-
-        norm1, square = product_norms(a, g)
-        return norm1 if terms.needs_l1 else None, square if terms.wanted.p == 2 else None
+    fused = product_norms(a)
+    if fused is not None:
+        norm1, square = fused(a, g)
+        return norm1 if needs_l1(rule) else None, square if rule.needed.p == 2 else None
     norm1 = square = None
     rows = max(1, slice_elements(a.device) // max(1, len(a) * a.shape[-1]))
     for start in range(0, g.shape[-1], rows):
         block = torch.bmm(g[..., start : start + rows].transpose(1, 2), a)
-        sums = piece_norms([block[None]], terms)
+        sums = piece_norms([block[None]], rule)
         norm1 = sums[0] if norm1 is None else plus(norm1, sums[0])
         square = sums[1] if square is None else plus(square, sums[1])
     return None if norm1 is None else norm1[0], None if square is None else square[0]
-
-
-def fused_norms(x: Tensor) -> bool:
-    """Whether a Triton kernel takes norms of products."""
-    if x.device.type == "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return False
-    return _dispatch.choose("auto", "backward", device=x.device, elements=1 << 20) == "triton"
 
 
 def slack_of(columns: int, dtype: torch.dtype) -> float:

@@ -5,38 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aadp_kernels._dispatch import product_norms, record_kernels
 from aadp_kernels.clip_in_backward.clip import (
-    Terms,
     blocks,
     bounded,
     compute_dtype,
-    fast,
+    factors_and_counts,
     finite_records,
-    fused_norms,
-    kernels,
-    largest,
     narrow,
+    needs_l1,
+    part_of,
     per_record,
     piece_norms,
     plus,
-    product_sums,
     row_sums,
     slack_of,
     slice_elements,
+    sums_of_products,
     weighted_sum,
     zeroed,
 )
+from aadp_kernels.contract import ClipRule, Geometry, GradientsNeeded
 
-if TYPE_CHECKING:
-    from aadp_kernels._cpu.backward_products import Geometry
-
-# Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not wanted.
+# Gradients [K, ...] of x, weight and bias and counts [K, 3]; None where not needed.
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -69,100 +66,98 @@ class Matrix:
         """[K, *weight.shape] from [K, elements] in the order of `factors`."""
         return flat.view(-1, *weight.shape)
 
-    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, rule: ClipRule) -> Results:
         """Clipped sums; slices of the batch keep patches and record gradients in the cache."""
-        wanted = terms.wanted
-        grad_x = self.input_grad(x, grad, weight) if wanted.x else None
+        needed = rule.needed
+        grad_x = self.input_grad(x, grad, weight) if needed.x else None
         dtype, single = compute_dtype(grad), weight[0]
-        if not (wanted.weight or wanted.bias or wanted.counts):
+        if not (needed.weight or needed.bias or needed.counts):
             return grad_x, None, None, None
-        if fast(grad if grad.dtype == dtype else grad.to(dtype)):
-            sums = self._numba_sums(x.to(dtype), grad.to(dtype), single, terms)
+        kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
+        if kernels is not None:
+            a, g = x.to(dtype), grad.to(dtype)
+            sums = kernels.product_sums(a, g, self.geometry(a, g, single), single.shape[0], rule)
             if sums is not None:
-                return grad_x, *sums
+                return grad_x, *_needed(sums, single.shape, needed)
         size = [x.shape[0], single.shape[0]]
-        sum_w = grad.new_zeros(size[0], single.numel(), dtype=dtype) if wanted.weight else None
-        sum_b = grad.new_zeros(size, dtype=dtype) if wanted.bias else None
-        counts = grad.new_zeros(size[0], 3, dtype=torch.float64) if wanted.counts else None
+        sum_w = grad.new_zeros(size[0], single.numel(), dtype=dtype) if needed.weight else None
+        sum_b = grad.new_zeros(size, dtype=dtype) if needed.bias else None
+        counts = grad.new_zeros(size[0], 3, dtype=torch.float64) if needed.counts else None
         cost = self.patch_size(single, grad)
-        if not self._unwritten(single, x):
+        if not self.norms_only(single, x):
             cost += single.numel()
         for k, b in blocks(x.shape[:2], cost, x.device):
             finite, a, g = finite_records(x[k, b].to(dtype), grad[k, b].to(dtype))
-            parts = self._clipped(a, g, finite, single, terms.part(k, b))
+            parts = self._clipped(a, g, finite, single, part_of(rule, k, b))
             for total, part in zip((sum_w, sum_b, counts), parts, strict=True):
                 if total is not None and part is not None:
                     total[k] += part
         return grad_x, None if sum_w is None else self.weight_grad(sum_w, single), sum_b, counts
 
-    def _numba_sums(self, a: Tensor, g: Tensor, weight: Tensor, terms: Terms) -> Sums | None:
-        """All in one call, a record after the other; None if a record is too large for that."""
-        from aadp_kernels._cpu import backward_products
-
-        geometry, wanted = self.geometry(a, g, weight), terms.wanted
-        if not geometry.fits(weight.shape[0], a.dtype):
-            return None
-        sum_w, sum_b, counts = backward_products.clipped_sums(
-            a, g, geometry, weight.shape[0], weight=wanted.weight, bias=wanted.bias,
-            largest=largest(a.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
-            votes_at=terms.votes_at,
-        )  # fmt: skip
-        return (
-            sum_w.view(-1, *weight.shape) if wanted.weight else None,
-            sum_b if wanted.bias else None,
-            counts if wanted.counts else None,
-        )
-
-    def _clipped(self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, terms: Terms) -> Sums:
+    def _clipped(
+        self, a: Tensor, g: Tensor, finite: Tensor, weight: Tensor, rule: ClipRule
+    ) -> Sums:
         """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
-        count, wanted = finite.shape, terms.wanted
+        count, needed = finite.shape, rule.needed
         left, right = self.factors(a.flatten(0, 1), g.flatten(0, 1), weight)
-        if self._unwritten(weight, a):
-            return self._clipped_twice(left, right, finite, weight, terms)
+        if self.norms_only(weight, a):
+            return self._clipped_by_norms(left, right, finite, weight, rule)
         pieces = []
-        if wanted.weight:
+        if needed.weight:
             pieces.append(torch.bmm(right, left).view(*count, weight.shape[0], -1))
-        if wanted.bias:
+        if needed.bias:
             pieces.append(right.sum(-1).view(*count, 1, weight.shape[0]))
-        norm1, square = piece_norms(pieces, terms)
+        norm1, square = piece_norms(pieces, rule)
         slack = slack_of(max(piece.shape[-1] for piece in pieces), a.dtype)
-        factor, counts = terms.settle(norm1, square, finite, slack)
+        factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         factor = narrow(factor, a.dtype)
         sums = [weighted_sum(factor, piece.flatten(2)) for piece in pieces]
         return (
-            sums[0] if wanted.weight else None,
-            sums[-1] if wanted.bias else None,
+            sums[0] if needed.weight else None,
+            sums[-1] if needed.bias else None,
             counts,
         )
 
-    def _unwritten(self, weight: Tensor, x: Tensor) -> bool:
+    def norms_only(self, weight: Tensor, x: Tensor) -> bool:
         """Whether a record's weight gradient is never held: too large, or a kernel needs it not."""
-        return weight.numel() > slice_elements(x.device) or fused_norms(x)
+        return weight.numel() > slice_elements(x.device) or product_norms(x) is not None
 
-    def _clipped_twice(
-        self, left: Tensor, right: Tensor, finite: Tensor, weight: Tensor, terms: Terms
+    def _clipped_by_norms(
+        self, left: Tensor, right: Tensor, finite: Tensor, weight: Tensor, rule: ClipRule
     ) -> Sums:
         """`_clipped` with one product for the norms, block by block, and one for the sum."""
-        count, wanted = finite.shape, terms.wanted
+        count, needed = finite.shape, rule.needed
         groups = len(left) // finite.numel()
         bias = right.sum(-1).view(*count, -1)
-        norm1, square = piece_norms([bias] if wanted.bias else [bias[..., :0]], terms)
+        norm1, square = piece_norms([bias] if needed.bias else [bias[..., :0]], rule)
         g = right.transpose(1, 2)
-        if wanted.weight:
+        if needed.weight:
             more1, more2 = (
                 None if n is None else n.view(*count, groups).sum(-1)
-                for n in product_sums(left, g, terms)
+                for n in sums_of_products(left, g, rule)
             )
             norm1, square = plus(norm1, more1), plus(square, more2)
         slack = slack_of(max(left.shape[-1], bias.shape[-1]), left.dtype)
-        factor, counts = terms.settle(norm1, square, finite, slack)
+        factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         factor = narrow(factor, left.dtype)
         sum_w = None
-        if wanted.weight:
+        if needed.weight:
             scaled = g * factor.flatten().repeat_interleave(groups)[:, None, None]
             rows, columns = (_by_group(t, count, groups) for t in (scaled, left))
             sum_w = torch.bmm(rows.transpose(1, 2), columns).view(count[0], -1)
-        return sum_w, weighted_sum(factor, bias) if wanted.bias else None, counts
+        return sum_w, weighted_sum(factor, bias) if needed.bias else None, counts
+
+
+def _needed(
+    sums: tuple[Tensor, Tensor, Tensor], shape: torch.Size, needed: GradientsNeeded
+) -> Sums:
+    """Sums of weight, bias and counts, None where they are not needed."""
+    weight, bias, counts = sums
+    return (
+        weight.view(-1, *shape) if needed.weight else None,
+        bias if needed.bias else None,
+        counts if needed.counts else None,
+    )
 
 
 def _by_group(t: Tensor, count: torch.Size, groups: int) -> Tensor:
@@ -192,30 +187,34 @@ class Linear(Matrix):
         return 0
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        from aadp_kernels._cpu.backward_products import Geometry
-
         positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
         return Geometry(
             1, (positions, features), (0, 0), 1, (positions, 1), (1, 1), (1, features), (1, 1), True
         )
 
-    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
-        wanted = terms.wanted
-        if x.dim() > 3 or not (wanted.weight or wanted.bias or wanted.counts):
-            return super().backward(x, grad, weight, terms)
-        grad_x = self.input_grad(x, grad, weight) if wanted.x else None
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, rule: ClipRule) -> Results:
+        needed = rule.needed
+        if x.dim() > 3 or not (needed.weight or needed.bias or needed.counts):
+            return super().backward(x, grad, weight, rule)
+        grad_x = self.input_grad(x, grad, weight) if needed.x else None
         dtype = compute_dtype(grad)
-        sums = self._product_norms(x.to(dtype), grad.to(dtype), terms)
+        sums = self._product_norms(x.to(dtype), grad.to(dtype), rule)
         return grad_x, sums[0], sums[1], sums[2]
 
-    def _product_norms(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
+    def _product_norms(self, a: Tensor, g: Tensor, rule: ClipRule) -> Sums:
         """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2, so no record's gradient is formed."""
-        wanted = terms.wanted
-        if fast(a):
-            return self._numba_products(a, g, terms)
-        w, b = float(wanted.weight), float(wanted.bias)
-        a1, a2 = row_sums(a, l1=terms.needs_l1, l2=wanted.p == 2)
-        g1, g2 = row_sums(g, l1=terms.needs_l1, l2=wanted.p == 2)
+        needed = rule.needed
+        kernels = record_kernels(a)
+        if kernels is not None:
+            found = kernels.scale_linear(a, g, rule)
+            sum_w = None
+            if needed.weight:
+                sum_w = torch.bmm(found.g.transpose(1, 2), a if found.clean else _without_nan(a))
+            bias, counts = needed.bias, needed.counts
+            return sum_w, found.total if bias else None, found.counts if counts else None
+        w, b = float(needed.weight), float(needed.bias)
+        a1, a2 = row_sums(a, l1=needs_l1(rule), l2=needed.p == 2)
+        g1, g2 = row_sums(g, l1=needs_l1(rule), l2=needed.p == 2)
         norm1 = None if a1 is None or g1 is None else (a1 * w + b) * g1
         square = None if a2 is None or g2 is None else (a2 * w + b) * g2
         if a2 is None or g2 is None:
@@ -224,27 +223,16 @@ class Linear(Matrix):
             a2, g2 = a1.square(), g1.square()
         finite = bounded(a2, g2, dtype=a.dtype)
         slack = slack_of(a.shape[-1] + g.shape[-1], a.dtype)
-        factor, counts = terms.settle(norm1, square, finite, slack)
+        factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         a, g = zeroed(finite, a, g)
         # The extra rounding of each scaled entry is covered by a factor a little smaller.
         factor = narrow(factor, a.dtype)
         factor = torch.where(factor == 1, factor, factor * (1 - 4 * torch.finfo(a.dtype).eps))
         scaled = g * per_record(factor, g)
-        sum_w = torch.bmm(scaled.transpose(1, 2), a) if wanted.weight else None
-        return sum_w, scaled.sum(1) if wanted.bias else None, counts
+        sum_w = torch.bmm(scaled.transpose(1, 2), a) if needed.weight else None
+        return sum_w, scaled.sum(1) if needed.bias else None, counts
 
-    def _numba_products(self, a: Tensor, g: Tensor, terms: Terms) -> Sums:
-        wanted = terms.wanted
-        found = kernels().scale_linear(
-            a, g, wanted.weight, wanted.bias, largest(a.dtype), wanted.p, terms.mask, terms.clip,
-            terms.votes_at,
-        )  # fmt: skip
-        sum_w = None
-        if wanted.weight:
-            sum_w = torch.bmm(found.g.transpose(1, 2), a if found.clean else _without_nan(a))
-        return sum_w, found.total if wanted.bias else None, found.counts if wanted.counts else None
-
-    def alone(
+    def single_client(
         self, saved: tuple[Any, ...], grad: Tensor, needs: Sequence[bool], p: int
     ) -> tuple[Tensor | None, ...] | None:
         """`backward` of one client, without tables and the axis of the clients.
@@ -262,13 +250,14 @@ class Linear(Matrix):
         """
         x, weight, _, clip, mask, votes_at, probe = saved
         same = x.dtype == grad.dtype == weight.dtype and x.dim() == 2 and len(x)
-        if not same or not fast(grad) or torch.is_autocast_enabled("cpu"):
+        kernels = record_kernels(grad) if same else None
+        if kernels is None or torch.is_autocast_enabled("cpu"):
             return None
         counted = probe if needs[6] else None
-        scaled, total, clean, counts = kernels().scale_alone(
-            x, grad, needs[1], needs[2], largest(x.dtype), p, mask, clip,
-            None if counted is None else votes_at,
-        )  # fmt: skip
+        needed = GradientsNeeded(p, needs[0], needs[1], needs[2], counted is not None)
+        scaled, total, clean, counts = kernels.scale_single(
+            x, grad, needed, clip, mask, None if counted is None else votes_at
+        )
         grad_x = grad.mm(weight) if needs[0] else None
         grad_w = scaled.t().mm(x if clean else _without_nan(x)) if needs[1] else None
         seen = None if counted is None else counted.new_tensor(counts)
@@ -340,8 +329,6 @@ class Conv(Matrix):
         return math.prod(weight.shape[1:]) * self.groups * math.prod(grad.shape[3:])
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        from aadp_kernels._cpu.backward_products import Geometry
-
         return Geometry(
             a.shape[2], _plane(a.shape[3:]), _plane(self.padding, 0), self.groups,
             _plane(g.shape[3:]), _plane(self.stride), _plane(weight.shape[2:]),

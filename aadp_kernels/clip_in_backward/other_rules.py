@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aadp_kernels._dispatch import record_kernels
 from aadp_kernels.clip_in_backward.clip import (
-    Terms,
     blocks,
     bounded,
     compute_dtype,
-    fast,
+    factors_and_counts,
     finite_records,
-    largest,
     narrow,
+    part_of,
     per_record,
     piece_norms,
     row_sums,
@@ -27,6 +27,7 @@ from aadp_kernels.clip_in_backward.clip import (
     zeroed,
 )
 from aadp_kernels.clip_in_backward.matrix_rules import Results
+from aadp_kernels.contract import ClipRule
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Embedding:
         """The ordinary layer."""
         return F.embedding(x, weight, self.padding_idx)
 
-    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, terms: Terms) -> Results:
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor, rule: ClipRule) -> Results:
         """Rows of equal tokens of a record add up before its norm is taken."""
         tokens, dim = weight.shape[1:]
         index = x.flatten(2) if x.dim() > 2 else x[..., None]
@@ -50,21 +51,21 @@ class Embedding:
         counts = g.new_zeros(index.shape[0], 3, dtype=torch.float64)
         first = torch.arange(index.shape[0], device=x.device)[:, None, None] * tokens
         for k, b in blocks(index.shape[:2], 2 * index.shape[2] * dim, x.device):
-            part, rows, own = g[k, b], index[k, b], terms.part(k, b)
+            part, rows, own = g[k, b], index[k, b], part_of(rule, k, b)
             finite = bounded(row_sums(part, l1=False)[1], dtype=part.dtype)
             (part,) = zeroed(finite, part)
             norm1, square = piece_norms([_token_sums(rows, part)], own)
-            factor, seen = own.settle(norm1, square, finite, slack_of(dim, part.dtype))
+            factor, seen = factors_and_counts(norm1, square, finite, own, slack_of(dim, part.dtype))
             part = part * per_record(narrow(factor, part.dtype), part)
             sums.index_add_(0, (rows + first[k]).flatten(), part.flatten(0, 2))
             if seen is not None:
                 counts[k] += seen
-        wanted = terms.wanted
+        needed = rule.needed
         return (
             None,
-            sums.view(-1, tokens, dim) if wanted.weight else None,
+            sums.view(-1, tokens, dim) if needed.weight else None,
             None,
-            counts if wanted.counts else None,
+            counts if needed.counts else None,
         )
 
 
@@ -107,47 +108,36 @@ class Norm:
             return F.layer_norm(x, self.shape, weight, bias, self.eps)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
-    def backward(self, x: Tensor, grad: Tensor, weight: Tensor | None, terms: Terms) -> Results:
+    def backward(self, x: Tensor, grad: Tensor, weight: Tensor | None, rule: ClipRule) -> Results:
         """A record's gradient has the weight's own size, so the whole batch is held at once."""
-        wanted, dtype = terms.wanted, compute_dtype(grad)
+        needed, dtype = rule.needed, compute_dtype(grad)
         a, g = x.to(compute_dtype(x)), grad.to(dtype)
-        h = g if weight is None or not wanted.x else g * self._spread(weight.to(dtype), g)
-        normed, grad_x = self._normalise(self._rows(a), self._rows(h), x.dtype, back=wanted.x)
+        h = g if weight is None or not needed.x else g * self._spread(weight.to(dtype), g)
+        normed, grad_x = self._normalise(self._rows(a), self._rows(h), x.dtype, back=needed.x)
         if grad_x is not None:
             grad_x = grad_x.reshape(x.shape).to(x.dtype)
-        if not (wanted.weight or wanted.bias or wanted.counts):
+        if not (needed.weight or needed.bias or needed.counts):
             return grad_x, None, None, None
         normed = normed.reshape(x.shape).to(dtype)
-        if self.kind != "group" and fast(g):
-            return grad_x, *self._numba_sums(normed, g, terms)
+        kernels = record_kernels(g) if self.kind != "group" else None
+        if kernels is not None:
+            sums = kernels.norm_layer_sums(normed, g, math.prod(self.shape), rule)
+            return (
+                grad_x,
+                sums[0].view(-1, *self.shape) if needed.weight else None,
+                sums[1].view(-1, *self.shape) if needed.bias else None,
+                sums[2] if needed.counts else None,
+            )
         finite, a, g = finite_records(normed, g)
-        pieces = [self._record_sums(a * g)] if wanted.weight else []
-        pieces += [self._record_sums(g)] if wanted.bias else []
-        sums, counts = clip_pieces(pieces, finite, terms)
+        pieces = [self._record_sums(a * g)] if needed.weight else []
+        pieces += [self._record_sums(g)] if needed.bias else []
+        sums, counts = clip_pieces(pieces, finite, rule)
         shaped = [s.view(-1, *self.shape) for s in sums]
         return (
             grad_x,
-            shaped[0] if wanted.weight else None,
-            shaped[-1] if wanted.bias else None,
+            shaped[0] if needed.weight else None,
+            shaped[-1] if needed.bias else None,
             counts,
-        )
-
-    def _numba_sums(
-        self, normed: Tensor, g: Tensor, terms: Terms
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Clipped sums of weight and bias and counts, in one call."""
-        from aadp_kernels._cpu import backward_norms
-
-        wanted = terms.wanted
-        sum_w, sum_b, counts = backward_norms.clipped_sums(
-            normed, g, math.prod(self.shape), weight=wanted.weight, bias=wanted.bias,
-            largest=largest(g.dtype), p=wanted.p, mask=terms.mask, clip=terms.clip,
-            votes_at=terms.votes_at,
-        )  # fmt: skip
-        return (
-            sum_w.view(-1, *self.shape) if wanted.weight else None,
-            sum_b.view(-1, *self.shape) if wanted.bias else None,
-            counts if wanted.counts else None,
         )
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -203,26 +193,26 @@ class Bias:
         """The ordinary sum."""
         return x + bias
 
-    def backward(self, x: Tensor, grad: Tensor, weight: None, terms: Terms) -> Results:
+    def backward(self, x: Tensor, grad: Tensor, weight: None, rule: ClipRule) -> Results:
         """A record's gradient is that of its output, summed to the bias's shape."""
-        wanted = terms.wanted
-        grad_x = grad.to(x.dtype) if wanted.x else None
-        if not (wanted.bias or wanted.counts):
+        needed = rule.needed
+        grad_x = grad.to(x.dtype) if needed.x else None
+        if not (needed.bias or needed.counts):
             return grad_x, None, None, None
         g = grad.to(compute_dtype(grad))
         finite = bounded(row_sums(g, l1=False)[1], dtype=g.dtype)
         (g,) = zeroed(finite, g)
         lead = [1] * (g.dim() - 2 - len(self.shape))
         piece = g.sum_to_size(*g.shape[:2], *lead, *self.shape).flatten(2)
-        sums, counts = clip_pieces([piece], finite, terms)
-        return grad_x, None, sums[0].view(-1, *self.shape) if wanted.bias else None, counts
+        sums, counts = clip_pieces([piece], finite, rule)
+        return grad_x, None, sums[0].view(-1, *self.shape) if needed.bias else None, counts
 
 
 def clip_pieces(
-    pieces: list[Tensor], finite: Tensor, terms: Terms
+    pieces: list[Tensor], finite: Tensor, rule: ClipRule
 ) -> tuple[list[Tensor], Tensor | None]:
     """Clipped sums [K, n] of records that are given in pieces [K, B, n], and counts [K, 3]."""
-    norm1, square = piece_norms(pieces, terms)
+    norm1, square = piece_norms(pieces, rule)
     slack = slack_of(max(piece.shape[-1] for piece in pieces), pieces[0].dtype)
-    factor, counts = terms.settle(norm1, square, finite, slack)
+    factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
     return [weighted_sum(narrow(factor, piece.dtype), piece) for piece in pieces], counts

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clipping import UnsupportedLayerError, mixing
+from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError, mixing
+from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._per_sample import label
 from aadp_kernels.integrations._trial import shape_of_record, trial
 from aadp_kernels.integrations._watch import ModelHook
-from aadp_kernels.watched import some_records
 
 Tried = tuple[set[str], set[str]]
 

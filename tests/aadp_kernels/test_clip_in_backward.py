@@ -15,7 +15,8 @@ from aadp_kernels import (
     clipped_linear,
     with_clipping,
 )
-from aadp_kernels.clip_in_backward.clip import Terms, Wanted
+from aadp_kernels.clip_in_backward.clip import factors_and_counts
+from aadp_kernels.contract import ClipRule, GradientsNeeded
 
 CLIENTS, BATCH = 3, 6
 LOSS = nn.CrossEntropyLoss(reduction="sum")
@@ -361,11 +362,12 @@ def test_bad_arguments():
 
 def test_the_factor_covers_the_error_of_the_norm_and_a_negative_clip_silences():
     """A norm that is too small by its whole error bound still leads to at most the clip norm."""
-    slack, wanted = 2.0**-12, Wanted(p=1, x=False, weight=True, bias=True, counts=False)
+    slack = 2.0**-12
+    needed = GradientsNeeded(p=1, x=False, weight=True, bias=True, counts=False)
     norm = torch.linspace(1.01, 3, 200, dtype=torch.float64)[None]
     every = torch.ones(1, 200, dtype=torch.bool)
     for clip, most in ((1.0, 1.0), (-1.0, 0.0), (math.nan, 0.0)):
-        terms = Terms(wanted, torch.tensor([clip]).double(), every, None)
-        factor, _ = terms.settle(norm, None, every, slack)
+        rule = ClipRule(needed, torch.tensor([clip]).double(), every, None)
+        factor, _ = factors_and_counts(norm, None, every, rule, slack)
         assert bool((factor * norm * (1 + slack) <= most).all())
         assert bool((factor * norm >= most * (1 - 2 * slack)).all())

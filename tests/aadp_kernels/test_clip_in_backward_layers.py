@@ -188,15 +188,21 @@ def test_sums_and_counts(name, p, mode):
         check(name, p, mode, size)
 
 
+def without_numba(patch):
+    for module in (clip, matrix_rules):
+        patch.setattr(module, "record_kernels", lambda _: None)
+
+
 @pytest.fixture(params=["torch", "numba", "torch, numba norms"])
 def implementation(request, monkeypatch):
     """Plain torch where numba would run, and layers that are large for the slices and caches."""
     name = request.param
-    monkeypatch.setattr(clip, "fast", lambda _: name != "torch")
-    monkeypatch.setattr(matrix_rules, "fast", lambda _: name != "torch")
-    monkeypatch.setattr(other_rules, "fast", lambda _: name == "numba")
+    if name != "numba":
+        monkeypatch.setattr(other_rules, "record_kernels", lambda _: None)
+    if name == "torch":
+        without_numba(monkeypatch)
     if name == "torch, numba norms":
-        monkeypatch.setattr(matrix_rules.Matrix, "_numba_sums", lambda *_: None)
+        monkeypatch.setattr("aadp_kernels._cpu.records.product_sums", lambda *_: None)
 
 
 @pytest.fixture(params=["all at once", "slices of one record", "norms without gradients"])
@@ -276,8 +282,7 @@ def test_a_clip_norm_that_is_none_silences(name, clip):
         clipped.layer.clip_norm.fill_(clip)
         with pytest.MonkeyPatch.context() as patch:
             if kind == "torch":
-                patch.setattr(clip, "fast", lambda _: False)
-                patch.setattr(matrix_rules, "fast", lambda _: False)
+                without_numba(patch)
             (clipped(x[0]) * y[0]).sum().backward()
         assert not any(q.grad.any() for q in clipped.layer.parameters())
         assert clipped.first.bias.grad.any()

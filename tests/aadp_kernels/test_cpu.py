@@ -19,12 +19,12 @@ from aadp_kernels import (
     NoiseKey,
     _cpu,
     _dispatch,
+    addresses,
     poisson_mask,
     privatize_,
     sample_noise,
 )
-from aadp_kernels._torch import noise as spec_noise
-from aadp_kernels._torch import rng as spec_rng
+from aadp_kernels._torch.rng import random_words
 
 numba = pytest.importorskip("numba")
 _jit = pytest.importorskip("aadp_kernels._cpu._jit")
@@ -95,23 +95,23 @@ def test_philox_random123(rng, counter, words, expected):
     assert hexadecimal(tile(rng, words, counter)) == expected
 
 
-@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("rng", addresses.RNGS)
 def test_words_equal_the_specification(rng):
     generator = np.random.default_rng(0)
-    words = generator.integers(0, 1 << 32, spec_rng.key_words_needed(rng)).tolist()
+    words = generator.integers(0, 1 << 32, addresses.key_words_needed(rng)).tolist()
     counter = generator.integers(0, 1 << 32, 4)
     counter[0] = (1 << 32) - 17
     got = tile(rng, words, counter)
     counters = np.repeat(counter[:, None], got.shape[1], 1)
     counters[0] += np.arange(got.shape[1])
     counters = torch.from_numpy(counters.astype(np.uint32).view(np.int32))
-    expected = spec_rng.random_words(rng, words, counters)
+    expected = random_words(rng, words, counters)
     assert np.array_equal(got.view(np.int32), expected.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("rng", addresses.RNGS)
 def test_noise_has_the_bits_of_the_specification(rng, mechanism, dtype):
     clients = torch.tensor([4, 9, 0, (1 << 32) - 1, 7, 5])[::2]
     for shape, change in (
@@ -137,7 +137,7 @@ def close(got, expected, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("rng", addresses.RNGS)
 def test_fast_noise_is_close_to_the_specification(rng, mechanism, dtype):
     clients = torch.tensor([4, 9, 0, (1 << 32) - 1, 7, 5])[::2]
     for shape, change in (
@@ -156,7 +156,7 @@ def test_fast_noise_is_close_to_the_specification(rng, mechanism, dtype):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_fast_noise_is_refined_where_the_word_is_small(rng, mechanism):
     generator = fast_rng.Generator.build(rng, key(rng).words, (1 << 32) - 1)
-    generator.state[3] = spec_noise.DOMAINS[f"fast_{mechanism}"] << 24
+    generator.state[3] = addresses.DOMAINS[f"fast_{mechanism}"] << 24
     words, stride = np.empty(fast_rng.WORDS, np.uint32), 2 if mechanism == "gaussian" else 1
     for tile in range(1 << 15):
         generator.state[0] = tile * generator.blocks
@@ -184,7 +184,7 @@ def test_the_smallest_words_reach_the_cutoff():
     laplace, gaussian = np.full((2, 512), 99, np.float32)
     transform.refine(laplace, words.ravel(), tails.ravel(), False)
     transform.refine(gaussian, words.ravel(), tails.ravel(), True)
-    cutoffs = spec_noise.CUTOFFS
+    cutoffs = addresses.CUTOFFS
     assert laplace[0] == np.float32(cutoffs["laplace", "fast"])
     assert laplace[1] == -laplace[0]
     assert laplace[6] == 99  # large enough to be left alone
@@ -217,7 +217,7 @@ def test_a_million_elements_are_equal_on_one_and_on_three_threads(mechanism):
     assert same_bits(*fast)
 
 
-@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("rng", addresses.RNGS)
 def test_coins_equal_the_specification(rng):
     for n in (1, 7, 64, 5003):
         clients = torch.tensor([3, 0, 77, 5])
@@ -231,7 +231,7 @@ def test_coins_equal_the_specification(rng):
 
 
 @pytest.mark.parametrize("form", ["wide", "fast"])
-@pytest.mark.parametrize("rng", spec_rng.RNGS)
+@pytest.mark.parametrize("rng", addresses.RNGS)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_distribution_accepts_the_scale_and_rejects_others(rng, mechanism, form):
     law = {"gaussian": stats.norm, "laplace": stats.laplace}[mechanism]

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aadp_kernels import Layout, NoiseKey, clipped_linear, privatize_
-from aadp_kernels._torch.privatize import Precision, ballots, clip_factors
+from aadp_kernels import threads as _threads
+from aadp_kernels.certified import ballots, clip_factors
+from aadp_kernels.contract import Precision
 
 pytest.importorskip("numba")
 clip = pytest.importorskip("aadp_kernels._cpu.clip")
-_threads = pytest.importorskip("aadp_kernels._cpu._threads")
 _parallel = pytest.importorskip("aadp_kernels._cpu._parallel")
 _jit = pytest.importorskip("aadp_kernels._cpu._jit")
 

@@ -6,7 +6,8 @@ import torch
 
 from aadp_kernels import MECHANISMS, Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
 from aadp_kernels._torch import grid as spec
-from aadp_kernels._torch.rng import RNGS
+from aadp_kernels.addresses import RNGS
+from aadp_kernels.grid import thresholds
 
 pytest.importorskip("numba")
 fast = pytest.importorskip("aadp_kernels._cpu.grid")
@@ -60,7 +61,7 @@ def proposals(*numbers, at=0):
 
 def test_digits_are_thresholds_that_are_at_most_the_number():
     """At the thresholds and beside them, where a guide that is off by one would show."""
-    for j, table in enumerate(spec.thresholds()):
+    for j, table in enumerate(thresholds()):
         numbers = [0, (1 << 64) - 1, *(c + d for c in table[::7] for d in (-1, 0, 1))]
         for start in range(0, len(numbers), 64):
             part = numbers[start : start + 64]
@@ -69,7 +70,7 @@ def test_digits_are_thresholds_that_are_at_most_the_number():
 
 
 def test_no_more_than_two_thresholds_lie_between_two_guides():
-    for table in spec.thresholds():
+    for table in thresholds():
         _, count = np.unique([c >> 54 for c in table], return_counts=True)
         assert count.max() <= 2
 

@@ -18,7 +18,8 @@ from aadp_kernels import (
     tail_cutoff,
 )
 from aadp_kernels._torch import noise as spec
-from aadp_kernels._torch.rng import RNGS, random_words, signed32
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import RNGS, signed32
 
 KEY = NoiseKey.from_seed(31)
 LAWS = {"gaussian": stats.norm, "laplace": stats.laplace}

@@ -25,7 +25,10 @@ from aadp_kernels import (
 )
 from aadp_kernels._torch import grid as spec
 from aadp_kernels._torch import noise as wide
-from aadp_kernels._torch.rng import RNGS, random_words, signed32
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import RNGS, signed32
+from aadp_kernels.contract import Noise
+from aadp_kernels.grid import thresholds
 
 T = 1 << 30
 KEY = NoiseKey.from_seed(41)
@@ -51,7 +54,7 @@ def _sixty_digits():
 
 
 def test_tables_are_the_rounded_distribution_functions():
-    for j, table in enumerate(spec.thresholds()):
+    for j, table in enumerate(thresholds()):
         assert len(table) == 1023
         width, whole = Decimal(1 << 10 * (j + 1)), 1 - (-LN2 / (1 << 10 * j)).exp()
         edges = [0, *table, 1 << 64]
@@ -66,7 +69,7 @@ def probability(k):
     g = k if k >= 0 else -1 - k
     octaves, rest = divmod(g, T)
     value = Fraction(1, 2 ** (octaves + 2))
-    for j, table in enumerate(spec.thresholds()):
+    for j, table in enumerate(thresholds()):
         edges, digit = [0, *table, 1 << 64], rest >> (20 - 10 * j) & 1023
         value *= Fraction(edges[digit + 1] - edges[digit], 1 << 64)
     return value
@@ -106,7 +109,7 @@ def scalar(key, mechanism, element, **address):
         first, *digits = (words[i] << 32 | words[i + 1] for i in (0, 2, 4, 6))
         negative, octaves = first >> 63, 63 - (first & (1 << 63) - 1).bit_length()
         g = octaves
-        for table, number in zip(spec.thresholds(), digits, strict=True):
+        for table, number in zip(thresholds(), digits, strict=True):
             g = g << 10 | bisect_right(table, number)
         if mechanism == "laplace":
             return -1 - g if negative else g
@@ -153,9 +156,8 @@ def test_octaves_go_on_in_the_tail_domains(rng, negative):
     """63 zeros in a row come once in 2^63 draws, so they are put there by hand."""
     key = NoiseKey.from_seed(6, rng=rng)
     width = 16 if rng == "chacha8" else 4
-    counters = wide._counters(
-        [(7, 4, 2)], torch.tensor([5]), 3, 8, (2, 1) if width == 16 else (1, 2)
-    )
+    noise = Noise(rng, key.words, "laplace", "grid", 3, torch.tensor([5]))
+    counters = wide._counters(noise, [(7, 4, 2)], 8, (2, 1) if width == 16 else (1, 2))
     words = random_words(rng, key.words, counters)
     own = words.t().reshape(2, 8).clone()
     own[:, 0] = signed32(negative << 31)
@@ -174,15 +176,15 @@ def test_octaves_go_on_in_the_tail_domains(rng, negative):
         assert g >> 30 == octaves
         assert g & (T - 1) == scalar_remainder(own[element - 4].tolist())
     assert spec.more_octaves([0, 0, 1, 5]) == 63 + 64 + 31
-    assert spec.more_octaves([0] * 8 * 32) == spec.MAX_OCTAVES
+    assert spec.more_octaves([0] * 8 * 32) == grid.MAX_OCTAVES
     # Noise that is cut there moves every clamped sum past the clamp.
-    assert spec.MAX_OCTAVES * T - spec.LIMIT > spec.LIMIT
+    assert grid.MAX_OCTAVES * T - grid.LIMIT > grid.LIMIT
 
 
 def scalar_remainder(words):
     words = [w & 0xFFFFFFFF for w in words]
     g = 0
-    for table, i in zip(spec.thresholds(), (2, 4, 6), strict=True):
+    for table, i in zip(thresholds(), (2, 4, 6), strict=True):
         g = g << 10 | bisect_right(table, words[i] << 32 | words[i + 1])
     return g
 
@@ -206,7 +208,7 @@ def test_every_digit_has_its_law(mechanism):
     for shift in (0, 10):
         assert stats.chisquare(torch.bincount(g >> shift & 1023, minlength=1024)).pvalue > 1e-3
     if mechanism == "laplace":
-        edges = [0, *spec.thresholds()[0], 1 << 64]
+        edges = [0, *thresholds()[0], 1 << 64]
         expected = [(b - a) / 2**64 * len(k) for a, b in itertools.pairwise(edges)]
         counts = torch.bincount(g >> 20 & 1023, minlength=1024)
         assert stats.chisquare(counts, expected).pvalue > 1e-3
@@ -315,7 +317,7 @@ def test_small_contributions_survive_and_are_cut_towards_zero():
 
 def test_huge_ratios_and_long_sums_stay_in_range():
     counts, _, _ = one_record(torch.tensor([3.0, -4.0]), math.inf, 1e-300, 1)
-    assert counts == [spec.LIMIT, -spec.LIMIT]
+    assert counts == [grid.LIMIT, -grid.LIMIT]
     layout = Layout.build([torch.zeros(1)])
     start = torch.tensor([(1 << 63) - 5])
     sums, _ = clip_sum_noise(
@@ -323,12 +325,12 @@ def test_huge_ratios_and_long_sums_stay_in_range():
         scale=torch.tensor([1e-30]), p=1, mechanism="laplace", key=again(KEY), form="grid",
         accumulate=[start], last=False,
     )  # fmt: skip
-    assert sums[0].item() == spec.SUM_LIMIT + 2 * spec.LIMIT
-    assert spec.SUM_LIMIT + spec.RECORDS_AT_ONCE * spec.LIMIT < 1 << 63
+    assert sums[0].item() == spec.SUM_LIMIT + 2 * grid.LIMIT
+    assert spec.SUM_LIMIT + spec.RECORDS_AT_ONCE * grid.LIMIT < 1 << 63
     total = torch.tensor([1 << 60, -(1 << 60)])
     step = torch.tensor(1.0, dtype=torch.float64)
-    out = spec.release(total, torch.zeros_like(total), step, "gaussian")
-    assert out.tolist() == [spec.LIMIT, -spec.LIMIT]
+    out = grid.release(total, torch.zeros_like(total), step, "gaussian")
+    assert out.tolist() == [grid.LIMIT, -grid.LIMIT]
 
 
 LAYOUT = Layout.build(
@@ -547,12 +549,12 @@ def test_a_layer_of_clip_norm_zero_needs_no_noise():
 
 def test_sums_are_clamped_before_the_noise_and_after():
     """Before: sums beyond the limit give what the limit gives. After: no output is beyond it."""
-    total = torch.tensor([[spec.LIMIT + 5 * T, spec.LIMIT, -spec.LIMIT - 5 * T, -spec.LIMIT, 7]])
+    total = torch.tensor([[grid.LIMIT + 5 * T, grid.LIMIT, -grid.LIMIT - 5 * T, -grid.LIMIT, 7]])
     noise = torch.tensor([[-2 * T, 3 * T, 2 * T, -3 * T, -9]])
     step = torch.tensor([[2.0**-30]], dtype=torch.float64)
-    want = [spec.LIMIT - 2 * T, spec.LIMIT, 2 * T - spec.LIMIT, -spec.LIMIT, -2]
+    want = [grid.LIMIT - 2 * T, grid.LIMIT, 2 * T - grid.LIMIT, -grid.LIMIT, -2]
     for mechanism, offset in (("gaussian", 0.0), ("laplace", 0.5)):
-        got = spec.release(total, noise, step, mechanism) * 2.0**30 - offset
+        got = grid.release(total, noise, step, mechanism) * 2.0**30 - offset
         assert got[0].tolist() == want
 
 

@@ -11,7 +11,8 @@ from scipy import stats
 
 from aadp_kernels import MECHANISMS, NoiseKey, poisson_mask, sample_noise, tail_cutoff
 from aadp_kernels._torch import noise as spec
-from aadp_kernels._torch.rng import RNGS
+from aadp_kernels.addresses import DOMAINS, RNGS
+from aadp_kernels.contract import Noise
 
 KEY = NoiseKey.from_seed(7)
 DISTRIBUTIONS = {"gaussian": stats.norm, "laplace": stats.laplace}
@@ -107,12 +108,13 @@ def test_last_address_of_the_stream():
 
 def test_domains_layers_and_streams_share_no_block():
     seen = set()
-    for domain in spec.DOMAINS.values():
+    for domain in DOMAINS.values():
         for layer in (0, 1, (1 << 24) - 1):
-            counters = spec._counters([(layer, 0, 24)], torch.tensor([0, 9]), 2, domain, (8, 1))
+            noise = Noise("chacha20", (), "", "wide", 2, torch.tensor([0, 9]))
+            counters = spec._counters(noise, [(layer, 0, 24)], domain, (8, 1))
             seen.update(map(tuple, counters.t().tolist()))
-    assert len(seen) == len(spec.DOMAINS) * 3 * 2 * 3
-    assert max(spec.DOMAINS.values()) < 256
+    assert len(seen) == len(DOMAINS) * 3 * 2 * 3
+    assert max(DOMAINS.values()) < 256
 
 
 @pytest.mark.parametrize("rng", RNGS)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aadp_kernels._torch.rng import chacha, philox, signed32
+from aadp_kernels._torch.rng import chacha, philox
+from aadp_kernels.addresses import signed32
 
 RFC8439_KEY = [int.from_bytes(bytes(range(4 * i, 4 * i + 4)), "little") for i in range(8)]
 

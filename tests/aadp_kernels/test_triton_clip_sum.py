@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from aadp_kernels import Layout, NoiseKey, clip_sum_noise, sample_noise
 from aadp_kernels._triton import clip_sum as kernels
+from aadp_kernels.contract import Bounds, Noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -259,12 +260,12 @@ def test_empty_batch_and_all_padding():
 def call(grads, **changes):
     """The launcher without the checks of values that a device does not make."""
     wide = {"dtype": torch.float64, "device": DEVICE}
+    bounds = Bounds(changes.pop("clip", CLIP.to(**wide)), 1, None)
     arguments = {
-        "clip": CLIP.to(**wide), "scale": torch.zeros(4, **wide), "p": 1, "noise": None,
-        "mask": torch.ones(len(grads[0]), dtype=torch.bool, device=DEVICE), "votes_at": None,
-        "accumulate": None, "last": True, "quanta": None, **changes,
+        "scale": torch.zeros(4, **wide), "noise": None, "sums": None,
+        "mask": torch.ones(len(grads[0]), dtype=torch.bool, device=DEVICE), **changes,
     }  # fmt: skip
-    return kernels.clip_sum_noise(grads, LAYOUT, **arguments)
+    return kernels.clip_sum_noise(grads, LAYOUT, bounds=bounds, **arguments)
 
 
 def test_values_that_only_a_device_can_see():
@@ -283,8 +284,6 @@ def test_values_that_only_a_device_can_see():
 
 
 def run_noise(mechanism, form="wide", step=3):
-    from aadp_kernels._torch.privatize import Noise
-
     key = NoiseKey.from_seed(5, rng="philox10")
     return Noise(key.rng, key.words, mechanism, form, step, torch.tensor([8], device=DEVICE))
 

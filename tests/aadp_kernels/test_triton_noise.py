@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from aadp_kernels import NoiseKey, sample_noise
+from aadp_kernels._torch import backend
 from aadp_kernels._torch import grid as grid_spec
 from aadp_kernels._torch import noise as spec
-from aadp_kernels._torch.rng import key_words_needed, random_words, signed32
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import DOMAINS, key_words_needed, signed32
+from aadp_kernels.contract import Noise
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -88,10 +91,8 @@ CASES = [("philox10", 1), ("philox10", 2), ("chacha8", 1)]
 @pytest.mark.parametrize(("rng", "blocks"), [*CASES, ("philox10", 4)])
 def test_wide_has_the_bits_of_the_specification(rng, blocks, mechanism):
     out = draw(rng, "wide", mechanism, blocks=blocks)
-    expected = spec.standard_noise(
-        rng, KEY[: key_words_needed(rng)], [(LAYER, 5, 1200)], CLIENTS, step=STEP,
-        mechanism=mechanism,
-    )[0]  # fmt: skip
+    source = Noise(rng, KEY[: key_words_needed(rng)], mechanism, "wide", STEP, CLIENTS)
+    expected = spec.standard_noise(source, [(LAYER, 5, 1200)])[0]
     if mechanism == "gaussian":
         # torch's own square root may be off by one ulp on a CPU.
         assert torch.allclose(out, expected, rtol=5e-16, atol=0)
@@ -136,8 +137,8 @@ def test_tail_words_are_used(rng, mechanism):
 
 def grid_case(rng, mechanism, count):
     words = KEY[: key_words_needed(rng)]
-    options = {"step": STEP, "mechanism": mechanism, "form": "grid", "scale": 0.5}
-    return (rng, words, (LAYER, 5, count), CLIENTS.to(DEVICE)), options | {"dtype": torch.int64}
+    source = Noise(rng, words, mechanism, "grid", STEP, CLIENTS.to(DEVICE))
+    return source, (LAYER, 5, count), 0.5
 
 
 GRID = [
@@ -152,13 +153,10 @@ GRID = [
 
 @pytest.mark.parametrize(("rng", "mechanism", "count"), GRID)
 def test_grid_noise_is_that_of_the_specification(rng, mechanism, count):
-    arguments, options = grid_case(rng, mechanism, count)
-    out = grid.scaled_noise(*arguments, **options)
-    assert torch.equal(out.cpu(), grid_spec.scaled_noise(*arguments, **options).cpu())
-    size = options | {"dtype": torch.float64}
-    assert torch.equal(
-        grid.scaled_noise(*arguments, **size), grid_spec.scaled_noise(*arguments, **size)
-    )
+    case = grid_case(rng, mechanism, count)
+    for dtype in (torch.int64, torch.float64):
+        out, expected = (f.scaled_noise(*case, dtype) for f in (grid, backend))
+        assert torch.equal(out, expected)
 
 
 @triton.jit
@@ -181,7 +179,7 @@ def test_octaves_that_63_bits_cannot_tell_go_on_in_the_tail_words(secure):
     rng = "chacha8" if secure else "philox8"
     for e in range(16):
         blocks = torch.tensor([(32 + e) // 2] if secure else [2 * (32 + e), 2 * (32 + e) + 1])
-        fields = (32, 33, 34 + spec.DOMAINS["grid_laplace"] * 2**24)
+        fields = (32, 33, 34 + DOMAINS["grid_laplace"] * 2**24)
         address = torch.stack([blocks.int(), *(blocks.int() * 0 + v for v in fields)])
         tail = list(grid_spec._tail_words(rng, KEY if secure else KEY[:2], address))
         if secure:

@@ -83,18 +83,16 @@ def test_clip_in_backward_takes_its_norms_here(monkeypatch):
     bias = torch.randn(3, 5, generator=generator).to(DEVICE)
     calls = []
     # On a CPU numba would sum the records at once and need no norms.
-    monkeypatch.setattr("aadp_kernels.clip_in_backward.matrix_rules.fast", lambda _: False)
+    monkeypatch.setattr("aadp_kernels._cpu.records.product_sums", lambda *_: None)
 
     def gradients(fused):
         def norms(a, g):
             calls.append(fused)
             return product_norms(a, g)
 
-        monkeypatch.setattr("aadp_kernels._triton.product_norms.product_norms", norms)
         for module in ("clip", "matrix_rules"):
-            monkeypatch.setattr(
-                f"aadp_kernels.clip_in_backward.{module}.fused_norms", lambda _: fused
-            )
+            name = f"aadp_kernels.clip_in_backward.{module}.product_norms"
+            monkeypatch.setattr(name, lambda _: norms if fused else None)
 
         def loss(w, b, x):
             clip = torch.tensor(3.0, device=DEVICE)

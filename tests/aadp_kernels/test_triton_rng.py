@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aadp_kernels._torch.rng import random_words, signed32
+from aadp_kernels._torch.rng import random_words
+from aadp_kernels.addresses import signed32
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

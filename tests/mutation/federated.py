@@ -301,7 +301,7 @@ WATCHED_CLIPPING = group(
 CHECKPOINTED = group(
     "aadp_kernels/clip_in_backward/autograd.py",
     "tests/aadp_kernels/test_clip_in_backward_use.py",
-    ("the clip norm is computed again", "ctx.how = rule, p, clip, mask, votes_at", "ctx.how = rule, p, clip * torch.inf, mask, votes_at"),
+    ("the clip norm is computed again", "ctx.how = kind, p, clip, mask, votes_at", "ctx.how = kind, p, clip * torch.inf, mask, votes_at"),
 )  # fmt: skip
 
 COMMAND_LINE = [

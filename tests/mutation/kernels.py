@@ -71,6 +71,20 @@ UPDATES = group(
     ("norm of the first tensor only (L1)", "return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))", "return _row_sums(parts[0].abs())"),
     ("norm of the first tensor only (L2)", "return sum(squares[1:], squares[0]).sqrt()", "return squares[0].sqrt()"),
     ("signed sum for the L1 norm", "return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))", "return sum((_row_sums(part) for part in parts[1:]), _row_sums(parts[0]))"),
+    ("noise scale 2/3", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 2 / 3, value)"),
+    ("noise scale 3/2", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 1.5, value)"),
+    ("noise twice", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + 2 * noise * scale, value)"),
+    ("reference added", "value = value - reference[i]", "value = value + reference[i]"),
+    ("clip norm of the first layer", "size, rows = scale[:, layer], (norm, clip[:, layer], finite", "size, rows = scale[:, layer], (norm, clip[:, 0], finite"),
+    ("noise scale of the first layer", "size, rows = scale[:, layer], (norm", "size, rows = scale[:, 0], (norm"),
+    ("tensors of a layer share their noise", "piece = piece[:, start : start + part.shape[1]]", "piece = piece[:, : part.shape[1]]"),
+    ("what is not finite stays", "finite = torch.isfinite(norm) & torch.isfinite(norm1)", "finite = torch.ones_like(norm, dtype=torch.bool)"),
+    ("votes of the first layer's threshold", "None if votes_at is None else votes_at[:, layer]", "None if votes_at is None else votes_at[:, 0]"),
+)  # fmt: skip
+
+CERTIFIED = group(
+    "aadp_kernels/certified.py",
+    f"{PRIVATIZE} {CLIP_SUM}",
     ("clip dropped", "clipped = (bound > clip) & finite", "clipped = (bound > clip) & finite & (bound < 0)"),
     ("clip doubled", "room = (clip - count", "room = (2 * clip - count"),
     ("clip 2/3", "room = (clip - count", "room = (2 / 3 * clip - count"),
@@ -80,16 +94,7 @@ UPDATES = group(
     ("votes turned round", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, -0.5, 0.5)"),
     ("votes of 1 and 0", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, 1.0, 0.0)"),
     ("who is not finite votes", "return torch.where(counts & ~torch.isnan(votes_at), vote, 0.0)", "return torch.where(~torch.isnan(votes_at), vote, 0.0)"),
-    ("noise scale 2/3", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 2 / 3, value)"),
-    ("noise scale 3/2", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + noise * scale * 1.5, value)"),
-    ("noise twice", "torch.where(scale > 0, value + noise * scale, value)", "torch.where(scale > 0, value + 2 * noise * scale, value)"),
-    ("reference added", "value = value - reference[i]", "value = value + reference[i]"),
-    ("clip norm of the first layer", "size, rows = scale[:, layer], (norm, clip[:, layer], finite", "size, rows = scale[:, layer], (norm, clip[:, 0], finite"),
-    ("noise scale of the first layer", "size, rows = scale[:, layer], (norm", "size, rows = scale[:, 0], (norm"),
-    ("tensors of a layer share their noise", "piece = piece[:, start : start + part.shape[1]]", "piece = piece[:, : part.shape[1]]"),
     ("noise missing in the last layer", "enumerate(layout.dims) if elements]", "enumerate(layout.dims[:-1]) if elements]"),
-    ("what is not finite stays", "finite = torch.isfinite(norm) & torch.isfinite(norm1)", "finite = torch.ones_like(norm, dtype=torch.bool)"),
-    ("votes of the first layer's threshold", "None if votes_at is None else votes_at[:, layer]", "None if votes_at is None else votes_at[:, 0]"),
 )  # fmt: skip
 
 SUMS = group(
@@ -100,7 +105,7 @@ SUMS = group(
     ("integers not summed", ".add_(counts.sum(0))", ".add_(counts[0])"),
     ("counts of clipped records include padding", "norm, clip[layer], live, layout.dims", "norm, clip[layer], finite, layout.dims"),
     ("noise of a tensor from the layer's beginning", "piece = piece[0, start : start + layout.sizes[i]]", "piece = piece[0, : layout.sizes[i]]"),
-    ("noise missing", "noised = add_noise(value, piece, scale[layer])", "noised = value"),
+    ("noise missing", "add_noise(value, piece, scale[layer]).to", "value.to"),
 )  # fmt: skip
 
 SUM_INTERFACE = group(
@@ -113,10 +118,7 @@ SUM_INTERFACE = group(
 GRID_NOISE = group(
     "aadp_kernels/_torch/grid.py",
     GRID,
-    ("quantum 2/3", "step = (scale * factor).clamp", "step = (scale * factor * 2 / 3).clamp"),
-    ("ln 2 missing", '(_LN2_UP if mechanism == "laplace" else 1.0)', "1.0"),
     ("rounded to the nearest", ".nan_to_num(0.0).trunc()", ".nan_to_num(0.0).round()"),
-    ("no offset", "(noised.to(torch.float64) + OFFSETS[mechanism]) * step)", "noised.to(torch.float64) * step)"),
     ("magnitude for the negative", "return torch.where(negative, -1 - magnitude, magnitude)", "return torch.where(negative, -magnitude, magnitude)"),
     ("always positive", "return torch.where(negative, -1 - magnitude, magnitude)", "return magnitude"),
     ("a digit is off by one", "digit = torch.searchsorted(table, number, right=True)", "digit = torch.searchsorted(table, number, right=True) + 1"),
@@ -127,6 +129,14 @@ GRID_NOISE = group(
     ("zero drawn twice", "good = _accepts(own, magnitude) & ~(negative & (magnitude == 0))", "good = _accepts(own, magnitude)", "the mass of zero is 2^-31: no sample of a test can show it"),
     ("rejected draws kept", "waiting = waiting[~good]", "waiting = waiting[:0]"),
     ("every attempt the same words", "again[3] += attempt << LAYER_BITS", "pass"),
+)  # fmt: skip
+
+GRID_NUMBERS = group(
+    "aadp_kernels/grid.py",
+    GRID,
+    ("quantum 2/3", "step = (scale * factor).clamp", "step = (scale * factor * 2 / 3).clamp"),
+    ("ln 2 missing", '(LN2_UP if mechanism == "laplace" else 1.0)', "1.0"),
+    ("no offset", "(noised.to(torch.float64) + OFFSETS[mechanism]) * step)", "noised.to(torch.float64) * step)"),
     ("sum not clamped after the noise", "(total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)", "total.clamp(-LIMIT, LIMIT) + noise"),
     ("sum not clamped before the noise", "(total.clamp(-LIMIT, LIMIT) + noise).clamp(-LIMIT, LIMIT)", "(total + noise).clamp(-LIMIT, LIMIT)"),
 )  # fmt: skip
@@ -187,11 +197,16 @@ GRID_PASS = group(
     f"{_CPU_GRID}integers_equal_the_specification {_CPU_GRID}rows_without_noise_dead_rows_and_references",
     ("sign bit counted as an octave", "min(63, leading_zeros(numbers[e] << _U64(1)))", "min(63, leading_zeros(numbers[e]))"),
     ("a threshold forgotten", " + np.int64(table[first + 1] <= number)", ""),
+    ("client dropped from the address", "np.uint32(source.clients[row])", "np.uint32(0)"),
+    ("rejected draws kept", "if own.good[e] and not own.done[e]", "if not own.done[e]"),
+)  # fmt: skip
+
+GRID_RELEASES = group(
+    "aadp_kernels/_cpu/grid_release.py",
+    f"{_CPU_GRID}integers_equal_the_specification {_CPU_GRID}rows_without_noise_dead_rows_and_references",
     ("quantum 2/3", "(np.float64(noised) + offset) * quantum", "(np.float64(noised) + offset) * quantum * 2 / 3"),
     ("noise missing", "cut + values[at + i]", "cut"),
     ("clip dropped", "cells.numbers[FACTOR, row, layer] / quantum", "1.0 / quantum"),
-    ("client dropped from the address", "np.uint32(source.clients[row])", "np.uint32(0)"),
-    ("rejected draws kept", "if own.good[e] and not own.done[e]", "if not own.done[e]"),
 )  # fmt: skip
 
 TRANSFORMS = group(
@@ -231,11 +246,11 @@ CLIP_IN_BACKWARD = group(
     BACKWARD,
     ("clip dropped", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "1.0, 1.0)"),
     ("clip doubled", "bound[:, None] / torch.where(over, norm, 1.0), 1.0)", "2 * bound[:, None] / torch.where(over, norm, 1.0), 1.0)"),
-    ("mask ignored", "live = finite & self.mask\n", "live = finite\n"),
+    ("mask ignored", "live = finite & rule.mask\n", "live = finite\n"),
     ("norm not inflated", "norm = norm * (1 + slack)\n", "norm = norm * 1\n"),
-    ("clip norm of the first client", "over = ~(norm <= self.clip[:, None])", "over = ~(norm <= self.clip[0])"),
+    ("clip norm of the first client", "over = ~(norm <= rule.clip[:, None])", "over = ~(norm <= rule.clip[0])"),
     ("votes turned round", "votes = torch.where(norm1 <= level, 0.5, -0.5)", "votes = torch.where(norm1 <= level, -0.5, 0.5)"),
-    ("a negative clip norm does not silence", "torch.where(self.clip >= 0, self.clip * (1 - 1e-12), 0.0)", "self.clip.abs() * (1 - 1e-12)"),
+    ("a negative clip norm does not silence", "torch.where(rule.clip >= 0, rule.clip * (1 - 1e-12), 0.0)", "rule.clip.abs() * (1 - 1e-12)"),
 )  # fmt: skip
 
 CLIP_MATRICES = group(
@@ -316,7 +331,7 @@ NORM_LAYERS = group(
 )  # fmt: skip
 
 LAUNCHES = group(
-    "aadp_kernels/_triton/privatize.py",
+    "aadp_kernels/_triton/privatize_kernel.py",
     f"{LAUNCH} tests/aadp_kernels/test_triton_privatize.py::test_reference_and_out "
     "tests/aadp_kernels/test_triton_privatize.py::test_a_layer_that_is_not_finite_gives_zeros_and_noise_only_there "
     "tests/aadp_kernels/test_triton_privatize.py::test_the_norm_of_the_output_is_at_most_the_clip_norm "
@@ -337,15 +352,26 @@ LAUNCHES = group(
 TRITON_TRANSFORMS = group(
     "aadp_kernels/_triton/noise.py",
     TRITON_NOISE,
-    ("wide Laplace sign", "first = _uniform_log(a, b >> 1, 31) * ((b & 1) * 2 - 1).to(tl.float64)", "first = _uniform_log(a, b >> 1, 31) * -1.0"),
-    ("wide Gaussian radius", "radius = tl.sqrt(_uniform_log(a, b, 32) * -2.0)", "radius = tl.sqrt(_uniform_log(a, b, 32) * -4.5)"),
-    ("fast Laplace scale 2/3", "return flipped.to(tl.float32, bitcast=True) * -_LN2", "return flipped.to(tl.float32, bitcast=True) * (-_LN2 * 2 / 3)"),
-    ("fast Gaussian pairs equal", "pairs = tl.join(radius * _cos_approx(angle), radius * _sin_approx(angle))", "pairs = tl.join(radius * _cos_approx(angle), radius * _cos_approx(angle))"),
     ("client dropped from the address", "client = tl.load(clients_pointer + row).to(tl.uint32)", "client = tl.load(clients_pointer).to(tl.uint32)"),
 )  # fmt: skip
 
+TRITON_WIDE = group(
+    "aadp_kernels/_triton/wide_noise.py",
+    TRITON_NOISE,
+    ("wide Laplace sign", "first = _uniform_log(a, b >> 1, 31) * ((b & 1) * 2 - 1).to(tl.float64)", "first = _uniform_log(a, b >> 1, 31) * -1.0"),
+    ("wide Gaussian radius", "radius = tl.sqrt(_uniform_log(a, b, 32) * -2.0)", "radius = tl.sqrt(_uniform_log(a, b, 32) * -4.5)"),
+)  # fmt: skip
+
+TRITON_FAST = group(
+    "aadp_kernels/_triton/fast_noise.py",
+    TRITON_NOISE,
+    ("fast Laplace scale 2/3", "return flipped.to(tl.float32, bitcast=True) * -_LN2", "return flipped.to(tl.float32, bitcast=True) * (-_LN2 * 2 / 3)"),
+    ("fast Gaussian pairs equal", "pairs = tl.join(radius * _cos_approx(angle), radius * _sin_approx(angle))", "pairs = tl.join(radius * _cos_approx(angle), radius * _cos_approx(angle))"),
+)  # fmt: skip
+
 MUTATIONS = [
-    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_COST, *SCALES,
+    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_NUMBERS, *GRID_COST, *SCALES,
     *CLIP_IN_BACKWARD, *CLIP_MATRICES,
-    *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *TRANSFORMS, *LAUNCHES, *TRITON_TRANSFORMS,
+    *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *GRID_RELEASES, *TRANSFORMS, *LAUNCHES,
+    *TRITON_TRANSFORMS, *TRITON_WIDE, *TRITON_FAST,
 ]  # fmt: skip
