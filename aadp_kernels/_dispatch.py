@@ -17,6 +17,7 @@ from aadp_kernels.contract import HostBackend, RecordKernels
 
 IMPLS = ("auto", "torch", "numba", "triton")
 AUTO_ELEMENTS = 64
+_LARGE = 1 << 20
 
 _PACKAGES = {"torch": "_torch", "numba": "_cpu", "triton": "_triton"}
 _FASTEST = {"cpu": "numba", "cuda": "triton"}
@@ -108,7 +109,7 @@ def record_kernels(x: Tensor) -> RecordKernels | None:
 
 @cache
 def _record_kernels() -> RecordKernels | None:
-    if choose("auto", "backward", device=_CPU, elements=AUTO_ELEMENTS) != "numba":
+    if choose("auto", "backward", device=_CPU, elements=_LARGE) != "numba":
         return None
     return cast(RecordKernels, import_module("aadp_kernels._cpu.records"))
 
@@ -117,7 +118,7 @@ def product_norms(x: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]
     """A kernel for norms of products that are not written, float32 on an accelerator, or None."""
     if x.device.type == "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
-    if choose("auto", "backward", device=x.device, elements=AUTO_ELEMENTS) != "triton":
+    if choose("auto", "backward", device=x.device, elements=_LARGE) != "triton":
         return None
     module: Any = import_module("aadp_kernels._triton.product_norms")
     return module.product_norms
