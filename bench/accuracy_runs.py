@@ -126,7 +126,7 @@ def run(config: Config, seed: int, *, test: bool, arrays: Arrays) -> dict[str, A
         loader = data.test_dataloader() if test else data.val_dataloader()
         correct = _share_right(module.network, loader)
         private = module.privacy.private
-        epsilon = module.budget.epsilon_spent() if private else np.array([np.inf])
+        epsilon = module.run.epsilon_spent() if private else np.array([np.inf])
         return {
             "accuracy": 100 * correct,
             "rounds": int(trainer.current_epoch),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytorch_lightning as pl
 from pytorch_lightning import callbacks
 
-if TYPE_CHECKING:
-    from fl_lightning.module import FederatedModule
+from fl_lightning.proposed_run import ProposedRun
 
 # They need Lightning's own steps over records, or a network that stays as the ledger knows it.
 _REFUSED: dict[type[pl.Callback], str] = {
@@ -33,12 +30,13 @@ _PRIVATE = "sim_only/"
 _KNOWN = ("pytorch_lightning", "fl_lightning", "lightning")
 
 
-def check_callbacks(module: FederatedModule, trainer: pl.Trainer) -> None:
+def check_callbacks(proposed: ProposedRun) -> None:
     """Refuse callbacks that change the network or the rounds, or choose by private figures.
 
     Raises:
         ValueError: naming the callback's class.
     """
+    trainer = proposed.trainer
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         name = f"trainer.callbacks: {type(callback).__name__}"
         for kind, why in _REFUSED.items():
@@ -49,13 +47,13 @@ def check_callbacks(module: FederatedModule, trainer: pl.Trainer) -> None:
         monitor = _monitor(callback)
         if monitor is None:
             continue
-        if monitor.startswith(_PRIVATE) and module.privacy.private:
+        if monitor.startswith(_PRIVATE) and proposed.rules.privacy.private:
             what = "stops" if isinstance(callback, callbacks.EarlyStopping) else "keeps a model"
             raise ValueError(
                 f"{name}(monitor={monitor!r}) {what} by private figures of the held-out records, "
                 "for which no noise is planned; leave it out, or use privacy.setting none"
             )
-        if not _is_logged(monitor, module, trainer):
+        if not _is_logged(monitor, proposed):
             raise ValueError(
                 f"{name}(monitor={monitor!r}): a run logs no such figure, only "
                 f"{_PRIVATE}val_loss and {_PRIVATE}val_accuracy where records are held out"
@@ -69,10 +67,11 @@ def _monitor(callback: pl.Callback) -> str | None:
     return None
 
 
-def _is_logged(monitor: str, module: FederatedModule, trainer: pl.Trainer) -> bool:
+def _is_logged(monitor: str, proposed: ProposedRun) -> bool:
     """Whether there will be such a figure, as far as can be known."""
-    kinds = [type(module), *map(type, trainer.callbacks)]  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = proposed.trainer
+    kinds = [type(proposed.module), *map(type, trainer.callbacks)]  # pyright: ignore[reportAttributeAccessIssue]
     if any(kind.__module__.split(".")[0] not in _KNOWN for kind in kinds):
         return True  # what others log is not known
     figures = (f"{_PRIVATE}val_loss", f"{_PRIVATE}val_accuracy")
-    return monitor in figures and bool(module.data.val_fraction and trainer.limit_val_batches)
+    return monitor in figures and bool(proposed.data.val_fraction and trainer.limit_val_batches)

@@ -29,7 +29,7 @@ def _columns(pl_module: Any) -> dict[str, np.ndarray]:
     result, rows = pl_module.result, pl_module.result.cohort
     known = "released" if pl_module.privacy.guarantee else "sim_only"
     # A sum has one history, that of the whole cohort.
-    norms = pl_module.history.l1_norm.numpy()[np.where(rows == ALL_CLIENTS, 0, rows)]
+    norms = pl_module.run.history.l1_norm.numpy()[np.where(rows == ALL_CLIENTS, 0, rows)]
     return {
         f"{known}/clip_norm": result.clip_norm,
         f"{known}/share": result.shares,

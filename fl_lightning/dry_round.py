@@ -12,25 +12,27 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from aadp_kernels import NoiseKey
-from fl_lightning import pooled
 from fl_lightning.aggregate import WeightedMean
+from fl_lightning.claim import Books
 from fl_lightning.client import Batch, bytes_per_example, input_dtype
+from fl_lightning.clients import Clients
 from fl_lightning.data import Arrays, FederatedDataModule
 from fl_lightning.data.differences import different_records
+from fl_lightning.faults import Faults
 from fl_lightning.forward_check import check_forward, check_repeatable, draws_numbers, first_line
 from fl_lightning.network_state import left_as_it_was, moved_parameters
-from fl_lightning.population import ClientPopulation, LocalTraining
+from fl_lightning.one_by_one import OneByOne
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.weights import pooled_weights
+from fl_lightning.processes import Processes
+from fl_lightning.proposed_run import ProposedRun
 from fl_lightning.record_independence import (
     SummedGradients,
     added_up,
@@ -39,11 +41,10 @@ from fl_lightning.record_independence import (
     interacting_records,
     mixed_records,
 )
+from fl_lightning.rules import Rules
 from fl_lightning.server_step import try_server
-from fl_lightning.types import LayerPolicy, Params, PrivateUpdate
-
-if TYPE_CHECKING:
-    from fl_lightning.module import FederatedModule
+from fl_lightning.summed import Summed, noise_parts_needed
+from fl_lightning.types import LayerPolicy, Params
 
 _LOG = logging.getLogger("pytorch_lightning")
 # Longer than any gradient that is compared: nothing is clipped.
@@ -59,13 +60,11 @@ class Few:
     y: Tensor
 
 
-def dry_round(module: FederatedModule, data: FederatedDataModule, trainer: pl.Trainer) -> bool:
+def dry_round(proposed: ProposedRun) -> bool:
     """Do once what the rounds will do, and leave everything as it was.
 
     Args:
-        module: of the run, on its device.
-        data: of the run.
-        trainer: of the run; the number of rounds is taken from it.
+        proposed: the run, with its network on its device.
 
     Returns:
         Whether clients can be trained together under vmap; the reason is logged if they cannot
@@ -74,9 +73,10 @@ def dry_round(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
     Raises:
         ValueError: what fails, with the option's name and value.
     """
-    network, loss = module.network, module.loss
-    few = few_records(module, data)
-    with left_as_it_was(module), trainer.precision_plugin.forward_context(), _in_silence():
+    network, loss, data = proposed.network, proposed.loss, proposed.data
+    rules, trainer = proposed.rules, proposed.trainer
+    few = few_records(proposed)
+    with left_as_it_was(proposed.module), trainer.precision_plugin.forward_context(), _in_silence():
         check_forward(
             network,
             loss,
@@ -88,23 +88,21 @@ def dry_round(module: FederatedModule, data: FederatedDataModule, trainer: pl.Tr
             source=data.dataset_name,
         )
         values = moved_parameters(network)
-        if module.privacy.private:
+        if rules.privacy.private:
             check_repeatable(network, loss, values, few.x, few.y)
-        reason, gradients = _by_vmap_or_loop(module, few, values)
+        reason, gradients = _by_vmap_or_loop(proposed, few, values)
         server = try_server(
-            module.server_optimizer,
-            module.server_scheduler,
-            gradients,
-            module.planned_rounds or trainer.max_epochs or 0,
+            proposed.server_optimizer, proposed.server_scheduler, gradients, proposed.rounds
         )
-        _try_checkpoint(module, server)
+        _try_checkpoint(proposed, server)
     if reason:
         _LOG.info(f"clients train one after another: the network cannot be vmapped ({reason})")
-    return module.execution != "loop" and not reason
+    return rules.execution != "loop" and not reason
 
 
-def few_records(module: FederatedModule, data: FederatedDataModule) -> Few:
+def few_records(proposed: ProposedRun) -> Few:
     """Records that differ as much as possible, dealt to two clients."""
+    data, network = proposed.data, proposed.network
     rows = torch.tensor(different_records(data.x, data.y))
     x, y = data.x[rows], data.y[rows]
     if x.is_floating_point():
@@ -112,8 +110,8 @@ def few_records(module: FederatedModule, data: FederatedDataModule) -> Few:
     arrays = Arrays(x, y, x[:0], y[:0], data.num_classes, data.dataset_name)
     clients = min(2, len(x))
     two = FederatedDataModule(arrays, num_clients=clients, val_fraction=0.0, min_client_size=1)
-    device = next(module.network.parameters()).device
-    return Few(two, x.to(device, input_dtype(module.network, x)), y.to(device))
+    device = next(network.parameters()).device
+    return Few(two, x.to(device, input_dtype(network, x)), y.to(device))
 
 
 @contextmanager
@@ -128,20 +126,20 @@ def _in_silence() -> Iterator[None]:
 
 
 def _by_vmap_or_loop(
-    module: FederatedModule, few: Few, values: Params
+    proposed: ProposedRun, few: Few, values: Params
 ) -> tuple[str, dict[nn.Parameter, Tensor]]:
     """Why vmap cannot be used, "" if it can, and the gradients for the server's optimizer."""
-    reason = ""
-    if module.execution != "loop":
+    reason, execution = "", proposed.rules.execution
+    if execution != "loop":
         try:
-            gradients = _try_clients(module, few, values, vectorize=True)
+            gradients = _try_clients(proposed, few, values, vectorize=True)
         except _CannotTrain as error:
             reason = str(error)
         else:
-            if module.execution == "auto":
-                _try_clients(module, few, values, vectorize=False)
+            if execution == "auto":
+                _try_clients(proposed, few, values, vectorize=False)
             return "", gradients
-    return reason, _try_clients(module, few, values, vectorize=False)
+    return reason, _try_clients(proposed, few, values, vectorize=False)
 
 
 class _CannotTrain(ValueError):
@@ -161,22 +159,23 @@ def _named(network: nn.Module, what: str) -> Iterator[None]:
 
 
 def _try_clients(
-    module: FederatedModule, few: Few, values: Params, *, vectorize: bool
+    proposed: ProposedRun, few: Few, values: Params, *, vectorize: bool
 ) -> dict[nn.Parameter, Tensor]:
     """Check the gradients of clients, make a release of them, and the mean of that."""
-    network = module.network
+    network, layout = proposed.network, proposed.layout
     try:
-        population = few_clients(module, few.data, vectorize)
+        releases = few_clients(proposed, few.data, vectorize)
     except ValueError:  # options that do not go together
         raise
     except Exception as error:
         raise _CannotTrain(f"network={type(network).__name__}: {first_line(error)}") from error
-    _check_gradients(module, few, values, population)
+    _check_gradients(proposed, few, values, releases.clients)
     with _named(network, "a round of two clients"):
         params = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        update = _throw_away_release(population, params)
-        mean = WeightedMean(module.layout)
-        mean.add(update.update, torch.ones(len(update.clients), module.layout.num_layers).double())
+        everyone = torch.arange(few.data.num_clients)
+        update = releases.draw(everyone, params, releases.key, 0)
+        mean = WeightedMean(layout)
+        mean.add(update.update, torch.ones(len(update.clients), layout.num_layers).double())
         mean.write_gradient(network)
     gradients = {}
     for p in network.parameters():
@@ -187,96 +186,84 @@ def _try_clients(
 
 
 def few_clients(
-    module: FederatedModule, data: FederatedDataModule, vectorize: bool
-) -> ClientPopulation:
+    proposed: ProposedRun, data: FederatedDataModule, vectorize: bool
+) -> OneByOne | Summed:
     """The clients of a dry round: the run's rules, with histories and a budget of their own."""
-    given = module.privacy.noise_multiplier
+    rules = _rules_of_two(proposed.rules)
+    privacy, layout, everyone = rules.privacy, proposed.layout, data.num_clients
+    clients = Clients(
+        data,
+        proposed.network,
+        proposed.loss,
+        layout,
+        privacy=privacy,
+        training=rules.training,
+        vectorize=vectorize,
+        max_examples=2**40,
+    )
+    key = NoiseKey.random(privacy.rng)
+    if not privacy.private:
+        return OneByOne(clients, rules, key, None, Processes())
+    budget = Budget(privacy, [1] * everyone, 1.0, layout.dims, noise_parts_needed(rules, everyone))
+    assert privacy.noise_multiplier is not None
+    multipliers = per_client(privacy.noise_multiplier, everyone)
+    budget.multiplier = torch.tensor(multipliers, dtype=torch.float64)
+    history = ReleasedHistory(privacy, 1 if privacy.pooled else everyone, layout.dims)
+    nowhere: Any = None  # nothing is claimed
+    books = Books(history, budget, nowhere, Processes())
+    if privacy.pooled:
+        return Summed(clients, rules, key, books)
+    return OneByOne(clients, rules, key, books, books.processes)
+
+
+def _rules_of_two(rules: Rules) -> Rules:
+    """The rules of a run as two clients can keep them, with all their records in every step."""
+    given = rules.privacy.noise_multiplier
     privacy = replace(
-        module.privacy,
+        rules.privacy,
         epsilon=None,
         noise_multiplier=1.0 if given is None else given,
         min_survivors=None,
     )
-    sizes, dims = data.client_sizes, module.layout.dims
-    rate, size = module.sampling_rate, module.batch_size
-    several = module.local_steps != 1
-    budget = Budget(privacy, [1] * len(sizes), 1.0, dims, pooled.shares_needed(privacy, len(sizes)))
-    given = privacy.noise_multiplier
-    assert given is not None
-    budget.multiplier = torch.tensor(per_client(given, len(sizes)), dtype=torch.float64)
-    training = LocalTraining(
-        lr=module.client_lr,
-        momentum=module.client_momentum,
-        sampling_rate=None if rate is None else 1.0,
-        batch_size=size,
-        local_steps=2 if several else 1,
+    return replace(
+        rules,
+        privacy=privacy,
+        clients_per_round=None,
+        sampling_rate=None if rules.sampling_rate is None else 1.0,
+        local_steps=1 if rules.local_steps == 1 else 2,
         local_epochs=1,
+        planned_rounds=None,
+        faults=Faults(),
         seed=0,
     )
-    pool = pooled.make_pool(
-        privacy, sizes, clients_per_round=None, weighting=module.weighting, clients_at_once=2
-    )
-    return ClientPopulation(
-        data,
-        module.network,
-        module.loss,
-        module.layout,
-        privacy=privacy,
-        training=training,
-        history=ReleasedHistory(privacy, 1 if privacy.pooled else len(sizes), dims),
-        budget=budget,
-        key=NoiseKey.random(privacy.rng),
-        ledger=None,
-        vectorize=vectorize,
-        max_examples=2**40,
-        pool=pool,
-    )
 
 
-def _throw_away_release(population: ClientPopulation, params: Params) -> PrivateUpdate:
-    """What two clients would release, by a key that nobody keeps."""
-    privacy, clients = population.privacy, torch.arange(len(population.data.client_sizes))
-    if not privacy.private:
-        return population.without_privacy(clients, params, 0)
-    if not privacy.pooled:
-        return population.private_update(clients, params, population.key, 0)
-    assert population.pool is not None
-    z, weights = pooled_weights(
-        population.pool.weights,
-        population.budget.multiplier,
-        mechanism=privacy.mechanism,
-        vote_share=privacy.votes,
-    )
-    return pooled.noised_mean(population, clients, weights, z, params, population.key, 0)
-
-
-def _check_gradients(
-    module: FederatedModule, few: Few, values: Params, population: ClientPopulation
-) -> None:
+def _check_gradients(proposed: ProposedRun, few: Few, values: Params, clients: Clients) -> None:
     """Compare the gradients of the run with the network's, and a record's alone with others'.
 
     Raises:
         _CannotTrain: they differ.
     """
-    network, loss, record = module.network, module.loss, module.privacy.unit == "record"
-    calm, drawing = population, draws_numbers(network, loss, values, few.x, few.y)
+    network, loss = proposed.network, proposed.loss
+    record = proposed.rules.privacy.unit == "record"
+    calm, drawing = clients, draws_numbers(network, loss, values, few.x, few.y)
     modes = [(layer, layer.training) for layer in network.modules()]
     if drawing:
         _hold_still(network, lambda: draws_numbers(network, loss, values, few.x, few.y))
-        calm = few_clients(module, few.data, population.vectorize)
+        calm = few_clients(proposed, few.data, clients.vectorize).clients
     with _named(network, "its gradient"):
         x, y, want = _finite(network, loss, values, few, record)
         summed = unclipped(calm)
         problem = ""
         if record and len(x) > 1:
-            problem = mixed_records(summed, values, x, y, at_once=_clients_at_once(module, few))
+            problem = mixed_records(summed, values, x, y, at_once=_clients_at_once(proposed, few))
         if len(x) and not problem:
             problem = foreign_gradient(summed, values, want, x, y)
     for layer, mode in modes:
         layer.training = mode
     if drawing and record and len(few.x) > 2 and not problem:
         with _named(network, "its gradient"):
-            problem = interacting_records(unclipped(population), values, few.x, few.y, _seed)
+            problem = interacting_records(unclipped(clients), values, few.x, few.y, _seed)
     if problem:
         raise _CannotTrain(f"network={type(network).__name__}: {problem}")
 
@@ -314,37 +301,37 @@ def _finite(
     return x, y, autograd_gradients(network, loss, values, x, y)
 
 
-def unclipped(population: ClientPopulation) -> SummedGradients:
+def unclipped(clients: Clients) -> SummedGradients:
     """The gradients of the run, by clip norms that clip nothing."""
-    layers = population.layout.num_layers
+    layers = clients.layout.num_layers
 
     def summed(params: Params, x: Tensor, y: Tensor, mask: Tensor) -> Params:
         k = len(x)
         everyone = torch.ones(k, device=x.device)
         batch = Batch(x, y, mask, everyone, everyone.bool())
         with torch.no_grad():
-            if population.privacy.unit != "record":
-                return population.plain(params, batch, shared=True)[0]
+            if clients.privacy.unit != "record":
+                return clients.plain(params, batch, shared=True)[0]
             row = torch.ones(k, layers, dtype=torch.float64)
             policy = LayerPolicy(row * _NO_CLIP, row / layers, row / layers, row * 0.0)
-            return population.clipped_sums(params, True, batch, policy)[0]
+            return clients.clipped_sums(params, True, batch, policy)[0]
 
     return summed
 
 
-def _clients_at_once(module: FederatedModule, few: Few) -> int:
-    memory = module.memory_budget * 2**30
-    return max(1, int(memory / bytes_per_example(module.network, few.x[0]) / len(few.x)))
+def _clients_at_once(proposed: ProposedRun, few: Few) -> int:
+    memory = proposed.rules.memory_budget * 2**30
+    return max(1, int(memory / bytes_per_example(proposed.network, few.x[0]) / len(few.x)))
 
 
-def _try_checkpoint(module: FederatedModule, server: dict[str, Any]) -> None:
+def _try_checkpoint(proposed: ProposedRun, server: dict[str, Any]) -> None:
     try:
         nowhere: Any = _Nowhere()
-        torch.save({"state_dict": module.state_dict(), **server}, nowhere)
+        torch.save({"state_dict": proposed.module.state_dict(), **server}, nowhere)
     except Exception as error:
         raise ValueError(
-            f"network={type(module.network).__name__}: a checkpoint of it, of the server_optimizer "
-            f"or of the server_scheduler cannot be written: {first_line(error)}"
+            f"network={type(proposed.network).__name__}: a checkpoint of it, of the "
+            f"server_optimizer or of the server_scheduler cannot be written: {first_line(error)}"
         ) from error
 
 

@@ -37,7 +37,7 @@ from fl_lightning.module import FederatedModule
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes import came_from_another
 from fl_lightning.restarts import settle
-from fl_lightning.resumption import check_resumption, rounds_done
+from fl_lightning.resumption import rounds_done
 from fl_lightning.run_folder import RunFolder, holds_rounds, last_checkpoint, run_of_checkpoint
 from fl_lightning.stopping import Stop
 from fl_lightning.strategy import ClientParallelStrategy
@@ -217,7 +217,7 @@ class FederatedCLI(LightningCLI):
             checkpoint = AtomicCheckpointIO().load_checkpoint(
                 config.ckpt_path, map_location="cpu", weights_only=False
             )
-            check_resumption(self.model, checkpoint, self.trainer.max_epochs)
+            self.model.check_resumption(checkpoint, self.trainer.max_epochs)
             done = rounds_done(checkpoint)
         if not self.trainer.is_global_zero:
             return

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from aadp_kernels import tail_cutoff
+from aadp_kernels import Layout, tail_cutoff
+from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import SCHEMA
-from fl_lightning.pooled import make_pool
-from fl_lightning.privacy.budget import UNLIMITED
+from fl_lightning.privacy.budget import UNLIMITED, Budget
 from fl_lightning.privacy.simulated import simulated_because
-
-if TYPE_CHECKING:
-    from fl_lightning.module import FederatedModule
+from fl_lightning.rules import Rules
+from fl_lightning.summed import sum_rules
 
 _ARITHMETIC = {
     "wide": "float32 gradients, float64 noise",
@@ -23,21 +22,19 @@ _ARITHMETIC = {
 }
 
 
-def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
-    """Facts of a run whose budget is calibrated.
+def ledger_header(
+    rules: Rules, data: FederatedDataModule, layout: Layout, budget: Budget, run_id: str
+) -> dict[str, Any]:
+    """Facts of a run.
 
     Args:
-        module: the run.
+        rules: of the run.
+        data: records and who holds them; no more of it than the header shows is read.
+        layout: trained parameters and their layers.
+        budget: calibrated.
         run_id: public name of the run's secret.
     """
-    privacy, data, budget = module.privacy, module.data, module.budget
-    pool = make_pool(
-        privacy,
-        data.client_sizes,
-        clients_per_round=module.clients_per_round,
-        weighting=module.weighting,
-        clients_at_once=1,
-    )
+    privacy, sums = rules.privacy, sum_rules(rules, data.client_sizes)
     cutoff = tail_cutoff(privacy.mechanism, privacy.noise_form)
     limited = bool((budget.affordable < UNLIMITED).any())
     return {
@@ -63,17 +60,17 @@ def ledger_header(module: FederatedModule, run_id: str) -> dict[str, Any]:
         "thresholds": privacy.resolved_thresholds,
         "vote_share": privacy.votes,
         "allocation": privacy.resolved_allocation,
-        "weighting": module.weighting,
-        "weights": _shared(pool.weights.tolist()) if pool else None,
-        "min_survivors": pool.survivors if pool else None,
-        "cohort_rate": pool.rate if pool else None,
+        "weighting": rules.weighting,
+        "weights": _shared(sums.weights.tolist()) if sums else None,
+        "min_survivors": sums.survivors if sums else None,
+        "cohort_rate": sums.rate if sums else None,
         "dataset": data.dataset_name,
         "transform_checked": data.transform is not None and not data.transform_problem,
         "client_sizes": data.client_sizes.tolist(),
-        "clients_per_round": module.clients_per_round or data.num_clients,
+        "clients_per_round": rules.cohort_size(data.num_clients),
         "planned_steps": budget.planned_steps.tolist(),
-        "layers": list(module.layout.layer_names),
-        "dims": list(module.layout.dims),
+        "layers": list(layout.layer_names),
+        "dims": list(layout.dims),
         "torch": torch.__version__,
     }
 

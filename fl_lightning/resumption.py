@@ -9,39 +9,54 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from fl_lightning.module import FederatedModule
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.rules import Rules
 
 
-def training_facts(module: FederatedModule) -> dict[str, Any]:
+def training_facts(network: nn.Module, configured: Any) -> dict[str, Any]:
     """Classes of network, server optimizer and schedule, with their plain arguments.
 
-    They are of a fresh optimizer, which no schedule and no step has changed.
+    Args:
+        network: the global model.
+        configured: a fresh optimizer, which no schedule and no step has changed, or a dictionary
+            of it and its schedule.
     """
-    configured = module.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     scheduler = configured["lr_scheduler"] if isinstance(configured, dict) else None
-    facts: dict[str, Any] = {"network": class_path(type(module.network))}
+    facts: dict[str, Any] = {"network": class_path(type(network))}
     facts["server_optimizer"] = class_path(type(optimizer))
     facts |= _plain("server_optimizer", optimizer.defaults)
     facts["server_scheduler"] = None if scheduler is None else class_path(type(scheduler))
     return facts | ({} if scheduler is None else _plain("server_scheduler", scheduler.state_dict()))
 
 
-def run_facts(module: FederatedModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run for whoever exports it; nothing of it is private."""
-    data, path = module.data, class_path(type(module.network))
-    network = {"class_path": path} | (module.network_spec or {})
+def run_facts(
+    network: nn.Module,
+    spec: Mapping[str, Any] | None,
+    rules: Rules,
+    data: FederatedDataModule,
+    checkpoint: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint says of its run for whoever exports it; nothing of it is private.
+
+    Args:
+        network: the global model.
+        spec: its class_path and init_args, if known.
+        rules: of the run.
+        data: of the run.
+        checkpoint: as Lightning fills it.
+    """
     return {
-        "network": network,
+        "network": {"class_path": class_path(type(network))} | dict(spec or {}),
         "source": data.source if isinstance(data.source, str) else data.dataset_name,
         "clients": data.num_clients,
         "partition": data.partition_name,
-        "setting": module.privacy.setting,
+        "setting": rules.privacy.setting,
         "rounds": rounds_done(checkpoint),
     }
 
@@ -62,14 +77,21 @@ def rounds_done(checkpoint: Mapping[str, Any]) -> int:
 
 
 def check_resumption(
-    module: FederatedModule, checkpoint: Mapping[str, Any], max_epochs: int | None
+    checkpoint: Mapping[str, Any],
+    *,
+    rules: Rules,
+    max_epochs: int | None,
+    training: Mapping[str, Any],
+    state_dict: Mapping[str, Any],
 ) -> None:
     """Whether a run can go on from a checkpoint, as far as that needs neither ledger nor secret.
 
     Args:
-        module: the run as it was asked for now.
         checkpoint: what is to go on.
+        rules: of the run as it was asked for now.
         max_epochs: rounds that are asked for.
+        training: `training_facts` as they are now.
+        state_dict: of the module as it is now.
 
     Raises:
         ValueError: naming the option, its value and that of the checkpoint.
@@ -77,45 +99,43 @@ def check_resumption(
     state = checkpoint.get("aadp_fl")
     if state is None:
         raise ValueError("ckpt_path: it is not the checkpoint of a federated run that has begun")
-    check_promise(module, state["promise"])
-    _check_rounds(module, state.get("planned_rounds"), max_epochs)
+    check_promise(rules, state["promise"])
+    _check_rounds(rules, state.get("planned_rounds"), max_epochs)
     known = state.get("training", {})
-    for name, value in training_facts(module).items() if known else ():
+    for name, value in training.items() if known else ():
         if known.get(name) != value:
             raise ValueError(
                 f"{name}={value}: the run to go on with was begun with {name}={known.get(name)}, "
                 "which its checkpoint is of; leave it so, or start a new run in another folder"
             )
-    _check_shapes(module.state_dict(), checkpoint["state_dict"])
+    _check_shapes(state_dict, checkpoint["state_dict"])
 
 
-def promise_of(module: FederatedModule, records: str | None) -> dict[str, Any]:
+def promise_of(rules: Rules, records: str | None) -> dict[str, Any]:
     """What multipliers and affordable steps are calibrated for.
 
     Args:
-        module: the run.
+        rules: of the run.
         records: public name of the records and who holds them; None while nobody knows it.
     """
-    promise = asdict(module.privacy)
+    promise = asdict(rules.privacy)
     if records is not None:
         promise["data"] = records
-    if module.privacy.unit == "record":
-        promise["sampling_rate"] = module.sampling_rate
-    if module.privacy.pooled:
-        promise["clients_per_round"] = module.clients_per_round
-        promise["weighting"] = module.weighting
+    if rules.privacy.unit == "record":
+        promise["sampling_rate"] = rules.sampling_rate
+    if rules.privacy.pooled:
+        promise["clients_per_round"] = rules.clients_per_round
+        promise["weighting"] = rules.weighting
     return promise
 
 
-def check_promise(
-    module: FederatedModule, promised: Mapping[str, Any], records: str | None = None
-) -> None:
+def check_promise(rules: Rules, promised: Mapping[str, Any], records: str | None = None) -> None:
     """Whether the run still promises the same.
 
     Raises:
         ValueError: naming what was changed, with both values.
     """
-    for name, value in promise_of(module, records).items():
+    for name, value in promise_of(rules, records).items():
         if promised.get(name) != value:
             raise ValueError(
                 f"{name}={value}: the run to go on with was begun with "
@@ -124,10 +144,10 @@ def check_promise(
             )
 
 
-def _check_rounds(module: FederatedModule, planned: int | None, max_epochs: int | None) -> None:
-    if planned is None or not module.privacy.private:
+def _check_rounds(rules: Rules, planned: int | None, max_epochs: int | None) -> None:
+    if planned is None or not rules.privacy.private:
         return
-    given = module.planned_rounds
+    given = rules.planned_rounds
     if given is not None and given != planned:
         raise ValueError(
             f"planned_rounds={given}: the run to go on with was begun with planned_rounds={planned}"

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from fl_lightning.callback_check import check_callbacks
+from fl_lightning.proposed_run import ProposedRun
 from fl_lightning.strategy import ClientParallelStrategy
 
-if TYPE_CHECKING:
-    from fl_lightning.module import FederatedModule
 
-
-def check_trainer(module: FederatedModule, trainer: pl.Trainer) -> None:
+def check_trainer(proposed: ProposedRun) -> None:
     """What the Trainer is asked for.
 
     Raises:
         ValueError: naming the argument and its value.
     """
+    trainer = proposed.trainer
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         raise ValueError(
             f"trainer.max_epochs={trainer.max_epochs}: give the number of rounds; privacy is "
             "planned for it"
         )
-    planned = module.planned_rounds or trainer.max_epochs
+    planned = proposed.rules.planned_rounds or trainer.max_epochs
     if trainer.max_epochs > planned:
         raise ValueError(
             f"trainer.max_epochs={trainer.max_epochs} is more than planned_rounds={planned}"
         )
     check_processes(trainer)
     check_options(trainer)
-    check_callbacks(module, trainer)
+    check_callbacks(proposed)
     if str(trainer.precision) not in ("32-true", "64-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision}: clipping is only proven for 32-true, 64-true"

@@ -131,15 +131,16 @@ class Budget:
         whose = release.client if one else release.members(len(self.spent))
         self.spent[whose] += release.steps
 
-    def can_release(self, client: int, steps: int) -> bool:
-        """Whether `steps` more noised steps keep the client within its ε."""
-        return bool(self.spent[client] + steps <= self.affordable[client])
+    def can_pay(self, release: Release) -> bool:
+        """Whether a release keeps everyone whom it is charged to within their ε."""
+        whose = release.members(len(self.spent))
+        return bool(self.can_pay_each(whose, release.steps).all())
 
-    def can_release_each(self, clients: np.ndarray, steps: int) -> np.ndarray:
-        """`can_release` of many clients at once, [k]."""
+    def can_pay_each(self, clients: np.ndarray, steps: int) -> np.ndarray:
+        """Whether `steps` more noised steps keep each of some clients within its ε, bool [k]."""
         return self.spent[clients] + steps <= self.affordable[clients]
 
-    def exhausted(self, steps: int) -> bool:
+    def nobody_can_pay(self, steps: int) -> bool:
         """Whether no client can take part in another round."""
         return bool((self.spent + steps > self.affordable).all())
 

@@ -6,13 +6,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from aadp_kernels import Layout, NoiseKey
+from aadp_kernels import NoiseKey
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
+from fl_lightning.claim import Books
+from fl_lightning.clients import Clients
 from fl_lightning.ledger import Ledger
 from fl_lightning.module import cross_entropy
-from fl_lightning.population import ClientPopulation, LocalTraining
+from fl_lightning.one_by_one import OneByOne
 from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.processes import Processes
+from fl_lightning.proposed_run import trained_layers
+from fl_lightning.rules import Rules
 from tests.fl_lightning.killing import Zygote
 
 
@@ -79,45 +84,33 @@ def fit(tmp_path):
 
 @pytest.fixture
 def population(tmp_path):
-    """A ClientPopulation with a ledger, as FederatedModule builds it, and its parts."""
+    """Releases of single clients with a ledger, as FederatedModule builds them."""
     runs = iter(range(1000))
     ledgers = []
 
-    def make(data, network, config, *, lr=1.0, sampling_rate=1.0, local_steps=1, **kwargs):
-        tensors = dict(network.named_parameters())
-        flat = dict.fromkeys(tensors, "all") if config.clipping == "flat" else None
-        layout = Layout.build(tensors, flat)
-        training = LocalTraining(
-            lr=lr,
-            momentum=0.0,
-            sampling_rate=sampling_rate,
-            batch_size=None,
-            local_steps=local_steps,
-            local_epochs=1,
-            seed=0,
-        )
+    def make(
+        data, network, config, *, lr=1.0, sampling_rate=1.0, local_steps=1,
+        vectorize=True, max_examples=2**40,
+    ):  # fmt: skip
+        rules = Rules(config, sampling_rate=sampling_rate, local_steps=local_steps, client_lr=lr)
+        layout = trained_layers(network, rules)
         rate = sampling_rate if config.unit == "record" else 1.0
         budget = Budget(config, [100] * data.num_clients, rate, layout.dims)
         if config.private:
-            budget.calibrate(training.noised_steps if config.unit == "record" else 1)
+            budget.calibrate(rules.steps_a_release)
         header = {"setting": config.setting, "simulated": True, "delta": 1e-5, "epsilon": None}
         header |= {"privacy_unit": config.unit, "trust": "local", "adjacency": "zero_out"}
         header |= {"mechanism": config.mechanism}
         ledgers.append(Ledger.create(tmp_path / f"population{next(runs)}", header))
-        return ClientPopulation(
-            data,
-            network,
-            cross_entropy,
-            layout,
-            privacy=config,
-            training=training,
-            history=ReleasedHistory(config, data.num_clients, layout.dims),
-            budget=budget,
-            # As a secret one: noise of a public seed is not bound to what it hides.
-            key=NoiseKey(NoiseKey.from_seed(config.seed or 0)._secret, config.rng),
-            ledger=ledgers[-1],
-            **({"vectorize": True, "max_examples": 2**40} | kwargs),
-        )
+        clients = Clients(
+            data, network, cross_entropy, layout, privacy=config, training=rules.training,
+            vectorize=vectorize, max_examples=max_examples,
+        )  # fmt: skip
+        history = ReleasedHistory(config, data.num_clients, layout.dims)
+        books = Books(history, budget, ledgers[-1], Processes()) if config.private else None
+        # As a secret one: noise of a public seed is not bound to what it hides.
+        key = NoiseKey(NoiseKey.from_seed(config.seed or 0)._secret, config.rng)
+        return OneByOne(clients, rules, key, books, Processes())
 
     yield make
     for ledger in ledgers:
@@ -126,7 +119,7 @@ def population(tmp_path):
 
 @pytest.fixture
 def global_params():
-    """Parameters of a network as ClientPopulation.release takes them."""
+    """Parameters of a network as a release takes them."""
 
     def get(network):
         return {name: p.detach().clone() for name, p in network.named_parameters()}

@@ -19,15 +19,17 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401
 
 import aadp_kernels._dispatch
-from fl_lightning import callbacks, checkpoint, fit, module, plots, population
+from fl_lightning import callbacks, checkpoint, fit, module, plots
+from fl_lightning.clients import Clients
+from fl_lightning.ledger import Ledger
 from fl_lightning.privacy import budget
 
 TOO_LONG = 60.0  # seconds; a run that has not ended by then is killed, and fails its test
 PLACES = {
     "preflight": (module.FederatedModule, "check"),
     "calibration": (budget.Budget, "calibrate"),
-    "training": (population.ClientPopulation, "train"),
-    "writing": (module.Ledger, "append"),
+    "training": (Clients, "train"),
+    "writing": (Ledger, "append"),
     "evaluation": (module.FederatedModule, "validation_step"),
     "checkpointing": (checkpoint.AtomicCheckpointIO, "save_checkpoint"),
     "testing": (module.FederatedModule, "test_step"),

@@ -209,7 +209,7 @@ def test_completed_rounds_go_on_in_another_number_of_processes(two, tmp_path):
             shutil.copytree(two / "short", folder, dirs_exist_ok=True)
             before = checkpoint(folder)
             module = go(**INTERRUPTED, folder=str(folder), resume=True)
-            assert module.budget.spent.tolist() == [5] * 5
+            assert module.run.budget.spent.tolist() == [5] * 5
             assert before["aadp_fl"]["processes"] == [2]
             assert checkpoint(folder)["aadp_fl"]["processes"] == [2, 1]
         assert charged(folder) == [(k, t, 0) for t in range(5) for k in range(5)]
@@ -268,11 +268,12 @@ SMALL = [
 ]
 FAULTS = """
 import os, signal
-from fl_lightning import _chain, population
+from fl_lightning import _chain
 from fl_lightning.fit import main
+from fl_lightning.one_by_one import OneByOne
 rank = int(os.environ.get("LOCAL_RANK", 0))
 fault = os.environ.get("FAULT", "")
-write, made = _chain.write_all, population.ClientPopulation.private_update
+write, made = _chain.write_all, OneByOne.draw
 
 def full(descriptor, data):
     if b'"round":2' in data:
@@ -289,7 +290,7 @@ def failing(self, clients, params, key, round):
 if fault == "disk full":
     _chain.write_all = full
 elif fault:
-    population.ClientPopulation.private_update = failing
+    OneByOne.draw = failing
 if __name__ == "__main__":
     main()
 """

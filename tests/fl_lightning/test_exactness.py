@@ -171,7 +171,7 @@ def test_releases_stand_in_the_ledger_with_what_their_tails_cost(
         NoiseEvent("gaussian", 0.5), cutoff=math.sqrt(128 * math.log(2)), streams=dims, delta=1e-3
     )
     assert 1e-14 < one.delta < 1e-9
-    for line in part.ledger:
+    for line in part.books.ledger:
         assert line.tail_delta == line.steps * one.delta
         assert line.epsilon_inflation == 0.0
 

@@ -315,14 +315,14 @@ def test_flat_noise_has_one_scale_for_all_layers(federation, population, global_
     everyone, params = torch.arange(6), global_params(network)
     release = noisy.release(everyone, params, 0, "x")
     with pytest.MonkeyPatch.context() as patch:
-        policy = silent.history.policy
+        policy = silent.books.history.policy
 
         def without_noise(ids, multiplier):
             made = policy(ids, multiplier)
             made.noise_scale.zero_()
             return made
 
-        patch.setattr(silent.history, "policy", without_noise)
+        patch.setattr(silent.books.history, "policy", without_noise)
         plain = silent.release(everyone, params, 0, "x")
     # lr 1 and sums divided by the 12 records of a client.
     parts = [12 * (release.update[n] - plain.update[n]).double().flatten() for n in params]
@@ -385,10 +385,12 @@ def test_votes_on_the_clipped_norm(federation, population, global_params):
             **rules, votes_on=votes_on, epsilon=None, noise_multiplier=0.0, seed=3
         )
         clients = population(data, network, config)
-        before = clients.history.l1_norm.clone()
+        before = clients.books.history.l1_norm.clone()
         release = clients.release(torch.arange(6), global_params(network), 0, "x")
         unclipped = 1 - release.sim_only["clipped_fraction"].double()
-        moved = (clients.history.l1_norm / before).log() / -config.quantile_lr + config.quantile
+        moved = (
+            clients.books.history.l1_norm / before
+        ).log() / -config.quantile_lr + config.quantile
         found[votes_on] = (moved, unclipped)
     moved, unclipped = found["clipped"]
     assert 0 < float(unclipped.mean()) < 1
@@ -419,7 +421,7 @@ def test_every_record_is_in_every_batch_of_rate_one(federation, population):
     network, data = make_network(), federation(60, clients=3)
     config = PrivacyConfig(thresholds="fixed", epsilon=None, noise_multiplier=1.0, seed=3)
     clients = population(data, network, config, local_steps=2)
-    first, second = clients._batches([0, 2], clients.key, 0)
+    first, second = clients.clients._batches([0, 2], clients.key, 0)
     assert first is second
     assert first.divisor.tolist() == [20, 20]
     for row, client in enumerate((0, 2)):
@@ -427,12 +429,12 @@ def test_every_record_is_in_every_batch_of_rate_one(federation, population):
         assert torch.equal(first.x[row], data.x[rows])
         assert torch.equal(first.y[row], data.y[rows])
     assert bool(first.mask.all())
-    for _ in clients._batches([1], clients.key, 0):
+    for _ in clients.clients._batches([1], clients.key, 0):
         pass
-    assert len(clients._whole) == 2
-    for _ in clients._batches([1, 2], clients.key, 0):
+    assert len(clients.clients._whole) == 2
+    for _ in clients.clients._batches([1, 2], clients.key, 0):
         pass
-    assert list(clients._whole) == [(1, 2)], "no record is held twice"
+    assert list(clients.clients._whole) == [(1, 2)], "no record is held twice"
 
 
 @pytest.mark.parametrize(

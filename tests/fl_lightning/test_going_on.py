@@ -125,7 +125,7 @@ def test_a_plan_is_kept_by_a_run_from_python(tmp_path):
     module = go(tmp_path, 2, privacy=RECORD, planned_rounds=None)
     with pytest.raises(ValueError, match=r"trainer\.max_epochs=3.* planned for 2 rounds"):
         go(tmp_path, 3, resume=True, privacy=RECORD, planned_rounds=None)
-    assert module._plan() == 2
+    assert module.run.planned_rounds == 2
     # Without privacy nothing was planned for.
     go(tmp_path / "none", 2, privacy={"setting": "none"}, planned_rounds=None)
     more = go(tmp_path / "none", 3, resume=True, privacy={"setting": "none"}, planned_rounds=None)
@@ -136,4 +136,4 @@ def test_a_plan_is_kept_by_a_run_from_python(tmp_path):
 def test_fewer_rounds_than_planned_keep_the_plan(tmp_path):
     go(tmp_path, 2, privacy=RECORD, planned_rounds=5)
     module = go(tmp_path, 3, resume=True, privacy=RECORD, planned_rounds=None)
-    assert module._plan() == 5
+    assert module.run.planned_rounds == 5

@@ -93,7 +93,7 @@ def test_a_row_a_client_of_what_was_released(federation, fit, setting: str) -> N
         assert row[0] == line.client
         assert row[first : first + 2] == list(line.clip_norm)
         assert row[first + 2 : first + 4] == list(line.shares)
-        assert row[first + 6 : first + 8] == module.history.l1_norm[line.client].tolist()
+        assert row[first + 6 : first + 8] == module.run.history.l1_norm[line.client].tolist()
     assert [row[1] for row in public[1]] == module.result.epsilon_spent.tolist()
     kind = "released" if proven else "sim_only"
     assert shown[f"{kind}/clip_norm/{layers[0]}/by_client"].tolist() == [

@@ -86,7 +86,7 @@ def config_of(case, z=0.8):
 def test_releases_are_the_unnoised_update_plus_exactly_scaled_noise(
     federation, population, global_params, case
 ):
-    """End to end through ClientPopulation: the same run without noise gives the private part.
+    """End to end through a release: the same run without noise gives the private part.
 
     Three rounds: policies of the later ones come from released history, and the smallest layer
     gives enough noise to tell its scale from two thirds of it.
@@ -98,20 +98,20 @@ def test_releases_are_the_unnoised_update_plus_exactly_scaled_noise(
     params = global_params(network)
     noise = {layer: [] for layer in range(3)}
     for round in range(3):
-        silent.history.load_state_dict(noisy.history.state_dict())
+        silent.books.history.load_state_dict(noisy.books.history.state_dict())
         # Coins hang on the multiplier too, so silence is put in where the noise is drawn.
         release = noisy.release(everyone, params, round, "x")
         with pytest.MonkeyPatch.context() as patch:
-            policy = silent.history.policy
+            policy = silent.books.history.policy
 
             def without_noise(ids, multiplier, policy=policy):
                 made = policy(ids, multiplier)
                 made.noise_scale.zero_()
                 return made
 
-            patch.setattr(silent.history, "policy", without_noise)
+            patch.setattr(silent.books.history, "policy", without_noise)
             private = silent.release(everyone, params, round, "x")
-        lines = [noisy.ledger.find(k, round)[0] for k in range(6)]
+        lines = [noisy.books.ledger.find(k, round)[0] for k in range(6)]
         for layer in range(3):
             difference = joined(release.update, network, layer) - joined(
                 private.update, network, layer
@@ -140,9 +140,9 @@ def test_released_votes_carry_exactly_scaled_noise(federation, population, globa
     data = federation(clients * each, clients=clients, fill=NAN)
     config, network = config_of(case, z), make_network()
     part = population(data, network, config, lr=lr)
-    before = part.history.l1_norm.clone()
+    before = part.books.history.l1_norm.clone()
     update = part.release(torch.arange(clients), global_params(network), 0, "x")
-    moved = (part.history.l1_norm / before).log()
+    moved = (part.books.history.l1_norm / before).log()
     votes = -each * moved / eta
     clip, shares = update.policy.clip_norm[0].tolist(), update.policy.shares[0].tolist()
     scales, sigma = formula_scales(config, z, clip, shares)
@@ -167,7 +167,7 @@ def test_the_ledger_charges_what_the_noise_is_worth(
     for round in range(2):
         update = part.release(torch.arange(3), params, round, "x")
         for k in range(3):
-            (line,) = part.ledger.find(k, round)
+            (line,) = part.books.ledger.find(k, round)
             assert line.steps == expected_steps
             assert line.first_step == round * expected_steps
             assert line.sampling_rate == (0.5 if config.unit == "record" else 1.0)
@@ -187,7 +187,7 @@ def test_the_ledger_charges_what_the_noise_is_worth(
                 total = sum(worth)
             assert total == pytest.approx(1 / line.noise_multiplier, rel=1e-9)
             assert line.noise_multiplier == 0.6
-    assert part.budget.spent.tolist() == [2 * expected_steps] * 3
+    assert part.books.budget.spent.tolist() == [2 * expected_steps] * 3
 
 
 def test_personal_multipliers_scale_the_noise_of_their_own_clients(
@@ -266,22 +266,22 @@ def test_replaying_a_release_gives_the_same_bytes_and_costs_nothing(
     config = PrivacyConfig(epsilon=None, noise_multiplier=1.0, seed=1)
     network, ids = make_network(), torch.arange(3)
     part, params = population(federation(), network, config), global_params(network)
-    start = part.history.state_dict()
+    start = part.books.history.state_dict()
     first = part.release(ids, params, 0, "x")
-    after = part.history.state_dict()
-    part.history.load_state_dict(start)
+    after = part.books.history.state_dict()
+    part.books.history.load_state_dict(start)
     again = part.release(ids, params, 0, "x")
-    assert len(part.ledger) == 3
-    assert part.budget.spent.tolist() == [1] * 3
+    assert len(part.books.ledger) == 3
+    assert part.books.budget.spent.tolist() == [1] * 3
     for name, value in first.update.items():
         assert torch.equal(again.update[name], value)
     for name, value in after.items():
-        assert torch.equal(part.history.state_dict()[name], value)
-    part.history.load_state_dict(start)
+        assert torch.equal(part.books.history.state_dict()[name], value)
+    part.books.history.load_state_dict(start)
     part.release(ids, {n: v + 1e-6 for n, v in params.items()}, 0, "x")
-    assert len(part.ledger) == 6
-    assert part.budget.spent.tolist() == [2] * 3
-    assert [line.attempt for line in part.ledger.find(0, 0)] == [0, 1]
+    assert len(part.books.ledger) == 6
+    assert part.books.budget.spent.tolist() == [2] * 3
+    assert [line.attempt for line in part.books.ledger.find(0, 0)] == [0, 1]
 
 
 def test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history(
@@ -290,19 +290,18 @@ def test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history(
     config = PrivacyConfig(epsilon=None, noise_multiplier=1.0, seed=1)
     network = make_network()
     part = population(federation(), network, config)
-    part.budget.affordable[1] = 0
-    start = part.history.state_dict()
+    part.books.budget.affordable[1] = 0
+    start = part.books.history.state_dict()
     update = part.release(torch.arange(3), global_params(network), 0, "x")
     assert update.clients.tolist() == [0, 2]
     assert all(len(v) == 2 for v in update.update.values())
     assert len(update.events) == len(update.policy.clip_norm) == 2
-    assert [line.client for line in part.ledger] == [0, 2]
-    now = part.history.state_dict()
+    assert [line.client for line in part.books.ledger] == [0, 2]
+    now = part.books.history.state_dict()
     for name in start:
         assert torch.equal(now[name][1], start[name][1])
     assert not torch.equal(now["l1_norm"][0], start["l1_norm"][0])
-    assert part.may_release(0, 1)
-    assert not part.may_release(1, 1)
+    assert part.can_take_part(np.arange(2), 1).tolist() == [True, False]
 
 
 # Records that are not finite ---------------------------------------------------------------------
@@ -388,7 +387,7 @@ def test_noised_rounds_stay_finite(federation, fit, setting, mechanism, bad):
         noise_multiplier=0.5, module_kwargs={"sampling_rate": 0.5, "local_steps": 2},
     )  # fmt: skip
     assert all(bool(p.isfinite().all()) for p in module.network.parameters())
-    for value in module.history.state_dict().values():
+    for value in module.run.history.state_dict().values():
         assert bool(value.isfinite().all())
     assert np.isfinite(module.result.clip_norm).all()
     assert module.result.nonfinite >= 1

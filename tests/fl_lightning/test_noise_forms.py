@@ -135,10 +135,12 @@ def test_grid_releases_are_whole_numbers_whatever_the_data(
                     assert bool((value.abs() > 1000).any())
             worst = float(torch.cat(off).max())
             assert (worst < 1e-3) == (form == "grid")
-            assert len({line.quantum for line in part.ledger} - {None}) == (form == "grid")
+            assert len({line.quantum for line in part.books.ledger} - {None}) == (form == "grid")
             if form == "grid":
                 coarsest = quantum_of(float(update.policy.noise_scale[0].max()), mechanism)
-                assert next(iter(part.ledger)).quantum == pytest.approx(coarsest, rel=1e-12, abs=0)
+                assert next(iter(part.books.ledger)).quantum == pytest.approx(
+                    coarsest, rel=1e-12, abs=0
+                )
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -155,7 +157,7 @@ def test_grid_sums_are_those_of_the_wide_form_but_for_the_quantum(
     policy = history.policy(torch.arange(2), torch.ones(2, dtype=torch.float64))
     data = federation(32, clients=2)
     part = population(data, network, config)
-    (batch,) = part._batches([0, 1], NoiseKey.from_seed(0), 0)
+    (batch,) = part.clients._batches([0, 1], NoiseKey.from_seed(0), 0)
     params = global_params(network)
     options = {"p": config.p, "max_examples": 5}
     for vectorize in (True, False):
@@ -269,9 +271,9 @@ def test_released_votes_carry_grid_noise_of_their_scale(
     torch.manual_seed(0)
     network = MLP(in_features=8, hidden=(5,), num_classes=3)
     part = population(data, network, config)
-    before = part.history.l1_norm.clone()
+    before = part.books.history.l1_norm.clone()
     update = part.release(torch.arange(clients), global_params(network), 0, "x")
-    votes = -each * (part.history.l1_norm / before).log() / eta
+    votes = -each * (part.books.history.l1_norm / before).log() / eta
     scale = float(update.policy.vote_noise_scale[0])
     exact = stats.norm if mechanism == "gaussian" else stats.laplace
     sample = votes.flatten().numpy() / scale
@@ -349,16 +351,16 @@ def test_epsilon_with_the_grid_is_the_continuous_one_plus_the_inflation(
     inflation, _ = grid.inexactness(mechanism, 45 + 18 + votes)
     event = NoiseEvent(mechanism, 2.0, 1.0, config.resolved_adjacency)
     continuous = compose_epsilon({event: steps}, 1e-3)
-    for line in part.ledger:
+    for line in part.books.ledger:
         assert line.epsilon_inflation == pytest.approx(line.steps * inflation, rel=1e-12, abs=0)
-    (facts, *_) = report(part.ledger.path).values()
-    charged = 1e-5 - math.fsum(line.tail_delta for line in part.ledger if line.client == 0)
+    (facts, *_) = report(part.books.ledger.path).values()
+    charged = 1e-5 - math.fsum(line.tail_delta for line in part.books.ledger if line.client == 0)
     assert charged < 1e-5
     assert charged == pytest.approx(1e-5, rel=1e-6)
     exact = compose_epsilon({event: steps}, charged)
     assert facts.epsilon - exact == pytest.approx(steps * inflation, rel=1e-3, abs=2e-15)
-    part.budget.spent[:] = steps
-    shown = part.budget.epsilon_spent()
+    part.books.budget.spent[:] = steps
+    shown = part.books.budget.epsilon_spent()
     assert float(shown[0]) >= continuous + steps * inflation
 
 
@@ -370,12 +372,12 @@ def test_pure_epsilon_of_a_whole_run(federation, fit, tmp_path):
         setting="client+local", mechanism="laplace", noise_form="grid", epsilon=4.0, delta=0.0,
     )  # fmt: skip
     plain = calibrate(mechanism="laplace", sampling_rate=1.0, steps=3, epsilon=4.0, delta=0.0)
-    assert float(module.budget.multiplier[0]) > plain == 0.75
+    assert float(module.run.budget.multiplier[0]) > plain == 0.75
     assert verify(module.ledger.path) == []
     inflation, _ = grid.inexactness("laplace", 63)
     for client in report(module.ledger.path).values():
         assert client.delta == 0.0
-        exact = 3 / float(module.budget.multiplier[0]) + 3 * inflation
+        exact = 3 / float(module.run.budget.multiplier[0]) + 3 * inflation
         assert client.epsilon == pytest.approx(exact, rel=1e-15)
         assert 4.0 * (1 - 1e-11) <= client.epsilon <= 4.0
     text = privacy_statement(module.ledger)

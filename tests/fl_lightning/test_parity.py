@@ -171,7 +171,7 @@ def test_public_cohorts_are_fedavg(federation, fit, privacy):
     module = fit(
         data, build(mlp), rounds=4, module_kwargs=SOME | {"clients_per_round": 2}, **privacy
     )
-    cohorts = module.schedule.tolist()
+    cohorts = module.run.schedule.tolist()
     assert len({tuple(sorted(c)) for c in cohorts}) > 1
     assert_same_model(module.network, some(data, cohorts=cohorts))
 
@@ -185,7 +185,7 @@ def test_secret_cohorts_are_fedavg_with_public_denominators(federation, fit, mon
         cohorts.append(mask.nonzero()[:, 0].tolist())
         return mask
 
-    monkeypatch.setattr("fl_lightning.pooled.poisson_mask", listen)
+    monkeypatch.setattr("fl_lightning.summed.poisson_mask", listen)
     options = SOME | {"clients_per_round": 2}
     module = fit(
         data, build(mlp), rounds=8, module_kwargs=options, setting="client+aggregator", **OPEN
@@ -203,7 +203,7 @@ def test_survivors_of_a_round_are_fedavg(federation, fit, setting):
         privacy |= {"min_survivors": 1}
     module = fit(data, build(mlp), rounds=4, module_kwargs=SOME | {"dropout": 0.4}, **privacy)
     everyone = np.arange(4)
-    cohorts = [everyone[~module.faults.failing(everyone, r)].tolist() for r in range(4)]
+    cohorts = [everyone[~module.rules.faults.failing(everyone, r)].tolist() for r in range(4)]
     assert 0 < min(map(len, cohorts)) < 4
     assert_same_model(module.network, some(data, cohorts=cohorts))
 
@@ -260,8 +260,8 @@ def test_memory_budget_does_not_change_the_model(federation, fit, setting):
         )
         for budget in (1.0, 1e-4, 1e-9)
     ]
-    assert models[0].clients_at_once >= 4
-    assert models[-1].clients_at_once == models[-1]._max_examples == 1
+    assert models[0].run.releases.clients.at_once >= 4
+    assert models[-1].run.releases.clients.at_once == models[-1].run.max_examples == 1
     for small in models[1:]:
         assert_same_model(small.network, models[0].network, atol=1e-5)
 

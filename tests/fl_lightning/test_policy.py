@@ -388,11 +388,11 @@ def test_private_records_of_this_round_do_not_move_its_policy(
             if released[0].policy.votes_at is not None:
                 assert torch.equal(other.policy.votes_at, released[0].policy.votes_at)
             assert not torch.equal(other.update["fc1.weight"], released[0].update["fc1.weight"])
-        histories = [part.history.l1_norm for part in parts]
+        histories = [part.books.history.l1_norm for part in parts]
         if config.resolved_thresholds != "fixed":
             assert not torch.equal(histories[0], histories[1])
         for part in parts[1:]:
-            part.history.load_state_dict(parts[0].history.state_dict())
+            part.books.history.load_state_dict(parts[0].books.history.state_dict())
 
 
 def test_policy_of_a_step_follows_from_votes_of_the_steps_before(
@@ -404,18 +404,18 @@ def test_policy_of_a_step_follows_from_votes_of_the_steps_before(
     network = MLP(in_features=8, hidden=(5,), num_classes=3)
     part = population(federation(), network, config, local_steps=3)
     seen = []
-    observe = part.history.observe_votes
-    part.history.observe_votes = lambda ids, votes, batch: (
+    observe = part.books.history.observe_votes
+    part.books.history.observe_votes = lambda ids, votes, batch: (
         seen.append((votes.clone(), batch.clone())), observe(ids, votes, batch)
     )  # fmt: skip
     update = part.release(torch.arange(3), global_params(network), 0, "x")
     assert len(seen) == 3
-    tracked = part.history.initial_l1_norm.repeat(3, 1)
+    tracked = part.books.history.initial_l1_norm.repeat(3, 1)
     for votes, batch in seen[:-1]:
         fraction = (votes / batch[:, None].double() + 0.5).clamp(0, 1)
         tracked = tracked * (-0.2 * (fraction - 0.5)).exp()
     torch.testing.assert_close(update.policy.votes_at, tracked)
-    want = math.sqrt(math.pi / 2) * tracked / part.history.dims.sqrt()
+    want = math.sqrt(math.pi / 2) * tracked / part.books.history.dims.sqrt()
     torch.testing.assert_close(update.policy.clip_norm, want)
 
 
@@ -449,4 +449,4 @@ def test_history_is_computed_from_the_released_bytes_alone(
         estimates.append(torch.stack(rows, 1))
         want = torch.stack(estimates).mean(0)
         assert bool((want > 0).all())
-        torch.testing.assert_close(part.history.l1_norm, want, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(part.books.history.l1_norm, want, rtol=1e-3, atol=1e-5)

@@ -248,7 +248,7 @@ def test_a_poisson_cohort_is_charged_to_everyone_with_amplification(federation, 
     reports = report_clients(module.ledger.header, module.ledger.releases)
     want = compose_epsilon({event: 4}, 0.01 - sum(r.tail_delta for r in module.ledger))
     assert [r.epsilon for r in reports.values()] == pytest.approx([want] * 10)
-    assert module.budget.spent.tolist() == [4] * 10
+    assert module.run.budget.spent.tolist() == [4] * 10
     assert module.result.participants == 3
 
 
@@ -261,8 +261,8 @@ def test_a_fixed_cohort_is_charged_without_amplification(federation, fit) -> Non
         )  # fmt: skip
         assert {line.sampling_rate for line in module.ledger} == {1.0}
         charged = np.bincount(np.concatenate([r.members(6) for r in module.ledger]), minlength=6)
-        assert charged.tolist() == np.bincount(module.schedule.ravel(), minlength=6).tolist()
-        assert module.budget.spent.tolist() == charged.tolist()
+        assert charged.tolist() == np.bincount(module.run.schedule.ravel(), minlength=6).tolist()
+        assert module.run.budget.spent.tolist() == charged.tolist()
 
 
 def test_personal_epsilons_become_weights(federation, fit) -> None:
@@ -299,7 +299,9 @@ def test_dropouts_are_not_charged_and_too_few_survivors_reveal_nothing(federatio
         data, network(), rounds=8, min_survivors=4, **options,
         module_kwargs={"dropout": 0.4, "seed": 2},
     )  # fmt: skip
-    survivors = [int((~module.faults.failing(np.arange(6), round)).sum()) for round in range(8)]
+    survivors = [
+        int((~module.rules.faults.failing(np.arange(6), round)).sum()) for round in range(8)
+    ]
     assert min(survivors) < 4 <= max(survivors)
     per_round = np.bincount([line.round for line in module.ledger], minlength=8)
     assert per_round.tolist() == [int(s >= 4) for s in survivors]
@@ -316,7 +318,7 @@ def test_late_uploads_are_charged_and_not_used(federation, fit) -> None:
     options |= {"thresholds": "fixed"}
     patient = fit(data, network(), rounds=1, **options)
     hurried = fit(data, network(), rounds=1, **options, module_kwargs={"deadline": 1.0})
-    late = hurried.faults.late(np.arange(6), 0)
+    late = hurried.rules.faults.late(np.arange(6), 0)
     assert 0 < late.sum() < 6
     assert len(hurried.ledger) == 6
     assert hurried.result.participants == 6
@@ -352,13 +354,13 @@ def test_a_client_that_paid_a_round_cannot_be_in_another_sum_of_it(federation, f
         data, network(), rounds=2, setting="client+aggregator", epsilon=2.0, delta=0.01,
         cohort_sampling="fixed", module_kwargs={"weighting": "uniform"},
     )  # fmt: skip
-    population, ledger = module.clients, module.ledger
+    releases, ledger = module.run.releases, module.ledger
     everyone = torch.arange(3)
     params = {n: p.detach() for n, p in module.network.named_parameters()}
-    assert not any(population.budget.can_release(k, 1) for k in range(3))
-    assert all(population.may_release(k, 1) for k in range(3))
+    assert not module.run.budget.can_pay_each(np.arange(3), 1).any()
+    assert releases.can_take_part(np.arange(3), 1).all()
     lines = len(ledger)
-    update = population.release(everyone, params, 1, "other inputs")
+    update = releases.release(everyone, params, 1, "other inputs")
     assert len(update.clients) == 0
     assert len(ledger) == lines
 

@@ -31,7 +31,7 @@ def test_three_and_three_rounds_are_six_bit_for_bit(tmp_path, setting, execution
     start = go(tmp_path / "start", 0, **options)
     assert not torch.equal(whole.network.fc1.weight, start.network.fc1.weight)
     same_tensors(whole.state_dict(), halves.state_dict())
-    same_tensors(whole.history.state_dict(), halves.history.state_dict())
+    same_tensors(whole.run.history.state_dict(), halves.run.history.state_dict())
     same_optimizers(whole, halves)
     for name in ("rounds.csv", "layers.csv"):
         assert rows(tmp_path / "whole" / name) == rows(tmp_path / "halves" / name)
@@ -75,7 +75,7 @@ def test_a_crash_between_ledger_and_checkpoint_costs_nothing(tmp_path, round, se
     after = (tmp_path / "ledger.jsonl").read_bytes()
     assert after.startswith(before)
     assert sorted(charged(tmp_path)) == sorted((k, t, 0) for k in range(CLIENTS) for t in range(8))
-    assert resumed.budget.spent.tolist() == [8] * CLIENTS
+    assert resumed.run.budget.spent.tolist() == [8] * CLIENTS
     if seed is not None:
         same_tensors(resumed.state_dict(), go(tmp_path / "whole", 8, privacy=privacy).state_dict())
 
@@ -130,7 +130,7 @@ def test_changed_inputs_draw_fresh_noise_and_are_charged(tmp_path, changed, befo
         assert first.binding != second.binding
         assert first.digest != second.digest
     steps = changed.get("local_steps", 1)
-    assert resumed.budget.spent.tolist() == [3 + 3 * steps] * CLIENTS
+    assert resumed.run.budget.spent.tolist() == [3 + 3 * steps] * CLIENTS
     assert ledgers.report(tmp_path)[0].steps == 3 + 3 * steps
 
 
@@ -191,7 +191,7 @@ def test_one_client_leaves_while_the_others_go_on(tmp_path):
     counts = [sum(1 for k, _, _ in charged(tmp_path) if k == c) for c in range(CLIENTS)]
     assert counts[0] == counts[2] == 8
     assert 1 <= counts[1] < 8
-    assert module.budget.affordable[1] == counts[1]
+    assert module.run.budget.affordable[1] == counts[1]
     assert ledgers.report(tmp_path)[1].epsilon <= 2.0
 
 
@@ -201,7 +201,7 @@ def test_the_secret_is_nowhere_else(tmp_path):
     secret = (tmp_path / "secret.key").read_bytes()
     assert len(secret) == 32
     assert (tmp_path / "secret.key").stat().st_mode & 0o777 == 0o600
-    words = b"".join(int(w).to_bytes(4, "little") for w in module._key.words)
+    words = b"".join(int(w).to_bytes(4, "little") for w in module.run.key.words)
     public = hashlib.blake2b(secret).hexdigest().encode()
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "secret.key"]
     assert {"last.ckpt", "ledger.jsonl", "rounds.csv", "layers.csv"} <= {p.name for p in files}

@@ -266,21 +266,21 @@ def test_rare_checkpoints_have_one_at_a_stop(
 # Processes that Lightning starts ----------------------------------------------------------------
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
-from fl_lightning import population
+from fl_lightning.clients import Clients
 from fl_lightning.fit import main
-train, calls = population.ClientPopulation.train, []
+train, calls = Clients.train, []
 
 def slow(self, *arguments):
     calls.append(1)
-    if len(calls) == 3 and self.processes.rank == 1:
+    if len(calls) == 3 and os.environ.get("LOCAL_RANK") == "1":
         Path("there").touch()
         time.sleep(600)
     return train(self, *arguments)
 
 if Path("slow").exists():
-    population.ClientPopulation.train = slow
+    Clients.train = slow
 if __name__ == "__main__":
     main()
 """

@@ -226,7 +226,7 @@ def test_cohorts_of_unequal_clients_are_charged_by_their_own_largest(
     # The dry round before the first one charges nobody.
     weighed = added[-len(charged) :]
     assert np.array(sorted(weighed)) == pytest.approx(np.array(sorted(charged)))
-    assert module.budget.spent.tolist() == times.tolist()
+    assert module.run.budget.spent.tolist() == times.tolist()
     found = accounts(ledger.header, ledger.releases)
     assert [found[k].releases for k in range(6)] == times.tolist()
     assert verify(module.run_path) == []

@@ -147,19 +147,8 @@ BUDGET = group(
     "fl_lightning/privacy/budget.py",
     f"{EXACTNESS} {MECHANISM}::test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history "
     "tests/fl_lightning/test_resume.py::test_clients_that_cannot_pay_leave_and_the_run_ends",
-    ("one step beyond the budget", "self.spent[client] + steps <= self.affordable[client]", "self.spent[client] + steps - 1 <= self.affordable[client]"),
+    ("one step beyond the budget", "self.spent[clients] + steps <= self.affordable[clients]", "self.spent[clients] + steps - 1 <= self.affordable[clients]"),
     ("displayed inflation missing", "known = known + extra.epsilon * np.arange(length + 1)", "known = known + 0"),
-)  # fmt: skip
-
-POPULATION = group(
-    "fl_lightning/population.py",
-    f"{MECHANISM} {EXACTNESS}",
-    ("steps charged once", "                    steps=update.steps,", "                    steps=1,"),
-    ("tails not written down", "tail_delta=update.steps * extra.delta", "tail_delta=0.0"),
-    ("nothing remembered as spent", "self.budget.spend(entry)", "pass"),
-    ("a replay is charged again", "fresh = [entries[i] for i in keep if not paid[i]]", "fresh = [entries[i] for i in keep]"),
-    ("noise not bound to the model", "[clients, multiplier, *params.values(), *before.values()]", "[clients, multiplier, *before.values()]", "the noise is bound once more to the values it is added to, which follow from the model"),
-    ("noise not bound to the round", "binding.round_key(self.key, context, round, redraw", "binding.round_key(self.key, context, 0, redraw"),
 )  # fmt: skip
 
 DENOISING = group(
@@ -190,7 +179,7 @@ DRY_ROUND = group(
     DRY,
     ("records alone not compared", "problem = mixed_records(", "problem = \"\" and mixed_records("),
     ("autograd on the network not compared", "problem = foreign_gradient(", "problem = \"\" and foreign_gradient("),
-    ("checkpoint not tried", "        _try_checkpoint(module, server)\n", ""),
+    ("checkpoint not tried", "        _try_checkpoint(proposed, server)\n", ""),
     ("vmap kept where it fails", "        except _CannotTrain as error:\n", "        except ZeroDivisionError as error:\n"),
 )  # fmt: skip
 
@@ -215,7 +204,7 @@ TRANSFORMED = group(
 TRANSFORM_REFUSED = group(
     "fl_lightning/preflight.py",
     TRANSFORM,
-    ("a transform that learns accepted", "if data.transform_problem and module.privacy.private:", "if False:"),
+    ("a transform that learns accepted", "if data.transform_problem and private:", "if False:"),
 )  # fmt: skip
 
 TRAINER = "tests/fl_lightning/test_trainer_check.py"
@@ -224,8 +213,8 @@ CALLBACK_CHECK = group(
     TRAINER,
     ("callbacks that replace weights accepted", "if isinstance(callback, kind):", "if False:"),
     ("only the class itself refused", "if isinstance(callback, kind):", "if type(callback) is kind:"),
-    ("private figures may decide", "if monitor.startswith(_PRIVATE) and module.privacy.private:", "if False:"),
-    ("figures that nobody logs accepted", "if not _is_logged(monitor, module, trainer):", "if False:"),
+    ("private figures may decide", "if monitor.startswith(_PRIVATE) and proposed.rules.privacy.private:", "if False:"),
+    ("figures that nobody logs accepted", "if not _is_logged(monitor, proposed):", "if False:"),
     ("figures of others refused", "return True  # what others log is not known", "return False"),
 )  # fmt: skip
 
@@ -396,7 +385,7 @@ CONVOLUTIONS = group(
 
 MUTATIONS = [
     *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
-    *FLAT, *BUDGET, *POPULATION, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
+    *FLAT, *BUDGET, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
     *TRANSFORM_CHECK, *TRANSFORMED, *TRANSFORM_REFUSED, *CALLBACK_CHECK, *TRAINER_CHECK, *LABELS,
     *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,

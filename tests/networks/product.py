@@ -107,7 +107,7 @@ def accepted(
         trainer = _trainer()
         module.trainer = trainer
         trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]
-        vmaps = check_run(module, data, trainer)
+        vmaps = check_run(module.proposed(data, trainer))
     except ValueError as error:
         raise Refused(str(error)) from error
     return module, vmaps

@@ -11,34 +11,11 @@ from torch import Tensor
 
 from fl_lightning.aggregate import WeightedMean
 from fl_lightning.client import columns
-from fl_lightning.ledger import Ledger
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.processes import Processes
-from fl_lightning.release import Release
 from fl_lightning.types import LayerPolicy, Params, PrivateUpdate
 
 _POLICY = ("clip_norm", "shares", "contribution", "noise_scale")
-
-
-def record(ledger: Ledger, releases: list[Release], processes: Processes) -> None:
-    """Write releases down, once, before any process hands them out.
-
-    Args:
-        ledger: the file in process 0, a copy elsewhere.
-        releases: of all processes, the same list everywhere.
-        processes: those of the run.
-
-    Raises:
-        LedgerError: in every process, if process 0 cannot write; none of the releases counts.
-    """
-
-    def write() -> str:
-        ledger.append(releases)
-        return ledger.head_hash
-
-    digest = processes.first(write)
-    if processes.rank:
-        ledger.follow(releases, digest)
 
 
 def check_agreement(processes: Processes, state: list[Tensor]) -> None:

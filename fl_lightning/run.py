@@ -1,0 +1,331 @@
+"""What is settled before the first round: secret, ledger, budget, history, and who trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aadp_kernels import Layout, NoiseKey
+from fl_lightning import binding, secrets
+from fl_lightning.claim import Books
+from fl_lightning.client import Loss, bytes_per_example, faster_execution, input_dtype
+from fl_lightning.clients import Clients
+from fl_lightning.cohort import cohort_schedule, participations_of
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.header import ledger_header
+from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.one_by_one import OneByOne
+from fl_lightning.privacy.budget import Budget
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.processes import Processes
+from fl_lightning.resumption import check_promise
+from fl_lightning.rules import Rules
+from fl_lightning.summed import Summed, noise_parts_needed
+from fl_lightning.types import Params
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run is to be, before anything of it exists.
+
+    Args:
+        rules: of the run.
+        network: the global model, on its device.
+        loss: loss of each record.
+        layout: trained parameters and their layers.
+        data: records and who holds them.
+        folder: of the run.
+        processes: those of the run.
+        vmaps: whether clients can be trained together under vmap.
+        resumed: state of the checkpoint that the run goes on from, or None.
+    """
+
+    rules: Rules
+    network: nn.Module
+    loss: Loss
+    layout: Layout
+    data: FederatedDataModule
+    folder: Path
+    processes: Processes
+    vmaps: bool
+    resumed: dict[str, Any] | None
+
+    def params(self) -> Params:
+        """The trained parameters."""
+        parameters = dict(self.network.named_parameters())
+        return {name: parameters[name].detach() for name in self.layout.names}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the rounds of a run share.
+
+    Args:
+        wanted: what was asked for.
+        planned_rounds: rounds that cohorts and noise are planned for.
+        schedule: clients of every planned round, int64 [rounds, m].
+        history: what releases showed.
+        budget: noise multipliers, and steps spent.
+        ledger: where releases are written; None without privacy.
+        key: the run's secret.
+        run_id: public name of the secret.
+        records: public name of the records and who holds them.
+        releases: how numbers leave the clients.
+        max_examples: records computed at once.
+        process_counts: how many processes the run began with, then how many it went on with.
+        last_paid_round: last round in the ledger when the run began, -1 if none.
+    """
+
+    wanted: Wanted
+    planned_rounds: int
+    schedule: np.ndarray
+    history: ReleasedHistory
+    budget: Budget
+    ledger: Ledger | None
+    key: NoiseKey
+    run_id: str
+    records: str
+    releases: OneByOne | Summed
+    max_examples: int
+    process_counts: list[int]
+    last_paid_round: int
+
+    def cohort(self, round: int) -> Tensor:
+        """Clients that take part in a round: those on the schedule that can still pay, [m]."""
+        return self.releases.cohort(self.schedule[round], round)
+
+    def context(self, cohort: Tensor) -> str:
+        """Digest of all that a round's updates depend on and that the round does not hold."""
+        wanted, clients = self.wanted, self.releases.clients
+        return binding.round_context(
+            wanted.network,
+            wanted.loss,
+            data=wanted.data.digest(),
+            rules=(wanted.rules.privacy, clients.training),
+            execution=(str(clients.device), int(clients.vectorize), self.max_examples),
+            cohort=cohort,
+            processes=self.process_counts,
+            bits=wanted.rules.privacy.seed is None,
+        )
+
+    def epsilon_spent(self) -> np.ndarray:
+        """Upper bound of ε so far of every client, [K]; infinite without privacy."""
+        if self.ledger is None:
+            return np.full(self.wanted.data.num_clients, np.inf)
+        return self.budget.epsilon_spent()
+
+    def nobody_is_left(self, round: int) -> bool:
+        """Whether no client can pay for another round and none that is paid for is left to repeat.
+
+        After a crash the ledger may be ahead of the checkpoint by whole rounds.
+        """
+        if self.ledger is None or round < self.last_paid_round:
+            return False
+        return self.budget.nobody_can_pay(self.wanted.rules.steps_a_release)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: everything but the secret, which stays in its private file."""
+        return {
+            "history": self.history.checkpoint(),
+            "budget": self.budget.state_dict(),
+            "planned_rounds": self.planned_rounds,
+            "vectorize": self.releases.clients.vectorize,
+            "processes": self.process_counts,
+            "run_id": self.run_id,
+            "releases": 0 if self.ledger is None else len(self.ledger),
+            "ledger_head": None if self.ledger is None else self.ledger.head_hash,
+        }
+
+
+def planned_rounds(rules: Rules, max_epochs: int | None, resumed: dict[str, Any] | None) -> int:
+    """Rounds that cohorts and noise are planned for; a private run keeps its plan."""
+    kept = (resumed or {}).get("planned_rounds") if rules.privacy.private else None
+    planned = kept or rules.planned_rounds or max_epochs
+    assert planned is not None
+    return planned
+
+
+def begin_run(wanted: Wanted, planned: int) -> Run:
+    """Calibrate or restore the noise, open the ledger, choose how clients train together.
+
+    Raises:
+        ValueError: naming the argument and its value.
+        LedgerError: the ledger is not that of the run.
+    """
+    rules, data, resumed = wanted.rules, wanted.data, wanted.resumed
+    counts = _share_start(wanted)
+    everyone = data.num_clients
+    rate = rules.cohort_rate(everyone)
+    size = everyone if rate else rules.cohort_size(everyone)
+    schedule = cohort_schedule(everyone, size, planned, rules.seed)
+    histories = 1 if rules.privacy.pooled else everyone
+    history = ReleasedHistory(rules.privacy, histories, wanted.layout.dims)
+    budget = _budget(wanted, schedule, rate)
+    key = _find_key(wanted)
+    run_id = secrets.public_name(key.derive("run"))
+    records = secrets.public_name(key.derive("records", data.digest()))
+    if resumed is not None:
+        if resumed["run_id"] != run_id:
+            raise LedgerError(
+                f"{wanted.folder}: the checkpoint is of another run than the secret there"
+            )
+        check_promise(rules, resumed["promise"], records)
+        history.load_checkpoint(resumed["history"])
+        budget.load_state_dict(resumed["budget"])
+    ledger = _open_ledger(wanted, budget, run_id) if rules.privacy.private else None
+    last_paid_round = -1
+    for release in ledger or ():
+        budget.spend(release)
+        last_paid_round = max(last_paid_round, release.round)
+    example = data.x[0].to(
+        next(wanted.network.parameters()).device, input_dtype(wanted.network, data.x)
+    )
+    memory = rules.memory_budget * 2**30
+    max_examples = max(1, int(memory / bytes_per_example(wanted.network, example)))
+    books = None if ledger is None else Books(history, budget, ledger, wanted.processes)
+    return Run(
+        wanted=wanted,
+        planned_rounds=planned,
+        schedule=schedule,
+        history=history,
+        budget=budget,
+        ledger=ledger,
+        key=key,
+        run_id=run_id,
+        records=records,
+        releases=_releases(wanted, key, books, max_examples),
+        max_examples=max_examples,
+        process_counts=counts,
+        last_paid_round=last_paid_round,
+    )
+
+
+def _share_start(wanted: Wanted) -> list[int]:
+    """One model in all processes; how many there were and are."""
+    processes = wanted.processes
+    if processes.size > 1:
+        state = wanted.network.state_dict
+        known = processes.first(lambda: {n: v.cpu() for n, v in state().items()})
+        wanted.network.load_state_dict(known)
+    counts = [] if wanted.resumed is None else list(wanted.resumed.get("processes", [1]))
+    return counts if counts[-1:] == [processes.size] else [*counts, processes.size]
+
+
+def _budget(wanted: Wanted, schedule: np.ndarray, cohort_rate: float | None) -> Budget:
+    """Multipliers for the schedule, calibrated unless a checkpoint has them."""
+    rules, everyone = wanted.rules, wanted.data.num_clients
+    steps = rules.steps_a_release
+    budget = Budget(
+        rules.privacy,
+        (participations_of(schedule, everyone) * steps).tolist(),
+        (rules.sampling_rate if rules.privacy.unit == "record" else cohort_rate) or 1.0,
+        wanted.layout.dims,
+        noise_parts_needed(rules, everyone),
+    )
+    if wanted.resumed is None and rules.privacy.private:
+
+        def calibrated() -> dict[str, object]:
+            budget.calibrate(steps)
+            return budget.state_dict()
+
+        budget.load_state_dict(wanted.processes.first(calibrated))
+    return budget
+
+
+def _find_key(wanted: Wanted) -> NoiseKey:
+    """The key of the run, which process 0 makes and the others read in the same folder."""
+    rules, folder, processes = wanted.rules, wanted.folder, wanted.processes
+    if len(set(processes.together(lambda: str(folder.absolute())))) > 1:
+        raise ValueError(
+            f"run_dir={folder}: the processes of the run have different folders; give --run_dir, "
+            "one that all of them see"
+        )
+    # Without privacy there is nothing to keep secret: the coins follow the public seed.
+    seed = rules.privacy.seed if rules.privacy.private else rules.seed
+
+    def key(resume: bool) -> NoiseKey:
+        return secrets.run_key(folder, seed=seed, rng=rules.privacy.rng, resume=resume)
+
+    def make() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        key(wanted.resumed is not None)
+
+    processes.first(make)
+    return key(True)
+
+
+def _open_ledger(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
+    """The ledger: the file itself in process 0, a copy elsewhere."""
+    opened: list[Ledger] = []
+
+    def facts() -> tuple[Any, ...]:
+        opened.append(ledger := _ledger_file(wanted, budget, run_id))
+        return ledger.header, ledger.releases, ledger.head_hash
+
+    known = wanted.processes.first(facts)
+    return opened[0] if opened else Ledger.copy_of(wanted.folder, *known)
+
+
+def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
+    if wanted.resumed is None:
+        header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
+        return Ledger.create(wanted.folder, header)
+    ledger = Ledger.open(wanted.folder, wanted.resumed)
+    if wanted.rules.privacy.pooled and not ledger.header.get("schema"):
+        ledger.close()
+        raise LedgerError(
+            f"{wanted.folder}: the ledger is of schema 0, which had a line for every client of "
+            "a sum: go on with the version that began the run, or start a new one"
+        )
+    return ledger
+
+
+def _releases(
+    wanted: Wanted, key: NoiseKey, books: Books | None, max_examples: int
+) -> OneByOne | Summed:
+    """How numbers leave the clients, in the execution that is faster."""
+    rules, data = wanted.rules, wanted.data
+
+    def clients(vectorize: bool) -> Clients:
+        return Clients(
+            data,
+            wanted.network,
+            wanted.loss,
+            wanted.layout,
+            privacy=rules.privacy,
+            training=rules.training,
+            vectorize=vectorize,
+            max_examples=max_examples,
+            at_once=rules.clients_at_once(int(data.client_sizes.max()), max_examples),
+        )
+
+    chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
+    if rules.privacy.pooled:
+        assert books is not None
+        return Summed(chosen, rules, key, books)
+    return OneByOne(chosen, rules, key, books, wanted.processes)
+
+
+def _choose_execution(
+    wanted: Wanted, clients: Callable[[bool], Clients], books: Books | None
+) -> bool:
+    """Whether clients train together under vmap."""
+    if wanted.resumed is not None:
+        return bool(wanted.resumed["vectorize"])
+    if wanted.rules.execution != "auto" or not wanted.vmaps:
+        return wanted.vmaps
+    params, policy = wanted.params(), None
+    if wanted.rules.privacy.unit == "record":
+        assert books is not None
+        few = torch.arange(min(wanted.data.num_clients, 1024))
+        policy = books.history.policy(few, books.budget.multiplier[few])
+    vectorize, reason = faster_execution(lambda v: clients(v).rehearse(params, policy))
+    logging.getLogger("pytorch_lightning").info(reason)
+    return vectorize
