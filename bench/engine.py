@@ -39,8 +39,8 @@ def fl_lightning(problem: dict[str, Any]) -> None:
         PrivacyConfig,
         from_arrays,
     )
-    from fl_lightning.callbacks import RoundRecorder
-    from fl_lightning.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+    from fl_lightning.output.callbacks import RoundRecorder
+    from fl_lightning.output.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 
     class Turn(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -23,18 +23,23 @@ import numpy as np
 import torch
 
 from aadp_kernels import tail_cutoff, vote_noise
+from fl_lightning.accounting.sum_costs import (
+    client_multipliers,
+    extra_of,
+    largest_extra,
+    spent_digest,
+)
 from fl_lightning.ledger import Ledger, read, verify
-from fl_lightning.privacy.accounting import NoiseEvent
 from fl_lightning.privacy.weights import pooled_weights
-from fl_lightning.release import ALL_CLIENTS, Release
-from fl_lightning.sums import client_multipliers, extra_of, largest_extra, spent_digest
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import ALL_CLIENTS, Release
 
 LAYERS, SHARE = (8, 4), 0.05
 
 
 def header_of(clients: int, rounds: int) -> dict[str, Any]:
     """Facts of a run of sums, calibrated in closed form: no coins, one noise a round."""
-    from fl_lightning.privacy.accounting import calibrate
+    from fl_lightning.accounting.composition import calibrate
 
     sizes = [float(10 + k % 91) for k in range(clients)]
     targets, delta = [(4.0, 6.0, 8.0)[k % 3] for k in range(clients)], 1e-5

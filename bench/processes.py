@@ -22,8 +22,8 @@ import torch
 
 from bench import pages
 from bench.headline import ROOT, machine
-from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.data import Arrays, from_arrays
+from fl_lightning.output.checkpoint import CHECKPOINT
 
 RESULTS = ROOT / "bench" / "results" / "processes.json"
 PLACE = (pages.BENCHMARKS, "processes table")

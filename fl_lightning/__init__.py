@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fl_lightning.data import FederatedDataModule, from_arrays
     from fl_lightning.module import FederatedModule
     from fl_lightning.privacy.config import PrivacyConfig
-    from fl_lightning.strategy import ClientParallelStrategy
+    from fl_lightning.processes.strategy import ClientParallelStrategy
 
 __version__ = "0.1.0"  # that of aadp_kernels, which pyproject.toml takes
 
@@ -26,7 +26,7 @@ __all__ = [
     "from_arrays",
 ]
 _HOMES = {
-    "ClientParallelStrategy": "fl_lightning.strategy",
+    "ClientParallelStrategy": "fl_lightning.processes.strategy",
     "FederatedDataModule": "fl_lightning.data",
     "FederatedModule": "fl_lightning.module",
     "PrivacyConfig": "fl_lightning.privacy.config",

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fl_lightning._ledger_report import any_nominal, headline, report_clients, show_number
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO
-from fl_lightning.console import say
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.ledger.report import any_nominal, headline, report_clients, show_number
+from fl_lightning.ledger.statement import privacy_statement
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
+from fl_lightning.output.console import say
 from fl_lightning.privacy.simulated import simulated_reason
-from fl_lightning.privacy.statement import privacy_statement
 
 _PREFIX = "network."
 

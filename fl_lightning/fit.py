@@ -23,24 +23,32 @@ from jsonargparse.typing import lazy_instance
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from fl_lightning.callbacks import ClientTables, RoundProgress, RoundRecorder
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
-from fl_lightning.class_arguments import arguments_end_with_their_class, class_before_its_arguments
-from fl_lightning.console import say, speak_any_encoding
+from fl_lightning.command.class_arguments import (
+    arguments_end_with_their_class,
+    class_before_its_arguments,
+)
+from fl_lightning.command.restarts import settle
+from fl_lightning.command.run_folder import (
+    RunFolder,
+    holds_rounds,
+    last_checkpoint,
+    run_of_checkpoint,
+)
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.finish import finish_run, test_once
-from fl_lightning.launching import stop_of, stoppable
 from fl_lightning.ledger import LedgerError
-from fl_lightning.loggers import default_logger, tensorboard_logger
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
+from fl_lightning.output.callbacks import ClientTables, RoundProgress, RoundRecorder
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.output.console import say, speak_any_encoding
+from fl_lightning.output.finish import finish_run, test_once
+from fl_lightning.output.loggers import default_logger, tensorboard_logger
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.processes import came_from_another
-from fl_lightning.restarts import settle
+from fl_lightning.processes.launching import stop_of, stoppable
+from fl_lightning.processes.stopping import Stop
+from fl_lightning.processes.strategy import ClientParallelStrategy
+from fl_lightning.processes.together import came_from_another
 from fl_lightning.resumption import rounds_done
-from fl_lightning.run_folder import RunFolder, holds_rounds, last_checkpoint, run_of_checkpoint
-from fl_lightning.stopping import Stop
-from fl_lightning.strategy import ClientParallelStrategy
 
 SUBCOMMANDS = ("fit",)
 _RUN_DIR = "AADP_FL_RUN_DIR"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from aadp_kernels import Layout, tail_cutoff
+from fl_lightning.accounting.budget import UNLIMITED, Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import SCHEMA
-from fl_lightning.privacy.budget import UNLIMITED, Budget
 from fl_lightning.privacy.simulated import simulated_because
+from fl_lightning.release.summed import sum_rules
 from fl_lightning.rules import Rules
-from fl_lightning.summed import sum_rules
 
 _ARITHMETIC = {
     "wide": "float32 gradients, float64 noise",

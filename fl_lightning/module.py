@@ -14,24 +14,24 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from aadp_kernels import Layout
-from fl_lightning.add_up import check_agreement
-from fl_lightning.aggregate import WeightedMean
-from fl_lightning.client import input_dtype
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.evaluation import batch_sums, class_scores, record_loss
-from fl_lightning.faults import Faults
 from fl_lightning.ledger import Ledger
-from fl_lightning.network_check import check_network
-from fl_lightning.preflight import check_run
+from fl_lightning.local.batches import input_dtype
+from fl_lightning.networks.check import check_network
+from fl_lightning.networks.outputs import batch_sums, class_scores, record_loss
+from fl_lightning.preflight.checks import check_run
+from fl_lightning.preflight.proposed_run import ProposedRun, trained_layers
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.processes import Processes
-from fl_lightning.proposed_run import ProposedRun, trained_layers
+from fl_lightning.processes.strategy import processes_of
+from fl_lightning.processes.together import Processes
 from fl_lightning.resumption import check_resumption, promise_of, run_facts, training_facts
 from fl_lightning.rules import Rules
 from fl_lightning.run import Run, Wanted, begin_run, planned_rounds
-from fl_lightning.server_step import make_optimizer, make_schedule
-from fl_lightning.strategy import processes_of
-from fl_lightning.types import RoundResult
+from fl_lightning.server.add_up import check_agreement
+from fl_lightning.server.aggregate import WeightedMean
+from fl_lightning.server.faults import Faults
+from fl_lightning.server.optimizer import make_optimizer, make_schedule
+from fl_lightning.values.round import RoundResult
 
 
 def server_sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from fl_lightning.aggregate import WEIGHTINGS
-from fl_lightning.faults import Faults
-from fl_lightning.local_rules import LocalTraining
+from fl_lightning.local.rules import LocalTraining
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.server.aggregate import WEIGHTINGS
+from fl_lightning.server.faults import Faults
 
 EXECUTIONS = ("auto", "vmap", "loop")
 

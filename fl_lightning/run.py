@@ -13,22 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey
-from fl_lightning import binding, secrets
-from fl_lightning.claim import Books
-from fl_lightning.client import Loss, bytes_per_example, faster_execution, input_dtype
-from fl_lightning.clients import Clients
-from fl_lightning.cohort import cohort_schedule, participations_of
+from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.header import ledger_header
+from fl_lightning.keys import binding, run_key
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.one_by_one import OneByOne
-from fl_lightning.privacy.budget import Budget
+from fl_lightning.local.batches import input_dtype
+from fl_lightning.local.execution import bytes_per_example, faster_execution
+from fl_lightning.local.gradient import Loss
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.processes import Processes
+from fl_lightning.processes.together import Processes
+from fl_lightning.release.claim import Books
+from fl_lightning.release.clients import Clients
+from fl_lightning.release.one_by_one import OneByOne
+from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
 from fl_lightning.rules import Rules
-from fl_lightning.summed import Summed, noise_parts_needed
-from fl_lightning.types import Params
+from fl_lightning.server.cohort import cohort_schedule, participations_of
+from fl_lightning.values.round import Params
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
     history = ReleasedHistory(rules.privacy, histories, wanted.layout.dims)
     budget = _budget(wanted, schedule, rate)
     key = _find_key(wanted)
-    run_id = secrets.public_name(key.derive("run"))
-    records = secrets.public_name(key.derive("records", data.digest()))
+    run_id = run_key.public_name(key.derive("run"))
+    records = run_key.public_name(key.derive("records", data.digest()))
     if resumed is not None:
         if resumed["run_id"] != run_id:
             raise LedgerError(
@@ -251,7 +253,7 @@ def _find_key(wanted: Wanted) -> NoiseKey:
     seed = rules.privacy.seed if rules.privacy.private else rules.seed
 
     def key(resume: bool) -> NoiseKey:
-        return secrets.run_key(folder, seed=seed, rng=rules.privacy.rng, resume=resume)
+        return run_key.run_key(folder, seed=seed, rng=rules.privacy.rng, resume=resume)
 
     def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,11 @@ from aadp_kernels import (
     layer_norms,
     with_clipping,
 )
-from fl_lightning.client import Batch, CohortGradient, Loss
-from fl_lightning.functional import apply_with
-from fl_lightning.network_state import with_parameters
-from fl_lightning.privacy.flat import (
+from fl_lightning.local.batches import Batch
+from fl_lightning.local.gradient import CohortGradient, Loss
+from fl_lightning.networks.functional import apply_with
+from fl_lightning.networks.state import with_parameters
+from fl_lightning.privacy.one_factor import (
     ROUNDING,
     ClippedSums,
     clip_factors,
@@ -35,7 +36,7 @@ from fl_lightning.privacy.flat import (
     flat_sums,
     layer_units,
 )
-from fl_lightning.types import LayerPolicy, Params
+from fl_lightning.values.round import LayerPolicy, Params
 
 _LOG = logging.getLogger("pytorch_lightning")
 # Clip-in-backward shortens a record that it clips by so many machine epsilons more (numba).

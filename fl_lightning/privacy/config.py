@@ -79,7 +79,7 @@ class PrivacyConfig:
             gradient (``flat``), which then counts as one layer for clip norms, votes and shares; or
             (``joint``, under record+local) the whole gradient by the norm in which each layer is
             measured by its own noise. Joint clipping has the noise of ``layer``, keeps the
-            direction of each gradient, and shortens fewer (fl_lightning/privacy/flat.py).
+            direction of each gradient, and shortens fewer (fl_lightning/privacy/one_factor.py).
         clip_function: ``clip`` scales what is longer than C down to C; ``automatic`` scales every
             record's gradient g to C·g/(‖g‖+0.01) (Bu et al., 2022, arXiv:2206.07136), for flat
             clipping of dense layers under record+local.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import noise_scales, vote_noise
-from fl_lightning.client import flat_rows
+from fl_lightning.local.rows import flat_rows
 from fl_lightning.privacy.allocation import layer_shares
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.contribution import contribution
@@ -21,7 +21,7 @@ from fl_lightning.privacy.thresholds import (
     quantile_step,
     released_clip_norms,
 )
-from fl_lightning.types import LayerPolicy
+from fl_lightning.values.round import LayerPolicy
 
 RAW_HISTORY = 5
 

@@ -19,13 +19,14 @@ from aadp_kernels import (
     privatize_,
     sample_noise,
 )
-from fl_lightning import binding
-from fl_lightning.client import Batch, columns, per_row
-from fl_lightning.privacy.accounting import NoiseEvent
+from fl_lightning.keys import binding
+from fl_lightning.local.batches import Batch
+from fl_lightning.local.rows import columns, per_row
 from fl_lightning.privacy.clipping import ClippedSums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.types import LayerPolicy, Params, PrivateUpdate
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.round import LayerPolicy, Params, PrivateUpdate
 
 # Where aadp_kernels.grid clamps sums before and after the noise, in quanta: 4096 octaves.
 VOTE_LIMIT = 4096 << 30

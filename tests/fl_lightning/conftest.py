@@ -8,15 +8,15 @@ import torch
 
 from aadp_kernels import NoiseKey
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
-from fl_lightning.claim import Books
-from fl_lightning.clients import Clients
+from fl_lightning.accounting.budget import Budget
 from fl_lightning.ledger import Ledger
 from fl_lightning.module import cross_entropy
-from fl_lightning.one_by_one import OneByOne
-from fl_lightning.privacy.budget import Budget
+from fl_lightning.preflight.proposed_run import trained_layers
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.processes import Processes
-from fl_lightning.proposed_run import trained_layers
+from fl_lightning.processes.together import Processes
+from fl_lightning.release.claim import Books
+from fl_lightning.release.clients import Clients
+from fl_lightning.release.one_by_one import OneByOne
 from fl_lightning.rules import Rules
 from tests.fl_lightning.killing import Zygote
 

@@ -23,9 +23,9 @@ from fl_lightning import (
     PrivacyConfig,
     from_arrays,
 )
-from fl_lightning.callbacks import RoundRecorder
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.models import MLP
+from fl_lightning.output.callbacks import RoundRecorder
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 
 
 def momentum(parameters: Any) -> torch.optim.Optimizer:

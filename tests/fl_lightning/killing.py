@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fl_lightning import ledger as ledgers
-from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.output.checkpoint import CHECKPOINT
 
 SIGKILL = -9
 SECRET = bytes(range(32))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fl_lightning import _chain
-from fl_lightning._ledger_report import report_clients
-from fl_lightning.privacy.statement import privacy_statement
+from fl_lightning.ledger import chain
+from fl_lightning.ledger.report import report_clients
+from fl_lightning.ledger.statement import privacy_statement
 from tests.fl_lightning.resuming import go
 
 Entries = list[dict[str, Any]]
@@ -86,11 +86,11 @@ def reseal(entries: Entries, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     digest, lines = None, []
     for entry in entries:
-        line, digest = _chain.seal(entry, digest)
+        line, digest = chain.seal(entry, digest)
         lines.append(line)
     (folder / "ledger.jsonl").write_bytes(b"".join(lines))
     assert digest is not None
-    _chain.write_head(folder / "ledger.jsonl", len(lines), digest)
+    chain.write_head(folder / "ledger.jsonl", len(lines), digest)
     return folder
 
 

@@ -9,9 +9,9 @@ import torch
 
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
 from fl_lightning import ledger as ledgers
-from fl_lightning.callbacks import RoundRecorder
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.models import MLP
+from fl_lightning.output.callbacks import RoundRecorder
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
 
 CLIENTS = 3
 RECORD = {"noise_multiplier": 1.0, "epsilon": None, "clip_norm": 1.0}

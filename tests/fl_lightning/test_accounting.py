@@ -10,14 +10,14 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as plds
 from scipy import integrate
 
-from fl_lightning.privacy import accounting
-from fl_lightning.privacy.accounting import (
-    NoiseEvent,
+from fl_lightning.accounting.composition import (
     affordable_steps,
     calibrate,
     compose_epsilon,
     epsilon_upper_curve,
 )
+from fl_lightning.privacy import accounting
+from fl_lightning.values.event import NoiseEvent
 
 DELTA = 1e-5
 
@@ -372,7 +372,7 @@ def test_renyi_bound_of_sampled_replace_one_is_above_and_close(
 def test_replacement_divergence_by_direct_integration() -> None:
     from scipy import integrate, stats
 
-    from fl_lightning.privacy.accounting import _ORDERS, _replacement_rdp
+    from fl_lightning.accounting.composition import _ORDERS, _replacement_rdp
 
     q, shift, order = 0.3, 0.8, 3.0
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from aadp_kernels import Layout
 from fl_lightning import PrivacyConfig
-from fl_lightning.aggregate import WeightedMean, client_weights
-from fl_lightning.types import LayerPolicy
+from fl_lightning.server.aggregate import WeightedMean, client_weights
+from fl_lightning.values.round import LayerPolicy
 
 SIZES = torch.tensor([10, 30, 60])
 NETWORK = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))

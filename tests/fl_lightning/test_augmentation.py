@@ -7,10 +7,10 @@ from torch import nn
 
 from aadp_kernels import Layout
 from fl_lightning.augmentation import MeanOverCopies, Shifts
-from fl_lightning.client import Batch
+from fl_lightning.local.batches import Batch
 from fl_lightning.models import CNN
 from fl_lightning.privacy.clipping import clipped_sums
-from fl_lightning.types import LayerPolicy
+from fl_lightning.values.round import LayerPolicy
 
 LOSS = nn.NLLLoss(reduction="none")
 

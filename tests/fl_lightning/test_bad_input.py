@@ -323,7 +323,9 @@ class Renormed(nn.Module):
 
 @pytest.mark.parametrize("setting", ["record+local", "client+local"])
 def test_weights_that_a_later_record_changes(tmp_path, setting, monkeypatch):
-    monkeypatch.setattr("fl_lightning.dry_round.different_records", lambda x, y: [0, 1, 2])
+    monkeypatch.setattr(
+        "fl_lightning.preflight.dry_round.different_records", lambda x, y: [0, 1, 2]
+    )
     x = torch.arange(60).reshape(30, 2) % 8
     x[-1] = 9
     records = FederatedDataModule(

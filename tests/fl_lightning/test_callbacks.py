@@ -17,14 +17,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from aadp_kernels import Layout
-from fl_lightning import callbacks
-from fl_lightning.callbacks import RoundProgress, RoundRecorder
-from fl_lightning.finish import finish_run
 from fl_lightning.ledger import Ledger, Release, report
-from fl_lightning.loggers import default_logger
+from fl_lightning.output import callbacks
+from fl_lightning.output.callbacks import RoundProgress, RoundRecorder
+from fl_lightning.output.finish import finish_run
+from fl_lightning.output.loggers import default_logger
+from fl_lightning.output.summary import final_table, run_summary
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.summary import final_table, run_summary
-from fl_lightning.types import RoundResult
+from fl_lightning.values.round import RoundResult
 
 K, M, L = 5, 3, 2
 

@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import _typehints
 
 from fl_lightning import fit
-from fl_lightning.class_arguments import class_before_its_arguments
+from fl_lightning.command.class_arguments import class_before_its_arguments
 from fl_lightning.fit import FederatedCLI, main
 
 FILES = {

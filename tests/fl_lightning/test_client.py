@@ -7,18 +7,11 @@ from torch import nn
 from torch.func import functional_call
 
 from aadp_kernels import NoiseKey
-from fl_lightning.client import (
-    Batch,
-    CohortGradient,
-    bytes_per_example,
-    faster_execution,
-    gather,
-    own,
-    plain_gradient,
-    poisson_rows,
-    shuffled_rows,
-    train_cohort,
-)
+from fl_lightning.local.batches import Batch, gather, poisson_rows, shuffled_rows
+from fl_lightning.local.execution import bytes_per_example, faster_execution
+from fl_lightning.local.gradient import CohortGradient, plain_gradient
+from fl_lightning.local.rows import own
+from fl_lightning.local.training import train_cohort
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fl_lightning.client_set import decode, encode
+from fl_lightning.values.client_set import decode, encode
 
 
 def test_every_set_comes_back_in_its_shorter_spelling() -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from aadp_kernels import Layout, UnsupportedLayerError
-from fl_lightning.client import Batch
+from fl_lightning.local.batches import Batch
 from fl_lightning.models import CNN
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import clipped_sums
-from fl_lightning.privacy.flat import dense_layers
-from fl_lightning.types import LayerPolicy
+from fl_lightning.privacy.one_factor import dense_layers
+from fl_lightning.values.round import LayerPolicy
 from tests.fl_lightning.test_flat import (
     by_layer,
     flat_layout,

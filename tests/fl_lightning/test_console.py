@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fl_lightning import finish, plots
-from fl_lightning.console import quietly, say, show
+from fl_lightning import plots
 from fl_lightning.fit import main
-from fl_lightning.summary import final_table
+from fl_lightning.output import finish
+from fl_lightning.output.console import quietly, say, show
+from fl_lightning.output.summary import final_table
 from tests.fl_lightning.resuming import RECORD, go
 
 SMALL = [
@@ -74,7 +75,7 @@ def test_a_run_on_a_terminal_without_letters(cwd, monkeypatch):
 
 
 def test_a_run_from_python_on_such_a_terminal(tmp_path, monkeypatch):
-    from fl_lightning.callbacks import RoundProgress
+    from fl_lightning.output.callbacks import RoundProgress
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     shown = RoundProgress()

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fl_lightning import convolutions
-from fl_lightning.client import Batch, CohortGradient
-from fl_lightning.convolutions import CohortConvolutions
+from fl_lightning.local.batches import Batch
+from fl_lightning.local.gradient import CohortGradient
+from fl_lightning.local.recording import MOST, SEEN_BEFORE, Recorded, can_record
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
-from fl_lightning.recording import MOST, SEEN_BEFORE, Recorded, can_record
+from fl_lightning.networks import convolutions
+from fl_lightning.networks.convolutions import CohortConvolutions
 
 CLIENTS = 3
 

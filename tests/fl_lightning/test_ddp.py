@@ -14,11 +14,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from fl_lightning import ClientParallelStrategy, processes
+from fl_lightning import ClientParallelStrategy
 from fl_lightning import ledger as ledgers
-from fl_lightning.checkpoint import CHECKPOINT
-from fl_lightning.processes import Processes
-from fl_lightning.trainer_check import check_processes
+from fl_lightning.output.checkpoint import CHECKPOINT
+from fl_lightning.preflight.trainer_check import check_processes
+from fl_lightning.processes import together as processes
+from fl_lightning.processes.together import Processes
 from tests.fl_lightning.ddp_jobs import go
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,12 +269,12 @@ SMALL = [
 ]
 FAULTS = """
 import os, signal
-from fl_lightning import _chain
+from fl_lightning.ledger import chain
 from fl_lightning.fit import main
-from fl_lightning.one_by_one import OneByOne
+from fl_lightning.release.one_by_one import OneByOne
 rank = int(os.environ.get("LOCAL_RANK", 0))
 fault = os.environ.get("FAULT", "")
-write, made = _chain.write_all, OneByOne.draw
+write, made = chain.write_all, OneByOne.draw
 
 def full(descriptor, data):
     if b'"round":2' in data:
@@ -288,7 +289,7 @@ def failing(self, clients, params, key, round):
     return made(self, clients, params, key, round)
 
 if fault == "disk full":
-    _chain.write_all = full
+    chain.write_all = full
 elif fault:
     OneByOne.draw = failing
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from aadp_kernels import Layout
-from fl_lightning.aggregate import WeightedMean, noise_variance
 from fl_lightning.models import MLP
-from fl_lightning.types import LayerPolicy
+from fl_lightning.server.aggregate import WeightedMean, noise_variance
+from fl_lightning.values.round import LayerPolicy
 
 SETTINGS = ["record+local", "client+local"]
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from fl_lightning import secrets
+from fl_lightning.keys import digests
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -16,7 +16,7 @@ def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads):
         numbers, empty = torch.arange(9), torch.zeros(9, 0)
         # Large enough to be worth a second thread.
         columns = [numbers.float()[:, None].expand(9, 30_000), numbers, empty]
-        found = secrets.digests(columns)
+        found = digests.digests(columns)
     finally:
         torch.set_num_threads(before)
     state = hashlib.sha256()
@@ -25,27 +25,27 @@ def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads):
         state.update(f"{value.dtype}{tuple(value.shape)}:{len(data)}:".encode() + data)
     assert found[4] == state.hexdigest()
     assert len(set(found)) == 9
-    assert secrets.digests([]) == []
+    assert digests.digests([]) == []
 
 
 def test_bulk_digest_sees_every_bit_shape_and_border():
     base = [torch.arange(200_000.0), torch.zeros(3, 2), 1.5]
-    first = secrets.bulk_digest(base)
+    first = digests.bulk_digest(base)
     assert (
-        secrets.bulk_digest([v.clone() if isinstance(v, torch.Tensor) else v for v in base])
+        digests.bulk_digest([v.clone() if isinstance(v, torch.Tensor) else v for v in base])
         == first
     )
-    for where in (0, secrets._PIECE - 1, secrets._PIECE, 199_999):
+    for where in (0, digests._PIECE - 1, digests._PIECE, 199_999):
         other = base[0].clone()
         other[where] = torch.nextafter(other[where], torch.tensor(torch.inf))
-        assert secrets.bulk_digest([other, *base[1:]]) != first
+        assert digests.bulk_digest([other, *base[1:]]) != first
     others = [
         [base[0].view(2, -1), *base[1:]],
         [base[0], torch.zeros(2, 3), 1.5],
         [base[0], torch.zeros(6), 1.5],
-        [base[0][: secrets._PIECE], base[0][secrets._PIECE :], *base[1:]],
+        [base[0][: digests._PIECE], base[0][digests._PIECE :], *base[1:]],
         [*base[:2], 1.25],
         base[:2],
         [base[1], base[0], 1.5],
     ]
-    assert len({first, *map(secrets.bulk_digest, others)}) == len(others) + 1
+    assert len({first, *map(digests.bulk_digest, others)}) == len(others) + 1

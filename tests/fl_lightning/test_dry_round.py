@@ -9,9 +9,9 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from fl_lightning import FederatedDataModule, from_arrays
-from fl_lightning.evaluation import OneLogit, predictions, record_loss
 from fl_lightning.models import MLP
-from fl_lightning.network_state import left_as_it_was
+from fl_lightning.networks.outputs import OneLogit, predictions, record_loss
+from fl_lightning.networks.state import left_as_it_was
 from tests.fl_lightning.test_bad_input import train
 
 pytestmark = [

@@ -10,10 +10,9 @@ import torch
 from scipy import stats
 
 from fl_lightning import PrivacyConfig
-from fl_lightning.models import MLP
-from fl_lightning.privacy.accounting import NoiseEvent, calibrate, compose_epsilon
-from fl_lightning.privacy.budget import Budget
-from fl_lightning.privacy.exactness import (
+from fl_lightning.accounting.budget import Budget
+from fl_lightning.accounting.composition import calibrate, compose_epsilon
+from fl_lightning.accounting.exactness import (
     Extra,
     affordable_charged,
     calibrate_charged,
@@ -21,6 +20,8 @@ from fl_lightning.privacy.exactness import (
     cut_tails,
     noise_streams,
 )
+from fl_lightning.models import MLP
+from fl_lightning.values.event import NoiseEvent
 
 
 def laplace_profile(shift: float, epsilon: float, cutoff: float) -> float:

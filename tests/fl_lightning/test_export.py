@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from fl_lightning import export as exporting
-from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.export import export, to_safetensors
 from fl_lightning.fit import main
 from fl_lightning.ledger import Ledger, LedgerError, report
 from fl_lightning.models import MLP, LogisticRegression
+from fl_lightning.output.checkpoint import CHECKPOINT
 from tests.fl_lightning.resuming import RECORD, go
 
 ARGUMENTS = [

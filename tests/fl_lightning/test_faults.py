@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fl_lightning.faults import Faults
+from fl_lightning.server.faults import Faults
 
 EVERYONE = np.arange(4000)
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from fl_lightning import ledger as ledgers
-from fl_lightning.callbacks import RoundRecorder
-from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.fit import FederatedCLI, main
+from fl_lightning.output.callbacks import RoundRecorder
+from fl_lightning.output.checkpoint import CHECKPOINT
 
 SMALL = [
     *("--data.num_clients", "2", "--model.network", "fl_lightning.models.LogisticRegression"),

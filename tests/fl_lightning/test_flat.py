@@ -11,13 +11,13 @@ from torch import nn
 
 from aadp_kernels import Layout
 from fl_lightning import PrivacyConfig
-from fl_lightning.client import Batch
+from fl_lightning.local.batches import Batch
 from fl_lightning.models import MLP
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import joint_sample_sums, per_sample_sums
-from fl_lightning.privacy.flat import AUTOMATIC_GAMMA, flat_sums, layer_units
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.types import LayerPolicy
+from fl_lightning.privacy.one_factor import AUTOMATIC_GAMMA, flat_sums, layer_units
+from fl_lightning.values.round import LayerPolicy
 
 NAN = float("nan")
 

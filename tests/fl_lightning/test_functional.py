@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from fl_lightning.functional import apply_with
+from fl_lightning.networks.functional import apply_with
 
 
 def held(network: nn.Module) -> list[int]:

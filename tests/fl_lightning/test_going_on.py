@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from fl_lightning import ledger as ledgers
-from fl_lightning.checkpoint import CHECKPOINT
 from fl_lightning.fit import main
+from fl_lightning.output.checkpoint import CHECKPOINT
 from tests.fl_lightning.resuming import RECORD, go
 
 SMALL = [

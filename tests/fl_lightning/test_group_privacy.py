@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fl_lightning.privacy.accounting import NoiseEvent, calibrate, compose_epsilon
-from fl_lightning.privacy.group_privacy import (
+from fl_lightning.accounting.composition import calibrate, compose_epsilon
+from fl_lightning.accounting.group_privacy import (
     ClientSteps,
     apart,
     group_figure,
     in_one_sum,
     records_of_one_client,
 )
-from fl_lightning.privacy.group_tails import Sampler, group_extra
-from fl_lightning.privacy.shift_mixtures import ShiftMixture, mixture_delta, mixture_epsilon
+from fl_lightning.accounting.group_tails import Sampler, group_extra
+from fl_lightning.accounting.shift_mixtures import ShiftMixture, mixture_delta, mixture_epsilon
+from fl_lightning.values.event import NoiseEvent
 
 DELTA = 1e-5
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fl_lightning import ledger as ledgers
-from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.output.checkpoint import CHECKPOINT
 from tests.fl_lightning.killing import SETTINGS, SIGKILL, Zygote, assert_same_end, complete_lines
 
 PLACES = 20

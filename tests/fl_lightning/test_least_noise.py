@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
-from fl_lightning.privacy.accounting import NoiseEvent
-from fl_lightning.privacy.budget import Budget
+from fl_lightning.accounting.budget import Budget
+from fl_lightning.accounting.exactness import Extra, calibrate_charged, charged_epsilon
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.privacy.exactness import Extra, calibrate_charged, charged_epsilon
+from fl_lightning.values.event import NoiseEvent
 
 
 def calibrated(steps: int, rate: float = 1.0, **privacy) -> tuple[Budget, float]:

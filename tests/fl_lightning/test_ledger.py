@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from fl_lightning import ledger as ledger_module
+from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.ledger import Ledger, LedgerError, LedgerWarning, Release, report, verify
-from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.values.event import NoiseEvent
 
 HEADER = {
     "setting": "record+local",
@@ -434,7 +435,7 @@ def test_command(tmp_path: Path) -> None:
 def test_command_without_guarantee(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
-    from fl_lightning._ledger_report import main
+    from fl_lightning.ledger.report import main
 
     with Ledger.create(tmp_path, {**HEADER, "setting": setting, "simulated": False}) as ledger:
         multiplier = 3.0 if setting == "abstract" else 0.0

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_lightning.client_set import decode
+from fl_lightning.accounting.sum_costs import spent_digest
 from fl_lightning.ledger import verify
-from fl_lightning.sums import spent_digest
+from fl_lightning.values.client_set import decode
 from tests.fl_lightning.resealing import (
     ROUNDS,
     Entries,

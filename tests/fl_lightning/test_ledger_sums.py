@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bench.ledger import compare, for_every_client, grown, header_of, sum_of
-from fl_lightning._ledger_accounts import accounts, largest_epsilon
-from fl_lightning._ledger_report import report_clients
-from fl_lightning.client_set import encode
+from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger import Ledger
-from fl_lightning.release import Release
-from fl_lightning.sums import client_multipliers
+from fl_lightning.ledger.accounts import accounts, largest_epsilon
+from fl_lightning.ledger.report import report_clients
+from fl_lightning.values.client_set import encode
+from fl_lightning.values.release import Release
 
 
 def sums(clients: int, rounds: int) -> tuple[dict, list[Release]]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fl_lightning import ledger as ledgers
-from fl_lightning._ledger_report import main
 from fl_lightning.ledger import Ledger, LedgerError, verify
+from fl_lightning.ledger.report import main
 from tests.fl_lightning.resealing import (
     ROUNDS,
     RUNS,
@@ -183,7 +183,7 @@ def test_a_head_does_not_hide_another_problem(runs: Runs, tmp_path: Path) -> Non
 
 
 def test_a_head_that_two_lines_begin_with_is_ambiguous() -> None:
-    from fl_lightning._ledger_verdict import _named
+    from fl_lightning.ledger.verdict import _named
 
     assert _named("ab", ["abc", "abd"]) == (False, "hash ab begins 2 lines: give more of it")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fl_lightning.lifeline import DONE, Lifeline
-from fl_lightning.processes import Processes
-from fl_lightning.stopping import LOST, Stop, Stopped
+from fl_lightning.processes.lifeline import DONE, Lifeline
+from fl_lightning.processes.stopping import LOST, Stop, Stopped
+from fl_lightning.processes.together import Processes
 
 
 class Meeting(Processes):

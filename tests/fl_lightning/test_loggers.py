@@ -14,10 +14,11 @@ import yaml
 from pytorch_lightning.loggers.logger import DummyLogger
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from fl_lightning import callbacks, fit, loggers
-from fl_lightning.callbacks import ClientTables
-from fl_lightning.client_tables import client_distributions, client_tables
+from fl_lightning import fit
 from fl_lightning.models import MLP
+from fl_lightning.output import callbacks, loggers
+from fl_lightning.output.callbacks import ClientTables
+from fl_lightning.output.client_tables import client_distributions, client_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))

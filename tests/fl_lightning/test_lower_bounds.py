@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey, _dispatch
 from fl_lightning import PrivacyConfig
-from fl_lightning.client import Batch
-from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.accounting.composition import compose_epsilon
+from fl_lightning.local.batches import Batch
 from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, release_updates
-from fl_lightning.privacy.pooled_sum import PooledSum
+from fl_lightning.privacy.noised_sum import PooledSum
 from fl_lightning.privacy.weights import event_multiplier
-from fl_lightning.types import LayerPolicy
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.round import LayerPolicy
 
 DELTA = 0.05
 MULTIPLIER = 0.7

@@ -11,16 +11,17 @@ from scipy import stats
 
 from aadp_kernels import Layout, NoiseKey, grid, sample_noise
 from fl_lightning import PrivacyConfig
+from fl_lightning.accounting.budget import Budget
+from fl_lightning.accounting.composition import calibrate, compose_epsilon
+from fl_lightning.accounting.exactness import grid_errors, inexact_noise
 from fl_lightning.ledger import report, verify
+from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.models import MLP
 from fl_lightning.module import cross_entropy
-from fl_lightning.privacy.accounting import NoiseEvent, calibrate, compose_epsilon
-from fl_lightning.privacy.budget import Budget
 from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums, per_sample_sums
-from fl_lightning.privacy.exactness import grid_errors, inexact_noise
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, noised_votes, vote_quanta
-from fl_lightning.privacy.statement import privacy_statement
+from fl_lightning.values.event import NoiseEvent
 
 T = 2.0**30
 MECHANISMS = ("gaussian", "laplace")

@@ -10,13 +10,14 @@ from torch import nn
 
 from aadp_kernels import Layout, NoiseKey, poisson_mask, sample_noise
 from fl_lightning import PrivacyConfig
-from fl_lightning.client import gather, train_cohort
+from fl_lightning.local.batches import gather
+from fl_lightning.local.training import train_cohort
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums, per_sample_sums
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient
-from fl_lightning.types import LayerPolicy
+from fl_lightning.values.round import LayerPolicy
 
 CPU = torch.device("cpu")
 OPEN = {"noise_multiplier": 0.0, "clip_norm": math.inf, "thresholds": "fixed"}
@@ -185,7 +186,7 @@ def test_secret_cohorts_are_fedavg_with_public_denominators(federation, fit, mon
         cohorts.append(mask.nonzero()[:, 0].tolist())
         return mask
 
-    monkeypatch.setattr("fl_lightning.summed.poisson_mask", listen)
+    monkeypatch.setattr("fl_lightning.release.summed.poisson_mask", listen)
     options = SOME | {"clients_per_round": 2}
     module = fit(
         data, build(mlp), rounds=8, module_kwargs=options, setting="client+aggregator", **OPEN

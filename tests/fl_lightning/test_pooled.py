@@ -13,17 +13,18 @@ from torch import nn
 
 from aadp_kernels import Layout, NoiseKey, grid, tail_cutoff
 from fl_lightning import PrivacyConfig
-from fl_lightning._ledger_report import report_clients, undercharged
+from fl_lightning.accounting.composition import compose_epsilon
+from fl_lightning.accounting.exactness import inexact_noise, noise_streams
+from fl_lightning.accounting.noise_part_tails import acceptance, missing_shares
+from fl_lightning.accounting.sum_costs import client_multipliers
+from fl_lightning.ledger.report import report_clients, undercharged
 from fl_lightning.models import MLP
-from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
-from fl_lightning.privacy.exactness import inexact_noise, noise_streams
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.pooled_sum import PooledSum
-from fl_lightning.privacy.share_tails import acceptance, missing_shares
-from fl_lightning.privacy.shares import noise_share
+from fl_lightning.privacy.noise_parts import noise_share
+from fl_lightning.privacy.noised_sum import PooledSum
 from fl_lightning.privacy.weights import event_multiplier, pooled_weights
-from fl_lightning.release import ALL_CLIENTS
-from fl_lightning.sums import client_multipliers
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import ALL_CLIENTS
 
 REFERENCE = {"gaussian": stats.norm, "laplace": stats.laplace}
 POOLED = ("client+aggregator", "client+secure_sum")

@@ -6,8 +6,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from fl_lightning.checkpoint import CHECKPOINT, RoundCheckpoint
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.output.checkpoint import CHECKPOINT, RoundCheckpoint
 from tests.fl_lightning.resuming import (
     CLIENTS,
     RECORD,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fl_lightning import ledger as ledgers
-from fl_lightning.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.ledger import LedgerWarning
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from tests.fl_lightning.killing import COMMAND, Zygote, assert_same_end, complete_lines
 from tests.fl_lightning.resuming import (
     RECORD,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fl_lightning import run_folder
-from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.command import run_folder
+from fl_lightning.command.run_folder import RunFolder, run_of_checkpoint
 from fl_lightning.fit import main
-from fl_lightning.run_folder import RunFolder, run_of_checkpoint
+from fl_lightning.output.checkpoint import CHECKPOINT
 
 SMALL = [
     *("--data.num_clients", "2", "--model.network", "fl_lightning.models.LogisticRegression"),

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.ledger import Ledger, Release, report
-from fl_lightning.privacy.accounting import NoiseEvent, compose_epsilon
+from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.privacy.config import PrivacyConfig
-from fl_lightning.privacy.simulated import simulated_because, simulated_reason
-from fl_lightning.privacy.statement import privacy_statement
+from fl_lightning.privacy.simulated import (
+    simulated_because,
+    simulated_reason,
+)
+from fl_lightning.values.event import NoiseEvent
 
 
 def statement(path: Path, facts: dict[str, Any], *releases: dict[str, Any]) -> tuple[str, str]:

@@ -19,13 +19,13 @@ import pytorch_lightning as pl
 import torch
 
 from fl_lightning import ledger as ledgers
-from fl_lightning import restarts
-from fl_lightning.checkpoint import CHECKPOINT
-from fl_lightning.child import PARENT, behind
-from fl_lightning.launching import raise_if_stopped, stop_of, stoppable
-from fl_lightning.lifeline import DONE, Lifeline
-from fl_lightning.processes import ProcessLost
-from fl_lightning.stopping import LOST, Stop, Stopped
+from fl_lightning.command import restarts
+from fl_lightning.output.checkpoint import CHECKPOINT
+from fl_lightning.processes.child import PARENT, behind
+from fl_lightning.processes.launching import raise_if_stopped, stop_of, stoppable
+from fl_lightning.processes.lifeline import DONE, Lifeline
+from fl_lightning.processes.stopping import LOST, Stop, Stopped
+from fl_lightning.processes.together import ProcessLost
 from tests.fl_lightning.resuming import RECORD, go
 
 TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
@@ -157,7 +157,7 @@ def test_a_started_process_that_was_stopped_is_a_stop(sent: str, status: int, as
 
 BOTH = """
 import subprocess, sys
-from fl_lightning.child import behind
+from fl_lightning.processes.child import behind
 child = subprocess.Popen(behind([sys.executable, "-c", {command!r}]))
 print(child.pid, flush=True)
 child.wait()
@@ -222,7 +222,7 @@ def test_a_process_whose_parent_is_gone_before_it_begins_ends() -> None:
 
 def test_a_stop_notices_itself_that_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("fl_lightning.stopping.outlive_parent", lambda: calls.append(1))
+    monkeypatch.setattr("fl_lightning.processes.stopping.outlive_parent", lambda: calls.append(1))
     for own in (1, os.getpid()):
         monkeypatch.setenv(PARENT, f"{os.getppid()}:{own}")
         with Stop() as stop:

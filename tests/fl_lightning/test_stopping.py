@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fl_lightning import ledger as ledgers
-from fl_lightning import restarts
-from fl_lightning import slurm as jobs
-from fl_lightning.checkpoint import CHECKPOINT
+from fl_lightning.command import restarts
+from fl_lightning.output.checkpoint import CHECKPOINT
+from fl_lightning.processes import slurm as jobs
 from tests.fl_lightning.killing import COMMAND, SECRET, assert_same_end, complete_lines
 
 BOUND = 10.0  # seconds from the signal until the last process has ended
@@ -268,7 +268,7 @@ def test_rare_checkpoints_have_one_at_a_stop(
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from fl_lightning.clients import Clients
+from fl_lightning.release.clients import Clients
 from fl_lightning.fit import main
 train, calls = Clients.train, []
 

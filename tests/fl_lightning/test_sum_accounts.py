@@ -13,16 +13,16 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fl_lightning._ledger_accounts import Account, Charge, accounts, largest_epsilon
-from fl_lightning._ledger_report import undercharged
-from fl_lightning.client_set import encode
+from fl_lightning.accounting.exactness import inexact_noise, noise_streams
+from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger import verify
+from fl_lightning.ledger.accounts import Account, Charge, accounts, largest_epsilon
+from fl_lightning.ledger.report import undercharged
 from fl_lightning.models import MLP
-from fl_lightning.privacy.accounting import NoiseEvent
-from fl_lightning.privacy.exactness import inexact_noise, noise_streams
-from fl_lightning.privacy.pooled_sum import PooledSum
-from fl_lightning.release import ALL_CLIENTS, Release
-from fl_lightning.sums import client_multipliers
+from fl_lightning.privacy.noised_sum import PooledSum
+from fl_lightning.values.client_set import encode
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import ALL_CLIENTS, Release
 
 WEIGHTS, NEEDED = (10.0, 40.0, 20.0, 40.0, 5.0), (2.0, 2.0, 3.0, 5.0, 2.0)
 DELTA = 1e-3

@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import callbacks
 
-from fl_lightning.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.fit import main
-from fl_lightning.trainer_check import check_options
+from fl_lightning.output.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fl_lightning.preflight.trainer_check import check_options
 from tests.fl_lightning.test_bad_input import data, train
 
 LOSS = "sim_only/val_loss"

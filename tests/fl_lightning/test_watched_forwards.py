@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aadp_kernels import Layout
-from fl_lightning.client import Batch
+from fl_lightning.local.batches import Batch
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import clip_in_backward_sums, clipped_sums
-from fl_lightning.privacy.flat import flat_sums
-from fl_lightning.types import LayerPolicy
+from fl_lightning.privacy.one_factor import flat_sums
+from fl_lightning.values.round import LayerPolicy
 
 CLIP = 0.05
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401
 
 import aadp_kernels._dispatch
-from fl_lightning import callbacks, fit, plots
+from fl_lightning import fit, plots
+from fl_lightning.output import callbacks
 
 CALLS = ("write", "fsync", "replace", "ftruncate", "link", "unlink")
 

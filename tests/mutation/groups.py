@@ -8,7 +8,7 @@ GROUPS = "tests/fl_lightning/test_group_privacy.py"
 STATEMENT = "tests/fl_lightning/test_statement.py"
 
 GROUP_STEPS = group(
-    "fl_lightning/privacy/group_privacy.py",
+    "fl_lightning/accounting/group_privacy.py",
     GROUPS,
     ("a group moves by 2/3", "(size * move,), (1.0,))", "(2 / 3 * size * move,), (1.0,))"),
     ("records of a group move by 3/2", "tuple(k * move for k, _ in kept)", "tuple(1.5 * k * move for k, _ in kept)"),
@@ -35,7 +35,7 @@ GROUP_STEPS = group(
 )  # fmt: skip
 
 MIXTURES = group(
-    "fl_lightning/privacy/shift_mixtures.py",
+    "fl_lightning/accounting/shift_mixtures.py",
     GROUPS,
     ("pure epsilon without the shifts", "[math.log(w) + s for w, s in", "[math.log(w) for w, s in"),
     ("only with the group's data", "return PrivacyLossDistribution(remove, pmf(_backward, -high, -low))", "return PrivacyLossDistribution(remove)", "the direction with the group's data is the larger one for all mixtures tried"),
@@ -46,7 +46,7 @@ MIXTURES = group(
 )  # fmt: skip
 
 TAILS = group(
-    "fl_lightning/privacy/group_tails.py",
+    "fl_lightning/accounting/group_tails.py",
     GROUPS,
     ("shift of one unit for a group", "n * math.fsum(w * sampler.leaves(s) for w, s", "n * math.fsum(w * sampler.leaves(m.shifts[0] or m.shifts[1]) for w, s"),
     ("range of pairs not reached by long shifts", "shift**2 * steepest)", "steepest)"),
@@ -57,7 +57,7 @@ TAILS = group(
 )  # fmt: skip
 
 WORDS = group(
-    "fl_lightning/privacy/statement_groups.py",
+    "fl_lightning/ledger/statement_groups.py",
     STATEMENT,
     ("sums like independent noises", "select = in_one_sum if header[\"setting\"] in POOLED else apart", "select = apart"),
     ("independent noises like sums", "select = in_one_sum if header[\"setting\"] in POOLED else apart", "select = in_one_sum"),
@@ -67,7 +67,7 @@ WORDS = group(
 )  # fmt: skip
 
 ASSUMED = group(
-    "fl_lightning/privacy/statement_assumptions.py",
+    "fl_lightning/ledger/statement_assumptions.py",
     STATEMENT,
     ("exact gradients of clients", "if header[\"setting\"] == \"record+local\":\n        lines.append(\n            \"- Exact", "if True:\n        lines.append(\n            \"- Exact"),
     ("philox7 called pseudorandom", "if rng in NO_BASIS:", "if False:"),
@@ -77,7 +77,7 @@ ASSUMED = group(
 )  # fmt: skip
 
 SAID = group(
-    "fl_lightning/privacy/statement.py",
+    "fl_lightning/ledger/statement.py",
     STATEMENT,
     ("charges of everybody forgotten", "show_number(everybody + max(", "show_number(max("),
     ("lines of a sum counted as releases", "{(r.round, r.binding, r.digest) for r in ledger.releases}", "{(r.round, r.client) for r in ledger.releases}"),

@@ -18,7 +18,7 @@ _COSTLIEST = f"{_ACCOUNTS}::test_a_sum_states_what_its_costliest_client_pays_for
 
 LINES = [
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         _RELEASES,
         ("nothing is compared", "if \"planned_steps\" not in header:", "if \"planned_steps\" in header:"),
         ("the header is not looked at", "found = check_header(header)", "found = []"),
@@ -45,7 +45,7 @@ LINES = [
         ("a step more than calibrated", "most = of_clients(header, \"affordable_steps\")", "most = of_clients(header, \"affordable_steps\") + 2"),
     ),
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         _SUMS,
         ("steps of a sum", "stated[\"steps\"] = release.steps, 1", "pass"),
         ("clients of a sum", "else int(release.members(everyone)[-1])", "else int(release.members(everyone)[0])"),
@@ -56,25 +56,25 @@ LINES = [
         ("who was in sums before", "release.spent != spent_digest(spent):", "not release.spent:"),
     ),
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         _HONEST,
         ("the most noise of a sum", "float(z.min())", "float(z.max())"),
         ("lines have a step each", "        spent[client] += release.steps", "        spent[client] += 1"),
         ("who is not in a sum spends", "        spent[ids] += release.steps", "        spent += release.steps"),
     ),
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         f"{_VERIFY}::test_ledgers_of_schema_0_are_read_and_verified",
         ("other noise later (schema 0)", "if release.event != one.event:", "if False:"),
         ("rates of schema 0 like those of 1", "    if header.get(\"schema\"):\n        return header[\"sampling_rate\"]", "    if True:\n        return header[\"sampling_rate\"]"),
     ),
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         _COHORTS,
         ("sums begin where a client ends", "before = number if release.is_sum else before", "before = before"),
     ),
     *group(
-        "fl_lightning/_ledger_checks.py",
+        "fl_lightning/ledger/line_checks.py",
         _COINS,
         ("rate of lines is the cohort's size", "        return header[\"sampling_rate\"]\n", "        return release.sampling_rate\n"),
     ),
@@ -82,7 +82,7 @@ LINES = [
 
 HEADERS = [
     *group(
-        "fl_lightning/_header_checks.py",
+        "fl_lightning/ledger/header_checks.py",
         _RELEASES,
         ("missing facts", "    if missing:\n", "    if False:\n"),
         ("settings without a ledger", "    if setting not in _SETTINGS:\n", "    if False:\n"),
@@ -107,7 +107,7 @@ HEADERS = [
         ("a rate of 1", "event = NoiseEvent(header[\"mechanism\"], z, header[\"sampling_rate\"], header[\"adjacency\"])\n        return charged", "event = NoiseEvent(header[\"mechanism\"], z, 1.0, header[\"adjacency\"])\n        return charged"),
     ),
     *group(
-        "fl_lightning/_header_checks.py",
+        "fl_lightning/ledger/header_checks.py",
         _SUMS,
         ("coins of another setting", "if header.get(\"cohort_rate\") is not None and setting != \"client+aggregator\":", "if False:"),
         ("weights of a setting", "if (header[\"weights\"] is not None) != pooled:", "if False:"),
@@ -115,12 +115,12 @@ HEADERS = [
         ("rate of sums", "if setting != \"record+local\" and header[\"sampling_rate\"] != (rate or 1.0):", "if False:"),
     ),
     *group(
-        "fl_lightning/_header_checks.py",
+        "fl_lightning/ledger/header_checks.py",
         _COINS,
         ("rate of a cohort of another size", "if rate is not None and rate != size / everyone:", "if False:"),
     ),
     *group(
-        "fl_lightning/_header_checks.py",
+        "fl_lightning/ledger/header_checks.py",
         f"{_EDITS}::test_a_given_multiplier_must_allow_the_steps_it_is_said_to",
         ("given noise of any size", "least = steps >= 10**9 or cost(multiplier, 2 * steps + 2) > epsilon", "least = True"),
     ),
@@ -139,7 +139,7 @@ HEADERS = [
 
 FILES = [
     *group(
-        "fl_lightning/_run_checks.py",
+        "fl_lightning/ledger/run_checks.py",
         f"{_VERIFY}::test_rounds_dropped_at_the_end_contradict_the_other_files",
         ("no checkpoint", "self._checkpoint(self.folder / \"checkpoints\" / \"last.ckpt\")", "pass"),
         ("no statement", "self._statement(self.folder / \"privacy_statement.md\")", "pass"),
@@ -148,7 +148,7 @@ FILES = [
         ("missing lines", "if state[\"releases\"] > len(self.releases):", "if False:"),
     ),
     *group(
-        "fl_lightning/_run_checks.py",
+        "fl_lightning/ledger/run_checks.py",
         f"{_VERIFY}::test_a_checkpoint_of_another_ledger_is_found",
         ("a checkpoint of another run", "if header.get(fact, promised) != promised:", "if False:"),
         ("a checkpoint of other noise", "if header.get(\"schema\") and not _same(known, of_clients(header, \"noise_multiplier\")):", "if False:"),
@@ -157,44 +157,44 @@ FILES = [
         ("a checkpoint of another number of releases", "place != state[\"releases\"] + 1:", "place < 0:"),
     ),
     *group(
-        "fl_lightning/_run_checks.py",
+        "fl_lightning/ledger/run_checks.py",
         f"{_VERIFY}::test_a_statement_and_a_summary_must_say_the_epsilon_of_the_ledger",
         ("epsilon of the statement", "wanted not in text:", "not text:"),
         ("epsilon of the summary", "if stated is None or not _close(stated, spent):", "if stated is None:"),
     ),
     *group(
-        "fl_lightning/_run_checks.py",
+        "fl_lightning/ledger/run_checks.py",
         f"{_VERIFY}::test_a_ledger_may_be_ahead_of_the_other_files",
         ("epsilon of the whole ledger", "accounts(self.header, self.releases[: line - 1])", "accounts(self.header, self.releases)"),
         ("files may not be older", "if known[-1] < len(self.hashes):", "if False:"),
     ),
     *group(
-        "fl_lightning/_ledger_verdict.py",
+        "fl_lightning/ledger/verdict.py",
         f"{_VERIFY}::test_a_head_names_its_line {_VERIFY}::test_a_head_does_not_hide_another_problem "
         f"{_VERIFY}::test_a_head_that_two_lines_begin_with_is_ambiguous",
         ("any text is a hash", "if head is not None and not re.fullmatch(", "if head is None and not re.fullmatch("),
         ("three digits are a hash", "SHORTEST = 16", "SHORTEST = 3"),
         ("a head that is missing is a note", "(notes if named else problems).append(found)", "notes.append(found)"),
         ("a head that is missing is no problem", "    if not lines:\n        return False,", "    if not lines:\n        return True,"),
-        ("capital letters", "_named(head.lower(), scan.hashes)", "_named(head, scan.hashes)"),
+        ("capital letters", "_named(head.lower(), written.hashes)", "_named(head, written.hashes)"),
         ("the first of several lines", "if len(lines) > 1:", "if len(lines) > 9:"),
         ("a head in place of all checks", "        problems = contradictions(header, releases) or undercharged(header, releases)", "        problems = [] if head else contradictions(header, releases)"),
         ("later lines are not counted", "later = len(hashes) - lines[0]", "later = 0"),
     ),
     *group(
-        "fl_lightning/_ledger_verdict.py",
+        "fl_lightning/ledger/verdict.py",
         _RELEASES,
         ("contradictions are not looked for", "contradictions(header, releases) or undercharged(header, releases)", "undercharged(header, releases)"),
         ("inexact noise is free", "contradictions(header, releases) or undercharged(header, releases)", "contradictions(header, releases)"),
     ),
     *group(
-        "fl_lightning/_ledger_report.py",
+        "fl_lightning/ledger/report.py",
         _RELEASES,
         ("inexact noise of one step", "if charged < release.steps * least * (1 - 1e-9):", "if charged < least * (1 - 1e-9):"),
         ("tails are free", "(\"tail_delta\", cost.delta)):", "(\"tail_delta\", 0.0)):"),
     ),
     *group(
-        "fl_lightning/ledger.py",
+        "fl_lightning/ledger/file.py",
         f"{_VERIFY}::test_a_run_does_not_go_on_with_a_ledger_of_another_history",
         ("a run goes on with another ledger", "                _check_known(path, found, known)", "                pass"),
     ),
@@ -202,7 +202,7 @@ FILES = [
 
 ACCOUNTING = [
     *group(
-        "fl_lightning/sums.py",
+        "fl_lightning/accounting/sum_costs.py",
         _DEFINED,
         ("two thirds of a client's multiplier", "return event_multiplier(weights, z, **rules).numpy()", "return 2 / 3 * event_multiplier(weights, z, **rules).numpy()"),
         ("three halves of a client's multiplier", "return event_multiplier(weights, z, **rules).numpy()", "return 1.5 * event_multiplier(weights, z, **rules).numpy()"),
@@ -215,19 +215,19 @@ ACCOUNTING = [
         ("Laplace noise like Gaussian", "rules = {\"mechanism\": release.mechanism,", "rules = {\"mechanism\": \"gaussian\","),
     ),
     *group(
-        "fl_lightning/sums.py",
+        "fl_lightning/accounting/sum_costs.py",
         _COSTLIEST,
         ("the client with the most noise", "least = float(multipliers[deltas == delta].min())", "least = float(multipliers[deltas == delta].max())"),
         ("the cheapest client", "max(c.delta for c in costs))", "min(c.delta for c in costs))"),
         ("costs at the largest delta", "costs.append(extra(own, delta))", "costs.append(extra(own, float(deltas.min())))"),
     ),
     *group(
-        "fl_lightning/sums.py",
+        "fl_lightning/accounting/sum_costs.py",
         _SUMS,
         ("spent steps in any order", "np.ascontiguousarray(spent, dtype=\"<i8\")", "np.sort(np.ascontiguousarray(spent, dtype=\"<i8\"))"),
     ),
     *group(
-        "fl_lightning/_ledger_accounts.py",
+        "fl_lightning/ledger/accounts.py",
         _WHO,
         ("absent clients are charged", "        times[ids] += count\n", "        times += count\n"),
         ("the last client is not charged", "    ids = np.flatnonzero(times)\n", "    ids = np.flatnonzero(times)[:-1]\n"),
@@ -238,12 +238,12 @@ ACCOUNTING = [
         ("a smaller epsilon is the largest", "largest = max(largest, account.epsilon())", "largest = account.epsilon()"),
     ),
     *group(
-        "fl_lightning/_ledger_accounts.py",
+        "fl_lightning/ledger/accounts.py",
         f"{_ACCOUNTS}::test_sums_of_unlike_cohorts_are_charged_apart",
         ("largest weights are alike", "return release.event, release.steps, release.largest_weight, votes,", "return release.event, release.steps, votes,"),
     ),
     *group(
-        "fl_lightning/_ledger_accounts.py",
+        "fl_lightning/ledger/accounts.py",
         f"{_ACCOUNTS}::test_a_line_of_schema_0_costs_everybody_what_it_says",
         ("a step a line", "counts[charge.event] += times * charge.steps", "counts[charge.event] += times"),
         ("tails are not paid from delta", "left = self.delta - tails\n", "left = self.delta\n"),
@@ -252,7 +252,7 @@ ACCOUNTING = [
         ("costs on top once", "        return times * getattr(charge, name)", "        return getattr(charge, name)"),
     ),
     *group(
-        "fl_lightning/_ledger_accounts.py",
+        "fl_lightning/ledger/accounts.py",
         f"{_ACCOUNTS}::test_the_largest_epsilon_is_that_of_some_client "
         f"{_ACCOUNTS}::test_no_measure_of_harm_is_overlooked",
         ("fewer steps are worse", "(-event.noise_multiplier, steps, -account.delta,", "(-event.noise_multiplier, -steps, -account.delta,"),
@@ -262,7 +262,7 @@ ACCOUNTING = [
         ("one measure is enough", "    return all(a >= b for a, b", "    return any(a >= b for a, b"),
     ),
     *group(
-        "fl_lightning/summed.py",
+        "fl_lightning/release/summed.py",
         _COHORTS,
         ("largest weight of all clients", "float(asked.weights[candidates].max())", "float(asked.weights.max())"),
         ("sums of everybody", "clients=None if len(ids) == len(asked.weights) else encode(ids),", "clients=None,"),
@@ -271,13 +271,13 @@ ACCOUNTING = [
         ("weights of all clients", "            self.sum_rules.weights[candidates],\n", "            self.sum_rules.weights[: len(candidates)],\n"),
     ),
     *group(
-        "fl_lightning/privacy/budget.py",
+        "fl_lightning/accounting/budget.py",
         _COHORTS,
         ("sums are everybody's", "else release.members(len(self.spent))", "else slice(None)"),
         ("present clients do not pay", "else release.members(len(self.spent))", "else release.members(len(self.spent))[1:]"),
     ),
     *group(
-        "fl_lightning/release.py",
+        "fl_lightning/values/release.py",
         f"tests/fl_lightning/test_ledger_sums.py::test_a_sum_that_is_none_is_refused {_SUMS}",
         ("a sum of one client", "if self.client != ALL_CLIENTS:\n            raise", "if False:\n            raise"),
         ("a sum without a weight", "if weight is None or not (weight > 0 and math.isfinite(weight)):", "if False:"),
@@ -286,7 +286,7 @@ ACCOUNTING = [
         ("a sum that is none", "if release.is_sum != (entry[\"kind\"] == \"sum\"):", "if False:"),
     ),
     *group(
-        "fl_lightning/client_set.py",
+        "fl_lightning/values/client_set.py",
         "tests/fl_lightning/test_client_set.py",
         ("several spellings", "same = encode(ids) == text", "same = len(ids) > 0"),
         ("the last of a range is missing", "np.arange(part[0], part[-1] + 1)", "np.arange(part[0], max(part[-1], part[0] + 1))"),

@@ -11,7 +11,7 @@ _SUMS = (
 )
 
 LINES = group(
-    "fl_lightning/ledger_lines.py",
+    "fl_lightning/release/lines.py",
     f"{_MECHANISM} {_SUMS}",
     ("steps charged once", "            steps=steps,", "            steps=1,"),
     ("tails not written down", "tail_delta=steps * extra.delta", "tail_delta=0.0"),
@@ -21,7 +21,7 @@ LINES = group(
 )  # fmt: skip
 
 CLAIM = group(
-    "fl_lightning/claim.py",
+    "fl_lightning/release/claim.py",
     f"{_MECHANISM} {_SUMS} tests/fl_lightning/test_pooled.py",
     ("nothing remembered as spent", "        books.budget.spend(line)\n", "        pass\n"),
     ("a replay is charged again", "fresh = [drawn.lines[i] for i in keep if not paid[i]]", "fresh = [drawn.lines[i] for i in keep]"),
@@ -33,7 +33,7 @@ CLAIM = group(
 )  # fmt: skip
 
 ONE_BY_ONE = group(
-    "fl_lightning/one_by_one.py",
+    "fl_lightning/release/one_by_one.py",
     _MECHANISM,
     ("noise not bound to the model", "[own, multiplier, *params.values(), *before.values()]", "[own, multiplier, *before.values()]", "the noise is bound once more to the values it is added to, which follow from the model"),
     ("noise not bound to the round", "binding.round_key(self.key, context, round, redraw", "binding.round_key(self.key, context, 0, redraw"),

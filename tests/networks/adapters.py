@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aadp_kernels import Layout, NoiseKey, with_clipping
 from aadp_kernels.integrations.optim import PrivateOptimizer
 from fl_lightning.module import cross_entropy
-from fl_lightning.network_check import finish_network
+from fl_lightning.networks.check import finish_network
 from tests.networks.blocks import Block
 from tests.networks.measure import SEEDS, Seen, quiet, rule_of, some_records, spread
 from tests.networks.oracle import Gradients, Rule, clipped_sum, double, record_gradients

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fl_lightning.client import Batch
+from fl_lightning.local.batches import Batch
 from tests.networks.measure import difference, quiet, rule_of, spread, sums_of
 from tests.networks.oracle import Gradients, Rule, clipped_sum, double, record_gradients
 from tests.networks.product import (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fl_lightning import FederatedModule
-from fl_lightning.client import Batch, input_dtype
-from fl_lightning.network_check import finish_network
+from fl_lightning.local.batches import Batch, input_dtype
+from fl_lightning.networks.check import finish_network
 from tests.networks.blocks import Block
 from tests.networks.oracle import (
     Gradients,

@@ -1,0 +1,1 @@
+"""What releases cost: composition, inexact noise, groups, budgets."""

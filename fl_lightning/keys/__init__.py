@@ -1,0 +1,1 @@
+"""The secret of a run, and what its noise is bound to."""

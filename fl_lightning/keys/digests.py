@@ -1,0 +1,116 @@
+"""Digests of values, of the code and of the machine: what noise can be bound to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import threads
+
+_PIECE = 1 << 16
+Part = bytes | str | int | float | Tensor
+
+
+def digest(parts: Iterable[Part]) -> str:
+    """BLAKE2b of a sequence of values, unambiguous: each is prefixed by its kind and length."""
+    state = hashlib.blake2b(digest_size=32)
+    _feed(state, parts)
+    return state.hexdigest()
+
+
+def digests(columns: Sequence[Tensor]) -> list[str]:
+    """SHA-256 of each row of some tensors [k, ...] together, on the threads that torch may use.
+
+    For updates of whole cohorts: processors have instructions for this function.
+    """
+    parts = []
+    for value in columns:
+        data = _bytes(value)
+        size = len(data) // max(1, len(value))
+        head = f"{value.dtype}{tuple(value.shape[1:])}:{size}:".encode()
+        parts.append((head, data, size))
+
+    def row(i: int) -> str:
+        state = hashlib.sha256()
+        for head, data, size in parts:
+            state.update(head)
+            state.update(data[i * size : (i + 1) * size])
+        return state.hexdigest()
+
+    count = len(columns[0]) if columns else 0
+    return _on_threads(row, count, sum(len(data) for _, data, _ in parts))
+
+
+def bulk_digest(parts: Iterable[Part]) -> str:
+    """One digest of values of many megabytes, hashed piece by piece; not that of `digest`."""
+    kinds: list[Part] = []
+    pieces: list[memoryview | bytes] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            data, step = _bytes(part), _PIECE * part.element_size()
+            kinds.append(f"{part.dtype}{tuple(part.shape)}")
+            pieces += [data[start : start + step] for start in range(0, len(data), step)]
+        else:
+            kinds.append(part)
+    size = sum(map(len, pieces))
+    found = _on_threads(lambda i: hashlib.sha256(pieces[i]).hexdigest(), len(pieces), size)
+    return digest([len(kinds), *kinds, *found])
+
+
+def _on_threads(work: Callable[[int], str], count: int, size: int) -> list[str]:
+    """work(i) for i below `count`, which together read `size` bytes.
+
+    On torch's own threads: after an operation they spin for a while, and others find no core free.
+    """
+    found = [""] * count
+
+    def part(begin: int, end: int) -> None:
+        for i in range(begin, end):
+            found[i] = work(i)
+
+    threads.spread(part, count, elements=size // 4)
+    return found
+
+
+def _bytes(value: Tensor) -> memoryview | bytes:
+    """The memory of a tensor, row by row."""
+    flat = value.detach().contiguous().cpu().view(-1)
+    # An empty tensor may have a stride of 0, which cannot be seen as bytes.
+    return flat.view(torch.uint8).numpy().data if len(flat) else b""
+
+
+def _feed(state: Any, parts: Iterable[Part]) -> None:
+    for part in parts:
+        if isinstance(part, Tensor):
+            kind, data = f"{part.dtype}{tuple(part.shape)}", _bytes(part)
+        else:
+            kind = type(part).__name__
+            data = part if isinstance(part, bytes) else repr(part).encode()
+        state.update(f"{kind}:{len(data)}:".encode())
+        state.update(data)
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the code of both packages: other code may compute other bits."""
+    import aadp_kernels
+
+    roots = [Path(__file__).parents[1], Path(aadp_kernels.__file__).parent]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    return digest(part for path in files for part in (path.name, path.read_bytes()))
+
+
+def platform_facts() -> list[str]:
+    """What else decides the low bits of a computation on this machine."""
+    return [
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    ]

@@ -1,0 +1,181 @@
+"""Every client's account: which noised steps a ledger charges it with, and the ε they come to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+
+from fl_lightning.accounting.composition import compose_epsilon
+from fl_lightning.accounting.sum_costs import client_multipliers, extra_of, num_clients, of_client
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import ALL_CLIENTS, Release
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one release costs one client: its event in each step, and what comes on top of all."""
+
+    event: NoiseEvent
+    steps: int
+    epsilon: float
+    delta: float
+    guarantee: bool
+
+
+@dataclass(slots=True)
+class Account:
+    """One client's charges, each with how often it was made; in the order of their first lines."""
+
+    delta: float
+    charges: dict[Charge, int] = field(default_factory=dict)
+
+    @property
+    def releases(self) -> int:
+        return sum(self.charges.values())
+
+    def counts(self) -> dict[NoiseEvent, int]:
+        """How often each event happened."""
+        counts: Counter[NoiseEvent] = Counter()
+        for charge, times in self.charges.items():
+            counts[charge.event] += times * charge.steps
+        return dict(counts)
+
+    def on_top(self) -> tuple[float, float]:
+        """Epsilon and delta beyond the events, correctly rounded sums over all releases."""
+        return _sum_over(self.charges, "epsilon"), _sum_over(self.charges, "delta")
+
+    def epsilon(self) -> float:
+        """By PLD, what comes on top included; 0 without releases."""
+        if not self.charges:
+            return 0.0
+        inflation, tails = self.on_top()
+        left = self.delta - tails
+        return compose_epsilon(self.counts(), left) + inflation if left >= 0 else math.inf
+
+
+def _sum_over(charges: Mapping[Charge, int], name: str) -> float:
+    if len(charges) == 1:
+        ((charge, times),) = charges.items()
+        return times * getattr(charge, name)
+    values = (repeat(getattr(charge, name), times) for charge, times in charges.items())
+    return math.fsum(chain.from_iterable(values))
+
+
+def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int, Account]:
+    """Every client's account; clients that the header lists and that released nothing included.
+
+    Raises:
+        ValueError: the header does not fit the lines.
+    """
+    found = {client: _empty(header, client) for client in range(num_clients(header))}
+    # Of each kind of sum: by the clients that could be in it, how often and since which line.
+    sums: dict[tuple[Any, ...], tuple[Release, dict[str | None, list[int]]]] = {}
+    first: dict[tuple[int, Charge], int] = {}
+    for line, release in enumerate(releases):
+        if release.client == ALL_CLIENTS:
+            _, sets = sums.setdefault(_kind(release), (release, {}))
+            sets.setdefault(release.clients, [0, line])[0] += 1
+            continue
+        charge = Charge(
+            release.event,
+            release.steps,
+            release.epsilon_inflation,
+            release.tail_delta,
+            release.guarantee,
+        )
+        own = found.setdefault(release.client, _empty(header, release.client)).charges
+        if sums:
+            first.setdefault((release.client, charge), line)
+        own[charge] = own.get(charge, 0) + 1
+    for release, sets in sums.values():
+        for client, charge, times, line in _of_sums(header, release, sets):
+            own = found[client].charges
+            first[client, charge] = min(line, first.get((client, charge), line))
+            own[charge] = own.get(charge, 0) + times
+    if sums:
+        for client, account in found.items():
+            ordered = sorted(account.charges, key=lambda c, k=client: first.get((k, c), -1))
+            account.charges = {charge: account.charges[charge] for charge in ordered}
+    return found
+
+
+def _empty(header: Mapping[str, Any], client: int) -> Account:
+    delta = of_client(header["delta"], client)
+    return Account(math.nan if delta is None else delta)
+
+
+def _kind(release: Release) -> tuple[Any, ...]:
+    """What two sums must share to cost each client the same."""
+    stated = None if release.is_sum else (release.epsilon_inflation, release.tail_delta)
+    votes = release.vote_noise_scale is not None
+    return release.event, release.steps, release.largest_weight, votes, release.guarantee, stated
+
+
+def _of_sums(
+    header: Mapping[str, Any], release: Release, sets: Mapping[str | None, Sequence[int]]
+) -> Iterable[tuple[int, Charge, int, int]]:
+    """What sums of one kind cost each client: (client, charge, how often, first line)."""
+    everyone = num_clients(header)
+    times = np.zeros(everyone, dtype=np.int64)
+    first = np.full(everyone, np.iinfo(np.int64).max)
+    for text, (count, line) in sets.items():
+        ids = release.members_of(text, everyone)
+        times[ids] += count
+        first[ids] = np.minimum(first[ids], line)
+    ids = np.flatnonzero(times)
+    multipliers = client_multipliers(header, release, ids).tolist()
+    own_extra = release.is_sum
+    extra = extra_of(header, votes=release.vote_noise_scale is not None) if own_extra else None
+    stated = (release.epsilon_inflation, release.tail_delta)
+    known: dict[tuple[float, float | None], Charge] = {}
+    for client, multiplier in zip(ids.tolist(), multipliers, strict=True):
+        delta = of_client(header["delta"], client) if own_extra else None
+        charge = known.get((multiplier, delta))
+        if charge is None:
+            event = NoiseEvent(
+                release.mechanism, multiplier, release.sampling_rate, release.adjacency
+            )
+            if extra is not None:
+                cost = extra(event, delta or 0.0)
+                stated = release.steps * cost.epsilon, release.steps * cost.delta
+            charge = Charge(event, release.steps, *stated, release.guarantee)
+            known[multiplier, delta] = charge
+        yield client, charge, int(times[client]), int(first[client])
+
+
+def largest_epsilon(found: Mapping[int, Account]) -> float:
+    """The largest ε over the clients; of accounts that another one outdoes none is computed."""
+    different = {(account.delta, *account.charges.items()): account for account in found.values()}
+    hard: list[tuple[tuple[Any, ...], tuple[float, ...]]] = []
+    largest = 0.0
+    for account in sorted(different.values(), key=_strictness):
+        kind, harm = _harm(account)
+        if kind and any(k == kind and _at_least(h, harm) for k, h in hard):
+            continue
+        hard.append((kind, harm))
+        largest = max(largest, account.epsilon())
+    return largest
+
+
+def _strictness(account: Account) -> float:
+    return min((charge.event.noise_multiplier for charge in account.charges), default=math.inf)
+
+
+def _harm(account: Account) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+    """(kind, measures): among accounts of one kind, no less in every measure is no less ε."""
+    counts = account.counts()
+    if len(counts) != 1:
+        return (), ()
+    ((event, steps),) = counts.items()
+    kind = event.mechanism, event.sampling_rate, event.adjacency
+    return kind, (-event.noise_multiplier, steps, -account.delta, *account.on_top())
+
+
+def _at_least(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True))

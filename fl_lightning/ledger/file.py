@@ -1,0 +1,407 @@
+"""The ledger: what was released, written down before it leaves, and what it cost.
+
+`ledger.jsonl` holds one JSON object a line. Line 1 is the header (facts of the run), every further
+line is one release. Each line carries the hash of the line before it and its own, so a change or a
+removal inside the file breaks the chain; `ledger.head` holds the number of lines and the last hash,
+so a removal at the end is found as well. The chain finds accidents and careless edits. It is no
+signature: whoever can write both files can write another history.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_lightning.accounting.sum_costs import SUM_FACTS
+from fl_lightning.ledger import chain
+from fl_lightning.ledger.chain import LedgerError
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.plain_json import plain
+from fl_lightning.values.release import KINDS, Release, parse_release, release_entry
+
+FILE_NAME = "ledger.jsonl"
+# Of what this version writes; a header without `schema` is of schema 0. See docs/ledger.md.
+SCHEMA = 1
+SETTINGS = (
+    "record+local",
+    "client+local",
+    "client+aggregator",
+    "client+secure_sum",
+    "abstract",
+    "none",
+)
+REQUIRED_FACTS = (
+    "setting",
+    "privacy_unit",
+    "trust",
+    "adjacency",
+    "mechanism",
+    "delta",
+    "epsilon",
+    "simulated",
+)
+
+
+class LedgerWarning(UserWarning):
+    """A torn last line, left by a crash during a write, was set aside."""
+
+
+def _resolve(path: str | os.PathLike[str]) -> Path:
+    """The ledger's file from itself or from the run's directory."""
+    path = Path(path)
+    return path if path.suffix == ".jsonl" else path / FILE_NAME
+
+
+def _parser() -> Callable[[int, Mapping[str, Any]], dict[str, Any] | Release]:
+    """Turns the entries of one file, in order, into the header and releases; raises ValueError."""
+    header: dict[str, Any] = {}
+
+    def parse(index: int, entry: Mapping[str, Any]) -> dict[str, Any] | Release:
+        kind = entry["kind"]
+        if kind not in (KINDS if index else ("header",)):
+            expected = "release" if index else "header"
+            raise ValueError(f"is out of place: kind {kind!r} instead of {expected!r}")
+        if not index:
+            header.update(entry["facts"])
+            _check_schema(header)
+            return dict(header)
+        if kind == "sum" and any(header.get(name) is None for name in SUM_FACTS):
+            raise ValueError(f"is a sum, for which the header must state {', '.join(SUM_FACTS)}")
+        return parse_release(entry)
+
+    return parse
+
+
+def _check_schema(header: Mapping[str, Any]) -> None:
+    schema = header.get("schema", 0)
+    if not isinstance(schema, int) or isinstance(schema, bool) or not 0 <= schema <= SCHEMA:
+        raise ValueError(
+            f"is of schema {schema!r}: this version reads schemas 0 to {SCHEMA}, take a newer one"
+        )
+
+
+_OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # A forked worker that outlives the run would otherwise keep the lock. Closing does not unlock.
+    for ledger in list(_OPEN):
+        ledger.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class Ledger:
+    """The ledger of one run, open for appending; one at a time (advisory lock on the file).
+
+    Open one with `Ledger.create` or `Ledger.open`; it is also a context manager.
+
+    Guarantees:
+        When `append` has returned, its releases are on disk (fsync) and count after any crash.
+        When it has raised `LedgerError`, none of them counts and the file is as it was.
+        After a crash during `append`, those of its releases that reached the file completely count,
+        though they may never have left the client: epsilon can only be too high.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None, scan: chain.Scan) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._header: dict[str, Any] = scan.entries[0]
+        self._size = scan.size
+        self._releases: list[Release] = []
+        self._by_round: dict[tuple[int, int], list[Release]] = {}
+        self._counts: dict[int, Counter[NoiseEvent]] = {}
+        self._hash = scan.hashes[-1]
+        self._broken = ""
+        self._remember(scan.entries[1:], self._hash)
+        _OPEN.add(self)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], header: Mapping[str, Any]) -> Ledger:
+        """Start a ledger in a run's directory (or at a file named `*.jsonl`).
+
+        Args:
+            path: directory or file; the directory is made where missing.
+            header: facts of the run, JSON-like; `REQUIRED_FACTS` at least. `delta` and `epsilon`
+                (the target) are one number, or one a client; infinities are allowed.
+
+        Raises:
+            ValueError: a required fact is missing or of no known kind.
+            LedgerError: there is a ledger with releases, or it is in use.
+        """
+        facts = _check_facts(header)
+        path = _resolve(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = chain.open_locked(path, os.O_CREAT)
+        try:
+            if path.read_bytes().count(b"\n") > 1 or _stated_lines(path) > 1:
+                raise LedgerError(
+                    f"{path.parent} already has a ledger with releases: resume that run, or choose "
+                    "another directory"
+                )
+            line, digest = chain.seal({"kind": "header", "facts": facts}, None)
+            try:
+                os.ftruncate(descriptor, 0)
+                chain.write_all(descriptor, line)
+                os.fsync(descriptor)
+                chain.write_head(path, 1, digest)
+                chain.sync_directory(path.parent)
+            except OSError as error:
+                raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
+            return cls(path, descriptor, chain.Scan([facts], [digest], size=len(line)))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], known: Mapping[str, Any] | None = None) -> Ledger:
+        """Open an existing ledger to go on with it; checks all of it first.
+
+        A torn last line (a crash during a write) is moved to `ledger.jsonl.torn` with a
+        `LedgerWarning`. Complete lines behind the head count.
+
+        Args:
+            path: directory or file.
+            known: what a checkpoint says of the ledger: `run_id`, how many `releases` it had and
+                its `ledger_head` then. None: nothing.
+
+        Raises:
+            FileNotFoundError: no ledger there.
+            LedgerError: the chain is broken, lines are missing, the ledger is in use, or is not
+                the one that is known.
+        """
+        path = _resolve(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no ledger at {path}")
+        descriptor = chain.open_locked(path)
+        try:
+            found = chain.scan(path, _parser())
+            if found.problems:
+                raise LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
+            if not found.entries:
+                raise LedgerError(f"{path} has no header: the run was stopped before it began")
+            if known is not None:
+                _check_known(path, found, known)
+            try:
+                if found.torn:
+                    _set_aside(path, descriptor, found)
+                chain.write_head(path, len(found.hashes), found.hashes[-1])
+            except OSError as error:
+                raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
+            return cls(path, descriptor, found)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def copy_of(
+        cls,
+        path: str | os.PathLike[str],
+        header: Mapping[str, Any],
+        releases: Sequence[Release],
+        head_hash: str,
+    ) -> Ledger:
+        """What another process holds open, to be read here: nothing can be appended to it.
+
+        Args:
+            path: directory or file of the ledger.
+            header, releases, head_hash: of the ledger that is open there.
+        """
+        found = chain.Scan([dict(header), *releases], [head_hash])
+        return cls(_resolve(path), None, found)
+
+    def follow(self, releases: Sequence[Release], head_hash: str) -> None:
+        """Take over, into a copy, releases that were appended where the ledger is open."""
+        assert self._descriptor is None
+        self._remember(releases, head_hash)
+
+    def append(self, releases: Sequence[Release]) -> None:
+        """Write releases down, durably, before they leave the client.
+
+        Args:
+            releases: of one round, any number; each (client, round, attempt) only once ever.
+
+        Raises:
+            ValueError: a release that is already in the ledger.
+            LedgerError: nothing was written (disk full and the like); none of them counts.
+        """
+        self._check_usable()
+        lines, digest, seen = [], self._hash, set()
+        for release in releases:
+            key = (release.client, release.round, release.attempt)
+            known = self._by_round.get(key[:2], ())
+            if key in seen or any(r.attempt == release.attempt for r in known):
+                raise ValueError(f"releases: (client, round, attempt) {key} is already recorded")
+            seen.add(key)
+            line, digest = chain.seal(release_entry(release), digest)
+            lines.append(line)
+        if not lines:
+            return
+        data = b"".join(lines)
+        assert self._descriptor is not None
+        try:
+            chain.write_all(self._descriptor, data)
+            os.fsync(self._descriptor)
+            chain.write_head(self.path, len(self) + 1 + len(lines), digest)
+        except OSError as error:
+            self._roll_back(error)
+            raise LedgerError(
+                f"cannot write the ledger in {self.path.parent}, nothing was released: {error}"
+            ) from error
+        except BaseException:
+            self._broken = "an append was interrupted"
+            raise
+        self._size += len(data)
+        self._remember(releases, digest)
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        """All releases, oldest first."""
+        return tuple(self._releases)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The facts of the run, as written (infinities are the string "inf")."""
+        return dict(self._header)
+
+    @property
+    def head_hash(self) -> str:
+        """Hash of the last line: it stands for the whole history."""
+        return self._hash
+
+    def find(self, client: int, round: int) -> list[Release]:
+        """Releases of a client in a round, by attempt."""
+        return list(self._by_round.get((client, round), ()))
+
+    def counts(self, client: int) -> dict[NoiseEvent, int]:
+        """How often each noise event happened to a client's units."""
+        return dict(self._counts.get(client, {}))
+
+    def __len__(self) -> int:
+        return len(self._releases)
+
+    def __iter__(self) -> Iterator[Release]:
+        return iter(self._releases)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock; the object can still be read."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Ledger is a file of its own and cannot be pickled or copied")
+
+    def _check_usable(self) -> None:
+        if self._descriptor is None:
+            raise LedgerError(f"the ledger in {self.path.parent} is closed")
+        if self._broken:
+            raise LedgerError(f"{self._broken} in {self.path.parent}: open the ledger again")
+
+    def _remember(self, releases: Sequence[Release], digest: str) -> None:
+        self._hash = digest
+        for release in releases:
+            self._releases.append(release)
+            self._by_round.setdefault((release.client, release.round), []).append(release)
+            self._counts.setdefault(release.client, Counter())[release.event] += release.steps
+
+    def _roll_back(self, cause: OSError) -> None:
+        assert self._descriptor is not None
+        try:
+            os.ftruncate(self._descriptor, self._size)
+            os.fsync(self._descriptor)
+        except OSError:
+            self._broken = f"a failed append ({cause}) could not be taken back"
+
+
+def _check_facts(header: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [name for name in REQUIRED_FACTS if name not in header]
+    if missing:
+        raise ValueError(f"header must have {', '.join(missing)}, got {sorted(header)}")
+    if header["setting"] not in SETTINGS:
+        raise ValueError(f"header['setting'] must be one of {SETTINGS}, got {header['setting']!r}")
+    if not isinstance(header["simulated"], bool):
+        raise ValueError(f"header['simulated'] must be a bool, got {header['simulated']!r}")
+    return plain(header)
+
+
+def _check_known(path: Path, found: chain.Scan, known: Mapping[str, Any]) -> None:
+    """Whether a ledger is the one that a checkpoint was saved with, or has gone on from there."""
+    if found.entries[0]["run_id"] != known["run_id"]:
+        raise LedgerError(f"{path.parent}: the ledger is of another run than the secret there")
+    count, lines = known["releases"], len(found.hashes)
+    if lines - 1 < count:
+        raise LedgerError(
+            f"{path.parent}: the ledger has {lines - 1} releases, the checkpoint knows of {count}: "
+            "lines were lost, the run cannot go on"
+        )
+    head = known.get("ledger_head")  # checkpoints of schema 0 do not have it
+    if head is not None and found.hashes[count] != head:
+        raise LedgerError(
+            f"{path.parent}: the ledger is not the one that the checkpoint was saved with: after "
+            f"{count} releases its last hash was {head}"
+        )
+
+
+def _stated_lines(path: Path) -> int:
+    try:
+        return chain.read_head(chain.head_path(path))[0]
+    except FileNotFoundError:
+        return 0
+
+
+def _set_aside(path: Path, descriptor: int, scan: chain.Scan) -> None:
+    torn = path.with_name(path.name + ".torn")
+    with torn.open("ab") as file:
+        file.write(scan.torn + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.ftruncate(descriptor, scan.size)
+    os.fsync(descriptor)
+    warnings.warn(
+        f"{path}: the last line was torn by a crash ({len(scan.torn)} bytes), moved to "
+        f"{torn.name}; its release had not left the client",
+        LedgerWarning,
+        stacklevel=3,
+    )
+
+
+def scan(path: str | os.PathLike[str]) -> tuple[Path, chain.Scan]:
+    """The file of a ledger and all that its chain holds, problems included.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+    """
+    path = _resolve(path)
+    return path, chain.scan(path, _parser())
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
+    """Header and releases of a ledger, checked, without opening it for appending.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+        LedgerError: the chain is broken or lines are missing.
+    """
+    path, found = scan(path)
+    if found.problems or not found.entries:
+        raise LedgerError(
+            f"{path} cannot be trusted: " + ("; ".join(found.problems) or "it has no header")
+        )
+    return found.entries[0], found.entries[1:]

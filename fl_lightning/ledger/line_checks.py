@@ -1,0 +1,209 @@
+"""What must hold between the header of a ledger and its lines, whoever wrote the hashes.
+
+A chain of hashes shows that nothing was changed after it was written. Somebody who edits a line and
+seals the chain again passes that test. These checks find such an edit where it contradicts what
+else the ledger says. A ledger that is wrong throughout and without contradiction is not found; a
+head hash that was kept elsewhere finds it.
+
+The checks need the facts of a run's header. Those of schema 1 state all of them; a header of
+schema 0, without `schema`, is checked as far as it goes; one that was made by hand, without
+`planned_steps`, is not checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients, spent_digest
+from fl_lightning.ledger.header_checks import check_header
+from fl_lightning.values.release import ALL_CLIENTS, Release
+
+POOLED = ("client+aggregator", "client+secure_sum")
+
+
+def contradictions(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
+    """Where a header and the lines below it cannot both be true, each with its line; [] if nowhere.
+
+    Args:
+        header, releases: of a ledger whose chain is unbroken.
+    """
+    if "planned_steps" not in header:
+        return []
+    found = check_header(header)
+    if found:
+        return [f"line 1 (header): {problem}" for problem in found]
+    noise = _calibrated(header)
+    problems = [
+        f"line {line}: {problem}"
+        for line, release in enumerate(releases, 2)
+        for problem in _against_header(header, release, noise)
+    ]
+    return problems or list(_steps(header, releases))
+
+
+def _against_header(
+    header: Mapping[str, Any], release: Release, noise: Callable[[Release], Iterator[str]]
+) -> Iterator[str]:
+    """Problems of one line with the facts of the run; `noise` looks at those of schema 1."""
+    setting = header["setting"]
+    if bool(header.get("schema")) and release.is_sum != (setting in POOLED):
+        yield f"is {'a sum' if release.is_sum else 'of one client'}, the setting is {setting}"
+        return
+    if release.client == ALL_CLIENTS and setting not in POOLED:
+        yield f"is a sum, the setting is {setting}"
+        return
+    stated = {
+        "mechanism": (release.mechanism, header["mechanism"]),
+        "adjacency": (release.adjacency, header["adjacency"]),
+        "guarantee": (release.guarantee, setting != "abstract"),
+        "num_layers": (release.num_layers, len(header["dims"])),
+        "votes": (release.vote_noise_scale is not None, header["thresholds"] == "quantile"),
+        "grid": (release.quantum is not None, header["noise_form"] == "grid"),
+        "sampling_rate": (release.sampling_rate, _rate(header, release)),
+    }
+    if setting != "record+local":
+        stated["steps"] = release.steps, 1
+    for name, (line, fact) in stated.items():
+        if line != fact:
+            yield f"{name} is {line}, by the header it is {fact}"
+    everyone = num_clients(header)
+    last = release.client if release.clients is None else int(release.members(everyone)[-1])
+    if last >= everyone:
+        yield f"client {last} is not among the {everyone} clients"
+    elif header.get("schema"):
+        yield from noise(release)
+
+
+def _rate(header: Mapping[str, Any], release: Release) -> float:
+    """The sampling rate by the header; of a header that states none, the line's."""
+    if header.get("schema"):
+        return header["sampling_rate"]
+    if header["setting"] == "record+local":
+        return release.sampling_rate
+    return header.get("cohort_rate") or 1.0
+
+
+def _calibrated(header: Mapping[str, Any]) -> Callable[[Release], Iterator[str]]:
+    """A check whether a line has the noise that was calibrated."""
+    everyone = num_clients(header)
+
+    @functools.lru_cache(maxsize=64)
+    def cohort(clients: str | None) -> tuple[int, float, float]:
+        ids = Release.members_of(clients, everyone)
+        z, weight = (of_clients(header, name)[ids] for name in ("noise_multiplier", "weights"))
+        return len(ids), float(z.min()), float(weight.max())
+
+    def check(release: Release) -> Iterator[str]:
+        if release.is_sum:
+            count, z, largest = cohort(release.clients)
+            if release.largest_weight != largest:
+                yield f"largest_weight is {release.largest_weight}, by the header it is {largest}"
+            least, most = header["min_survivors"] or 1, everyone
+            if header["cohort_rate"] is None:
+                most = header["clients_per_round"]
+            if not least <= count <= most:
+                yield f"{count} clients are in the sum, by the header {least} to {most}"
+        else:
+            z = of_client(header["noise_multiplier"], release.client)
+            assert z is not None
+        if release.noise_multiplier != z:
+            yield f"noise_multiplier is {release.noise_multiplier}, calibrated was {z}"
+        elif release.vote_noise_scale is not None and header["vote_share"] > 0:
+            wanted = _vote_noise_scale(header, z)
+            if not math.isclose(release.vote_noise_scale, wanted, rel_tol=1e-9):
+                yield f"vote_noise_scale is {release.vote_noise_scale}, by the header {wanted}"
+
+    return check
+
+
+def _vote_noise_scale(header: Mapping[str, Any], multiplier: float) -> float:
+    """Noise scale of the votes, which share one budget with the layers."""
+    from aadp_kernels import vote_noise
+
+    return vote_noise(
+        multiplier,
+        num_layers=len(header["dims"]),
+        vote_share=header["vote_share"],
+        mechanism=header["mechanism"],
+        adjacency=header["adjacency"],
+    )[1]
+
+
+def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
+    """The first line before which one is missing or repeated, or that is one too many."""
+    everyone = num_clients(header)
+    most = np.full(everyone, np.inf)
+    if header.get("affordable_steps") is not None:
+        most = of_clients(header, "affordable_steps")
+    # Of single clients lists are faster.
+    pooled = header["setting"] in POOLED
+    spent: Any = np.zeros(everyone, dtype=np.int64) if pooled else [0] * everyone
+    limits: Any = most if pooled else most.tolist()
+    attempts: Counter[tuple[int, int]] = Counter()
+    for number, release in enumerate(releases):
+        place = release.client, release.round
+        problem = _out_of_place(number, release, attempts[place], spent)
+        attempts[place] += 1
+        problem = problem or _too_many(release, spent, limits)
+        if problem:
+            yield f"line {number + 2}: {problem}"
+            return
+    yield from _one_multiplier(header, releases)
+
+
+def _out_of_place(number: int, release: Release, attempts: int, spent: Any) -> str:
+    """What shows that lines before this one are missing or others; "" if nothing does."""
+    if release.attempt != attempts:
+        return (
+            f"attempt {release.attempt} at round {release.round}, of which there are {attempts} "
+            "before it: lines were removed or repeated"
+        )
+    before = spent[release.client] if release.client != ALL_CLIENTS else int(spent.max())
+    before = number if release.is_sum else before
+    if release.first_step != before:
+        return (
+            f"begins at step {release.first_step}, the lines before it end at {before}: lines were "
+            "removed or repeated"
+        )
+    if release.is_sum and release.spent != spent_digest(spent):
+        return "the clients of the sums before it are not those that it was written after"
+    return ""
+
+
+def _too_many(release: Release, spent: Any, most: Any) -> str:
+    """Count a line's steps; what shows that they are more than was calibrated."""
+    if release.client != ALL_CLIENTS:
+        client = release.client
+        spent[client] += release.steps
+    else:
+        ids = release.members(len(spent))
+        spent[ids] += release.steps
+        client = int(ids[(spent - most)[ids].argmax()])
+    if spent[client] <= most[client]:
+        return ""
+    return (
+        f"takes client {client} to {spent[client]} steps, its noise was calibrated for "
+        f"{most[client]:.0f}"
+    )
+
+
+def _one_multiplier(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
+    """A client's noise is calibrated once: all its lines have one event (schema 0)."""
+    if header.get("schema") or header["setting"] in POOLED:
+        return
+    first: dict[int, Release] = {}
+    for line, release in enumerate(releases, 2):
+        one = first.setdefault(release.client, release)
+        if release.event != one.event:
+            yield (
+                f"line {line}: noise_multiplier {release.noise_multiplier}, sampling_rate "
+                f"{release.sampling_rate}; before, client {release.client} had "
+                f"{one.noise_multiplier} and {one.sampling_rate}"
+            )
+            return

@@ -1,0 +1,138 @@
+"""What a ledger says: epsilon per client from the file alone, tables, and the command."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fl_lightning.accounting.exactness import Extra
+from fl_lightning.accounting.sum_costs import (
+    client_multipliers,
+    extra_of,
+    largest_extra,
+    num_clients,
+    of_client,
+    of_clients,
+)
+from fl_lightning.ledger.accounts import Account, accounts
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import Release
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """One client's account. Public.
+
+    Args:
+        client: its number.
+        releases, steps: how many releases, with how many noised steps together.
+        mechanisms, noise_multipliers, sampling_rates: those that occur, in order.
+        epsilon: by PLD at `delta`, inflation included; inf without noise; 0 without releases.
+        delta: the client's delta (NaN where the header has none); cut tails are paid from it.
+        target_epsilon: planned, None where not stated.
+        guarantee: False where epsilon is nominal.
+    """
+
+    client: int
+    releases: int
+    steps: int
+    mechanisms: tuple[str, ...]
+    noise_multipliers: tuple[float, ...]
+    sampling_rates: tuple[float, ...]
+    epsilon: float
+    delta: float
+    target_epsilon: float | None
+    guarantee: bool
+
+
+def report_clients(
+    header: Mapping[str, Any], releases: Sequence[Release]
+) -> dict[int, ClientReport]:
+    """Every client's account; clients that the header lists and that released nothing included."""
+    found = accounts(header, releases)
+    return {client: _report_one(header, client, found[client]) for client in sorted(found)}
+
+
+def _report_one(header: Mapping[str, Any], client: int, account: Account) -> ClientReport:
+    counts = account.counts()
+    return ClientReport(
+        client=client,
+        releases=account.releases,
+        steps=sum(counts.values()),
+        mechanisms=tuple(dict.fromkeys(e.mechanism for e in counts)),
+        noise_multipliers=tuple(dict.fromkeys(e.noise_multiplier for e in counts)),
+        sampling_rates=tuple(dict.fromkeys(e.sampling_rate for e in counts)),
+        epsilon=account.epsilon(),
+        delta=account.delta,
+        target_epsilon=of_client(header["epsilon"], client),
+        guarantee=header["setting"] != "abstract" and all(c.guarantee for c in account.charges),
+    )
+
+
+def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
+    """Releases that charge less for inexact noise than their form, recomputed, costs.
+
+    A ledger whose header states no noise form or layer sizes cannot be checked: [].
+    """
+    if "noise_form" not in header or "dims" not in header:
+        return []
+    extra = {votes: extra_of(header, votes=votes) for votes in (False, True)}
+    known: dict[tuple[Any, ...], Extra] = {}
+    problems = []
+    for line, release in enumerate(releases, 2):
+        votes = release.vote_noise_scale is not None
+        whose = release.clients if release.is_sum else of_client(header["delta"], release.client)
+        kind = release.event, votes, release.largest_weight, whose
+        cost = known.get(kind)
+        if cost is None:
+            cost = known[kind] = _extra_of_line(header, release, extra[votes])
+        for name, least in (("epsilon_inflation", cost.epsilon), ("tail_delta", cost.delta)):
+            charged = getattr(release, name)
+            if charged < release.steps * least * (1 - 1e-9):
+                problems.append(
+                    f"line {line} charges {name} {charged:.3g} for {release.steps} steps of form "
+                    f"{header['noise_form']}, which cost {release.steps * least:.3g}"
+                )
+    return problems
+
+
+def _extra_of_line(
+    header: Mapping[str, Any], release: Release, extra: Callable[[NoiseEvent, float], Extra]
+) -> Extra:
+    """What a step of a line costs beyond its event; of a sum, the largest over its clients."""
+    if not release.is_sum:
+        return extra(release.event, of_client(header["delta"], release.client) or 0.0)
+    ids = release.members(num_clients(header))
+    deltas = of_clients(header, "delta")[ids]
+    return largest_extra(release.event, client_multipliers(header, release), deltas, extra)
+
+
+def show_number(value: float) -> str:
+    """A number for a table: four significant digits; infinity as a word."""
+    if math.isnan(value):
+        return "-"
+    return "infinite" if math.isinf(value) else f"{value:.4g}"
+
+
+def any_nominal(reports: Mapping[int, ClientReport]) -> bool:
+    """Whether some finite epsilon carries no guarantee."""
+    return any(not r.guarantee and math.isfinite(r.epsilon) for r in reports.values())
+
+
+def headline(reports: Mapping[int, ClientReport]) -> str:
+    """One sentence: the largest epsilon and delta over the clients, and the spread."""
+    if not reports:
+        return "nothing was released: epsilon 0"
+    epsilons = [r.epsilon for r in reports.values()]
+    delta = max(r.delta for r in reports.values())
+    text = (
+        f"epsilon {show_number(max(epsilons))} at delta {show_number(delta)} "
+        f"(largest over {len(reports)} clients; smallest {show_number(min(epsilons))}, "
+        f"median {show_number(statistics.median(epsilons))})"
+    )
+    if any_nominal(reports):
+        text += ", nominal, no guarantee"
+    return text

@@ -1,0 +1,157 @@
+"""Whether the other files of a run's folder speak of the same ledger.
+
+The checkpoint, the privacy statement and the summary each name a hash of the ledger, of the moment
+they were written at. Where the ledger has gone on since, that is a line before the last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+
+from fl_lightning.accounting.sum_costs import num_clients, of_clients
+from fl_lightning.ledger.accounts import accounts, largest_epsilon
+from fl_lightning.ledger.report import show_number
+from fl_lightning.values.release import Release
+
+_HASH = re.compile(r"\b[0-9a-f]{64}\b")
+_ROUNDING = 1e-6
+
+
+@dataclass
+class RunFiles:
+    """A checked ledger, and what the files beside it say of it.
+
+    Args:
+        folder: of the run.
+        header, releases, hashes: of the ledger; hashes of all lines.
+    """
+
+    folder: Path
+    header: Mapping[str, Any]
+    releases: Sequence[Release]
+    hashes: Sequence[str]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _epsilons: dict[int, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Fill `problems` and `notes`."""
+        self._checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        self._statement(self.folder / "privacy_statement.md")
+        self._summary(self.folder / "summary.json")
+
+    @cached_property
+    def _lines(self) -> dict[str, int]:
+        return {digest: line for line, digest in enumerate(self.hashes, 1)}
+
+    def _place(self, name: str, hashes: Sequence[str]) -> int | None:
+        """The last line that a file names; a problem where it names lines of another ledger."""
+        known = [self._lines[digest] for digest in hashes if digest in self._lines]
+        if not known:
+            self.problems.append(f"{name} names head {hashes[-1]}, which no line of the ledger has")
+            return None
+        if known[-1] < len(self.hashes):
+            self.notes.append(f"{name} is of line {known[-1]} of {len(self.hashes)}")
+        return known[-1]
+
+    def _epsilon(self, line: int) -> float:
+        """Largest ε over the clients up to a line."""
+        if line not in self._epsilons:
+            found = accounts(self.header, self.releases[: line - 1])
+            self._epsilons[line] = largest_epsilon(found)
+        return self._epsilons[line]
+
+    def _checkpoint(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        name, header = "checkpoints/last.ckpt", self.header
+        try:
+            state = _read_checkpoint(path)
+        except (RuntimeError, UnpicklingError, OSError, ValueError, EOFError) as error:
+            self.notes.append(f"{name} was not compared, it cannot be read: {error!r:.80}")
+            return
+        if state is None:
+            return
+        for fact, promised in (
+            ("run_id", state["run_id"]),
+            *((n, state["promise"].get(n)) for n in ("setting", "mechanism", "noise_form")),
+        ):
+            if header.get(fact, promised) != promised:
+                self.problems.append(f"{name} is of {fact} {promised}, the ledger {header[fact]}")
+        known = state["budget"]["multiplier"].numpy()
+        if header.get("schema") and not _same(known, of_clients(header, "noise_multiplier")):
+            self.problems.append(f"{name} has other noise multipliers than the header")
+        for fact in ("epsilon", "delta"):
+            value = state["promise"].get(fact)
+            promised = np.ravel(math.inf if value is None else value).astype(np.float64)
+            if not _same(np.resize(promised, num_clients(header)), of_clients(header, fact)):
+                self.problems.append(f"{name} has another {fact} than the header")
+        if state["releases"] > len(self.releases):
+            self.problems.append(
+                f"{name} knows of {state['releases']} releases, the ledger has "
+                f"{len(self.releases)}: lines are missing"
+            )
+        elif state.get("ledger_head"):
+            place = self._place(name, [state["ledger_head"]])
+            if place is not None and place != state["releases"] + 1:
+                count = state["releases"]
+                self.problems.append(f"{name} knows of {count} releases at line {place}")
+
+    def _statement(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        text = path.read_text(encoding="utf-8", errors="replace")
+        hashes = _HASH.findall(text)
+        if not hashes:
+            self.notes.append(f"{path.name} names no head of a ledger")
+            return
+        line = self._place(path.name, hashes)
+        if line is not None:
+            wanted = f"epsilon {show_number(self._epsilon(line))} at delta "
+            if line > 1 and wanted not in text:
+                self.problems.append(f"{path.name} does not say '{wanted.strip()} …'")
+
+    def _summary(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            head, stated = found.get("ledger_head"), found.get("epsilon_max")
+            stated = None if stated is None else float(stated)
+        except (ValueError, AttributeError, TypeError):
+            self.problems.append(f"{path.name} is unreadable")
+            return
+        if head is None:
+            self.notes.append(f"{path.name} names no head of a ledger")
+            return
+        line = self._place(path.name, [str(head)])
+        if line is not None and line > 1:
+            spent = self._epsilon(line)
+            if stated is None or not _close(stated, spent):
+                self.problems.append(f"{path.name}: epsilon_max is {stated}, by the ledger {spent}")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint keeps of privacy; None in one that keeps nothing."""
+    import torch
+
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state.get("aadp_fl")
+
+
+def _close(a: float, b: float) -> bool:
+    return a == b or math.isclose(a, b, rel_tol=_ROUNDING)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool((a == b).all())

@@ -1,0 +1,243 @@
+"""The privacy statement of a run: one page of Markdown, every figure from the ledger."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fl_lightning.ledger.file import Ledger
+from fl_lightning.ledger.report import (
+    ClientReport,
+    any_nominal,
+    headline,
+    report_clients,
+    show_number,
+)
+from fl_lightning.ledger.statement_assumptions import assumptions
+from fl_lightning.ledger.statement_groups import group_section
+from fl_lightning.privacy.config import POOLED
+from fl_lightning.privacy.simulated import simulated_reason
+from fl_lightning.values.release import ALL_CLIENTS, Release
+
+_ADVERSARY = {
+    "record+local": (
+        "Everybody except the client itself: the server, the other clients and whoever sees the "
+        "model. They see every update that the client sent, the public facts below and this ledger."
+    ),
+    "client+local": (
+        "Everybody except the client itself: the server, the other clients and whoever sees the "
+        "model. They see every update that the client sent, know that it took part, and see this "
+        "ledger."
+    ),
+}
+_ADVERSARY["client+aggregator"] = (
+    "Everybody except the client itself and the server, which is trusted: it sees every update{} "
+    "and adds the noise. The adversary sees the model after every round, the public facts below "
+    "and this ledger{}; all other clients may work together with it."
+)
+_ADVERSARY["client+secure_sum"] = (
+    "Everybody except the client itself, the server included: it knows who takes part and sees the "
+    "sum of each round, noise included, but no single update. Clients other than the assumed "
+    "honest survivors may work together with it."
+)
+_UNIT = {
+    "record+local": "one record of one client",
+    "client+local": "all records of one client together",
+    "client+aggregator": "all records of one client together",
+    "client+secure_sum": "all records of one client together",
+}
+_ADJACENCY = {
+    "zero_out": (
+        "zero_out: the unit's contribution is replaced by zero; the number of records of the "
+        "client is public and stays the same. Sensitivity: the clip norm{}."
+    ),
+    "replace_one": (
+        "replace_one: the unit is replaced by any other unit. Sensitivity: twice the clip norm; "
+        "the noise multipliers below are relative to that."
+    ),
+}
+
+
+def privacy_statement(ledger: Ledger) -> str:
+    """What a run guarantees, to whom, under which assumptions, and what it does not cover.
+
+    Args:
+        ledger: the run's ledger. Public.
+
+    Returns:
+        Markdown, about a page; ends with a newline.
+
+    Guarantees:
+        Epsilon and delta are recomputed from the ledger's releases, never taken from the plan.
+
+    Edge cases:
+        | case | statement |
+        |---|---|
+        | setting `abstract` | epsilon is called nominal, without guarantee |
+        | setting `none`, or a release without noise | epsilon is infinite |
+        | no releases | nothing was released |
+        | simulated | begins with a warning: nobody is protected, and why |
+    """
+    header, reports = ledger.header, report_clients(ledger.header, ledger.releases)
+    nominal = header["setting"] == "abstract" or any_nominal(reports)
+    protected = header["setting"] in _ADVERSARY and not nominal
+    parts = ["# Privacy statement", _warning(header, nominal)]
+    parts.append(_headline_section(header, reports))
+    if protected:
+        parts += [_who(header, ledger.releases), assumptions(header, ledger.releases)]
+    parts.append(_how(header, reports, ledger))
+    if protected:
+        parts.append(group_section(header, reports, ledger.releases))
+        parts.append(_not_covered())
+    parts.append(_record(ledger))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _warning(header: Mapping[str, Any], nominal: bool) -> str:
+    lines, reason = [], simulated_reason(header)
+    if reason:
+        lines.append(
+            f"> **SIMULATED: {reason}.** {_why_simulated(reason)}; this run protects nobody. "
+            "Epsilon is what the same run would have with a secret key and a generator to build on."
+        )
+    if header["setting"] == "none":
+        lines.append("> **No privacy.** Updates were released without noise.")
+    elif nominal:
+        lines.append(
+            "> **Nominal epsilon, no guarantee.** Clip norms and budget shares depend on raw "
+            "updates; no differential privacy is claimed."
+        )
+    return "\n>\n".join(lines)
+
+
+def _why_simulated(reason: str) -> str:
+    if "public seed" in reason:
+        return "Noise and sampling can be reproduced by anyone who knows the seed"
+    return "The generator was not made to withstand anybody who tries to foresee its noise"
+
+
+def _headline_section(header: Mapping[str, Any], reports: Mapping[int, ClientReport]) -> str:
+    lines = ["## Result", "", _sentence(header, reports)]
+    active = [r for r in reports.values() if r.releases]
+    if active:
+        epsilons = [r.epsilon for r in active]
+        deltas = [r.delta for r in active]
+        lines += ["", "| over clients that released | smallest | median | largest |"]
+        lines.append("|---|---|---|---|")
+        for name, values in (("epsilon", epsilons), ("delta", deltas)):
+            figures = (min(values), statistics.median(values), max(values))
+            lines.append(f"| {name} | " + " | ".join(map(show_number, figures)) + " |")
+        over = [r for r in active if r.target_epsilon is not None and r.epsilon > r.target_epsilon]
+        if over:
+            who = (
+                "1 client spent more than its"
+                if len(over) == 1
+                else f"{len(over)} clients spent more than their"
+            )
+            lines += ["", f"{who} target."]
+    return "\n".join(lines)
+
+
+def _sentence(header: Mapping[str, Any], reports: Mapping[int, ClientReport]) -> str:
+    if header["setting"] == "none":
+        return "**epsilon infinite: no differential privacy.**"
+    return f"**{headline(reports)}.**"
+
+
+def _adversary(setting: str, sampled: bool) -> str:
+    if setting != "client+aggregator":
+        return _ADVERSARY[setting]
+    if sampled:
+        return _ADVERSARY[setting].format(", keeps to itself who took part,", "")
+    return _ADVERSARY[setting].format("", ", and knows who took part")
+
+
+def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
+    setting, sampled = header["setting"], any(r.sampling_rate < 1 for r in releases)
+    units = "records" if setting == "record+local" else "clients"
+    weight = ", times the client's public weight in the sum" if setting in POOLED else ""
+    coins = f", which {units} were sampled" if sampled else ""
+    return "\n".join(
+        (
+            "## Who is protected, against whom",
+            "",
+            f"- Privacy unit: {_UNIT[setting]}.",
+            f"- Adversary: {_adversary(setting, sampled)}",
+            f"- Secret: the client's data, gradients, unnoised norms and counts{coins}, and the "
+            "key of the noise.",
+            f"- Adjacency: {_ADJACENCY[header['adjacency']].format(weight)}",
+        )
+    )
+
+
+def _charged(ledger: Ledger, name: str) -> str:
+    """Largest sum over a client's releases, those of everybody included."""
+    sums: dict[int, float] = {}
+    for release in ledger.releases:
+        sums[release.client] = sums.get(release.client, 0.0) + getattr(release, name)
+    everybody = sums.pop(ALL_CLIENTS, 0.0)
+    return show_number(everybody + max(sums.values(), default=0.0)) + " (largest client)"
+
+
+def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger: Ledger) -> str:
+    active = [r for r in reports.values() if r.releases]
+    if not active:
+        return ""
+    multipliers = [z for r in active for z in r.noise_multipliers]
+    rates = [q for r in active for q in r.sampling_rates]
+    steps = [r.steps for r in active]
+    mechanisms = sorted({m for r in active for m in r.mechanisms})
+    return "\n".join(
+        (
+            "## What was done",
+            "",
+            f"- {_releases(header, ledger, len(active))} in "
+            f"{len({r.round for r in ledger.releases})} rounds; noised steps a client: "
+            f"{_span(steps)}.",
+            f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
+            f"votes included): {_span(multipliers)}; sampling rate: {_span(rates)}.",
+            f"- Composition: privacy loss distributions (pessimistic), per client; random numbers: "
+            f"{header.get('rng', 'not stated')}; noise form: {header.get('noise_form', 'wide')}.",
+            "- Charged on top of the composition, for noise that is not the ideal one: epsilon "
+            f"{_charged(ledger, 'epsilon_inflation')}, delta {_charged(ledger, 'tail_delta')}.",
+        )
+    )
+
+
+def _releases(header: Mapping[str, Any], ledger: Ledger, clients: int) -> str:
+    if header["setting"] not in POOLED:
+        return f"{len(ledger)} releases of {clients} clients"
+    # A sum is one release, though each client that could be in it may have a line.
+    sums = len({(r.round, r.binding, r.digest) for r in ledger.releases})
+    return f"{sums} noised sums, in which {clients} clients could be,"
+
+
+def _span(values: list[float] | list[int]) -> str:
+    low, high = show_number(min(values)), show_number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _not_covered() -> str:
+    return "\n".join(
+        (
+            "## What is not covered",
+            "",
+            "- Epsilon is of this one run, its hyperparameters given: other runs on the same data "
+            "are not charged, nor is choosing a run, a round to stop at, a checkpoint or a "
+            "hyperparameter by figures of private, validation or test data.",
+            "- Validation and test figures are computed from their own records without noise; "
+            "those records are not protected.",
+            "- Values named `sim_only` and the time that rounds took are private; they exist "
+            "because one machine simulates all clients, and must not be published.",
+            "- Facts that are true of the whole population may be learned; that is the purpose.",
+        )
+    )
+
+
+def _record(ledger: Ledger) -> str:
+    return (
+        "## Record\n\n"
+        f"Ledger of {len(ledger)} releases, last hash `{ledger.head_hash}`. Check it with "
+        "`python -m fl_lightning.ledger verify`, read it with `python -m fl_lightning.ledger show`."
+    )

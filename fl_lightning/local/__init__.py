@@ -1,0 +1,1 @@
+"""Local training of clients; it knows nothing of privacy."""

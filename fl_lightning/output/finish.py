@@ -1,0 +1,95 @@
+"""What follows the last round: the test, the figures, the pictures, W&B.
+
+The privacy is paid and the model stands in its checkpoint by then. So whatever fails here is one
+line, and everything else is done all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+
+from fl_lightning import plots
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.ledger.statement import privacy_statement
+from fl_lightning.output.console import say, show
+from fl_lightning.output.loggers import hand_over
+from fl_lightning.output.summary import final_table, run_summary
+from fl_lightning.processes.launching import raise_if_stopped
+
+T = TypeVar("T")
+_NO_PRIVACY = "# Privacy statement\n\n**No privacy.** Updates were released without noise.\n"
+
+
+def test_once(trainer: pl.Trainer, pl_module: Any, data: FederatedDataModule) -> bool:
+    """Read the test set; whether nothing hindered it. A data set without one is no hindrance."""
+    if not data.has_test:
+        if trainer.is_global_zero:
+            say(f"note: {data.dataset_name} has no test records, so there is no test figure")
+        return True
+
+    def test() -> Any:
+        try:
+            return trainer.test(pl_module, datamodule=data, verbose=False)
+        except Exception as error:
+            raise_if_stopped(error, trainer)
+            raise
+
+    return _attempt("the test", test) is not None
+
+
+def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
+    """Write statement, summary and pictures, print the final table; hand all to W&B and close it.
+
+    Args:
+        trainer: the Trainer, after `test` if there was a test.
+        pl_module: the FederatedModule; its ledger may be closed.
+        seconds: wall-clock time of the run.
+
+    Guarantees:
+        W&B gets named files only: never the secret key, nor anything else of the run folder. What
+        fails is said in a line and hinders nothing else.
+    """
+    path = pl_module.run_path
+    _attempt("privacy_statement.md", lambda: _write_statement(path, pl_module.ledger))
+    summary = _attempt("the summary", lambda: run_summary(trainer, pl_module, seconds)) or {}
+    plain = {k: v if _is_json(v) else str(v) for k, v in summary.items()}
+    if summary:
+        text = json.dumps(plain, indent=2) + "\n"
+        file = path / "summary.json"
+        _attempt("summary.json", lambda: file.write_text(text, encoding="utf-8"))
+        _attempt("the table of the run", lambda: show(final_table(summary)))
+    if pl_module.ledger is not None:
+        say(f"ledger head: {pl_module.ledger.head_hash}")
+    pictures = _attempt("the pictures", lambda: plots.draw_all(path)) or []
+    for logger in trainer.loggers:
+        _attempt("W&B", lambda own=logger: hand_over(own, path, plain, pictures))
+
+
+def _attempt(what: str, do: Callable[[], T]) -> T | None:
+    """What `do` gives; None after a line that says why there is nothing."""
+    try:
+        return do()
+    except Exception as error:
+        words = " ".join(str(error).split()) or "no reason was given"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        say(
+            f"note: {what} failed: {type(error).__name__}: {words} "
+            f"({Path(place.filename).name}:{place.lineno}); the model and the ledger are whole"
+        )
+        return None
+
+
+def _write_statement(path: Path, ledger: Any) -> None:
+    text = _NO_PRIVACY if ledger is None else privacy_statement(ledger)
+    (path / "privacy_statement.md").write_text(text, encoding="utf-8")
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

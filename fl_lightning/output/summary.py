@@ -1,0 +1,115 @@
+"""The figures at the end of a run, for a file and for people; ε is recomputed from the ledger."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from fl_lightning import plots
+from fl_lightning.ledger.report import report_clients, show_number
+from fl_lightning.privacy.simulated import simulated_because
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PACKAGES = ("aadp-fl", "torch", "pytorch-lightning", "numpy", "dp-accounting", "wandb")
+
+
+def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str, Any]:
+    """All figures of the end of a run; ε is recomputed from the ledger.
+
+    Args:
+        trainer: the Trainer, after `test` if there was a test.
+        pl_module: the FederatedModule.
+        seconds: wall-clock time of the run.
+
+    Returns:
+        JSON-like values; None where there is no such figure, infinities as floats.
+    """
+    privacy, ledger = pl_module.privacy, pl_module.ledger
+    facts = {} if ledger is None else ledger.header
+    reports = {} if ledger is None else report_clients(facts, ledger.releases)
+    active = [r for r in reports.values() if r.releases]
+    epsilons = [r.epsilon for r in active]
+    test = trainer.callback_metrics.get("test/accuracy")
+    # The Trainer forgets its metrics when a test begins, and knows no round before a resumption.
+    rounds = plots.read_rows(pl_module.run_path / "rounds.csv")
+    validated = [r["sim_only_val_accuracy"] for r in rounds if r["sim_only_val_accuracy"]]
+    return {
+        "test_accuracy": None if test is None else float(test),
+        "sim_only_val_accuracy": float(validated[-1]) if validated else None,
+        "setting": privacy.setting,
+        "privacy": privacy_kind(privacy),
+        "simulated": simulated_because(privacy) is not None,
+        "simulated_because": simulated_because(privacy),
+        "epsilon_min": min(epsilons, default=None),
+        "epsilon_median": statistics.median(epsilons) if epsilons else None,
+        "epsilon_max": max(epsilons, default=None),
+        "delta_max": max((r.delta for r in active), default=None),
+        "clients_that_released": len(active),
+        "releases": sum(r.releases for r in active),
+        "ledger_head": None if ledger is None else ledger.head_hash,
+        "rounds": len(rounds),
+        "unit": privacy.unit,
+        "trust": facts.get("trust"),
+        "adjacency": facts.get("adjacency"),
+        "mechanism": facts.get("mechanism"),
+        "thresholds": privacy.resolved_thresholds if privacy.private else None,
+        "allocation": privacy.resolved_allocation if privacy.private else None,
+        "seconds": seconds,
+        "versions": _versions(),
+    }
+
+
+def privacy_kind(privacy: Any) -> str:
+    """What may be said of ε, in a few words; `proven` only of secret noise."""
+    given = privacy.noise_multiplier
+    if privacy.setting == "none" or (given is not None and not any(np.atleast_1d(given))):
+        return "none"
+    if not privacy.guarantee:
+        return "nominal ε, no guarantee"
+    return "proven" if simulated_because(privacy) is None else "simulated"
+
+
+def final_table(summary: dict[str, Any]) -> Table:
+    """The figures of `run_summary` for people."""
+    from rich.table import Table
+
+    table = Table("", "", title="run", show_header=False)
+    if summary["simulated"]:
+        reason = summary["simulated_because"]
+        table.add_row(f"SIMULATED ({reason})", "protects nobody", style="bold")
+    table.add_row("test accuracy", _show(summary["test_accuracy"]))
+    table.add_row("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"]))
+    table.add_row("privacy", summary["privacy"])
+    if summary["privacy"] != "none":
+        spread = " / ".join(_show(summary[f"epsilon_{n}"]) for n in ("min", "median", "max"))
+        table.add_row("ε by client, min / median / max", spread)
+        table.add_row("δ (largest)", _show(summary["delta_max"]))
+        names = ("unit", "trust", "adjacency", "mechanism", "thresholds", "allocation")
+        for name in (*names, "releases"):
+            table.add_row(name, _show(summary[name]))
+    table.add_row("rounds", _show(summary["rounds"]))
+    table.add_row("time", f"{summary['seconds']:.1f} s")
+    return table
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    return show_number(value) if isinstance(value, float) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

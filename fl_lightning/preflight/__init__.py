@@ -1,0 +1,1 @@
+"""Everything that can go wrong, tried before anything is charged."""

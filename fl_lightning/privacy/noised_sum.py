@@ -1,0 +1,272 @@
+"""The sum of a cohort's clipped updates, and its noise: from one hand or in shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aadp_kernels import (
+    Layout,
+    NoiseKey,
+    clip_sum_noise,
+    layer_norms,
+    privatize_,
+    sample_noise,
+)
+from fl_lightning.keys import binding, digests
+from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.mechanism import noised_votes
+from fl_lightning.privacy.noise_parts import noise_share
+from fl_lightning.processes.together import Processes
+from fl_lightning.values.release import ALL_CLIENTS
+from fl_lightning.values.round import Params, PrivateUpdate
+
+_ROW = torch.zeros(1, dtype=torch.int64)
+_CLIENTS_AT_ONCE = 64
+
+
+class PooledSum:
+    """Weighted sum of clipped client updates; private until `release`.
+
+    Args:
+        history: released history of the cohort, one row; moved forward by the release.
+        layout: layers of the network.
+        multiplier: noise multiplier for a client of weight 1, votes included.
+        survivors: None: one noise for the sum. A number: every client adds a share, and so many
+            shares make the whole noise.
+        key: noise key of this round.
+        dtypes: of the released tensors; None: those of the updates that are added.
+        processes: those that clients are added in; None: this one.
+    """
+
+    def __init__(
+        self,
+        history: ReleasedHistory,
+        layout: Layout,
+        *,
+        multiplier: float,
+        survivors: int | None,
+        key: NoiseKey,
+        dtypes: Sequence[torch.dtype] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.history = history
+        self.layout = layout
+        self.survivors = survivors
+        self.key = key
+        self.processes = processes or Processes()
+        self.parts: list[str] = []
+        self.policy = history.policy(_ROW, torch.tensor([multiplier], dtype=torch.float64))
+        self.clients: list[Tensor] = []
+        grid = history.config.noise_form == "grid"
+        self.gridded = grid and bool((self.policy.noise_scale > 0).all())
+        kind = torch.int64 if self.gridded else torch.float64
+        self.total = [torch.zeros(s, dtype=kind) for s in layout.shapes]
+        self.dtypes = list(dtypes or [torch.float32] * len(layout.shapes))
+        self.votes = torch.zeros(layout.num_layers, dtype=torch.float64)
+        self.clipped = torch.zeros(layout.num_layers, dtype=torch.float64)
+        self.nonfinite = torch.zeros(layout.num_layers, dtype=torch.float64)
+
+    def add(self, update: Params, clients: Tensor, weights: Tensor) -> None:
+        """Clip the updates [k, ...] layer by layer (they are overwritten) and add them up.
+
+        Args:
+            update: local minus global parameters, private.
+            clients: ids [k].
+            weights: public weights in (0, 1], [k].
+        """
+        tensors = [update[name] for name in self.layout.names]
+        self.dtypes = [value.dtype for value in tensors]
+        stats = self._add_quanta(tensors, weights) if self.gridded else None
+        if stats is None:
+            stats = self._add(tensors, clients, weights)
+        for kept, seen in zip((self.votes, self.clipped, self.nonfinite), stats, strict=True):
+            kept += seen.cpu()
+        self.clients.append(clients)
+
+    def _add(self, tensors: list[Tensor], clients: Tensor, weights: Tensor) -> list[Tensor]:
+        """Clip, weight and add in float64; votes, clipped and non-finite counts [L]."""
+        stats = privatize_(
+            tensors,
+            layout=self.layout,
+            clip=self.policy.clip_norm[0],
+            scale=torch.zeros(self.layout.num_layers),
+            p=self.history.config.p,
+            key=None,
+            step=0,
+            clients=clients,
+            votes_at=None if self.policy.votes_at is None else self.policy.votes_at[0],
+        )
+        for i, value in enumerate(tensors):
+            weighted = value.double().cpu() * weights.double().view(-1, *[1] * (value.ndim - 1))
+            self.total[i] += weighted.sum(0)
+        return [stats.votes.sum(0), stats.clipped.sum(0), stats.nonfinite.sum(0)]
+
+    def _add_quanta(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
+        """Clip, cut every client to whole quanta of the noise and add those; counts [L].
+
+        A weighted update clipped to w·C is w times the update clipped to C.
+        """
+        policy, config, counts = self.policy, self.history.config, []
+        for weight in weights.unique().tolist():
+            rows = weights == weight
+            # w·C is what the ledger charges: its rounding must not pass it.
+            shrunk = weight if weight == 1 else weight * (1 - 2.0**-50)
+            _, stats = clip_sum_noise(
+                [value.cpu()[rows] * weight for value in tensors],
+                layout=self.layout,
+                clip=policy.clip_norm[0] * shrunk,
+                scale=policy.noise_scale[0],
+                p=config.p,
+                mechanism=config.mechanism,
+                votes_at=None if policy.votes_at is None else policy.votes_at[0] * weight,
+                accumulate=self.total,
+                last=False,
+                form="grid",
+            )
+            counts.append(torch.stack([stats.votes, stats.clipped, stats.nonfinite]))
+        return list(torch.stack(counts).sum(0))
+
+    def gather(self, work: Callable[[], None]) -> None:
+        """Let every process add its clients; what they added up to binds the noise of all.
+
+        Args:
+            work: calls `add` for the clients of this process.
+        """
+
+        def digest() -> str:
+            work()
+            if self.key.simulated or self.processes.size == 1:
+                return ""  # a public seed binds no values, and one process has them all
+            return digests.digest([*self.total, self.votes])
+
+        self.parts = self.processes.together(digest)
+
+    def release(self, *, divisor: float, expected_votes: float) -> PrivateUpdate:
+        """Add the noise, sum over the processes and divide by a public number.
+
+        Args:
+            divisor: expected sum of weights, > 0.
+            expected_votes: expected number of clients, > 0.
+
+        Returns:
+            One row [1, ...]: the mean update.
+        """
+        policy, history = self.policy, self.history
+        values = [*self.total, self.votes] if self.processes.size == 1 else self.parts
+        key = binding.step_key(self.key, 0, [*values, policy.noise_scale, divisor])
+        sums, votes, count = self._with_noise(key)
+        released = {
+            name: (value / divisor)[None].to(dtype)
+            for name, value, dtype in zip(self.layout.names, sums, self.dtypes, strict=True)
+        }
+        if policy.votes_at is not None:
+            history.observe_votes(_ROW, votes, torch.tensor([expected_votes]))
+        else:
+            tensors = [released[name] for name in self.layout.names]
+            norms = layer_norms(tensors, layout=self.layout, p=1, cohort=True)
+            history.observe_release(_ROW, norms / history.dims, policy.noise_scale / divisor)
+        history.observe_clip_norms(_ROW, policy.clip_norm)
+        return PrivateUpdate(
+            clients=torch.tensor([ALL_CLIENTS]),
+            update=released,
+            events=[],
+            steps=1,
+            policy=policy,
+            sim_only={
+                "clipped_fraction": (self.clipped / max(1, count))[None],
+                "nonfinite": self.nonfinite.amax()[None],
+            },
+        )
+
+    def _with_noise(self, key: NoiseKey) -> tuple[list[Tensor], Tensor, int]:
+        """Noised sums and votes [1, L] of all processes, and how many clients are in them.
+
+        A process adds the shares of its own clients before the sums meet; the noise of one hand
+        is the same in every process and added after that.
+        """
+        if self.survivors is not None:
+            self.total = self._noised(key)
+            self._noise_votes(key)
+            count = self._meet()
+            return self.total, self.votes[None].float(), count
+        count = self._meet()
+        sums = self._noised_quanta(key) if self.gridded else self._noised(key)
+        if self.policy.votes_at is None:
+            return sums, self.votes[None], count
+        config = self.history.config
+        return sums, noised_votes(self.votes[None], self.policy, config, key, 0, _ROW), count
+
+    def _meet(self) -> int:
+        """Sum everything over the processes; the number of clients in it."""
+        count = torch.tensor(sum(map(len, self.clients)))
+        parts = [*self.total, self.votes, self.clipped, self.nonfinite, count]
+        *self.total, self.votes, self.clipped, self.nonfinite, count = self.processes.sum(parts)
+        return int(count)
+
+    def _noised(self, key: NoiseKey) -> list[Tensor]:
+        """The sums with noise, float64: rounded noise on a rounded sum would show the sum."""
+        layout, scale = self.layout, self.policy.noise_scale[0]
+        places = zip(self.total, layout.shapes, layout.layer_of, layout.offsets, strict=True)
+        return [
+            total + self._noise(shape, float(scale[layer]), key, layer, offset)
+            for total, shape, layer, offset in places
+        ]
+
+    def _noised_quanta(self, key: NoiseKey) -> list[Tensor]:
+        """Whole-number sums with whole-number noise, as multiples of the quanta, float64."""
+        config = self.history.config
+        nobody = [torch.empty(0, *shape, dtype=torch.float64) for shape in self.layout.shapes]
+        noised, _ = clip_sum_noise(
+            nobody,
+            layout=self.layout,
+            clip=self.policy.clip_norm[0],
+            scale=self.policy.noise_scale[0],
+            p=config.p,
+            mechanism=config.mechanism,
+            key=key,
+            step=0,
+            accumulate=self.total,
+            form="grid",
+        )
+        return noised
+
+    def _noise_votes(self, key: NoiseKey) -> None:
+        """Add the shares of noise on votes, where there are votes."""
+        if self.policy.vote_noise_scale is not None:
+            layers, scale = self.layout.num_layers, float(self.policy.vote_noise_scale[0])
+            self.votes = self.votes + self._noise((layers,), scale, key, layers, 0)
+
+    def _noise(
+        self, shape: tuple[int, ...], scale: float, key: NoiseKey, layer: int, offset: int
+    ) -> Tensor:
+        mechanism, form = self.history.config.mechanism, self.history.config.noise_form
+        if self.survivors is None:
+            return sample_noise(
+                shape,
+                mechanism=mechanism,
+                scale=scale,
+                key=key,
+                step=0,
+                layer=layer,
+                offset=offset,
+                dtype=torch.float64,
+                form=form,
+            )
+        total = torch.zeros(shape, dtype=torch.float64)
+        clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)
+        for group in clients.split(_CLIENTS_AT_ONCE) if len(clients) else ():
+            total += noise_share(
+                shape,
+                mechanism=mechanism,
+                scale=scale,
+                survivors=self.survivors,
+                key=key,
+                clients=group,
+                layer=layer,
+                offset=offset,
+                form=form,
+            ).sum(0)
+        return total

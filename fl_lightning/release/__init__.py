@@ -1,0 +1,1 @@
+"""How a number leaves a client: train, draw, compare, pay, write."""

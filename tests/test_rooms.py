@@ -1,0 +1,128 @@
+"""The rooms of fl_lightning in the order in which a number passes them: imports go down, never up."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "fl_lightning"
+# A room may import what stands below it. A name is a folder, or a module beside the folders.
+ROOMS = (
+    "fit",
+    "export",
+    "command",
+    "output",
+    "plots",
+    "module",
+    "run",
+    "header",
+    "resumption",
+    "preflight",
+    "release",
+    "rules",
+    "server",
+    "ledger",
+    "accounting",
+    "privacy",
+    "models",
+    "text_model",
+    "augmentation",
+    "local",
+    "networks",
+    "data",
+    "processes",
+    "keys",
+    "values",
+)
+MOST_LINES, MOST_OF_A_FUNCTION, MEDIAN = 400, 60, 150
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imported() -> dict[str, set[str]]:
+    """What each module imports of the package, wherever in the file and for whatever reason."""
+    graph = {}
+    for name, path in modules().items():
+        graph[name] = found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{name}: absolute imports only"
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found.add(whole if whole in modules() else node.module)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+        graph[name] = {other for other in found if other in modules()} - {name}
+    return graph
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_module_stands_in_a_room() -> None:
+    named = {room(name) for name in modules() if "." in name}
+    assert named == set(ROOMS)
+
+
+def test_no_import_climbs() -> None:
+    climbing = [
+        f"{name} imports {other}"
+        for name, others in imported().items()
+        for other in others
+        if "." in name and "." in other and ROOMS.index(room(other)) < ROOMS.index(room(name))
+    ]
+    assert climbing == []
+
+
+def test_no_module_imports_the_door() -> None:
+    """`fl_lightning` itself shows names of all rooms, so nothing in a room may need it."""
+    assert [name for name, others in imported().items() if "fl_lightning" in others] == []
+
+
+def test_there_is_no_circle() -> None:
+    left = {name: set(others) for name, others in imported().items()}
+    while free := [name for name, others in left.items() if not others]:
+        for name in free:
+            del left[name]
+        for others in left.values():
+            others.difference_update(free)
+    left.pop("fl_lightning", None)
+    assert left == {}
+
+
+def test_local_training_knows_nothing_of_privacy() -> None:
+    private = {"privacy", "accounting", "ledger", "release"}
+    below = [name for name in modules() if "." in name and room(name) in ("local", "networks")]
+    assert below
+    for name in below:
+        assert not private & {room(other) for other in imported()[name] if "." in other}
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node, clean=False)
+            told = 0 if doc is None else node.body[0].end_lineno - node.body[0].lineno + 1
+            body = node.end_lineno - node.lineno + 1 - told
+            assert body <= MOST_OF_A_FUNCTION, f"{node.name} has {body} lines"
+
+
+def test_files_are_short_as_a_rule() -> None:
+    assert statistics.median(len(p.read_text().splitlines()) for p in modules().values()) <= MEDIAN
