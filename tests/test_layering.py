@@ -18,17 +18,16 @@ NOISE |= {
     f"clipped_{n}" for n in ("bias", "conv1d", "embedding", "group_norm", "layer_norm", "rms_norm")
 }
 NOISE |= {"clipped_conv2d", "noise_scales", "vote_noise", "poisson_mask"}
-TRAINING = ("client", "aggregate", "cohort", "models")
 ALLOWED = {
     "privacy/mechanism.py": {"sample_noise", "privatize_", "clip_sum_noise"},
     "privacy/clipping.py": {"clip_sum_noise", "with_clipping"},
-    "privacy/flat.py": {"with_clipping"},  # for its checks; it adds no noise
+    "privacy/one_factor.py": {"with_clipping"},  # for its checks; it adds no noise
     "privacy/history.py": {"noise_scales", "vote_noise"},
-    "_ledger_checks.py": {"vote_noise"},  # recomputes a scale; it adds no noise
-    "privacy/pooled_sum.py": {"clip_sum_noise", "privatize_", "sample_noise"},
-    "privacy/shares.py": {"sample_noise"},
-    "client.py": {"poisson_mask"},
-    "pooled.py": {"poisson_mask"},
+    "ledger/line_checks.py": {"vote_noise"},  # recomputes a scale; it adds no noise
+    "privacy/noised_sum.py": {"clip_sum_noise", "privatize_", "sample_noise"},
+    "privacy/noise_parts.py": {"sample_noise"},
+    "local/batches.py": {"poisson_mask"},
+    "release/summed.py": {"poisson_mask"},
 }
 
 
@@ -77,7 +76,7 @@ def test_noise_comes_from_one_place(path: Path) -> None:
     own = path.relative_to(ROOT / "fl_lightning").as_posix()
     assert used & NOISE <= ALLOWED.get(own, set())
     assert not any(module == "aadp_kernels" and not name for module, name in imports(path)) or (
-        own == "secrets.py"
+        own == "keys/digests.py"
     )
 
 
@@ -104,14 +103,6 @@ def test_randomness_is_seeded(path: Path) -> None:
                 assert node.args, "a generator needs its seed"
             elif not called.startswith("np.random.default_rng("):
                 assert not called.startswith(("np.random.", "random."))
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in FEDERATED if p.stem in TRAINING or p.parent.name == "data"], ids=short
-)
-def test_training_does_not_know_privacy(path: Path) -> None:
-    assert not any(module.startswith("fl_lightning.privacy") for module, _ in imports(path))
-    assert not any(module == "fl_lightning.ledger" for module, _ in imports(path))
 
 
 def test_importing_the_kernels_is_light() -> None:

@@ -1,11 +1,11 @@
 """Data of the simulated clients: sources, partitions and the Lightning data module."""
 
-from .arrays import Arrays, from_arrays
-from .cifar import cifar10
-from .hub import from_hugging_face, hugging_face
-from .idx import fashion_mnist, mnist
-from .module import FederatedDataModule
-from .partition import (
+from fl_lightning.data.arrays import Arrays, from_arrays
+from fl_lightning.data.cifar import cifar10
+from fl_lightning.data.hub import from_hugging_face, hugging_face
+from fl_lightning.data.idx import fashion_mnist, mnist
+from fl_lightning.data.module import FederatedDataModule
+from fl_lightning.data.partition import (
     Partition,
     dirichlet_partition,
     iid_partition,
@@ -13,9 +13,9 @@ from .partition import (
     quantity_partition,
     shards_partition,
 )
-from .sources import digits
-from .tabular import csv
-from .text import by_author, shakespeare, text_files
+from fl_lightning.data.sources import digits
+from fl_lightning.data.tabular import csv
+from fl_lightning.data.text import by_author, shakespeare, text_files
 
 __all__ = [
     "Arrays",

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .labels import check_labels, class_numbers, named_labels
+from fl_lightning.data.labels import check_labels, class_numbers, named_labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Arrays, from_arrays
+from fl_lightning.data.arrays import Arrays, from_arrays
 
 
 def from_hugging_face(

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Arrays
-from .download import RemoteFile, cache_folder, find
+from fl_lightning.data.arrays import Arrays
+from fl_lightning.data.download import RemoteFile, cache_folder, find
 
 _SYSTEM_FOLDER = Path("/usr/share/datasets")
 _SITES = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scattering import scattering
+from fl_lightning.data.scattering import scattering
 
 _PICTURES = 6000
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .arrays import Arrays
-from .partition import (
+from fl_lightning.data.arrays import Arrays
+from fl_lightning.data.partition import (
     Partition,
     dirichlet_partition,
     iid_partition,
@@ -22,9 +22,9 @@ from .partition import (
     quantity_partition,
     shards_partition,
 )
-from .sources import load
-from .transform import transformed
-from .transform_check import why_not_alone
+from fl_lightning.data.sources import load
+from fl_lightning.data.transform import transformed
+from fl_lightning.data.transform_check import why_not_alone
 
 PartitionName = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 _HOLDOUT_STREAM = 1

@@ -10,12 +10,12 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .arrays import Arrays, from_arrays
-from .cifar import cifar10
-from .hub import hugging_face
-from .idx import fashion_mnist, mnist
-from .tabular import csv
-from .text import shakespeare, text_files
+from fl_lightning.data.arrays import Arrays, from_arrays
+from fl_lightning.data.cifar import cifar10
+from fl_lightning.data.hub import hugging_face
+from fl_lightning.data.idx import fashion_mnist, mnist
+from fl_lightning.data.tabular import csv
+from fl_lightning.data.text import shakespeare, text_files
 
 
 def digits() -> Arrays:

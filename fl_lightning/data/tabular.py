@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Arrays, from_arrays
-from .utf8 import read_utf8
+from fl_lightning.data.arrays import Arrays, from_arrays
+from fl_lightning.data.utf8 import read_utf8
 
 
 def csv(

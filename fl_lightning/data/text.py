@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Arrays, from_arrays
-from .download import RemoteFile, cache_folder, find
-from .utf8 import read_utf8
+from fl_lightning.data.arrays import Arrays, from_arrays
+from fl_lightning.data.download import RemoteFile, cache_folder, find
+from fl_lightning.data.utf8 import read_utf8
 
 VOCABULARY = "".join(chr(c) for c in range(32, 127)) + "\n"
 NUM_CODES = len(VOCABULARY) + 1

@@ -19,11 +19,11 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from .arrays import Arrays
-from .download import cache_folder
-from .leaves import whitened_scattering
-from .scattering import scattering
-from .sources import resolve
+from fl_lightning.data.arrays import Arrays
+from fl_lightning.data.download import cache_folder
+from fl_lightning.data.leaves import whitened_scattering
+from fl_lightning.data.scattering import scattering
+from fl_lightning.data.sources import resolve
 
 ALONE = ".alone"  # suffix of the mark that values passed `why_not_alone`
 TRANSFORMS: dict[str, Callable[..., Tensor]] = {

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .differences import different_records
-from .sources import resolve
-from .transform import ALONE, TRANSFORMS, applied, kept_in
+from fl_lightning.data.differences import different_records
+from fl_lightning.data.sources import resolve
+from fl_lightning.data.transform import ALONE, TRANSFORMS, applied, kept_in
 
 _ALONE = 16
 _TOGETHER = 512

@@ -10,7 +10,8 @@ import os
 from typing import TYPE_CHECKING
 
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.file import FILE_NAME, SCHEMA, Ledger, LedgerWarning, read, scan
+from fl_lightning.ledger.file import FILE_NAME, Ledger, LedgerWarning, read, scan
+from fl_lightning.ledger.header import SCHEMA
 from fl_lightning.values.release import Release
 
 if TYPE_CHECKING:

@@ -20,31 +20,11 @@ from typing import Any
 from fl_lightning.accounting.sum_costs import SUM_FACTS
 from fl_lightning.ledger import chain
 from fl_lightning.ledger.chain import LedgerError
+from fl_lightning.ledger.header import check_facts, check_schema
 from fl_lightning.values.event import NoiseEvent
-from fl_lightning.values.plain_json import plain
 from fl_lightning.values.release import KINDS, Release, parse_release, release_entry
 
 FILE_NAME = "ledger.jsonl"
-# Of what this version writes; a header without `schema` is of schema 0. See docs/ledger.md.
-SCHEMA = 1
-SETTINGS = (
-    "record+local",
-    "client+local",
-    "client+aggregator",
-    "client+secure_sum",
-    "abstract",
-    "none",
-)
-REQUIRED_FACTS = (
-    "setting",
-    "privacy_unit",
-    "trust",
-    "adjacency",
-    "mechanism",
-    "delta",
-    "epsilon",
-    "simulated",
-)
 
 
 class LedgerWarning(UserWarning):
@@ -68,21 +48,13 @@ def _parser() -> Callable[[int, Mapping[str, Any]], dict[str, Any] | Release]:
             raise ValueError(f"is out of place: kind {kind!r} instead of {expected!r}")
         if not index:
             header.update(entry["facts"])
-            _check_schema(header)
+            check_schema(header)
             return dict(header)
         if kind == "sum" and any(header.get(name) is None for name in SUM_FACTS):
             raise ValueError(f"is a sum, for which the header must state {', '.join(SUM_FACTS)}")
         return parse_release(entry)
 
     return parse
-
-
-def _check_schema(header: Mapping[str, Any]) -> None:
-    schema = header.get("schema", 0)
-    if not isinstance(schema, int) or isinstance(schema, bool) or not 0 <= schema <= SCHEMA:
-        raise ValueError(
-            f"is of schema {schema!r}: this version reads schemas 0 to {SCHEMA}, take a newer one"
-        )
 
 
 _OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
@@ -135,7 +107,7 @@ class Ledger:
             ValueError: a required fact is missing or of no known kind.
             LedgerError: there is a ledger with releases, or it is in use.
         """
-        facts = _check_facts(header)
+        facts = check_facts(header)
         path = _resolve(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = chain.open_locked(path, os.O_CREAT)
@@ -328,17 +300,6 @@ class Ledger:
             os.fsync(self._descriptor)
         except OSError:
             self._broken = f"a failed append ({cause}) could not be taken back"
-
-
-def _check_facts(header: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [name for name in REQUIRED_FACTS if name not in header]
-    if missing:
-        raise ValueError(f"header must have {', '.join(missing)}, got {sorted(header)}")
-    if header["setting"] not in SETTINGS:
-        raise ValueError(f"header['setting'] must be one of {SETTINGS}, got {header['setting']!r}")
-    if not isinstance(header["simulated"], bool):
-        raise ValueError(f"header['simulated'] must be a bool, got {header['simulated']!r}")
-    return plain(header)
 
 
 def _check_known(path: Path, found: chain.Scan, known: Mapping[str, Any]) -> None:

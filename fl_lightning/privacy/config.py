@@ -6,20 +6,15 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
-Setting = Literal[
-    "record+local", "client+local", "client+aggregator", "client+secure_sum", "abstract", "none"
-]
-Thresholds = Literal["default", "quantile", "released", "fixed", "raw"]
-Allocation = Literal["default", "uniform", "abstract", "mse", "contribution"]
+from fl_lightning.privacy.settings import (
+    ADJACENCY_OF,
+    POOLED,
+    UNIT_OF,
+    Allocation,
+    Setting,
+    Thresholds,
+)
 
-UNIT_OF = {
-    "record+local": "record",
-    "client+local": "client",
-    "client+aggregator": "client",
-    "client+secure_sum": "client",
-    "abstract": "none",
-    "none": "none",
-}
 _LATER = (
     "noise_form",
     "cohort_sampling",
@@ -31,15 +26,6 @@ _LATER = (
     "history_cosine",
     "nominal_sensitivity",
 )
-POOLED = ("client+aggregator", "client+secure_sum")
-ADJACENCY_OF = {
-    "record+local": "zero_out",
-    "client+local": "replace_one",
-    "client+aggregator": "zero_out",
-    "client+secure_sum": "zero_out",
-    "abstract": "replace_one",
-    "none": "zero_out",
-}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ forward and one backward pass give both; no per-record gradient is held.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,6 +105,40 @@ def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -
     return (1 / size.clamp(min=1e-300)).clamp(max=1.0)
 
 
+def _scaled_sums(
+    linear: Mapping[str, nn.Linear],
+    params: Params,
+    inputs: Params,
+    outputs: Params,
+    factor: Tensor,
+    strange: Tensor | None,
+) -> Params:
+    """Sums over records of factor times gradient; layers that were not run have zeros.
+
+    Args:
+        linear: layers by name.
+        params: parameters of all of them.
+        inputs, outputs: of each layer that was run: its input and the gradient of its output, a row
+            a record.
+        factor: of each record [B].
+        strange: [B, 1], true where a record's gradient is not finite; None: nowhere.
+    """
+    sums: Params = {}
+    for name, module in linear.items():
+        if name not in outputs:
+            own = [n for n in params if n.rpartition(".")[0] == name]
+            sums |= {n: torch.zeros_like(params[n]) for n in own}
+            continue
+        a, g = inputs[name], outputs[name]
+        if strange is not None:
+            a, g = a.masked_fill(strange, 0.0), g.masked_fill(strange, 0.0)
+        g = g * factor[:, None]
+        sums[f"{name}.weight"] = g.T @ a
+        if module.bias is not None:
+            sums[f"{name}.bias"] = g.sum(0)
+    return sums
+
+
 def flat_sums(
     network: nn.Module,
     loss: Loss,
@@ -161,20 +195,8 @@ def flat_sums(
         )
         clipped = (factor < 1 if not automatic else sizes[0] > units[0]) & finite & real
         factor = (factor * ROUNDING * (finite & real)).float()
-        sums: Params = {}
         strange = None if bool(finite.all()) else ~finite[:, None]
-        for name, module in linear.items():
-            if name not in outputs:
-                own = [n for n in params if n.rpartition(".")[0] == name]
-                sums |= {n: torch.zeros_like(params[n]) for n in own}
-                continue
-            a, g = inputs[name], outputs[name]
-            if strange is not None:
-                a, g = a.masked_fill(strange, 0.0), g.masked_fill(strange, 0.0)
-            g = g * factor[:, None]
-            sums[f"{name}.weight"] = g.T @ a
-            if module.bias is not None:
-                sums[f"{name}.bias"] = g.sum(0)
+        sums = _scaled_sums(linear, params, inputs, outputs, factor, strange)
         counts = count_layers(l1, votes_at, clipped, finite, real)
         return {n: sums[n] for n in layout.names}, counts
 
