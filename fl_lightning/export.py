@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.ledger.report import any_nominal, headline, report_clients, show_number
+from fl_lightning.ledger.client_reports import any_nominal, headline, report_clients, show_number
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.output.console import say

@@ -15,7 +15,7 @@ from fl_lightning.ledger.header import SCHEMA
 from fl_lightning.values.release import Release
 
 if TYPE_CHECKING:
-    from fl_lightning.ledger.report import ClientReport
+    from fl_lightning.ledger.client_reports import ClientReport
 
 __all__ = [
     "FILE_NAME",
@@ -59,6 +59,6 @@ def report(path: str | os.PathLike[str]) -> dict[int, ClientReport]:
         FileNotFoundError: no ledger there.
         LedgerError: the chain is broken or lines are missing.
     """
-    from fl_lightning.ledger.report import report_clients
+    from fl_lightning.ledger.client_reports import report_clients
 
     return report_clients(*read(path))

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.file import read
-from fl_lightning.ledger.report import (
+from fl_lightning.ledger.client_reports import (
     ClientReport,
     any_nominal,
     headline,
     report_clients,
     show_number,
 )
+from fl_lightning.ledger.file import read
 from fl_lightning.ledger.verdict import examine
 from fl_lightning.privacy.simulated import simulated_reason
 

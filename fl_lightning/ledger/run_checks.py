@@ -20,7 +20,7 @@ import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_clients
 from fl_lightning.ledger.accounts import accounts, largest_epsilon
-from fl_lightning.ledger.report import show_number
+from fl_lightning.ledger.client_reports import show_number
 from fl_lightning.values.release import Release
 
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")

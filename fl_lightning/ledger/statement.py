@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fl_lightning.ledger.file import Ledger
-from fl_lightning.ledger.report import (
+from fl_lightning.ledger.client_reports import (
     ClientReport,
     any_nominal,
     headline,
     report_clients,
     show_number,
 )
+from fl_lightning.ledger.file import Ledger
 from fl_lightning.ledger.statement_assumptions import assumptions
 from fl_lightning.ledger.statement_groups import group_section
 from fl_lightning.privacy.config import POOLED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fl_lightning.ledger.report import show_number
+from fl_lightning.ledger.client_reports import show_number
 from fl_lightning.privacy.config import POOLED
 from fl_lightning.values.release import Release
 

@@ -17,7 +17,7 @@ from fl_lightning.accounting.group_privacy import (
     records_of_one_client,
 )
 from fl_lightning.accounting.group_tails import sampler_of
-from fl_lightning.ledger.report import ClientReport, show_number
+from fl_lightning.ledger.client_reports import ClientReport, show_number
 from fl_lightning.privacy.config import POOLED
 from fl_lightning.values.release import Release
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fl_lightning.ledger.client_reports import undercharged
 from fl_lightning.ledger.file import scan
 from fl_lightning.ledger.line_checks import contradictions
-from fl_lightning.ledger.report import undercharged
 from fl_lightning.ledger.run_checks import RunFiles
 
 SHORTEST = 16

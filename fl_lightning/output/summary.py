@@ -11,7 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from fl_lightning import plots
-from fl_lightning.ledger.report import report_clients, show_number
+from fl_lightning.ledger.client_reports import report_clients, show_number
 from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import sklearn.datasets  # noqa: F401
 
 import aadp_kernels._dispatch
 from fl_lightning import fit, module, plots
+from fl_lightning.accounting import budget
 from fl_lightning.ledger import Ledger
 from fl_lightning.output import callbacks, checkpoint
-from fl_lightning.privacy import budget
 from fl_lightning.release.clients import Clients
 
 TOO_LONG = 60.0  # seconds; a run that has not ended by then is killed, and fails its test

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_lightning.ledger import chain
-from fl_lightning.ledger.report import report_clients
+from fl_lightning.ledger.client_reports import report_clients
 from fl_lightning.ledger.statement import privacy_statement
 from tests.fl_lightning.resuming import go
 

@@ -10,13 +10,13 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as plds
 from scipy import integrate
 
+from fl_lightning.accounting import composition as accounting
 from fl_lightning.accounting.composition import (
     affordable_steps,
     calibrate,
     compose_epsilon,
     epsilon_upper_curve,
 )
-from fl_lightning.privacy import accounting
 from fl_lightning.values.event import NoiseEvent
 
 DELTA = 1e-5

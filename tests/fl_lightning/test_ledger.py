@@ -435,7 +435,7 @@ def test_command(tmp_path: Path) -> None:
 def test_command_without_guarantee(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
-    from fl_lightning.ledger.report import main
+    from fl_lightning.ledger.__main__ import main
 
     with Ledger.create(tmp_path, {**HEADER, "setting": setting, "simulated": False}) as ledger:
         multiplier = 3.0 if setting == "abstract" else 0.0

@@ -12,7 +12,7 @@ from bench.ledger import compare, for_every_client, grown, header_of, sum_of
 from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger import Ledger
 from fl_lightning.ledger.accounts import accounts, largest_epsilon
-from fl_lightning.ledger.report import report_clients
+from fl_lightning.ledger.client_reports import report_clients
 from fl_lightning.values.client_set import encode
 from fl_lightning.values.release import Release
 

@@ -13,7 +13,7 @@ import torch
 
 from fl_lightning import ledger as ledgers
 from fl_lightning.ledger import Ledger, LedgerError, verify
-from fl_lightning.ledger.report import main
+from fl_lightning.ledger.__main__ import main
 from tests.fl_lightning.resealing import (
     ROUNDS,
     RUNS,

@@ -17,7 +17,7 @@ from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.exactness import inexact_noise, noise_streams
 from fl_lightning.accounting.noise_part_tails import acceptance, missing_shares
 from fl_lightning.accounting.sum_costs import client_multipliers
-from fl_lightning.ledger.report import report_clients, undercharged
+from fl_lightning.ledger.client_reports import report_clients, undercharged
 from fl_lightning.models import MLP
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.noise_parts import noise_share

@@ -17,7 +17,7 @@ from fl_lightning.accounting.exactness import inexact_noise, noise_streams
 from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger import verify
 from fl_lightning.ledger.accounts import Account, Charge, accounts, largest_epsilon
-from fl_lightning.ledger.report import undercharged
+from fl_lightning.ledger.client_reports import undercharged
 from fl_lightning.models import MLP
 from fl_lightning.privacy.noised_sum import PooledSum
 from fl_lightning.values.client_set import encode

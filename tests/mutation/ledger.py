@@ -188,7 +188,7 @@ FILES = [
         ("inexact noise is free", "contradictions(header, releases) or undercharged(header, releases)", "contradictions(header, releases)"),
     ),
     *group(
-        "fl_lightning/ledger/report.py",
+        "fl_lightning/ledger/client_reports.py",
         _RELEASES,
         ("inexact noise of one step", "if charged < release.steps * least * (1 - 1e-9):", "if charged < least * (1 - 1e-9):"),
         ("tails are free", "(\"tail_delta\", cost.delta)):", "(\"tail_delta\", 0.0)):"),
