@@ -30,7 +30,7 @@ from fl_lightning.accounting.sum_costs import (
     spent_digest,
 )
 from fl_lightning.ledger import Ledger, read, verify
-from fl_lightning.privacy.weights import pooled_weights
+from fl_lightning.privacy.weights import sum_weights
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -86,7 +86,7 @@ def sum_of(header: dict[str, Any], round: int, spent: np.ndarray) -> Release:
     weights, calibrated = (
         torch.tensor(header[name], dtype=torch.float64) for name in ("weights", "noise_multiplier")
     )
-    z, _ = pooled_weights(weights, calibrated, mechanism="gaussian", vote_share=SHARE)
+    z, _ = sum_weights(weights, calibrated, mechanism="gaussian", vote_share=SHARE)
     votes = vote_noise(
         z, num_layers=len(LAYERS), vote_share=SHARE, mechanism="gaussian", adjacency="zero_out"
     )[1]

@@ -123,7 +123,7 @@ def promise_of(rules: Rules, records: str | None) -> dict[str, Any]:
         promise["data"] = records
     if rules.privacy.unit == "record":
         promise["sampling_rate"] = rules.sampling_rate
-    if rules.privacy.pooled:
+    if rules.privacy.summed:
         promise["clients_per_round"] = rules.clients_per_round
         promise["weighting"] = rules.weighting
     return promise

@@ -130,7 +130,7 @@ def _check_denoise(rules: Rules) -> None:
     if not rules.denoise:
         return
     privacy = rules.privacy
-    if not privacy.private or privacy.pooled:
+    if not privacy.private or privacy.summed:
         raise ValueError(
             f"denoise=True with setting={privacy.setting!r}: there is no noise of each client to "
             "take away; use record+local or client+local"

@@ -167,7 +167,7 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
     rate = rules.cohort_rate(everyone)
     size = everyone if rate else rules.cohort_size(everyone)
     schedule = cohort_schedule(everyone, size, planned, rules.seed)
-    histories = 1 if rules.privacy.pooled else everyone
+    histories = 1 if rules.privacy.summed else everyone
     history = ReleasedHistory(rules.privacy, histories, wanted.layout.dims)
     budget = _budget(wanted, schedule, rate)
     key = _find_key(wanted)
@@ -280,7 +280,7 @@ def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
         header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
         return Ledger.create(wanted.folder, header)
     ledger = Ledger.open(wanted.folder, wanted.resumed)
-    if wanted.rules.privacy.pooled and not ledger.header.get("schema"):
+    if wanted.rules.privacy.summed and not ledger.header.get("schema"):
         ledger.close()
         raise LedgerError(
             f"{wanted.folder}: the ledger is of schema 0, which had a line for every client of "
@@ -309,7 +309,7 @@ def _releases(
         )
 
     chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
-    if rules.privacy.pooled:
+    if rules.privacy.summed:
         assert books is not None
         return Summed(chosen, rules, key, books)
     return OneByOne(chosen, rules, key, books, wanted.processes)

@@ -10,7 +10,7 @@ import torch
 
 from fl_lightning.accounting.composition import epsilon_upper_curve
 from fl_lightning.accounting.exactness import (
-    Extra,
+    SamplerCost,
     affordable_charged,
     calibrate_charged,
     charged_epsilon,
@@ -89,7 +89,7 @@ class Budget:
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
                 self.affordable[members] = affordable_charged(
-                    event, target, delta, self.extra_at(event, delta)
+                    event, target, delta, self.sampler_cost_at(event, delta)
                 )
                 if self.affordable[members[0]] < steps_a_release:
                     raise ValueError(
@@ -104,10 +104,10 @@ class Budget:
             steps,
             target,
             delta,
-            lambda event: self.extra_at(event, delta),
+            lambda event: self.sampler_cost_at(event, delta),
         )
         event = noise_event(self.config, multiplier, self.sampling_rate)
-        spent = charged_epsilon(event, steps, delta, self.extra_at(event, delta))
+        spent = charged_epsilon(event, steps, delta, self.sampler_cost_at(event, delta))
         if spent < 0.9 * target:
             _log.info(
                 f"epsilon={target:g} in {steps} steps at sampling_rate={self.sampling_rate:g} "
@@ -116,15 +116,15 @@ class Budget:
             )
         return multiplier
 
-    def extra_at(self, event: NoiseEvent, delta: float) -> Extra:
+    def sampler_cost_at(self, event: NoiseEvent, delta: float) -> SamplerCost:
         """What a noised step costs beyond the given event at a δ."""
         form = self.config.noise_form
         return inexact_noise(event, form, streams=self.streams, delta=delta, shares=self.shares)
 
-    def extra(self, client: int) -> Extra:
+    def extra(self, client: int) -> SamplerCost:
         """What each noised step of a client costs beyond its event."""
         event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
-        return self.extra_at(event, float(self.delta[client]))
+        return self.sampler_cost_at(event, float(self.delta[client]))
 
     def spend(self, release: Release) -> None:
         """Count a release that stands in the ledger."""
@@ -173,7 +173,7 @@ class Budget:
             length = max(int(self.planned_steps.max()), 1)
             length = length if most <= length else 2 * most
             event = noise_event(self.config, multiplier, self.sampling_rate)
-            extra = self.extra_at(event, delta)
+            extra = self.sampler_cost_at(event, delta)
             left = delta - length * extra.delta
             known = np.full(length + 1, np.inf)
             if left >= 0:

@@ -48,7 +48,7 @@ _MOST_NOISE = 2.0**40
 
 
 @dataclass(frozen=True)
-class Extra:
+class SamplerCost:
     """What one noised step costs on top of its event; steps add up. Public.
 
     Args:
@@ -73,7 +73,7 @@ def inexact_noise(
     streams: tuple[int, ...],
     delta: float,
     shares: int | None = None,
-) -> Extra:
+) -> SamplerCost:
     """What a step costs beyond its event.
 
     Args:
@@ -91,7 +91,7 @@ def inexact_noise(
         tails = cut_share_tails(
             event, gaussian=gaussian, laplace=cutoff, shares=shares, elements=elements, delta=delta
         )
-        return Extra(0.0, tails)
+        return SamplerCost(0.0, tails)
     streams *= shares or 1
     if form != "grid":
         return cut_tails(event, cutoff=cutoff, streams=streams, delta=delta)
@@ -99,7 +99,9 @@ def inexact_noise(
     return grid_errors(event, inflation, tail, cutoff=cutoff, elements=sum(streams), delta=delta)
 
 
-def cut_tails(event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], delta: float) -> Extra:
+def cut_tails(
+    event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], delta: float
+) -> SamplerCost:
     """The delta that a largest draw of `cutoff` noise scales costs in one step.
 
     Args:
@@ -115,7 +117,7 @@ def cut_tails(event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], del
         | a sensitivity beyond the cutoff | delta 1: some outputs tell the unit for sure |
     """
     if event.noise_multiplier == 0:
-        return Extra()
+        return SamplerCost()
     shift = 1 / event.noise_multiplier
     if event.mechanism == "laplace":
         missing = sum(streams) * math.exp(-cutoff)
@@ -128,7 +130,7 @@ def cut_tails(event: NoiseEvent, *, cutoff: float, streams: tuple[int, ...], del
             leaves = math.sqrt(pairs) * math.exp(-(cutoff**2) / 2) * gain
         else:
             leaves = pairs * math.exp(-(max(cutoff - shift, 0.0) ** 2) / 2)
-    return Extra(0.0, min(1.0, leaves + delta * missing))
+    return SamplerCost(0.0, min(1.0, leaves + delta * missing))
 
 
 def grid_errors(
@@ -139,7 +141,7 @@ def grid_errors(
     cutoff: float,
     elements: int,
     delta: float,
-) -> Extra:
+) -> SamplerCost:
     """What whole-number noise costs in one step.
 
     Args:
@@ -155,15 +157,17 @@ def grid_errors(
         delta 0 with Laplace noise: nothing is taken from delta.
     """
     if event.noise_multiplier == 0:
-        return Extra()
+        return SamplerCost()
     leaves, shift = 0.0, 1 / event.noise_multiplier
     if math.isfinite(cutoff):
         gain = math.erfc((cutoff - shift) / math.sqrt(2)) - math.erfc(cutoff / math.sqrt(2))
         leaves = (math.sqrt(elements) if shift <= cutoff else elements) * gain / 2
-    return Extra(inflation, min(1.0, (tail + leaves) * math.exp(inflation) + delta * inflation / 2))
+    return SamplerCost(
+        inflation, min(1.0, (tail + leaves) * math.exp(inflation) + delta * inflation / 2)
+    )
 
 
-def charged_epsilon(event: NoiseEvent, steps: int, delta: float, extra: Extra) -> float:
+def charged_epsilon(event: NoiseEvent, steps: int, delta: float, extra: SamplerCost) -> float:
     """Epsilon of `steps` equal steps at `delta`, with what each costs beyond its event."""
     left = delta - steps * extra.delta
     if left < 0:
@@ -176,7 +180,7 @@ def calibrate_charged(
     steps: int,
     epsilon: float,
     delta: float,
-    extra: Callable[[NoiseEvent], Extra],
+    extra: Callable[[NoiseEvent], SamplerCost],
 ) -> float:
     """The noise multiplier with which `steps` steps cost at most `epsilon`, extras included.
 
@@ -207,7 +211,7 @@ def calibrate_charged(
     floor = _smallest(drawn)
     if floor is not None and charged(floor) <= epsilon:
         return floor
-    left, rest, cost = epsilon, delta, Extra()
+    left, rest, cost = epsilon, delta, SamplerCost()
     for _ in range(8):
         multiplier = _ideal(event, steps, left, rest)
         cost = extra(replace(event, noise_multiplier=multiplier))
@@ -261,7 +265,7 @@ def _smallest(good: Callable[[float], bool]) -> float | None:
     return high
 
 
-def affordable_charged(event: NoiseEvent, epsilon: float, delta: float, extra: Extra) -> int:
+def affordable_charged(event: NoiseEvent, epsilon: float, delta: float, extra: SamplerCost) -> int:
     """A number of steps with `charged_epsilon` of at most `epsilon`: `affordable_steps` or less."""
     steps = affordable_steps(event, epsilon, delta)
     if charged_epsilon(event, steps, delta, extra) <= epsilon:

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fl_lightning.accounting.exactness import Extra, noise_streams
+from fl_lightning.accounting.exactness import SamplerCost, noise_streams
 from fl_lightning.accounting.noise_part_tails import missing_shares
 from fl_lightning.accounting.shift_mixtures import ShiftMixture
 
@@ -126,7 +126,7 @@ def sampler_of(header: Mapping[str, Any], *, votes: bool) -> Sampler | None:
 
 def group_extra(
     sampler: Sampler, counts: Mapping[ShiftMixture, int], epsilon: float, delta: float
-) -> Extra:
+) -> SamplerCost:
     """What all steps of a group cost beyond ideal noise.
 
     Args:
@@ -152,7 +152,7 @@ def group_extra(
             leaves = missing / (part * still)
             extra -= steps * math.log1p(-part)
     lost = max(forward, leaves) + missing + delta * steps * sampler.inflation / 2
-    return Extra(extra, min(1.0, lost * math.exp(steps * sampler.inflation) / (1 - missing)))
+    return SamplerCost(extra, min(1.0, lost * math.exp(steps * sampler.inflation) / (1 - missing)))
 
 
 def _leaving(sampler: Sampler, counts: Mapping[ShiftMixture, int]) -> float:

@@ -16,7 +16,7 @@ from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import Release
 
 if TYPE_CHECKING:
-    from fl_lightning.accounting.exactness import Extra
+    from fl_lightning.accounting.exactness import SamplerCost
 
 # What a header must state for lines of sums.
 SUM_FACTS = ("weights", "noise_multiplier", "vote_share", "client_sizes", "noise_form", "dims")
@@ -79,7 +79,9 @@ def client_multipliers(
     return event_multiplier(weights, z, **rules).numpy()
 
 
-def extra_of(header: Mapping[str, Any], *, votes: bool) -> Callable[[NoiseEvent, float], Extra]:
+def extra_of(
+    header: Mapping[str, Any], *, votes: bool
+) -> Callable[[NoiseEvent, float], SamplerCost]:
     """What a noised step costs beyond its event, by the header's form of noise and layers.
 
     Args:
@@ -95,7 +97,7 @@ def extra_of(header: Mapping[str, Any], *, votes: bool) -> Callable[[NoiseEvent,
     shares = header["min_survivors"] if header["setting"] == "client+secure_sum" else None
     form = header["noise_form"]
 
-    def extra(event: NoiseEvent, delta: float) -> Extra:
+    def extra(event: NoiseEvent, delta: float) -> SamplerCost:
         return inexact_noise(event, form, streams=streams, delta=delta, shares=shares)
 
     return extra
@@ -105,8 +107,8 @@ def largest_extra(
     event: NoiseEvent,
     multipliers: np.ndarray,
     deltas: np.ndarray,
-    extra: Callable[[NoiseEvent, float], Extra],
-) -> Extra:
+    extra: Callable[[NoiseEvent, float], SamplerCost],
+) -> SamplerCost:
     """The largest costs beyond their events over the clients of one release.
 
     Args:
@@ -115,14 +117,14 @@ def largest_extra(
         deltas: each client's δ [n].
         extra: cost of an event at a δ; never more for a larger multiplier.
     """
-    from fl_lightning.accounting.exactness import Extra
+    from fl_lightning.accounting.exactness import SamplerCost
 
     costs = []
     for delta in np.unique(deltas).tolist():
         least = float(multipliers[deltas == delta].min())
         own = NoiseEvent(event.mechanism, least, event.sampling_rate, event.adjacency)
         costs.append(extra(own, delta))
-    return Extra(max(c.epsilon for c in costs), max(c.delta for c in costs))
+    return SamplerCost(max(c.epsilon for c in costs), max(c.delta for c in costs))
 
 
 def spent_digest(spent: np.ndarray) -> str:

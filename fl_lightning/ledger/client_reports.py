@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fl_lightning.accounting.exactness import Extra
+from fl_lightning.accounting.exactness import SamplerCost
 from fl_lightning.accounting.sum_costs import (
     client_multipliers,
     extra_of,
@@ -80,7 +80,7 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
     if "noise_form" not in header or "dims" not in header:
         return []
     extra = {votes: extra_of(header, votes=votes) for votes in (False, True)}
-    known: dict[tuple[Any, ...], Extra] = {}
+    known: dict[tuple[Any, ...], SamplerCost] = {}
     problems = []
     for line, release in enumerate(releases, 2):
         votes = release.vote_noise_scale is not None
@@ -100,8 +100,8 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
 
 
 def _extra_of_line(
-    header: Mapping[str, Any], release: Release, extra: Callable[[NoiseEvent, float], Extra]
-) -> Extra:
+    header: Mapping[str, Any], release: Release, extra: Callable[[NoiseEvent, float], SamplerCost]
+) -> SamplerCost:
     """What a step of a line costs beyond its event; of a sum, the largest over its clients."""
     if not release.is_sum:
         return extra(release.event, of_client(header["delta"], release.client) or 0.0)

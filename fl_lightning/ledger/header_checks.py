@@ -85,9 +85,9 @@ def _setting(header: Mapping[str, Any]) -> Iterator[str]:
 
 def _rules(header: Mapping[str, Any]) -> Iterator[str]:
     setting, everyone = header["setting"], num_clients(header)
-    pooled = setting in ("client+aggregator", "client+secure_sum")
-    if (header["weights"] is not None) != pooled:
-        yield f"weights are {'missing' if pooled else 'stated'} with setting {setting}"
+    summed = setting in ("client+aggregator", "client+secure_sum")
+    if (header["weights"] is not None) != summed:
+        yield f"weights are {'missing' if summed else 'stated'} with setting {setting}"
     if (header["vote_share"] > 0) != (header["thresholds"] == "quantile"):
         yield f"vote_share is {header['vote_share']} with thresholds {header['thresholds']!r}"
     rate, size = header["cohort_rate"], header["clients_per_round"]
@@ -98,7 +98,7 @@ def _rules(header: Mapping[str, Any]) -> Iterator[str]:
     for name in ("weights", "noise_multiplier", "affordable_steps"):
         if isinstance(header[name], list) and len(header[name]) != everyone:
             yield f"{name} is not a list of {everyone} numbers"
-    if pooled:
+    if summed:
         records = header["weighting"] == "records"
         wanted = of_clients(header, "client_sizes") if records else np.ones(everyone)
         if not (of_clients(header, "weights") == wanted).all():

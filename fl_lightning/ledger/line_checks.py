@@ -24,7 +24,7 @@ from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients
 from fl_lightning.ledger.header_checks import check_header
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
-POOLED = ("client+aggregator", "client+secure_sum")
+SUMMED = ("client+aggregator", "client+secure_sum")
 
 
 def contradictions(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
@@ -52,10 +52,10 @@ def _against_header(
 ) -> Iterator[str]:
     """Problems of one line with the facts of the run; `noise` looks at those of schema 1."""
     setting = header["setting"]
-    if bool(header.get("schema")) and release.is_sum != (setting in POOLED):
+    if bool(header.get("schema")) and release.is_sum != (setting in SUMMED):
         yield f"is {'a sum' if release.is_sum else 'of one client'}, the setting is {setting}"
         return
-    if release.client == ALL_CLIENTS and setting not in POOLED:
+    if release.client == ALL_CLIENTS and setting not in SUMMED:
         yield f"is a sum, the setting is {setting}"
         return
     stated = {
@@ -142,9 +142,9 @@ def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[s
     if header.get("affordable_steps") is not None:
         most = of_clients(header, "affordable_steps")
     # Of single clients lists are faster.
-    pooled = header["setting"] in POOLED
-    spent: Any = np.zeros(everyone, dtype=np.int64) if pooled else [0] * everyone
-    limits: Any = most if pooled else most.tolist()
+    summed = header["setting"] in SUMMED
+    spent: Any = np.zeros(everyone, dtype=np.int64) if summed else [0] * everyone
+    limits: Any = most if summed else most.tolist()
     attempts: Counter[tuple[int, int]] = Counter()
     for number, release in enumerate(releases):
         place = release.client, release.round
@@ -195,7 +195,7 @@ def _too_many(release: Release, spent: Any, most: Any) -> str:
 
 def _one_multiplier(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
     """A client's noise is calibrated once: all its lines have one event (schema 0)."""
-    if header.get("schema") or header["setting"] in POOLED:
+    if header.get("schema") or header["setting"] in SUMMED:
         return
     first: dict[int, Release] = {}
     for line, release in enumerate(releases, 2):

@@ -16,7 +16,7 @@ from fl_lightning.ledger.client_reports import (
 from fl_lightning.ledger.file import Ledger
 from fl_lightning.ledger.statement_assumptions import assumptions
 from fl_lightning.ledger.statement_groups import group_section
-from fl_lightning.privacy.config import POOLED
+from fl_lightning.privacy.config import SUMMED
 from fl_lightning.privacy.simulated import simulated_reason
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -156,7 +156,7 @@ def _adversary(setting: str, sampled: bool) -> str:
 def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
     setting, sampled = header["setting"], any(r.sampling_rate < 1 for r in releases)
     units = "records" if setting == "record+local" else "clients"
-    weight = ", times the client's public weight in the sum" if setting in POOLED else ""
+    weight = ", times the client's public weight in the sum" if setting in SUMMED else ""
     coins = f", which {units} were sampled" if sampled else ""
     return "\n".join(
         (
@@ -206,7 +206,7 @@ def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger:
 
 
 def _releases(header: Mapping[str, Any], ledger: Ledger, clients: int) -> str:
-    if header["setting"] not in POOLED:
+    if header["setting"] not in SUMMED:
         return f"{len(ledger)} releases of {clients} clients"
     # A sum is one release, though each client that could be in it may have a line.
     sums = len({(r.round, r.binding, r.digest) for r in ledger.releases})

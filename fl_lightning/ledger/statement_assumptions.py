@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fl_lightning.ledger.client_reports import show_number
-from fl_lightning.privacy.config import POOLED
+from fl_lightning.privacy.config import SUMMED
 from fl_lightning.values.release import Release
 
 # Generators of older versions whose words were never meant to withstand anybody who tries.
@@ -51,7 +51,7 @@ def assumptions(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
             "clients of every round are honest and stay; their shares alone are the whole noise. "
             "Here the protocol itself is simulated."
         )
-    if header["setting"] in POOLED:
+    if header["setting"] in SUMMED:
         lines.append("- Which clients fail in a round does not depend on their data.")
     if header.get("tail_cutoff") is not None and header.get("noise_form") != "grid":
         lines.append(

@@ -18,7 +18,7 @@ from fl_lightning.accounting.group_privacy import (
 )
 from fl_lightning.accounting.group_tails import sampler_of
 from fl_lightning.ledger.client_reports import ClientReport, show_number
-from fl_lightning.privacy.config import POOLED
+from fl_lightning.privacy.config import SUMMED
 from fl_lightning.values.release import Release
 
 GROUPS = (2, 5, 10)
@@ -58,7 +58,7 @@ def group_section(
         rows = _rows("{} records of one client", figures(records_of_one_client, most))
         rows += _rows("one record at each of {} clients", figures(apart, len(clients)))
     else:
-        select = in_one_sum if header["setting"] in POOLED else apart
+        select = in_one_sum if header["setting"] in SUMMED else apart
         rows = _rows("{} clients", figures(select, len(clients)))
     if not rows:
         return ""
@@ -71,7 +71,7 @@ def client_steps(header: Mapping[str, Any], releases: Sequence[Release]) -> dict
 
     found = accounts(header, releases)
     rounds: dict[int, Counter[int]] = {k: Counter() for k in found}
-    for release in releases if header["setting"] in POOLED else ():
+    for release in releases if header["setting"] in SUMMED else ():
         for client in release.members(len(found)).tolist():
             rounds[client][release.round] += release.steps
     return {
@@ -101,7 +101,7 @@ def _explanation(setting: str, delta: float) -> list[str]:
             "A person with one record at each of m clients has m independent noises. Any other "
             "group of records is protected at least as well as one of the same size at one client.",
         ]
-    if setting in POOLED:
+    if setting in SUMMED:
         return [
             *lines,
             "",

@@ -214,10 +214,10 @@ def few_clients(
     assert privacy.noise_multiplier is not None
     multipliers = per_client(privacy.noise_multiplier, everyone)
     budget.multiplier = torch.tensor(multipliers, dtype=torch.float64)
-    history = ReleasedHistory(privacy, 1 if privacy.pooled else everyone, layout.dims)
+    history = ReleasedHistory(privacy, 1 if privacy.summed else everyone, layout.dims)
     nowhere: Any = None  # nothing is claimed
     books = Books(history, budget, nowhere, Processes())
-    if privacy.pooled:
+    if privacy.summed:
         return Summed(clients, rules, key, books)
     return OneByOne(clients, rules, key, books, books.processes)
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from fl_lightning.privacy.settings import (
     ADJACENCY_OF,
-    POOLED,
+    SUMMED,
     UNIT_OF,
     Allocation,
     Setting,
@@ -156,12 +156,12 @@ class PrivacyConfig:
     @property
     def guarantee(self) -> bool:
         """Whether ε is proven (never under ``abstract``)."""
-        return self.setting in ("record+local", "client+local", *POOLED)
+        return self.setting in ("record+local", "client+local", *SUMMED)
 
     @property
-    def pooled(self) -> bool:
+    def summed(self) -> bool:
         """Whether one noised sum is released instead of noised updates."""
-        return self.setting in POOLED
+        return self.setting in SUMMED
 
     @property
     def trust(self) -> str:
@@ -239,7 +239,7 @@ def _check_setting(config: PrivacyConfig) -> None:
             "noise_form='grid' with setting='client+secure_sum': sums of whole-number shares have "
             "no proven law and tails here; use 'wide' or 'fast'"
         )
-    if config.pooled and config.adjacency == "replace_one":
+    if config.summed and config.adjacency == "replace_one":
         raise ValueError(
             f"adjacency='replace_one' with setting='{config.setting}' is not available: a sum "
             "protects a client by zero_out; use 'default'"

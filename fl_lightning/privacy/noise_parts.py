@@ -11,7 +11,7 @@ ATTEMPTS = 64
 _SECOND = 1 << 31
 
 
-def noise_share(
+def noise_part(
     shape: tuple[int, ...],
     *,
     mechanism: str,

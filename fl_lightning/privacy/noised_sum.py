@@ -18,7 +18,7 @@ from aadp_kernels import (
 from fl_lightning.keys import binding, digests
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
-from fl_lightning.privacy.noise_parts import noise_share
+from fl_lightning.privacy.noise_parts import noise_part
 from fl_lightning.processes.together import Processes
 from fl_lightning.values.release import ALL_CLIENTS
 from fl_lightning.values.round import Params, PrivateUpdate
@@ -27,7 +27,7 @@ _ROW = torch.zeros(1, dtype=torch.int64)
 _CLIENTS_AT_ONCE = 64
 
 
-class PooledSum:
+class NoisedSum:
     """Weighted sum of clipped client updates; private until `release`.
 
     Args:
@@ -258,7 +258,7 @@ class PooledSum:
         total = torch.zeros(shape, dtype=torch.float64)
         clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)
         for group in clients.split(_CLIENTS_AT_ONCE) if len(clients) else ():
-            total += noise_share(
+            total += noise_part(
                 shape,
                 mechanism=mechanism,
                 scale=scale,

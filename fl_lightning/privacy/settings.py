@@ -18,7 +18,7 @@ UNIT_OF = {
     "abstract": "none",
     "none": "none",
 }
-POOLED = ("client+aggregator", "client+secure_sum")
+SUMMED = ("client+aggregator", "client+secure_sum")
 ADJACENCY_OF = {
     "record+local": "zero_out",
     "client+local": "replace_one",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def pooled_weights(
+def sum_weights(
     base: Tensor, multiplier: Tensor, *, mechanism: str, vote_share: float
 ) -> tuple[float, Tensor]:
     """The noise multiplier of the sum, and weights that keep every client within its own.
@@ -50,12 +50,12 @@ def weights_within(
     """Weights in a sum of which the multiplier and the largest weight asked for are known, [k].
 
     Args:
-        base, multiplier, mechanism, vote_share: as in `pooled_weights`.
+        base, multiplier, mechanism, vote_share: as in `sum_weights`.
         z: noise multiplier for a client of weight 1, at most each of `multiplier`.
         largest: the largest of `base` in the sum.
 
     Raises:
-        ValueError: as `pooled_weights`.
+        ValueError: as `sum_weights`.
     """
     asked = base.double() / largest
     if z == 0:

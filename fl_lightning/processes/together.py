@@ -34,7 +34,7 @@ class ProcessLost(RuntimeError):
 class Processes:
     """What the processes of a run do together; with one process, each method is the plain thing.
 
-    Every method but `share` is collective: all processes call the same ones in the same order.
+    Every method but `part_of` is collective: all processes call the same ones in the same order.
 
     Args:
         rank: this process, 0 to size - 1.
@@ -75,7 +75,7 @@ class Processes:
         size = dist.get_world_size()
         return cls(dist.get_rank(), size, control=control, sums=sums, device=device, stop=stop)
 
-    def share(self, clients: Tensor) -> Tensor:
+    def part_of(self, clients: Tensor) -> Tensor:
         """This process's part of some clients: neighbours, sizes that differ by at most one."""
         return clients.tensor_split(self.size)[self.rank]
 

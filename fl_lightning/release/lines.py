@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aadp_kernels import NoiseKey, grid
-from fl_lightning.accounting.exactness import Extra
+from fl_lightning.accounting.exactness import SamplerCost
 from fl_lightning.keys import run_key
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.release.claim import Books
@@ -40,7 +40,7 @@ def line_writer(
         *,
         client: int,
         event: NoiseEvent,
-        extra: Extra,
+        extra: SamplerCost,
         first_step: int,
         digest: str,
         **of_sum: float | str | None,

@@ -85,7 +85,7 @@ class OneByOne:
         Raises:
             Exception: what any process raised, in all of them.
         """
-        own = self.processes.share(clients)
+        own = self.processes.part_of(clients)
         if self.books is None:
             coins = self.key.derive("round", round, "coins")
             work = lambda: self._unprotected(own, params, coins, round)  # noqa: E731
@@ -202,7 +202,7 @@ class OneByOne:
         """Sum the mean over the processes, in place; what all of them released."""
         if self.processes.size == 1:
             return released
-        parts = [self.processes.share(group) for group in self.groups(cohort)]
+        parts = [self.processes.part_of(group) for group in self.groups(cohort)]
         return add_up(
             self.processes,
             mean,

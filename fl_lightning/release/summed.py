@@ -17,8 +17,8 @@ from aadp_kernels import NoiseKey, poisson_mask
 from fl_lightning.accounting.sum_costs import largest_extra, spent_digest
 from fl_lightning.keys import binding, digests
 from fl_lightning.privacy.mechanism import noise_event
-from fl_lightning.privacy.noised_sum import PooledSum
-from fl_lightning.privacy.weights import event_multiplier, pooled_weights
+from fl_lightning.privacy.noised_sum import NoisedSum
+from fl_lightning.privacy.weights import event_multiplier, sum_weights
 from fl_lightning.release.claim import Books, Draw, claim
 from fl_lightning.release.clients import Clients
 from fl_lightning.release.lines import line_writer
@@ -48,7 +48,7 @@ class SumRules:
 
 def sum_rules(rules: Rules, client_sizes: Tensor) -> SumRules | None:
     """The rules of a run's sums; None for the settings that release client by client."""
-    if not rules.privacy.pooled:
+    if not rules.privacy.summed:
         return None
     everyone = len(client_sizes)
     by_records = rules.weighting == "records"
@@ -146,7 +146,7 @@ class Summed:
     def _weights(self, candidates: Tensor) -> tuple[float, Tensor]:
         """The noise multiplier of the sum and the weights of those that may be in it."""
         privacy = self.rules.privacy
-        return pooled_weights(
+        return sum_weights(
             self.sum_rules.weights[candidates],
             self.books.budget.multiplier[candidates],
             mechanism=privacy.mechanism,
@@ -162,7 +162,7 @@ class Summed:
         if rate is not None:
             mask = poisson_mask(clients.data.num_clients, rate, key=coins.derive("cohort"), step=0)
             taking_part = mask[candidates]
-        total = PooledSum(
+        total = NoisedSum(
             self.books.history,
             clients.layout,
             multiplier=z,
@@ -171,7 +171,7 @@ class Summed:
             dtypes=[params[name].dtype for name in clients.layout.names],
             processes=processes,
         )
-        own = processes.share(taking_part.nonzero()[:, 0])
+        own = processes.part_of(taking_part.nonzero()[:, 0])
 
         def train() -> None:
             for group in own.split(clients.at_once) if len(own) else ():
@@ -205,7 +205,7 @@ class Summed:
             0,
             client=ALL_CLIENTS,
             event=event,
-            extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.extra_at),
+            extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.sampler_cost_at),
             first_step=len(self.books.ledger),
             digest=digests.digest([*sent, self.books.history.l1_norm[0]]),
             largest_weight=float(asked.weights[candidates].max()),

@@ -13,7 +13,7 @@ from fl_lightning import PrivacyConfig
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.accounting.composition import calibrate, compose_epsilon
 from fl_lightning.accounting.exactness import (
-    Extra,
+    SamplerCost,
     affordable_charged,
     calibrate_charged,
     charged_epsilon,
@@ -120,7 +120,7 @@ def test_the_charge_in_numbers():
 def test_edges():
     for mechanism in ("gaussian", "laplace"):
         options = {"cutoff": 9.0, "streams": (100,), "delta": 1e-5}
-        assert cut_tails(NoiseEvent(mechanism, 0.0), **options) == Extra()
+        assert cut_tails(NoiseEvent(mechanism, 0.0), **options) == SamplerCost()
         assert cut_tails(NoiseEvent(mechanism, 1e-3), **options).delta == 1.0
     assert noise_streams((3, 4), votes=False) == (3, 4)
     assert noise_streams((3, 4), votes=True) == (3, 4, 2)
@@ -129,8 +129,8 @@ def test_edges():
 def test_calibration_includes_the_extras():
     event = NoiseEvent("gaussian", 1.0)
 
-    def extra(at: NoiseEvent) -> Extra:
-        return Extra(0.01, 2e-7 / at.noise_multiplier)
+    def extra(at: NoiseEvent) -> SamplerCost:
+        return SamplerCost(0.01, 2e-7 / at.noise_multiplier)
 
     plain = calibrate(mechanism="gaussian", sampling_rate=1.0, steps=10, epsilon=1.0, delta=1e-5)
     charged = calibrate_charged(event, 10, 1.0, 1e-5, extra)
@@ -140,22 +140,24 @@ def test_calibration_includes_the_extras():
     spent = compose_epsilon({exact: 10}, 1e-5 - 10 * cost.delta) + 10 * cost.epsilon
     assert spent == charged_epsilon(exact, 10, 1e-5, cost)
     assert 0.97 <= spent <= 1.0
-    assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra()) == plain
+    assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: SamplerCost()) == plain
     # Negligible extras leave the multiplier as it is, to the last bit.
-    assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra(0.0, 1e-17)) == plain
+    assert calibrate_charged(event, 10, 1.0, 1e-5, lambda _: SamplerCost(0.0, 1e-17)) == plain
     with pytest.raises(ValueError, match="which alone costs epsilon 2 and delta 1"):
-        calibrate_charged(event, 10, 1.0, 1e-5, lambda _: Extra(0.2, 0.1))
+        calibrate_charged(event, 10, 1.0, 1e-5, lambda _: SamplerCost(0.2, 0.1))
 
 
 def test_affordable_steps_include_the_extras():
     event = NoiseEvent("gaussian", 10.0)
-    plain = affordable_charged(event, 1.0, 1e-5, Extra())
-    for extra in (Extra(0.01, 0.0), Extra(0.0, 5e-7), Extra(0.02, 1e-6)):
+    plain = affordable_charged(event, 1.0, 1e-5, SamplerCost())
+    for extra in (SamplerCost(0.01, 0.0), SamplerCost(0.0, 5e-7), SamplerCost(0.02, 1e-6)):
         steps = affordable_charged(event, 1.0, 1e-5, extra)
         assert 0 < steps < plain
         assert charged_epsilon(event, steps, 1e-5, extra) <= 1.0
-    assert affordable_charged(event, 1.0, 1e-5, Extra(2.0, 0.0)) == 0
-    assert affordable_charged(NoiseEvent("gaussian", 1e9), 8.0, 1e-5, Extra(0.0, 1e-13)) > 10**7
+    assert affordable_charged(event, 1.0, 1e-5, SamplerCost(2.0, 0.0)) == 0
+    assert (
+        affordable_charged(NoiseEvent("gaussian", 1e9), 8.0, 1e-5, SamplerCost(0.0, 1e-13)) > 10**7
+    )
 
 
 @pytest.mark.parametrize("setting", ["record+local", "client+local"])
@@ -183,7 +185,7 @@ def test_the_displayed_epsilon_includes_the_extras(monkeypatch):
     budget.calibrate(1)
     budget.spent[:] = [0, 10]
     plain = budget.epsilon_spent()
-    monkeypatch.setattr(budget, "extra_at", lambda event, delta: Extra(0.125, 5e-7))
+    monkeypatch.setattr(budget, "sampler_cost_at", lambda event, delta: SamplerCost(0.125, 5e-7))
     budget._curves.clear()
     spent = budget.epsilon_spent()
     assert spent[0] == plain[0] == 0.0
@@ -195,6 +197,6 @@ def test_a_plan_is_refused_that_only_the_tails_break(monkeypatch):
     config = PrivacyConfig(epsilon=1.0, noise_multiplier=4.0, delta=1e-5)
     Budget(config, [10], 1.0, (100,)).calibrate(1)
     budget = Budget(config, [10], 1.0, (100,))
-    monkeypatch.setattr(budget, "extra_at", lambda event, delta: Extra(0.9, 0.0))
+    monkeypatch.setattr(budget, "sampler_cost_at", lambda event, delta: SamplerCost(0.9, 0.0))
     with pytest.raises(ValueError, match="one release alone would spend more"):
         budget.calibrate(1)

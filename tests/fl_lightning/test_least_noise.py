@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from fl_lightning.accounting.budget import Budget
-from fl_lightning.accounting.exactness import Extra, calibrate_charged, charged_epsilon
+from fl_lightning.accounting.exactness import SamplerCost, calibrate_charged, charged_epsilon
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.values.event import NoiseEvent
 
@@ -43,7 +43,7 @@ def test_the_least_noise_that_can_be_proven(steps, rate, privacy, caplog):
     assert f"ε ≤ {spent:.3g} is spent" in caplog.text
     # With much less noise, what inexact noise costs would exceed half of delta.
     less = NoiseEvent(budget.config.mechanism, 0.97 * float(budget.multiplier[0]))
-    assert steps * budget.extra_at(less, 1e-5).delta > 0.5e-5
+    assert steps * budget.sampler_cost_at(less, 1e-5).delta > 0.5e-5
 
 
 @pytest.mark.parametrize(("steps", "epsilon"), [(20, 8.0), (20, 100.0), (1, 1.0)])
@@ -54,7 +54,7 @@ def test_a_target_that_can_be_met_is_met(steps, epsilon, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("extra", [Extra(1.2, 0.0), Extra(0.0, 1.2e-5)])
+@pytest.mark.parametrize("extra", [SamplerCost(1.2, 0.0), SamplerCost(0.0, 1.2e-5)])
 def test_extras_that_no_noise_lowers_are_named(extra):
     event = NoiseEvent("gaussian", 1.0)
     with pytest.raises(ValueError, match=r"epsilon=1\.0 with delta=1e-05 in 1 steps cannot be pro"):
@@ -63,7 +63,12 @@ def test_extras_that_no_noise_lowers_are_named(extra):
 
 def test_extras_that_leave_something_are_paid():
     event = NoiseEvent("gaussian", 1.0)
-    for extra in (Extra(0.4, 0.0), Extra(0.0, 0.4e-5), Extra(0.8, 0.0), Extra(0.0, 0.8e-5)):
+    for extra in (
+        SamplerCost(0.4, 0.0),
+        SamplerCost(0.0, 0.4e-5),
+        SamplerCost(0.8, 0.0),
+        SamplerCost(0.0, 0.8e-5),
+    ):
         multiplier = calibrate_charged(event, 1, 1.0, 1e-5, lambda _, extra=extra: extra)
         found = NoiseEvent("gaussian", multiplier)
         assert 0.99 < charged_epsilon(found, 1, 1e-5, extra) <= 1.0

@@ -26,7 +26,7 @@ from fl_lightning.local.batches import Batch
 from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import PrivateRecordGradient, release_updates
-from fl_lightning.privacy.noised_sum import PooledSum
+from fl_lightning.privacy.noised_sum import NoisedSum
 from fl_lightning.privacy.weights import event_multiplier
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.round import LayerPolicy
@@ -265,7 +265,7 @@ class Attack:
     def release(self, change: Policy, there: bool, names: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """One sum of two clients, one of which sends nothing; and the votes it shows."""
         history = history_of(self.config, 1, change, LAYOUT.dims)
-        total = PooledSum(
+        total = NoisedSum(
             history, LAYOUT, multiplier=self.multiplier, key=ROOT.derive(*names),
             survivors=2 if self.config.setting == "client+secure_sum" else None,
         )  # fmt: skip

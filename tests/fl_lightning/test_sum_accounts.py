@@ -19,7 +19,7 @@ from fl_lightning.ledger import verify
 from fl_lightning.ledger.accounts import Account, Charge, accounts, largest_epsilon
 from fl_lightning.ledger.client_reports import undercharged
 from fl_lightning.models import MLP
-from fl_lightning.privacy.noised_sum import PooledSum
+from fl_lightning.privacy.noised_sum import NoisedSum
 from fl_lightning.values.client_set import encode
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS, Release
@@ -197,13 +197,13 @@ def test_a_sum_states_what_its_costliest_client_pays_for_inexact_noise(first: in
 def test_cohorts_of_unequal_clients_are_charged_by_their_own_largest(
     federation: Any, fit: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, added = PooledSum.add, []
+    add, added = NoisedSum.add, []
 
-    def seen(self: PooledSum, update: Any, clients: torch.Tensor, weights: torch.Tensor) -> None:
+    def seen(self: NoisedSum, update: Any, clients: torch.Tensor, weights: torch.Tensor) -> None:
         added.extend(zip(clients.tolist(), weights.tolist(), strict=True))
         add(self, update, clients, weights)
 
-    monkeypatch.setattr(PooledSum, "add", seen)
+    monkeypatch.setattr(NoisedSum, "add", seen)
     data = federation(80, clients=6, partition="quantity", alpha=0.5, min_client_size=4)
     torch.manual_seed(0)
     module = fit(

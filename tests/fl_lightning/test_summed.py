@@ -20,14 +20,14 @@ from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger.client_reports import report_clients, undercharged
 from fl_lightning.models import MLP
 from fl_lightning.privacy.history import ReleasedHistory
-from fl_lightning.privacy.noise_parts import noise_share
-from fl_lightning.privacy.noised_sum import PooledSum
-from fl_lightning.privacy.weights import event_multiplier, pooled_weights
+from fl_lightning.privacy.noise_parts import noise_part
+from fl_lightning.privacy.noised_sum import NoisedSum
+from fl_lightning.privacy.weights import event_multiplier, sum_weights
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS
 
 REFERENCE = {"gaussian": stats.norm, "laplace": stats.laplace}
-POOLED = ("client+aggregator", "client+secure_sum")
+SUMMED = ("client+aggregator", "client+secure_sum")
 
 
 def accepts(sample: torch.Tensor, mechanism: str, scale: float) -> bool:
@@ -40,7 +40,7 @@ def accepts(sample: torch.Tensor, mechanism: str, scale: float) -> bool:
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
 @pytest.mark.parametrize("survivors", [1, 2, 7])
 def test_enough_shares_are_the_whole_noise(mechanism: str, survivors: int) -> None:
-    shares = noise_share(
+    shares = noise_part(
         (20_000,), mechanism=mechanism, scale=0.7, survivors=survivors, key=NoiseKey.from_seed(1),
         clients=torch.arange(survivors), layer=3,
     )  # fmt: skip
@@ -57,19 +57,19 @@ def test_enough_shares_are_the_whole_noise(mechanism: str, survivors: int) -> No
 def test_more_shares_are_more_noise_and_layers_are_independent(mechanism: str) -> None:
     key = NoiseKey.from_seed(2)
     arguments = {"mechanism": mechanism, "scale": 1.0, "survivors": 4, "key": key}
-    shares = noise_share((20_000,), clients=torch.arange(8), layer=0, **arguments).sum(0)
+    shares = noise_part((20_000,), clients=torch.arange(8), layer=0, **arguments).sum(0)
     whole = 2.0 if mechanism == "laplace" else 1.0
     assert abs(float(shares.var()) / (2 * whole) - 1) < 0.06
-    other = noise_share((20_000,), clients=torch.arange(8), layer=1, **arguments).sum(0)
+    other = noise_part((20_000,), clients=torch.arange(8), layer=1, **arguments).sum(0)
     assert abs(float(np.corrcoef(shares, other)[0, 1])) < 0.04
 
 
 def test_no_noise_and_no_survivors() -> None:
     arguments = {"mechanism": "laplace", "key": NoiseKey.from_seed(1), "layer": 0}
-    none = noise_share((3,), scale=0.0, survivors=2, clients=torch.arange(2), **arguments)
+    none = noise_part((3,), scale=0.0, survivors=2, clients=torch.arange(2), **arguments)
     assert not none.any()
     with pytest.raises(ValueError, match="survivors=0"):
-        noise_share((3,), scale=1.0, survivors=0, clients=torch.arange(2), **arguments)
+        noise_part((3,), scale=1.0, survivors=0, clients=torch.arange(2), **arguments)
 
 
 # --- weights ---
@@ -80,7 +80,7 @@ def test_no_noise_and_no_survivors() -> None:
 def test_weights_keep_every_client_within_its_own_multiplier(mechanism: str, rho: float) -> None:
     base = torch.tensor([10.0, 40.0, 20.0, 40.0])
     needed = torch.tensor([2.0, 2.0, 3.0, 5.0], dtype=torch.float64)
-    z, w = pooled_weights(base, needed, mechanism=mechanism, vote_share=rho)
+    z, w = sum_weights(base, needed, mechanism=mechanism, vote_share=rho)
     assert z == 2.0
     assert w[:2].tolist() == [0.25, 1.0]
     got = event_multiplier(w, z, mechanism=mechanism, vote_share=rho)
@@ -102,8 +102,8 @@ def test_weights_keep_every_client_within_its_own_multiplier(mechanism: str, rho
 def test_votes_that_cost_the_strictest_client_too_much_are_refused() -> None:
     needed = torch.tensor([1.0, 10.0], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"vote_share=0\.05"):
-        pooled_weights(torch.ones(2), needed, mechanism="gaussian", vote_share=0.05)
-    z, w = pooled_weights(torch.ones(2), 0 * needed, mechanism="gaussian", vote_share=0.05)
+        sum_weights(torch.ones(2), needed, mechanism="gaussian", vote_share=0.05)
+    z, w = sum_weights(torch.ones(2), 0 * needed, mechanism="gaussian", vote_share=0.05)
     assert (z, w.tolist()) == (0.0, [1.0, 1.0])
 
 
@@ -117,7 +117,7 @@ def pooled_sum(setting: str, mechanism: str, *, clients: int, multiplier: float,
     )  # fmt: skip
     layout = Layout.build({"a.w": torch.empty(4000), "b.w": torch.empty(3, 2000)})
     history = ReleasedHistory(config, 1, layout.dims)
-    total = PooledSum(
+    total = NoisedSum(
         history,
         layout,
         multiplier=multiplier,
@@ -127,7 +127,7 @@ def pooled_sum(setting: str, mechanism: str, *, clients: int, multiplier: float,
     return total, layout, history
 
 
-@pytest.mark.parametrize("setting", POOLED)
+@pytest.mark.parametrize("setting", SUMMED)
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
 @pytest.mark.parametrize("thresholds", ["fixed", "quantile"])
 @pytest.mark.parametrize("form", ["wide", "fast", "grid"])
@@ -200,7 +200,7 @@ def test_on_the_grid_a_client_moves_whole_numbers_by_at_most_its_share(
         torch.testing.assert_close(steps[near], steps[near].round(), rtol=1e-6, atol=1e-3)
 
 
-@pytest.mark.parametrize("setting", POOLED)
+@pytest.mark.parametrize("setting", SUMMED)
 def test_without_noise_a_sum_is_clipped_weighted_and_divided(setting: str) -> None:
     total, layout, _ = pooled_sum(
         setting, "gaussian", clients=3, multiplier=0.0, thresholds="fixed"
@@ -255,7 +255,7 @@ def test_a_poisson_cohort_is_charged_to_everyone_with_amplification(federation, 
 
 def test_a_fixed_cohort_is_charged_without_amplification(federation, fit) -> None:
     data = federation(60, clients=6)
-    for setting in POOLED:
+    for setting in SUMMED:
         module = fit(
             data, network(), rounds=3, setting=setting, noise_multiplier=2.0, delta=0.01,
             cohort_sampling="fixed", module_kwargs={"clients_per_round": 2},
