@@ -14,6 +14,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from aadp_kernels import Layout
+from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import Ledger
 from fl_lightning.local.batches import input_dtype
@@ -201,6 +202,17 @@ class FederatedModule(pl.LightningModule):
     def privacy(self) -> PrivacyConfig:
         """What the run promises to whom."""
         return self.rules.privacy
+
+    @property
+    def budget(self) -> Budget:
+        """Noise multipliers, and what every client has spent.
+
+        Raises:
+            RuntimeError: the run has not begun.
+        """
+        if self.run is None:
+            raise RuntimeError("budget: the run has not begun; call trainer.fit first")
+        return self.run.budget
 
     @property
     def batch_size(self) -> int | None:

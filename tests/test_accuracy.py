@@ -58,8 +58,7 @@ def test_the_bench_makes_what_the_command_line_makes(
     theirs = made(monkeypatch, tmp_path, *words)
     module, data, _ = build(compose(files, options), digits(), 2, str(tmp_path))
     assert module.privacy == theirs.model.privacy
-    for name in ("sampling_rate", "local_steps", "client_lr", "weighting", "seed", "execution"):
-        assert getattr(module, name) == getattr(theirs.model, name), name
+    assert module.rules == theirs.model.rules
     ours, given = (m.network.state_dict() for m in (module, theirs.model))
     assert all(torch.equal(ours[n], given[n]) for n in given)
     assert torch.equal(data.x, theirs.datamodule.x)
@@ -86,7 +85,7 @@ def test_every_measure_is_made_as_the_command_line_would_make_it(
     assert repr(ours.loss) == repr(theirs.loss)
     for name, value in theirs.network.state_dict().items():
         assert torch.equal(ours.network.state_dict()[name], value)
-    assert ours.denoise == theirs.denoise
+    assert ours.rules == theirs.rules
 
 
 def test_a_run_gives_its_accuracy_epsilon_and_groups() -> None:
