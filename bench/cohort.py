@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from aadp_kernels import Layout, NoiseKey
 from bench import pages
 from bench.headline import ROOT, machine
-from fl_lightning.client import (
-    Batch,
-    CohortGradient,
-    faster_execution,
-    plain_gradient,
-    train_cohort,
-)
+from fl_lightning.local.batches import Batch
+from fl_lightning.local.execution import faster_execution
+from fl_lightning.local.gradient import CohortGradient, plain_gradient
+from fl_lightning.local.training import train_cohort
 from fl_lightning.models import CNN, MLP
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import clipped_sums

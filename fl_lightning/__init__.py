@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fl_lightning.requirements import check_packages, check_system
+from fl_lightning.requirements import ESSENTIAL, check_packages, check_system
 
 if TYPE_CHECKING:
     from fl_lightning.data import FederatedDataModule, from_arrays
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # that of aadp_kernels, which pyproject.toml takes
 
 check_system()
-check_packages()
+check_packages(ESSENTIAL)
 
 __all__ = [
     "ClientParallelStrategy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 # Import names of the extra `federated` of pyproject.toml, beside torch and numpy.
@@ -40,14 +41,21 @@ def check_system() -> None:
         )
 
 
-def check_packages() -> None:
+# Without it nothing works; a bare GPU machine may lack others and still benchmark.
+ESSENTIAL = ("pytorch_lightning",)
+
+
+def check_packages(needed: Sequence[str] = PACKAGES) -> None:
     """Refuses a Python that has the kernels' packages alone. Nothing is imported for this.
+
+    Args:
+        needed: packages without one of which it is refused.
 
     Raises:
         ModuleNotFoundError: naming the missing packages and the extra that brings them.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
+    if set(missing) & set(needed):
         raise ModuleNotFoundError(
             f"fl_lightning needs packages that are not installed ({', '.join(missing)}): "
             "pip install 'aadp-fl[federated]'",

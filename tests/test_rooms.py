@@ -37,6 +37,7 @@ ROOMS = (
     "processes",
     "keys",
     "values",
+    "requirements",
 )
 MOST_LINES, MOST_OF_A_FUNCTION, MEDIAN = 400, 60, 150
 

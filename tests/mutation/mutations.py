@@ -37,8 +37,16 @@ def group(file: str, tests: str, *places: tuple[str, ...]) -> list[Mutation]:
 
 def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
-    from tests.mutation import adapters, federated, groups, kernels, ledger, packaging, releases
-    from tests.mutation import stopping
+    from tests.mutation import (
+        adapters,
+        federated,
+        groups,
+        kernels,
+        ledger,
+        packaging,
+        releases,
+        stopping,
+    )
 
     files = kernels, adapters, ledger, releases, stopping, federated, groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]

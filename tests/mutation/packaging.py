@@ -22,7 +22,7 @@ CHECKED = group(
     "fl_lightning/__init__.py",
     PACKAGING,
     ("the system is not checked", "check_system()\n", ""),
-    ("the packages are not checked", "check_packages()\n", ""),
+    ("the packages are not checked", "check_packages(ESSENTIAL)\n", ""),
     ("another version", '__version__ = "0.1.0"', '__version__ = "0.1.1"'),
 )
 
