@@ -80,8 +80,10 @@ def test_a_config_makes_a_network_that_fits_its_data(
     for section in ("model", "data", "privacy"):
         for name, value in text.get(section, {}).items():
             if not isinstance(value, dict) and (section, name) != ("data", "partition"):
-                owner = {"model": cli.model, "data": cli.datamodule, "privacy": cli.model.privacy}
-                assert getattr(owner[section], name) == value, name
+                rules = cli.model.rules
+                owner = {"model": rules, "data": cli.datamodule, "privacy": rules.privacy}
+                home = owner[section] if hasattr(owner[section], name) else cli.model
+                assert getattr(home, name) == value, name
     assert not (tmp_path / "run").exists()
 
 

@@ -109,7 +109,7 @@ def test_noise_of_records_is_divided_by_their_batch_and_of_updates_by_nothing(
             nn.Linear(8, 3),
             PrivacyConfig(setting=setting, epsilon=None, noise_multiplier=1.0, seed=0),
             sampling_rate=0.5,
-        ).expected_batch(clients)
+        ).clients.expected_batch(clients)
         for setting in ("record+local", "client+local")
     ]
     torch.testing.assert_close(batches[0], 0.5 * data.client_sizes)
