@@ -9,9 +9,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import aadp_kernels
+import fl_lightning
 from fl_lightning import fit
 from tests import notebooks
 
@@ -65,6 +68,7 @@ def in_tutorial(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tutorial: Path) -> None:
     """The first run, verify, a network and data of one's own, from Python too; then the export."""
     (first,) = [c for _, c in COMMANDS if c.endswith("--run_dir runs/first")]
@@ -100,11 +104,62 @@ def test_a_notebook_that_fails_is_seen(tmp_path: Path) -> None:
         notebooks.run({"cells": [cell]}, tmp_path)
 
 
+def spans(name: str) -> list[str]:
+    """What stands between backticks in a page of the repository."""
+    return re.findall(r"`([^`\n]+)`", (ROOT / name).read_text())
+
+
+def is_path(span: str) -> bool:
+    plain = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span) is not None
+    return plain and "NAME" not in span and ("/" in span or span.endswith((".md", ".yml")))
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md"])
+def test_named_paths_exist(page: str) -> None:
+    paths = [span for span in spans(page) if is_path(span)]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_named_functions_exist() -> None:
+    """A how-to names what stands in a file; a file that moves without it is seen."""
+    folders = ("aadp_kernels", "fl_lightning", "bench", "tests")
+    sources = "\n".join(p.read_text() for f in folders for p in (ROOT / f).rglob("*.py"))
+    names = {span for span in spans("CONTRIBUTING.md") if re.fullmatch(r"_?[A-Za-z_]+", span)}
+    assert {"ClippingLayer", "SOURCES", "Backend"} <= names
+    assert [name for name in names if not re.search(rf"\b{name}\b", sources)] == []
+
+
+@pytest.mark.parametrize(
+    ("question", "holds"),
+    [
+        ("the rule that makes a clip norm from released norms?", "def released_clip_norms("),
+        ("the line that makes a number public?", "_write(books, fresh)"),
+        ("what a new clipped layer needs?", "def backward("),
+        ("what a new setting needs?", "ADJACENCY_OF = {"),
+    ],
+)
+def test_a_stranger_finds_the_door(question: str, holds: str) -> None:
+    """docs/design.md answers with one path, and the answer stands there."""
+    (row,) = [line for line in PAGES["design.md"].splitlines() if f"| {question} |" in line]
+    (path,) = re.findall(r"`([^`]+)`", row)
+    assert holds in (ROOT / path).read_text()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     listed = set(re.findall(r"- (\S+\.(?:md|ipynb))", navigation))
     made = {f"notebooks/{path.stem}.md" for path in notebooks.FOLDER.glob("*.ipynb")}
     assert listed == set(PAGES) | made
+
+
+@pytest.mark.parametrize("package", [aadp_kernels, fl_lightning], ids=lambda p: p.__name__)
+def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:
+    page = PAGES[f"api/{package.__name__}.md"]
+    for name in package.__all__:
+        assert re.search(rf"::: {package.__name__}\.(\w+\.)?{name}\n", page + "\n") or (
+            f"`{name}`" in page
+        ), name
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
