@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fl_lightning.accounting.sum_costs import SUM_FACTS
 from fl_lightning.ledger import chain
 from fl_lightning.ledger.chain import LedgerError
 from fl_lightning.ledger.header import check_facts, check_schema
-from fl_lightning.values.event import NoiseEvent
+from fl_lightning.ledger.open_rounds import OpenRounds
 from fl_lightning.values.release import KINDS, Release, parse_release, release_entry
 
 FILE_NAME = "ledger.jsonl"
@@ -86,12 +85,12 @@ class Ledger:
         self._descriptor = descriptor
         self._header: dict[str, Any] = scan.entries[0]
         self._size = scan.size
-        self._releases: list[Release] = []
-        self._by_round: dict[tuple[int, int], list[Release]] = {}
-        self._counts: dict[int, Counter[NoiseEvent]] = {}
+        # A copy has no file of its own that it could read again.
+        self._lines = OpenRounds(
+            scan.entries[1:], None if descriptor is None else lambda: read(path)[1]
+        )
         self._hash = scan.hashes[-1]
         self._broken = ""
-        self._remember(scan.entries[1:], self._hash)
         _OPEN.add(self)
 
     @classmethod
@@ -207,7 +206,7 @@ class Ledger:
         lines, digest, seen = [], self._hash, set()
         for release in releases:
             key = (release.client, release.round, release.attempt)
-            known = self._by_round.get(key[:2], ())
+            known = self.find(release.client, release.round)
             if key in seen or any(r.attempt == release.attempt for r in known):
                 raise ValueError(f"releases: (client, round, attempt) {key} is already recorded")
             seen.add(key)
@@ -234,8 +233,12 @@ class Ledger:
 
     @property
     def releases(self) -> tuple[Release, ...]:
-        """All releases, oldest first."""
-        return tuple(self._releases)
+        """All releases, oldest first; read from the file each time.
+
+        Raises:
+            LedgerError: the file is not what was written.
+        """
+        return tuple(self._lines.all())
 
     @property
     def header(self) -> dict[str, Any]:
@@ -249,17 +252,13 @@ class Ledger:
 
     def find(self, client: int, round: int) -> list[Release]:
         """Releases of a client in a round, by attempt."""
-        return list(self._by_round.get((client, round), ()))
-
-    def counts(self, client: int) -> dict[NoiseEvent, int]:
-        """How often each noise event happened to a client's units."""
-        return dict(self._counts.get(client, {}))
+        return self._lines.find(client, round)
 
     def __len__(self) -> int:
-        return len(self._releases)
+        return len(self._lines)
 
     def __iter__(self) -> Iterator[Release]:
-        return iter(self._releases)
+        return iter(self._lines.all())
 
     def __enter__(self) -> Ledger:
         return self
@@ -288,10 +287,7 @@ class Ledger:
 
     def _remember(self, releases: Sequence[Release], digest: str) -> None:
         self._hash = digest
-        for release in releases:
-            self._releases.append(release)
-            self._by_round.setdefault((release.client, release.round), []).append(release)
-            self._counts.setdefault(release.client, Counter())[release.event] += release.steps
+        self._lines.append(releases)
 
     def _roll_back(self, cause: OSError) -> None:
         assert self._descriptor is not None

@@ -79,16 +79,17 @@ def privacy_statement(ledger: Ledger) -> str:
         | no releases | nothing was released |
         | simulated | begins with a warning: nobody is protected, and why |
     """
-    header, reports = ledger.header, report_clients(ledger.header, ledger.releases)
+    header, releases = ledger.header, ledger.releases
+    reports = report_clients(header, releases)
     nominal = header["setting"] == "abstract" or any_nominal(reports)
     protected = header["setting"] in _ADVERSARY and not nominal
     parts = ["# Privacy statement", _warning(header, nominal)]
     parts.append(_headline_section(header, reports))
     if protected:
-        parts += [_who(header, ledger.releases), assumptions(header, ledger.releases)]
-    parts.append(_how(header, reports, ledger))
+        parts += [_who(header, releases), assumptions(header, releases)]
+    parts.append(_how(header, reports, releases))
     if protected:
-        parts.append(group_section(header, reports, ledger.releases))
+        parts.append(group_section(header, reports, releases))
         parts.append(_not_covered())
     parts.append(_record(ledger))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -171,16 +172,18 @@ def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
     )
 
 
-def _charged(ledger: Ledger, name: str) -> str:
+def _charged(releases: Sequence[Release], name: str) -> str:
     """Largest sum over a client's releases, those of everybody included."""
     sums: dict[int, float] = {}
-    for release in ledger.releases:
+    for release in releases:
         sums[release.client] = sums.get(release.client, 0.0) + getattr(release, name)
     everybody = sums.pop(ALL_CLIENTS, 0.0)
     return show_number(everybody + max(sums.values(), default=0.0)) + " (largest client)"
 
 
-def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger: Ledger) -> str:
+def _how(
+    header: Mapping[str, Any], reports: Mapping[int, ClientReport], releases: Sequence[Release]
+) -> str:
     active = [r for r in reports.values() if r.releases]
     if not active:
         return ""
@@ -192,24 +195,24 @@ def _how(header: Mapping[str, Any], reports: Mapping[int, ClientReport], ledger:
         (
             "## What was done",
             "",
-            f"- {_releases(header, ledger, len(active))} in "
-            f"{len({r.round for r in ledger.releases})} rounds; noised steps a client: "
+            f"- {_releases(header, releases, len(active))} in "
+            f"{len({r.round for r in releases})} rounds; noised steps a client: "
             f"{_span(steps)}.",
             f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
             f"votes included): {_span(multipliers)}; sampling rate: {_span(rates)}.",
             f"- Composition: privacy loss distributions (pessimistic), per client; random numbers: "
             f"{header.get('rng', 'not stated')}; noise form: {header.get('noise_form', 'wide')}.",
             "- Charged on top of the composition, for noise that is not the ideal one: epsilon "
-            f"{_charged(ledger, 'epsilon_inflation')}, delta {_charged(ledger, 'tail_delta')}.",
+            f"{_charged(releases, 'epsilon_inflation')}, delta {_charged(releases, 'tail_delta')}.",
         )
     )
 
 
-def _releases(header: Mapping[str, Any], ledger: Ledger, clients: int) -> str:
+def _releases(header: Mapping[str, Any], releases: Sequence[Release], clients: int) -> str:
     if header["setting"] not in SUMMED:
-        return f"{len(ledger)} releases of {clients} clients"
+        return f"{len(releases)} releases of {clients} clients"
     # A sum is one release, though each client that could be in it may have a line.
-    sums = len({(r.round, r.binding, r.digest) for r in ledger.releases})
+    sums = len({(r.round, r.binding, r.digest) for r in releases})
     return f"{sums} noised sums, in which {clients} clients could be,"
 
 

@@ -81,9 +81,60 @@ def test_a_sum_that_is_none_is_refused(changes: dict, words: str) -> None:
         replace(line, **changes)
 
 
-def test_memory_grows_by_lines_and_not_by_clients(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:
     first, _, last = grown(tmp_path, header_of(2000, 100), 100)
-    assert (last - first) / 90 < 3000, "bytes a round; a line for every client took 1.2 MB"
+    assert (last - first) / 90 < 150, "bytes a round; a line in memory takes 900"
+
+
+def test_past_rounds_are_found_in_the_file(tmp_path: Path) -> None:
+    header, lines = sums(40, 8)
+    again = replace(lines[2], attempt=1, binding="b" * 64)
+    with Ledger.create(tmp_path, header) as ledger:
+        for line in lines[:6]:
+            ledger.append([line])
+        assert [ledger.find(-1, k) for k in range(7)] == [*([line] for line in lines[:6]), []]
+        with pytest.raises(ValueError, match="already recorded"):
+            ledger.append([lines[0]])
+    with Ledger.open(tmp_path) as ledger:  # as from a checkpoint of round 2
+        ledger.append([again])
+        assert [ledger.find(-1, k) for k in (0, 2, 5)] == [
+            [lines[0]],
+            [lines[2], again],
+            [lines[5]],
+        ]
+        ledger.append([lines[6]])
+        assert [ledger.find(-1, k) for k in (2, 5, 6)] == [
+            [lines[2], again],
+            [lines[5]],
+            [lines[6]],
+        ]
+        assert list(ledger.releases) == [*lines[:6], again, lines[6]]
+        assert len(ledger) == 8
+    assert len(ledger.releases) == 8, "a closed ledger can be read"
+
+
+def test_a_copy_keeps_what_it_was_told(tmp_path: Path) -> None:
+    header, lines = sums(40, 8)
+    copy = Ledger.copy_of(tmp_path, header, lines[:3], "head")
+    for line in lines[3:]:
+        copy.follow([line], "head")
+    assert list(copy.releases) == lines
+    assert copy.find(-1, 0) == [lines[0]]
+
+
+def test_lines_of_an_interrupted_append_were_never_taken(tmp_path: Path) -> None:
+    header, lines = sums(40, 2)
+    with Ledger.create(tmp_path, header) as ledger:
+        ledger.append([lines[0]])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fl_lightning._chain.write_head", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.append([lines[1]])
+        assert list(ledger.releases) == [lines[0]]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_it_is_small(tmp_path: Path) -> None:
@@ -98,4 +149,4 @@ def test_two_thousand_clients(tmp_path: Path) -> None:
     assert found["bytes_ratio"] > 100
     assert found["verify_seconds_ratio"] > 50
     first, _, last = grown(tmp_path / "memory", header_of(2000, 500), 500)
-    assert (last - first) / 450 < 3000
+    assert (last - first) / 450 < 150
