@@ -80,7 +80,7 @@ SAID = group(
     "fl_lightning/ledger/statement.py",
     STATEMENT,
     ("charges of everybody forgotten", "show_number(everybody + max(", "show_number(max("),
-    ("lines of a sum counted as releases", "{(r.round, r.binding, r.digest) for r in ledger.releases}", "{(r.round, r.client) for r in ledger.releases}"),
+    ("lines of a sum counted as releases", "{(r.round, r.binding, r.digest) for r in releases}", "{(r.round, r.client) for r in releases}"),
     ("public cohorts called secret", "    if sampled:\n        return _ADVERSARY[setting].format(\", keeps", "    if True:\n        return _ADVERSARY[setting].format(\", keeps"),
 )  # fmt: skip
 
