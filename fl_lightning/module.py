@@ -92,6 +92,7 @@ class FederatedModule(pl.LightningModule):
         self,
         network: nn.Module,
         privacy: PrivacyConfig | None = None,
+        *,
         clients_per_round: int | None = None,
         sampling_rate: float | None = 0.1,
         batch_size: int | None = None,

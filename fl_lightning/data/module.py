@@ -76,6 +76,7 @@ class FederatedDataModule(pl.LightningDataModule):
         self,
         source: str | Arrays = "digits",
         num_clients: int = 10,
+        *,
         partition: PartitionName = "iid",
         alpha: float = 0.5,
         shards_per_client: int = 2,
