@@ -104,22 +104,14 @@ def clip_sum_noise(
     scale = per_layer("scale", scale, layout, (), device, finite=True)
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)
-    live = torch.ones(batch, dtype=torch.bool, device=device)
-    if mask is not None:
-        if tuple(mask.shape) != (batch,):
-            raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
-        live = mask.to(device) != 0
+    live = _counted(mask, batch, device)
     ids = _validate.client_ids(client, device)
     noisy_ones = noisy_layers(layout, scale)
     noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids) if last else None
     backend = _dispatch.backend(
         impl, "clip_sum", device=device, elements=layout.elements, form=form
     )
-    quanta = None
-    if form == "grid" and noisy:
-        if device.type == "cpu" and bool(((scale == 0) & (clip > 0)).any()):
-            raise ValueError("scale must be positive with form='grid' (or None), got 0")
-        quanta = quantum(scale, mechanism)
+    quanta = _quanta(scale, clip, mechanism) if form == "grid" and noisy else None
     running = None
     if accumulate is not None:
         running = _running_sums(accumulate, layout, device, quanta is not None)
@@ -139,6 +131,22 @@ def clip_sum_noise(
         sums = _released(sums, layout, drawn, quanta, mechanism)
         sums = [t.to(record.dtype) for t, record in zip(sums, per_sample, strict=True)]
     return sums, stats
+
+
+def _counted(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Which records count, bool [B]."""
+    if mask is None:
+        return torch.ones(batch, dtype=torch.bool, device=device)
+    if tuple(mask.shape) != (batch,):
+        raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
+    return mask.to(device) != 0
+
+
+def _quanta(scale: Tensor, clip: Tensor, mechanism: str) -> Tensor:
+    """Grid steps of the layers [L]."""
+    if scale.is_cpu and bool(((scale == 0) & (clip > 0)).any()):
+        raise ValueError("scale must be positive with form='grid' (or None), got 0")
+    return quantum(scale, mechanism)
 
 
 def _released(

@@ -39,4 +39,6 @@ def _import_error() -> str | None:
         import numba  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: its LLVM library does not load
         return str(error)
-    return None
+    from aadp_kernels._cpu import _fence
+
+    return None if _fence.has("addresses") else f"it has no {_fence.missing_name('addresses')}"

@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+import numpy as np
+
+from aadp_kernels._cpu._fence import FEATURES, has
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-_STAMP = hashlib.blake2b(b"\0".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+_HERE = Path(__file__).parent
+# Numbers of these two are constants of kernels.
+_SOURCES = [*sorted(_HERE.glob("*.py")), _HERE.parent / "addresses.py", _HERE.parent / "grid.py"]
+_STAMP = hashlib.blake2b(
+    b"\0".join(path.read_bytes() for path in _SOURCES) + repr([*map(has, FEATURES)]).encode()
+).hexdigest()
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile without the interpreter lock; cached on disk until any file of this folder changes.
+    """Compile without the interpreter lock; cached on disk until a file of this folder changes.
 
     Floating point follows IEEE 754 operation by operation. Where no folder for the cache can be
     written, every process compiles anew.
     """
     options = {**_OPTIONS, **options}
+    if not has("a cache on disk"):
+        return numba.njit(**options)(function)
     try:
         kernel: Any = numba.njit(cache=True, **options)(function)
         # Numba itself looks at the file of the kernel only, not at those of kernels that it calls.
@@ -56,8 +62,23 @@ def jit_inline(function: Callable[..., Any]) -> Any:
     return numba.njit(inline="always", **_OPTIONS)(function)
 
 
+def _plain_wide_vectors():
+    """wide_vectors() where a kernel cannot say so."""
+
+
+def _plain_leading_zeros(number):
+    """leading_zeros(number) by halves."""
+    zeros = 0
+    for bits in (32, 16, 8, 4, 2, 1):
+        if number >> np.uint64(64 - bits) == 0:
+            zeros += bits
+            number = number << np.uint64(bits)
+    return zeros + 1 if number >> np.uint64(63) == 0 else zeros
+
+
 def _wide_vectors(_context):
     """wide_vectors(): the loops of this kernel may use vectors of 512 bits where there are any."""
+    from numba.core import types
 
     def mark(context, builder, _signature, _arguments):
         # Of two equal widths LLVM prefers 256 bits, for the sake of old processors' clock rates.
@@ -67,11 +88,10 @@ def _wide_vectors(_context):
     return types.none(), mark
 
 
-wide_vectors: Any = intrinsic(_wide_vectors)
-
-
 def _leading_zeros(_context, _number):
     """leading_zeros(number): zeros before the first one of 64 bits; 64 where there is none."""
+    from llvmlite import ir
+    from numba.core import types
 
     def count(_context, builder, _signature, arguments):
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -79,11 +99,9 @@ def _leading_zeros(_context, _number):
     return types.int64(types.uint64), count
 
 
-leading_zeros: Any = intrinsic(_leading_zeros)
-
-
 def _pointer(_context, address, dtype):
     """pointer(address, dtype): an integer as a pointer to a numpy dtype."""
+    from numba.core import types
 
     def cast(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -91,4 +109,16 @@ def _pointer(_context, address, dtype):
     return types.CPointer(dtype.dtype)(types.int64, dtype), cast
 
 
-pointer: Any = intrinsic(_pointer)
+def intrinsic_or(feature: str, emit: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+    """What `emit` writes for LLVM where numba has all that it needs, else a plain function."""
+    if not has(feature):
+        return jit_inline(plain)
+    from numba.extending import intrinsic
+
+    return intrinsic(emit)
+
+
+wide_vectors: Any = intrinsic_or("wide vectors", _wide_vectors, _plain_wide_vectors)
+leading_zeros: Any = intrinsic_or("counting zeros", _leading_zeros, _plain_leading_zeros)
+# Without it this back end is not chosen at all, see `missing` of the package.
+pointer: Any = intrinsic_or("addresses", _pointer, lambda address, dtype: address)

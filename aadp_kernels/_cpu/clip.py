@@ -16,7 +16,7 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, pointer
-from aadp_kernels._cpu._parallel import parallel
+from aadp_kernels._cpu._parallel import parallel, region_for
 from aadp_kernels._cpu.passes import (
     NOISE_COST,
     SCRATCH,
@@ -29,7 +29,7 @@ from aadp_kernels._cpu.pieces import Frame, frame_of
 from aadp_kernels._cpu.plan import Kind, Plan
 from aadp_kernels.contract import ClipStats, Precision
 from aadp_kernels.layout import Layout
-from aadp_kernels.threads import region_for, spread
+from aadp_kernels.threads import spread
 
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)

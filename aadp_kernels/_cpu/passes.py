@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
-from aadp_kernels._cpu._parallel import parallel
+from aadp_kernels._cpu._parallel import parallel, region_for
 from aadp_kernels._cpu.pieces import (
     CHUNK,
     FIRST,
@@ -28,7 +28,7 @@ from aadp_kernels._cpu.pieces import (
 from aadp_kernels._cpu.plan import Plan
 from aadp_kernels._cpu.rng import WORDS
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
-from aadp_kernels.threads import region_for, spread
+from aadp_kernels.threads import spread
 
 # In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
 # of a product, and a scale is never below its float64 value. Smaller factors would underflow.

@@ -9,13 +9,22 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+import numpy as np
 
-_WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
+from aadp_kernels._cpu._fence import has
+from aadp_kernels._cpu._jit import jit
+from aadp_kernels._cpu.rows import bytes_of, memory
+
+
+def _has_avx512() -> bool:
+    if not has("a register tile"):
+        return False
+    import llvmlite.binding as llvm
+
+    return bool(llvm.get_host_cpu_features().get("avx512f"))
+
+
+_WIDE = _has_avx512()
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Bytes of a vector register, and columns of a tile of one and of two vectors: beside its sums
 # there must be registers for the entries of both factors.
@@ -27,8 +36,10 @@ def _address(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
     """A vector of one number."""
+    from llvmlite import ir
+
     index, undefined = ir.IntType(32), ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, value, index(0))
     return builder.shuffle_vector(
@@ -38,6 +49,9 @@ def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
 
 def _emit(context: Any, builder: Any, signature: Any, values: Any, rows: int, vectors: int) -> Any:
     """The loop over positions with all sums in registers."""
+    from llvmlite import ir
+    from numba.core import cgutils
+
     out, out_step, a, base, columns, g, g_step, count, _ = values
     element = context.get_value_type(signature.args[-1].dtype)
     bytes_each = signature.args[-1].dtype.bitwidth // 8
@@ -80,6 +94,8 @@ def _emit(context: Any, builder: Any, signature: Any, values: Any, rows: int, ve
 
 def _tile(rows: int, vectors: int) -> Callable[..., Any]:
     """tile(out, out_step, a, base, columns, g, g_step, count, dtype)."""
+    from numba.core import types
+    from numba.extending import intrinsic
 
     def tile(_context, out, out_step, a, base, columns, g, g_step, count, dtype):
         def emit(context, builder, signature, values):
@@ -90,8 +106,28 @@ def _tile(rows: int, vectors: int) -> Callable[..., Any]:
     return intrinsic(tile)
 
 
+def _plain_tile(rows: int, vectors: int) -> Callable[..., Any]:
+    """`_tile` whose sums are in memory."""
+
+    @jit
+    def tile(out, out_step, a, base, columns, g, g_step, count, dtype):
+        lanes = vectors * VECTOR // bytes_of(dtype)
+        places, starts = memory(base, count, np.int64), memory(columns, rows, np.int64)
+        for j in range(rows):
+            total = memory(out + j * out_step, lanes, dtype)
+            total[:] = 0
+            for t in range(count):
+                left = memory(a + starts[j] + places[t], 1, dtype)[0]
+                right = memory(g + t * g_step, lanes, dtype)
+                for i in range(lanes):
+                    total[i] += left * right[i]
+
+    return tile
+
+
 # out[j] = sum over t < count of a[base[t] + columns[j]] * g[t], for a tile's columns j and one or
 # two vectors of g. Everything but the count is an address or a number of bytes; base and columns
 # point to int64. The terms are added one after the other in t.
-tile1: Any = _tile(COLUMNS1, 1)
-tile2: Any = _tile(COLUMNS2, 2)
+_make = _tile if has("a register tile") else _plain_tile
+tile1: Any = _make(COLUMNS1, 1)
+tile2: Any = _make(COLUMNS2, 2)

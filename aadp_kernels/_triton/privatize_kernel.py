@@ -212,6 +212,61 @@ def _apply_chunk(
         element += TILE
 
 
+@triton.jit
+def _chunk_sums(
+    x, reference, shift, shift0, first, low, high, whole, X: tl.constexpr,
+    REFERENCE: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sums of |x - reference| and, for P = 2, of its square over a chunk."""
+    index = tl.arange(0, TILE // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    sum1 = tl.zeros([TILE // WIDTH], tl.float64)
+    sum2 = tl.zeros([TILE // WIDTH], tl.float64)
+    element = first
+    while element < whole:
+        value = _update(
+            x, shift + element, reference, shift0 + element, index, 0, 0, True, X, REFERENCE, DTYPE
+        )
+        sum1, sum2 = _add_tile(value, sum1, sum2, P)
+        element += TILE
+    while element < high:
+        value = _update(
+            x, shift + element, reference, shift0 + element, index,
+            tl.maximum(low - element, 0).to(tl.int32),
+            tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE,
+        )  # fmt: skip
+        sum1, sum2 = _add_tile(value, sum1, sum2, P)
+        element += TILE
+    return tl.sum(sum1, axis=0), tl.sum(sum2, axis=0)
+
+
+@triton.jit
+def _unit_sums(
+    total1, total2, chunk, unit, begin, end, num_chunks, partials, done, P: tl.constexpr
+):
+    """Sums of a unit, and whether this program is the last of it to add some."""
+    last = end - begin == 1
+    if end - begin > 1:
+        tl.store(partials + chunk, total1)
+        if P == 2:
+            tl.store(partials + num_chunks + chunk, total2)
+        last = tl.atomic_add(done + unit, 1, sem="acq_rel") == end - begin - 1
+        if last:
+            total1 = _ordered_sum(partials, begin, end)
+            if P == 2:
+                total2 = _ordered_sum(partials + num_chunks, begin, end)
+    return total1, total2, last
+
+
+@triton.jit
+def _await_factor(factors, flags, unit):
+    """The factor of a unit that other programs sum; its tickets were taken before this one."""
+    ready = tl.atomic_add(flags + unit, 0, sem="acquire")
+    while ready == 0:
+        ready = tl.atomic_add(flags + unit, 0, sem="acquire")
+    return tl.load(factors + unit, volatile=True)
+
+
 @triton.jit(do_not_specialize=[
     "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
     "num_chunks",
@@ -264,37 +319,13 @@ def privatize_kernel(
         alone = (code & 3) == 3
         factor = tl.full([], 0.0, tl.float64)
         if code & 1:
-            index = tl.arange(0, TILE // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            sum1 = tl.zeros([TILE // WIDTH], tl.float64)
-            sum2 = tl.zeros([TILE // WIDTH], tl.float64)
-            element = first
-            while element < whole:
-                value = _update(
-                    x, shift + element, reference, shift0 + element, index, 0, 0, True, X,
-                    REFERENCE, DTYPE,
-                )  # fmt: skip
-                sum1, sum2 = _add_tile(value, sum1, sum2, P)
-                element += TILE
-            while element < high:
-                value = _update(
-                    x, shift + element, reference, shift0 + element, index,
-                    tl.maximum(low - element, 0).to(tl.int32),
-                    tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE,
-                )  # fmt: skip
-                sum1, sum2 = _add_tile(value, sum1, sum2, P)
-                element += TILE
-            total1 = tl.sum(sum1, axis=0)
-            total2 = tl.sum(sum2, axis=0)
-            last = end - begin == 1
-            if end - begin > 1:
-                tl.store(partials + chunk, total1)
-                if P == 2:
-                    tl.store(partials + num_chunks + chunk, total2)
-                last = tl.atomic_add(done + unit, 1, sem="acq_rel") == end - begin - 1
-                if last:
-                    total1 = _ordered_sum(partials, begin, end)
-                    if P == 2:
-                        total2 = _ordered_sum(partials + num_chunks, begin, end)
+            total1, total2 = _chunk_sums(
+                x, reference, shift, shift0, first, low, high, whole, X, REFERENCE, DTYPE, P, TILE,
+                WIDTH,
+            )  # fmt: skip
+            total1, total2, last = _unit_sums(
+                total1, total2, chunk, unit, begin, end, num_chunks, partials, done, P
+            )
             if last:
                 factor = _finish_unit(
                     unit, row, layer, total1, total2, layers, clip, clip_stride, scale,
@@ -306,10 +337,7 @@ def privatize_kernel(
                     tl.atomic_xchg(flags + unit, 1, sem="release")
         if code & 2:
             if not alone:
-                ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-                while ready == 0:
-                    ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-                factor = tl.load(factors + unit, volatile=True)
+                factor = _await_factor(factors, flags, unit)
             amount = tl.load(scale + row * scale_stride + layer)
             amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
             weight = _round_down(factor, DTYPE)

@@ -97,31 +97,23 @@ def clipped_conv1d(
         x: Input [B, in, length], B records, private.
         weight: [out, in/groups, k].
         bias: [out] or None.
-        stride: As in F.conv1d; also padding (numbers only), dilation and groups.
-        padding: See stride.
-        dilation: See stride.
-        groups: See stride.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        stride: As in F.conv1d.
+        padding: As in F.conv1d, in numbers only.
+        dilation: As in F.conv1d.
+        groups: As in F.conv1d.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         [B, out, length'].
 
-    Raises:
-        ValueError: As `clipped_linear`; x that is not 3-D.
-        RuntimeError: As `clipped_linear`.
-
-    Guarantees:
-        As `clipped_linear`.
-
-    Edge cases:
-        As `clipped_linear`.
+    Raises, guarantees and edge cases are those of `clipped_linear`; x must be 3-D.
 
     Reference:
-        As `clipped_conv2d`.
+        Rochette, Manoel, Tramel 2019, arXiv:1912.06015 (convolutions).
     """
     _check(x, x.dim() == 3, "[B, in, length]", clip, votes_at, p)
     rule = Conv(_axes(stride, 1), _axes(padding, 1), _axes(dilation, 1), groups)
@@ -149,31 +141,23 @@ def clipped_conv2d(
         x: Input [B, in, height, width], B records, private.
         weight: [out, in/groups, kh, kw].
         bias: [out] or None.
-        stride: As in F.conv2d; also padding (numbers only), dilation and groups.
-        padding: See stride.
-        dilation: See stride.
-        groups: See stride.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        stride: As in F.conv2d.
+        padding: As in F.conv2d, in numbers only.
+        dilation: As in F.conv2d.
+        groups: As in F.conv2d.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         [B, out, height', width'].
 
-    Raises:
-        ValueError: As `clipped_linear`; x that is not 4-D.
-        RuntimeError: As `clipped_linear`.
-
-    Guarantees:
-        As `clipped_linear`.
-
-    Edge cases:
-        As `clipped_linear`.
+    Raises, guarantees and edge cases are those of `clipped_linear`; x must be 4-D.
 
     Reference:
-        As `clipped_linear`; Rochette, Manoel, Tramel 2019, arXiv:1912.06015 (convolutions).
+        Rochette, Manoel, Tramel 2019, arXiv:1912.06015 (convolutions).
     """
     _check(x, x.dim() == 4, "[B, in, height, width]", clip, votes_at, p)
     rule = Conv(_axes(stride, 2), _axes(padding, 2), _axes(dilation, 2), groups)
@@ -199,27 +183,20 @@ def clipped_embedding(
         x: Token indices [B] or [B, ...], B records, private.
         weight: [tokens, features].
         padding_idx: A token without a gradient, or None.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         [B, ..., features].
 
     Raises:
         ValueError: As `clipped_linear`; x that is not integer, padding_idx out of range.
-        RuntimeError: As `clipped_linear`.
 
-    Guarantees:
-        As `clipped_linear`. The gradient is dense. On a GPU its sum has no fixed order.
-
-    Edge cases:
-        As `clipped_linear`. A record of padding_idx only has norm 0 and votes so.
-
-    Reference:
-        As `clipped_linear`.
+    Guarantees and edge cases are those of `clipped_linear`. The gradient is dense. On a GPU its sum
+    has no fixed order. A record of padding_idx only has norm 0 and votes so.
     """
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"x must be int32 or int64, got {x.dtype}")
@@ -253,27 +230,20 @@ def clipped_layer_norm(
         weight: [*normalized_shape] or None.
         bias: [*normalized_shape] or None.
         eps: Added to the variance.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         The shape of x.
 
     Raises:
         ValueError: As `clipped_linear`; normalized_shape that reaches the axis of the records.
-        RuntimeError: As `clipped_linear`.
 
-    Guarantees:
-        As `clipped_linear`. Gradients of weight and bias are held per record, [B, elements].
-
-    Edge cases:
-        As `clipped_linear`, with the normalised input in place of the input.
-
-    Reference:
-        As `clipped_linear`.
+    Guarantees and edge cases are those of `clipped_linear`, with the normalised input in the place
+    of the input. Gradients of weight and bias are held per record, [B, elements].
     """
     rule = Norm("layer", tuple(normalized_shape), 1, eps)
     _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
@@ -299,27 +269,16 @@ def clipped_rms_norm(
         normalized_shape: Last axes of x, without the records.
         weight: [*normalized_shape].
         eps: Added to the mean square; None for the machine epsilon of x.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         The shape of x.
 
-    Raises:
-        ValueError: As `clipped_layer_norm`.
-        RuntimeError: As `clipped_linear`.
-
-    Guarantees:
-        As `clipped_layer_norm`.
-
-    Edge cases:
-        As `clipped_layer_norm`.
-
-    Reference:
-        As `clipped_linear`.
+    Raises, guarantees and edge cases are those of `clipped_layer_norm`.
     """
     rule = Norm("rms", tuple(normalized_shape), 1, eps)
     _check(x, x.dim() > len(rule.shape) > 0, "[B, ..., *normalized_shape]", clip, votes_at, p)
@@ -347,27 +306,16 @@ def clipped_group_norm(
         weight: [channels] or None.
         bias: [channels] or None.
         eps: Added to the variance.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         The shape of x.
 
-    Raises:
-        ValueError: As `clipped_linear`.
-        RuntimeError: As `clipped_linear`.
-
-    Guarantees:
-        As `clipped_layer_norm`.
-
-    Edge cases:
-        As `clipped_layer_norm`.
-
-    Reference:
-        As `clipped_linear`.
+    Raises, guarantees and edge cases are those of `clipped_layer_norm`.
     """
     _check(x, x.dim() >= 2, "[B, channels, ...]", clip, votes_at, p)
     rule = Norm("group", (x.shape[1],), num_groups, eps)
@@ -389,27 +337,20 @@ def clipped_bias(
     Args:
         x: Input [B, ...], B records, private.
         bias: Any shape that broadcasts to that of a record.
-        clip: As in `clipped_linear`; also mask, votes_at, probe and p.
-        mask: See clip.
-        votes_at: See clip.
-        probe: See clip.
-        p: See clip.
+        clip: Clip norm C >= 0, 0-d, public.
+        mask: [B] (or [1]) of 0 and 1; 0 marks padding.
+        votes_at: L1 threshold of the votes, 0-d, or None.
+        probe: [3] of zeros; its "gradient" counts, see `clipped_linear`. Private.
+        p: Norm of the clipping, 1 or 2.
 
     Returns:
         The shape of x.
 
     Raises:
         ValueError: As `clipped_linear`; a bias that would make a record larger.
-        RuntimeError: As `clipped_linear`.
 
-    Guarantees:
-        As `clipped_linear`. Gradients of the bias are held per record, [B, elements].
-
-    Edge cases:
-        As `clipped_linear`, of the gradient alone.
-
-    Reference:
-        As `clipped_linear`.
+    Guarantees and edge cases are those of `clipped_linear`, of the gradient alone. Gradients of the
+    bias are held per record, [B, elements].
     """
     _check(x, x.dim() >= 1, "[B, ...]", clip, votes_at, p)
     record, shape = x.shape[1:], bias.shape
