@@ -112,7 +112,7 @@ SUM_INTERFACE = group(
     "aadp_kernels/clip_sum.py",
     f"{CLIP_SUM} {_GRID}clip_sum_adds_the_integers_of_the_records",
     ("sums so far forgotten", "return list(accumulate)", "return [torch.zeros_like(t) for t in accumulate]"),
-    ("padding counted", "live = mask.to(device) != 0", "live = mask.to(device) == mask.to(device)"),
+    ("padding counted", "return mask.to(device) != 0", "return mask.to(device) == mask.to(device)"),
 )  # fmt: skip
 
 GRID_NOISE = group(
