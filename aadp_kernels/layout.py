@@ -64,7 +64,8 @@ class Layout:
             The layout; layers stand in order of first appearance, or by index.
 
         Raises:
-            ValueError: No tensors; groups that miss a tensor, name an unknown one or skip an index.
+            ValueError: No tensors, a complex one; groups that miss a tensor, name an unknown one or
+                skip an index.
 
         Edge cases:
             A name without a dot is a layer of its own. A 0-d tensor has one element. A tensor
@@ -77,6 +78,12 @@ class Layout:
             names = tuple(str(i) for i in range(len(values)))
         if not names:
             raise ValueError("tensors must not be empty")
+        for name, tensor in zip(names, values, strict=True):
+            if tensor.is_complex():
+                raise ValueError(
+                    f"tensors: {name!r} is {tensor.dtype}, and clipping is for real numbers; hold "
+                    "a complex one as two real ones"
+                )
         shapes = tuple(torch.Size(t.shape) for t in values)
         layer_names, layer_of = _group(names, groups, named=isinstance(tensors, Mapping))
         return cls(names, shapes, layer_names, layer_of)

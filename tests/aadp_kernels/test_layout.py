@@ -59,3 +59,10 @@ def test_a_layout_finds_itself_after_a_journey():
     for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
         assert other == layout
         assert {layout: 1}[other] == 1
+
+
+def test_complex_tensors_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'rotate\.weight' is torch\.complex64"):
+        Layout.build(
+            {"fc.bias": torch.zeros(2), "rotate.weight": torch.zeros(3, dtype=torch.cfloat)}
+        )
