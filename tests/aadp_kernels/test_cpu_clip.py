@@ -141,9 +141,12 @@ def _count_parallel(seen, threads, region):
     _parallel.parallel(_count, (seen, 3), len(seen), threads, region)
 
 
-@pytest.mark.skipif(
+several_threads = pytest.mark.skipif(
     _threads.region_for(1 << 30)[1] == 0, reason="torch brings no libgomp here, or has one thread"
 )
+
+
+@several_threads
 def test_compiled_code_works_on_every_index_once():
     for count in (0, 1, 2, 7, 8, 9, 100_003):
         seen = np.zeros(count, int)
@@ -194,7 +197,7 @@ def _fail_parallel(seen, threads, region):
     _parallel.parallel(_fail_at_seven, (seen,), len(seen), threads, region)
 
 
-@pytest.mark.skipif(_threads._openmp() is None, reason="torch brings no libgomp here")
+@several_threads
 def test_an_error_in_compiled_code_is_raised_when_the_others_are_done():
     seen = np.zeros(100, int)
     for _ in range(3):
