@@ -262,14 +262,17 @@ def test_the_quantum_is_never_too_small(scale):
     assert grid.quantum(scale, "gaussian").item() == scale / T
 
 
-def test_edges_of_the_quantum():
+def test_edges_of_the_quantum(monkeypatch):
     assert grid.quantum(0.0, "laplace").item() == 0
     for mechanism in MECHANISMS:
         assert grid.quantum(5e-324, mechanism).item() == 2.0**-1022
     for bad in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale"):
             grid.quantum(bad, "laplace")
-        assert math.isnan(spec.quantum(torch.tensor(bad), "laplace").item())
+    # On an accelerator no value is read.
+    monkeypatch.setattr(grid._validate, "nonnegative_tensor", lambda *args, **kwargs: None)
+    for bad in (-1.0, math.inf, math.nan):
+        assert math.isnan(grid.quantum(bad, "laplace").item())
 
 
 def one_record(x, clip, scale, p, mechanism="laplace"):
@@ -325,8 +328,8 @@ def test_huge_ratios_and_long_sums_stay_in_range():
         scale=torch.tensor([1e-30]), p=1, mechanism="laplace", key=again(KEY), form="grid",
         accumulate=[start], last=False,
     )  # fmt: skip
-    assert sums[0].item() == spec.SUM_LIMIT + 2 * grid.LIMIT
-    assert spec.SUM_LIMIT + spec.RECORDS_AT_ONCE * grid.LIMIT < 1 << 63
+    assert sums[0].item() == grid.SUM_LIMIT + 2 * grid.LIMIT
+    assert grid.SUM_LIMIT + grid.RECORDS_AT_ONCE * grid.LIMIT < 1 << 63
     total = torch.tensor([1 << 60, -(1 << 60)])
     step = torch.tensor(1.0, dtype=torch.float64)
     out = grid.release(total, torch.zeros_like(total), step, "gaussian")

@@ -397,7 +397,7 @@ def test_options_of_lightnings_ddp_are_refused():
 @pytest.mark.parametrize(("clients", "size"), [(10, 2), (5, 3), (1, 4), (0, 2), (7, 1)])
 def test_shares_are_everybody_once(clients, size):
     ids = torch.arange(clients) * 3
-    shares = [Processes(rank, size).share(ids) for rank in range(size)]
+    shares = [Processes(rank, size).part_of(ids) for rank in range(size)]
     assert torch.equal(torch.cat(shares), ids)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
