@@ -200,7 +200,7 @@ def is_there(process: int, seconds: float) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do it")
 @pytest.mark.parametrize("watches", [False, True])
 def test_a_process_that_imports_ends_with_its_parent(tmp_path: Path, watches: bool) -> None:
-    first = "from fl_lightning.child import *; assert parent(); "
+    first = "from fl_lightning.processes.child import *; assert parent(); "
     first += "outlive_parent()" if watches else "pass"
     before, after = orphaned(tmp_path, first), 5.0
     child = next(before)
