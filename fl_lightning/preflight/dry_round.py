@@ -39,6 +39,7 @@ from fl_lightning.preflight.record_independence import (
     interacting_records,
     mixed_records,
 )
+from fl_lightning.privacy.clipping import changes_its_way
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.processes.together import Processes
@@ -262,7 +263,14 @@ def _check_gradients(proposed: ProposedRun, few: Few, values: Params, clients: C
         summed = unclipped(calm)
         problem = ""
         if record and len(x) > 1:
-            problem = mixed_records(summed, values, x, y, at_once=_clients_at_once(proposed, few))
+            at_once = _clients_at_once(proposed, few)
+            problem = mixed_records(summed, values, x, y, at_once=at_once)
+            # Record by record nothing mixes: batches that go in one pass are tried as well.
+            smaller = range(2, len(x)) if changes_its_way(calm.clipped_sums) else ()
+            for size in smaller:
+                problem = problem or mixed_records(
+                    summed, values, x[:size], y[:size], at_once=at_once
+                )
         if len(x) and not problem:
             problem = foreign_gradient(summed, values, want, x, y)
     for layer, mode in modes:

@@ -43,6 +43,9 @@ _LOG = logging.getLogger("pytorch_lightning")
 LAYER_ROUNDING = 8
 
 
+_REFUSALS = "refusals"  # attribute of sums that can go either way: why one pass was refused
+
+
 def clipped_sums(
     network: nn.Module,
     loss: Loss,
@@ -159,7 +162,13 @@ def _or_by_records(one_pass: ClippedSums, by_records: ClippedSums) -> ClippedSum
                 )
         return by_records(params, shared, batch, policy)
 
+    setattr(run, _REFUSALS, said)
     return run
+
+
+def changes_its_way(sums: ClippedSums) -> bool:
+    """Whether some batch so far was clipped by per-sample gradients, and others need not be."""
+    return bool(getattr(sums, _REFUSALS, ()))
 
 
 def round_down(clip_norm: Tensor) -> Tensor:

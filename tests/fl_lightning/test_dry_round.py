@@ -328,6 +328,27 @@ def test_records_that_mix_in_the_backward_pass(tmp_path, how, execution, drop):
     assert not (tmp_path / "run").exists()
 
 
+class Paired(nn.Module):
+    """Records sorted among each other, and a layer that is called for two of them at a time.
+
+    Larger batches go record by record, where nothing mixes; two records go in one pass.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x)).sort(0).values
+        return self.last(torch.cat([torch.tanh(self.second(two)) for two in h.split(2)]))
+
+
+def test_small_batches_that_mix_are_not_hidden_by_large_ones_that_cannot(tmp_path):
+    with pytest.raises(ValueError, match="changes with the records beside it"):
+        train(tmp_path / "run", network=Paired())
+    assert not (tmp_path / "run").exists()
+
+
 def test_mixing_within_a_client_is_the_clients_own(tmp_path):
     train(
         tmp_path,

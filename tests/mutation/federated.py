@@ -190,6 +190,7 @@ DRY_ROUND = group(
     ("records alone not compared", "problem = mixed_records(", "problem = \"\" and mixed_records("),
     ("autograd on the network not compared", "problem = foreign_gradient(", "problem = \"\" and foreign_gradient("),
     ("checkpoint not tried", "        _try_checkpoint(proposed, server)\n", ""),
+    ("small batches not tried", "            smaller = range(2, len(x)) if", "            smaller = () if"),
     ("vmap kept where it fails", "        except _CannotTrain as error:\n", "        except ZeroDivisionError as error:\n"),
 )  # fmt: skip
 
