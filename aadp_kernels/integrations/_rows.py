@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError, mixing
 from aadp_kernels.clip_in_backward.watched import some_records
+from aadp_kernels.integrations._independence import Independence
+from aadp_kernels.integrations._lending import GradSamples
 from aadp_kernels.integrations._per_sample import label
 from aadp_kernels.integrations._trial import shape_of_record, trial
 from aadp_kernels.integrations._watch import ModelHook
@@ -49,15 +51,17 @@ class RowWatch:
         self._made = ref(made)
         self._count: int | None = None
         self._why = _OUTSIDE
-        self._trying = self._told = False
+        self._trying = self._told = self._comparing = False
         self._called: set[str] = set()
         self._tried: dict[object, Tried] = {}
         self._now: Tried | None = None
+        self._kind: object = None
         model = made._module
         self._norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
         # Opacus' recurrent layers are seen by the linear layers within.
         found: Iterator[nn.Module] = made.iterate_submodules(model)
         self._layers = [m for m in found if type(m) not in (DPRNN, DPGRU, DPLSTM)]
+        self._independence = Independence(GradSamples(made), axis=self._axis, training=self._layers)
         self._handles: list[Any] = []
         self._install(model)
 
@@ -110,15 +114,15 @@ class RowWatch:
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim() > self._axis]
         sizes = {t.shape[self._axis] for t in tensors}
         self._now, self._called = None, set()
+        self._kind = tuple(map(partial(shape_of_record, axis=self._axis), leaves))
         self._count = next(iter(sizes)) if len(sizes) == 1 else None
         self._why = f"the inputs of the model have batch axes of {sorted(sizes)}"
         if self._count is not None and self._axis == 0:
-            signature = tuple(map(shape_of_record, leaves))
-            if signature not in self._tried:
+            if self._kind not in self._tried:
                 tried: Tried = (set(), set())
                 self._try(tried, model, args, kwargs, self._count)
-                self._tried[signature] = tried
-            self._now, self._called = self._tried[signature], set()
+                self._tried[self._kind] = tried
+            self._now, self._called = self._tried[self._kind], set()
 
     def _try(
         self, tried: Tried, model: nn.Module, args: Any, kwargs: Any, count: int,
@@ -142,30 +146,44 @@ class RowWatch:
 
     def _end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward of the model has ended; without an output if by an error."""
-        if self._told or self._trying:
+        if self._trying:
             return
-        count, tried, called = self._count, self._now, self._called
-        try:
-            if output is None or tried is None or count is None:
-                return
-            # Layers on a path that is taken by chance.
-            for seed in range(_TRIALS):
-                if called <= tried[0] & tried[1]:
-                    return
-                self._try(tried, model, args, kwargs, count, seed)
-            untried = called - (tried[0] & tried[1])
-            if untried:
-                raise UnsupportedLayerError(
-                    f"{', '.join(sorted(untried))}: called for {count} records, and in no forward "
-                    f"of one or two ({_TRIALS} were tried), so the batch axis of what they get may "
-                    "be something else than records"
-                )
+        if self._told:
+            if output is not None and model.training and not self._unseen():
+                kind = "told", *map(shape_of_record, tree_leaves((args, kwargs)))
+                self._compare(kind, model, args, kwargs)
         finally:
             self._count, self._now, self._why = None, None, _OUTSIDE
 
+    def _check_tried(
+        self, tried: Tried, model: nn.Module, args: Any, kwargs: Any, count: int
+    ) -> None:
+        """Raise unless every layer that was called was called in a trial, too."""
+        called = self._called
+        # Layers on a path that is taken by chance.
+        for seed in range(_TRIALS):
+            if called <= tried[0] & tried[1]:
+                return
+            self._try(tried, model, args, kwargs, count, seed)
+        untried = called - (tried[0] & tried[1])
+        if untried:
+            raise UnsupportedLayerError(
+                f"{', '.join(sorted(untried))}: called for {count} records, and in no forward "
+                f"of one or two ({_TRIALS} were tried), so the batch axis of what they get may "
+                "be something else than records"
+            )
+
+    def _compare(self, kind: object, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Raise if records are mixed."""
+        self._trying = self._comparing = True
+        try:
+            self._independence.check(kind, model, args, kwargs, self._count or 0)
+        finally:
+            self._trying = self._comparing = False
+
     def _before(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """A layer is called."""
-        if self._unseen() or not layer.training:
+        if self._comparing or self._unseen() or not layer.training:
             return
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise UnsupportedLayerError(
@@ -209,3 +227,31 @@ class RowWatch:
             yield
         finally:
             self._told, self._count = False, None
+
+
+class ExpandedWatch:
+    """Sees that no records are mixed where torch's expanded weights make per-sample gradients.
+
+    Args:
+        made: Opacus' wrapped model, whose first input has the records on its first axis.
+    """
+
+    def __init__(self, made: Any) -> None:
+        self._trying = False
+        self._independence = Independence(GradSamples(made))
+        end: Any = ModelHook(self._end)
+        made.register_forward_hook(end, with_kwargs=True)
+
+    def _end(self, made: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+        """A forward of the model has ended."""
+        if self._trying or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        leaves = tree_leaves((args, kwargs))
+        records = next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), 0)
+        self._trying = True
+        try:
+            self._independence.check(
+                (made.training, *map(shape_of_record, leaves)), made, args, kwargs, records
+            )
+        finally:
+            self._trying = False

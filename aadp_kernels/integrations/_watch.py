@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
 from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._gradients import ClippedSums
+from aadp_kernels.integrations._independence import Independence
+from aadp_kernels.integrations._lending import Aliases
 from aadp_kernels.integrations._trial import shape_of_record, trial
 
 Tried = tuple[set[int], set[int]]
@@ -31,12 +33,15 @@ class Forward:
         called: ids of the layers that were called.
         given: names of the parameters that backward gave a gradient.
         tried: ids of the layers that were tried with one record, and with two; None: not asked for.
+        kind: shapes of its inputs without the records.
     """
 
-    __slots__ = ("called", "given", "records", "tried", "why")
+    __slots__ = ("called", "given", "kind", "records", "tried", "why")
 
-    def __init__(self, records: int | None, *, why: str = "", tried: Tried | None = None) -> None:
-        self.records, self.why, self.tried = records, why, tried
+    def __init__(
+        self, records: int | None, *, why: str = "", tried: Tried | None = None, kind: object = None
+    ) -> None:
+        self.records, self.why, self.tried, self.kind = records, why, tried, kind
         self.called: set[int] = set()
         self.given: set[str] = set()
 
@@ -101,6 +106,7 @@ class Watch:
         self.last_records: int | None = None
         self._told = self._trying = False
         self._tried: dict[object, Tried] = {}
+        self._lent: Any = None
         self._layers: dict[int, tuple[str, str, str]] = {}
         self._watched: list[ClippingLayer] = []
         for name, layer in model.named_modules():
@@ -114,6 +120,9 @@ class Watch:
         ]
         for name, parameter in sums.parameters.items():
             self._handles.append(parameter.register_hook(partial(self._foreign, name)))
+        self._independence = Independence(
+            Aliases(self._watched, sums.parameters, partial(setattr, self, "_lent"))
+        )
         self._finalizer = finalize(owner, self.close, "the optimizer is gone")
         self._finalizer.atexit = False
 
@@ -146,9 +155,11 @@ class Watch:
     def enter(self, layer: nn.Module, x: Tensor) -> tuple[Any, Any]:
         """Weight and bias for one call of a layer; see `LayerWatch`."""
         own: Any = layer._parameters
+        name, weight, bias = self._layers[id(layer)]
+        if self._lent is not None:
+            return self._lent.get(weight, own.get("weight")), self._lent.get(bias, own.get("bias"))
         if not torch.is_grad_enabled():
             return own.get("weight"), own.get("bias")
-        name, weight, bias = self._layers[id(layer)]
         forward = self._forward
         if torch._C._current_graph_task_id() != -1:
             # Computed again in backward: not a call, and no gradient may come back through it.
@@ -231,11 +242,25 @@ class Watch:
         self.sums.give_up(f"a backward pass has failed, call zero_grad(): {reason}")
         raise UnsupportedLayerError(reason)
 
+    @staticmethod
+    def _seen() -> bool:
+        """Whether what is computed is a forward that gives gradients, not a part of a backward."""
+        return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+    def _compare(self, forward: Any, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Raise if records are mixed. Parts of what was told are no model's forward."""
+        kind = forward.kind
+        if kind is None:
+            kind = "told", model.training, *map(shape_of_record, tree_leaves((args, kwargs)))
+        self._trying = True
+        try:
+            self._independence.check(kind, model, args, kwargs, forward.records)
+        finally:
+            self._trying = False
+
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins."""
-        if self._told or self._trying or not torch.is_grad_enabled():
-            return
-        if torch._C._current_graph_task_id() != -1:
+        if self._told or self._trying or not self._seen():
             return
         simple = not kwargs and all(type(value) is Tensor for value in args)
         leaves = args if simple else tree_leaves((args, kwargs))
@@ -253,20 +278,31 @@ class Watch:
             tried = (set(), set())
             self._try(tried, model, args, kwargs, records)
             self._tried[signature] = tried
-        self._forward = Forward(records, tried=tried)
+        self._forward = Forward(records, tried=tried, kind=signature)
 
     def _end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward of the model has ended; without an output if by an error."""
-        if self._told or self._trying:
+        if self._trying:
+            return
+        if self._told:
+            if output is not None and self._seen():
+                self._compare(self._forward, model, args, kwargs)
             return
         forward, self._forward = self._forward, None
         if output is None or forward is None or forward.tried is None:
             return
+        self._check_tried(forward, forward.tried, model, args, kwargs)
+        self._compare(forward, model, args, kwargs)
+
+    def _check_tried(
+        self, forward: Forward, tried: Tried, model: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        """Raise unless every layer that was called was called in a trial, too."""
         # Layers on a path that is taken by chance.
         for seed in range(_TRIALS):
             if not forward.untried():
                 return
-            self._try(forward.tried, model, args, kwargs, forward.records, seed)
+            self._try(tried, model, args, kwargs, forward.records, seed)
         if forward.untried():
             names = sorted(self._layers[i][0] for i in forward.untried())
             raise UnsupportedLayerError(

@@ -28,7 +28,7 @@ from aadp_kernels import _validate
 from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._opacus import ClippedModule, LaplaceAccountant, PrivateOptimizer
 from aadp_kernels.integrations._per_sample import check_layers, inner, use_right_samplers
-from aadp_kernels.integrations._rows import RowWatch
+from aadp_kernels.integrations._rows import ExpandedWatch, RowWatch
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
@@ -156,7 +156,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 module, batch_first=batch_first, loss_reduction=loss_reduction,
                 grad_sample_mode=grad_sample_mode, wrap_model=wrap_model,
             )  # fmt: skip
-            if grad_sample_mode != "ew":
+            if grad_sample_mode == "ew":
+                ExpandedWatch(model)
+            else:
                 use_right_samplers(model, batch_first=batch_first)
                 RowWatch(model, batch_first=batch_first)
         model.forbid_grad_accumulation()
