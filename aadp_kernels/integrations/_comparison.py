@@ -203,17 +203,18 @@ class Comparison:
     ) -> Named:  # fmt: skip
         """Gradients by name of a number that is made of the outputs."""
         with self._run(seed), self._lender.lend(self._values(moved), weights) as gradients:
-            return gradients(number(self._applied(rows)))
+            with saved_apart():
+                found = number(self._applied(rows))
+            return gradients(found)
 
     def _outputs(self, rows: Sequence[int], *, seed: int = 0, moved: int = 0) -> list[Tensor]:
         ones = torch.ones(len(rows))
-        with self._run(seed), self._lender.lend(self._values(moved), ones):
+        with self._run(seed), self._lender.lend(self._values(moved), ones), saved_apart():
             return self._applied(rows)
 
     def _applied(self, rows: Sequence[int]) -> list[Tensor]:
         args, kwargs = self._take(rows)
-        with saved_apart():
-            return tensors_of(self._model(*args, **kwargs))
+        return tensors_of(self._model(*args, **kwargs))
 
     @contextmanager
     def _run(self, seed: int) -> Iterator[None]:
@@ -270,7 +271,7 @@ class Comparison:
             apart = (_clean(part) - _clean(one)).norm()
             if bool(apart > self._rtol * size + floor + 1e-30):
                 return True
-            if bool((part.isfinite() != one.isfinite()).any()):
+            if bool((part.detach().isfinite() != one.detach().isfinite()).any()):
                 return True
         return False
 

@@ -88,10 +88,10 @@ class Aliases:
         lent = {name: value.detach().requires_grad_() for name, value in values.items()}
         hooks: list[Any] = []
         clips = [layer._buffers["clip_norm"] for layer in self._layers]
-        before = torch.compiler.disable(
+        before: Any = torch.compiler.disable(
             lambda _layer, args, kwargs: tree_map(partial(_weighed, 1 / weights), (args, kwargs))
         )
-        after = torch.compiler.disable(lambda _layer, _args, output: _weighed(weights, output))
+        after: Any = torch.compiler.disable(lambda _layer, _args, output: _weighed(weights, output))
         try:
             self._use(lent)
             for layer, clip in zip(self._layers, clips, strict=True):

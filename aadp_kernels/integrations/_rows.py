@@ -19,7 +19,11 @@ from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._independence import Independence
 from aadp_kernels.integrations._lending import GradSamples
 from aadp_kernels.integrations._per_sample import label
-from aadp_kernels.integrations._trial import shape_of_record, trial
+from aadp_kernels.integrations._trial import (
+    buffers_as_they_were,
+    shape_of_record,
+    trial,
+)
 from aadp_kernels.integrations._watch import ModelHook
 
 Tried = tuple[set[str], set[str]]
@@ -135,7 +139,7 @@ class RowWatch:
                 pick = partial(some_records, records=count, count=some)
                 few, named = tree_map(pick, (args, kwargs))
                 self._count, self._called = some, set()
-                with trial(seed), torch.no_grad():
+                with trial(seed), buffers_as_they_were(model), torch.no_grad():
                     model(*few, **named)
                 called |= self._called
         finally:
@@ -152,6 +156,13 @@ class RowWatch:
             if output is not None and model.training and not self._unseen():
                 kind = "told", *map(shape_of_record, tree_leaves((args, kwargs)))
                 self._compare(kind, model, args, kwargs)
+            return
+        try:
+            if output is None or self._count is None:
+                return
+            if self._now is not None:
+                self._check_tried(self._now, model, args, kwargs, self._count)
+            self._compare(self._kind, model, args, kwargs)
         finally:
             self._count, self._now, self._why = None, None, _OUTSIDE
 

@@ -17,7 +17,11 @@ from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._independence import Independence
 from aadp_kernels.integrations._lending import Aliases
-from aadp_kernels.integrations._trial import shape_of_record, trial
+from aadp_kernels.integrations._trial import (
+    buffers_as_they_were,
+    shape_of_record,
+    trial,
+)
 
 Tried = tuple[set[int], set[int]]
 
@@ -322,7 +326,7 @@ class Watch:
                 pick = partial(some_records, records=records, count=count)
                 some, named = tree_map(pick, (args, kwargs))
                 self._forward = forward = Forward(count)
-                with trial(seed):
+                with trial(seed), buffers_as_they_were(model):
                     model(*some, **named)
                 called |= forward.called
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _LIFE = "tests/aadp_kernels/test_integrations_life.py"
+_MIXING = "tests/aadp_kernels/test_integrations_mixing.py"
 _OPACUS = "tests/aadp_kernels/test_integrations_opacus.py"
 _SAMPLES = "tests/aadp_kernels/test_integrations_per_sample.py"
 _SEEN = "tests/aadp_kernels/test_integrations_watch.py"
@@ -124,9 +125,9 @@ ROWS = group(
     _SAMPLES,
     ("rows are not looked at", "        if rows != self._count and not", "        if rows is None and not"),
     ("one record only", "zip((1, 2), tried, strict=True)", "zip((1, 1), tried, strict=True)"),
-    ("no signature is tried", "            if signature not in self._tried:\n", "            if signature is None:\n"),
-    ("untried layers pass", "            if untried:\n", "            if untried and not _TRIALS:\n"),
-    ("layers by chance are not tried again", "                self._try(tried, model, args, kwargs, count, seed)\n", "                pass\n"),
+    ("no signature is tried", "            if self._kind not in self._tried:\n", "            if self._kind is None:\n"),
+    ("untried layers pass", "        if untried:\n", "        if untried and not _TRIALS:\n"),
+    ("layers by chance are not tried again", "            self._try(tried, model, args, kwargs, count, seed)\n", "            pass\n"),
     ("other inputs pass", "        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):\n", "        if not isinstance(args[0], Tensor):\n"),
     ("several outputs pass", "if not (self._unseen() or isinstance(output, Tensor)):", "if not (self._unseen() or output is not None):"),
     ("calls outside of a forward pass", "        if self._count is None:\n", "        if self._count is None and layer is None:\n"),
@@ -135,4 +136,32 @@ ROWS = group(
     ("the watch outlives the hooks", "if made is None or not made.hooks_enabled or not", "if made is None or not"),
 )  # fmt: skip
 
-MUTATIONS = [*WATCH, *SUMS, *OPTIMIZER, *STATES, *OPACUS, *SAMPLERS, *ROWS]
+_HIDDEN = f"{_MIXING}::test_mixing_that_hides_is_found"
+
+COMPARISON = group(
+    "aadp_kernels/integrations/_comparison.py",
+    _HIDDEN,
+    ("gradients of mixed records pass", "        return _mixing(name and self._differing(_in_order(have, want), want))\n", '        return ""\n'),
+    ("small gradients alone are sent back", "_FACTORS = (1.0, 1e3)", "_FACTORS = (1.0,)"),
+    ("parameters are where they are", "found[name] = value + size * by.to(value)", "found[name] = value"),
+)  # fmt: skip
+
+INDEPENDENCE = group(
+    "aadp_kernels/integrations/_independence.py",
+    f"{_MIXING}::test_one_record_shows_nothing_and_the_next_batch_is_compared "
+    f"{_HIDDEN}",
+    ("two records are enough for good", "            self._compared[kind] = wanted\n", "            self._compared[kind] = _COUNT\n"),
+    ("mixing in training passes", "comparison.interacting(rows) if repeats", "comparison.interacting(rows) if not repeats"),
+)  # fmt: skip
+
+MUTATIONS = [
+    *COMPARISON,
+    *INDEPENDENCE,
+    *WATCH,
+    *SUMS,
+    *OPTIMIZER,
+    *STATES,
+    *OPACUS,
+    *SAMPLERS,
+    *ROWS,
+]

@@ -26,10 +26,6 @@ LIMITS = {
     "forward hooks": "Opacus takes the gradient of what a forward hook returns for that of the "
     "layer's own output",
 }
-MIXES = (
-    "the adapters see one batch and compare no record's gradient alone with that among others; a "
-    "network for them must compute every record by itself, forwards and backwards"
-)
 
 _TEXT = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
 _COUNTED = {
@@ -71,7 +67,7 @@ def reason(name: str, seen: Seen) -> str:
     what = cell(seen)
     if what == "inexact":
         return LIMITS.get(name, "")
-    return seen.reason or (MIXES if "moves" in what else "")
+    return seen.reason
 
 
 def reasons(name: str, row: Row) -> str:
@@ -91,7 +87,6 @@ def page(versions: Mapping[str, str], rows: Mapping[str, Row]) -> str:
         count=len(rows),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         rounding=ROUNDING,
-        n_moves=sum(number for what, number in cells.items() if "moves" in what),
         **{key: sum(cells[name] for name in names) for key, names in _COUNTED.items()},
     )
     table = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
