@@ -59,7 +59,10 @@ def test_rows_are_of_networks_that_there_are_and_have_the_columns_of_runs():
 def test_every_cell_is_within_the_clip_norm_and_exact_or_says_why():
     for name, column, seen in cells():
         what = page.cell(seen)
-        assert "moves" not in what, (name, column, seen)
+        if "moves" in what:
+            assert name in page.LOSS_MIXES, (name, column, seen)
+            assert column.startswith(("Opacus", "PrivateOptimizer")), (name, column, seen)
+            assert page.reason(name, seen), (name, column, seen)
         assert what != "fails", (name, column, seen)
         if what == "inexact":
             assert column.startswith("Opacus"), (name, column, seen)
@@ -72,7 +75,8 @@ def test_what_mixes_records_is_refused_in_every_setting_that_clips_records():
     assert mixing
     for name in mixing:
         assert {ROWS[name][column].way for column in rows.RECORD} == {"refused"}, name
-        assert ROWS[name]["PrivateOptimizer"].way == "raises", name
+        if name not in page.LOSS_MIXES:
+            assert ROWS[name]["PrivateOptimizer"].way == "raises", name
 
 
 def test_a_cell_that_moves_too_far_is_not_hidden():

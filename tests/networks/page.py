@@ -62,11 +62,20 @@ def line(name: str, row: Row) -> str:
     return "| " + " | ".join((name, *cells, *figures)) + " |"
 
 
+# An adapter is given a network, never the loss that is computed from its outputs.
+LOSS_MIXES = {
+    "contrastive loss (mixes records)": "an adapter sees the network and not its loss, which must "
+    "be a sum over records with public weights (docs/adapters.md)"
+}
+
+
 def reason(name: str, seen: Seen) -> str:
     """Why a cell is not exact; "" if it is."""
     what = cell(seen)
     if what == "inexact":
         return LIMITS.get(name, "")
+    if "moves" in what:
+        return LOSS_MIXES.get(name, "")
     return seen.reason
 
 
