@@ -11,8 +11,7 @@
 #            the embedding's padding row has a gradient, which torch gives it never.
 # Why here:  sums stay within the clip norm, so privacy holds, but what is trained is another network's
 #            gradient. A comparison of clipping methods on such layers compares different gradients. Our
-#            adapter is exact there where it clips in backward (clipping="per_layer"); with
-#            clipping="flat" it takes these hooks, and their error.
+#            adapter takes torch.func's gradients for them, or clips in backward.
 #
 # Exits 0 while opacus behaves so, 1 once it does not.
 set -euo pipefail
