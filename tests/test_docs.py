@@ -173,8 +173,8 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
+    # --strict ends with 1 at the first warning. The word itself may stand in a tool's own notices.
     assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
     page = (tmp_path / "api" / "aadp_kernels" / "index.html").read_text()
     assert "privatize_" in page
     assert "Guarantees" in page

@@ -118,20 +118,32 @@ def _pad(x, plan, out):
                 out[start + j] = row[j]
 
 
-@jit_sums
+@jit
 def _turn(g, plan, turned, bias):
-    """g [out, positions] (`last`: [positions, out]) as [groups, positions, width]; sums in bias."""
+    """g [out, positions] (`last`: [positions, out]) as [groups, positions, width]; sums in bias.
+
+    The order of the sums is written out. With `jit_sums` the compiler chose another one where it
+    saw the caller, so a run that compiled and a run that loaded from the cache had other bits.
+    """
     positions, out, width = len(plan.base), plan.out, plan.width
     each = out // plan.groups
+    fours = positions - positions % 4
     for o in range(out):
         start = (o // each) * positions * width + o % each
         at, step = (o, out) if plan.last else (o * positions, 1)
-        total = g.dtype.type(0)
-        for t in range(positions):
-            value = g[at + t * step]
-            turned[start + t * width] = value
-            total += value
-        bias[o] = total
+        sum0 = sum1 = sum2 = sum3 = g.dtype.type(0)
+        for t in range(0, fours, 4):
+            value0, value1 = g[at + t * step], g[at + (t + 1) * step]
+            value2, value3 = g[at + (t + 2) * step], g[at + (t + 3) * step]
+            turned[start + t * width] = value0
+            turned[start + (t + 1) * width] = value1
+            turned[start + (t + 2) * width] = value2
+            turned[start + (t + 3) * width] = value3
+            sum0, sum1, sum2, sum3 = sum0 + value0, sum1 + value1, sum2 + value2, sum3 + value3
+        for t in range(fours, positions):
+            turned[start + t * width] = g[at + t * step]
+            sum0 += g[at + t * step]
+        bias[o] = (sum0 + sum1) + (sum2 + sum3)
 
 
 @jit_sums
