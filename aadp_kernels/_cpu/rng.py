@@ -54,14 +54,15 @@ def _chacha(words, state, rounds):
     """32 ChaCha blocks; state: counter, constants, key."""
     wide_vectors()
     n = _N
-    counter, step, client, layer = state[0], state[1], state[2], state[3]
-    for i in range(12):
-        word = state[4 + i]
-        for t in range(n):
-            words[i * n + t] = word
+    s0, s1, s2, s3, s4, s5 = state[4], state[5], state[6], state[7], state[8], state[9]
+    s6, s7, s8, s9, s10, s11 = state[10], state[11], state[12], state[13], state[14], state[15]
+    s12, s13, s14, s15 = state[0], state[1], state[2], state[3]
     for t in range(n):
-        words[12 * n + t], words[13 * n + t] = _U32(counter + _U32(t)), step
-        words[14 * n + t], words[15 * n + t] = client, layer
+        words[t], words[n + t], words[2 * n + t], words[3 * n + t] = s0, s1, s2, s3
+        words[4 * n + t], words[5 * n + t], words[6 * n + t], words[7 * n + t] = s4, s5, s6, s7
+        words[8 * n + t], words[9 * n + t], words[10 * n + t], words[11 * n + t] = s8, s9, s10, s11
+        words[12 * n + t], words[13 * n + t] = _U32(s12 + _U32(t)), s13
+        words[14 * n + t], words[15 * n + t] = s14, s15
     for _ in range(rounds // 4):
         for t in range(n):
             x0, x1, x2, x3 = words[t], words[n + t], words[2 * n + t], words[3 * n + t]
@@ -92,15 +93,23 @@ def _chacha(words, state, rounds):
             words[10 * n + t], words[11 * n + t] = x10, x11
             words[12 * n + t], words[13 * n + t] = x12, x13
             words[14 * n + t], words[15 * n + t] = x14, x15
-    for i in range(12):
-        word = state[4 + i]
-        for t in range(n):
-            words[i * n + t] += word
     for t in range(n):
-        words[12 * n + t] += _U32(counter + _U32(t))
-        words[13 * n + t] += step
-        words[14 * n + t] += client
-        words[15 * n + t] += layer
+        words[t] += s0
+        words[n + t] += s1
+        words[2 * n + t] += s2
+        words[3 * n + t] += s3
+        words[4 * n + t] += s4
+        words[5 * n + t] += s5
+        words[6 * n + t] += s6
+        words[7 * n + t] += s7
+        words[8 * n + t] += s8
+        words[9 * n + t] += s9
+        words[10 * n + t] += s10
+        words[11 * n + t] += s11
+        words[12 * n + t] += _U32(s12 + _U32(t))
+        words[13 * n + t] += s13
+        words[14 * n + t] += s14
+        words[15 * n + t] += s15
 
 
 @jit
