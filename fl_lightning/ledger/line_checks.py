@@ -118,8 +118,37 @@ def _calibrated(header: Mapping[str, Any]) -> Callable[[Release], Iterator[str]]
             wanted = _vote_noise_scale(header, z)
             if not math.isclose(release.vote_noise_scale, wanted, rel_tol=1e-9):
                 yield f"vote_noise_scale is {release.vote_noise_scale}, by the header {wanted}"
+        if release.quantum is not None and release.noise_multiplier == z:
+            wanted = _quantum(header, release)
+            if not math.isclose(release.quantum, wanted, rel_tol=1e-9):
+                yield f"quantum is {release.quantum}, by its noise {wanted}"
 
     return check
+
+
+def _quantum(header: Mapping[str, Any], release: Release) -> float:
+    """Coarsest grid of a line, by its clip norms, shares and multiplier."""
+    import torch
+
+    from aadp_kernels import grid, noise_scales, vote_noise
+
+    sums = release.noise_multiplier
+    if release.vote_noise_scale is not None:
+        sums, _ = vote_noise(
+            sums,
+            num_layers=release.num_layers,
+            vote_share=header["vote_share"],
+            mechanism=release.mechanism,
+            adjacency=release.adjacency,
+        )
+    scales = noise_scales(
+        torch.tensor(release.clip_norm, dtype=torch.float64),
+        torch.tensor(release.shares, dtype=torch.float64),
+        mechanism=release.mechanism,
+        noise_multiplier=sums,
+        adjacency=release.adjacency,
+    )
+    return float(grid.quantum(scales, release.mechanism).max())
 
 
 def _vote_noise_scale(header: Mapping[str, Any], multiplier: float) -> float:

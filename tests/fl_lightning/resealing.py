@@ -49,6 +49,25 @@ RUNS = {
         },
         "clients_per_round": 2,
     },
+    "grid": {
+        "privacy": {
+            "setting": "client+local",
+            "mechanism": "laplace",
+            "epsilon": [30.0, 40.0],
+            "delta": 0.0,
+            "noise_form": "grid",
+        },
+    },
+    "grid sums": {
+        "privacy": {
+            "setting": "client+aggregator",
+            "epsilon": [30.0, 40.0],
+            "delta": 0.05,
+            "noise_form": "grid",
+            "cohort_sampling": "fixed",
+            "thresholds": "fixed",
+        },
+    },
 }
 ROUNDS = 5
 

@@ -236,3 +236,11 @@ def test_a_given_multiplier_must_allow_the_steps_it_is_said_to(runs: Runs, tmp_p
     )
     (problem,) = verify(edited(runs["given"], tmp_path, change))
     assert "not what was calibrated" in problem
+
+
+@pytest.mark.parametrize("name", ["grid", "grid sums"])
+def test_a_grid_follows_from_the_noise_of_its_line(runs: Runs, tmp_path: Path, name: str) -> None:
+    assert verify(runs[name]) == []
+    for i, change in enumerate((tenfold, half)):
+        (problem,) = verify(edited(runs[name], tmp_path / str(i), lines(2, quantum=change)))
+        assert problem.startswith("line 3: quantum is "), problem
