@@ -65,7 +65,7 @@ RUNS = {
             "delta": 0.05,
             "noise_form": "grid",
             "cohort_sampling": "fixed",
-            "thresholds": "fixed",
+            "thresholds": "quantile",
         },
     },
 }

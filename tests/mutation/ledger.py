@@ -10,6 +10,7 @@ _ACCOUNTS = "tests/fl_lightning/test_sum_accounts.py"
 _RELEASES = f"{_EDITS}::test_an_edit_of_releases_is_found"
 _SUMS = f"{_EDITS}::test_an_edit_of_sums_is_found"
 _COINS = f"{_EDITS}::test_an_edit_of_secret_cohorts_is_found"
+_GRID = f"{_EDITS}::test_a_grid_follows_from_the_noise_of_its_line"
 _HONEST = f"{_VERIFY}::test_an_honest_run_has_no_problems"
 _DEFINED = f"{_ACCOUNTS}::test_a_clients_multiplier_is_that_of_its_weight"
 _WHO = f"{_ACCOUNTS}::test_who_was_in_a_sum_pays_and_nobody_else"
@@ -38,13 +39,17 @@ LINES = [
         ("more noise in lines than calibrated", "if release.noise_multiplier != z:", "if release.noise_multiplier < z:"),
         ("less noise in lines than calibrated", "if release.noise_multiplier != z:", "if release.noise_multiplier > z:"),
         ("noise of votes", "release.vote_noise_scale, wanted, rel_tol=1e-9)", "release.vote_noise_scale, wanted, rel_tol=1.0)"),
-        ("grid of the noise", "release.quantum, wanted, rel_tol=1e-9)", "release.quantum, wanted, rel_tol=1.0)"),
-        ("grid of votes' part", "if release.vote_noise_scale is not None:\n        sums, _ =", "if release.vote_noise_scale is None:\n        sums, _ ="),
         ("attempts are not counted", "if release.attempt != attempts:", "if False:"),
         ("lines removed", "if release.first_step != before:", "if release.first_step < before:"),
         ("lines repeated", "if release.first_step != before:", "if release.first_step > before:"),
         ("more steps than calibrated", "if spent[client] <= most[client]:", "if client >= 0:"),
         ("a step more than calibrated", "most = of_clients(header, \"affordable_steps\")", "most = of_clients(header, \"affordable_steps\") + 2"),
+    ),
+    *group(
+        "fl_lightning/ledger/line_checks.py",
+        _GRID,
+        ("grid of the noise", "release.quantum, wanted, rel_tol=1e-9)", "release.quantum, wanted, rel_tol=1.0)"),
+        ("grid of votes' part", "if release.vote_noise_scale is not None:\n        sums, _ =", "if release.vote_noise_scale is None:\n        sums, _ ="),
     ),
     *group(
         "fl_lightning/ledger/line_checks.py",
