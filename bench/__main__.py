@@ -9,6 +9,7 @@
     faults    accuracy, ε and rounds given up where clients fail (minutes)
     processes a round in one process and in two (four minutes)
     picture   the picture on README's first screen, by one run (half a minute)
+    traffic   a model of the L2 cache under the kernel's order; no GPU is used (two minutes)
     report    tables and plots of the committed results, into docs/ and README.md
 
 Nothing is timed that has not computed the right thing in the same run. Results are written to
@@ -42,9 +43,11 @@ PARTS = (
     "faults",
     "processes",
     "picture",
+    "traffic",
     "report",
     "all",
 )
+MODULES = {"traffic": "bench.cache_model"}
 
 
 def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif part == "accuracy":
             importlib.import_module("bench.accuracy").run_all(options.only)
         else:
-            module = importlib.import_module(f"bench.{part}")
+            module = importlib.import_module(MODULES.get(part, f"bench.{part}"))
             module.run(None) if part == "headline" else module.run_all()
     if failed:
         raise SystemExit("\n".join(["", "failed:", *failed]))

@@ -41,7 +41,7 @@ def _window(problem: Problem, megabytes: int) -> Runner:
     body = privatize_body(own, "philox10", "fast", "triton")
 
     def patched(tensors: list[Tensor], scale: float, step: int) -> list[Tensor]:
-        with _patched(plan, "WINDOW", megabytes << 20):
+        with _patched(plan, "window_of", lambda _: megabytes << 20):
             return body(tensors, scale, step)
 
     return Local(problem, patched)

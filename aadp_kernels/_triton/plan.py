@@ -2,15 +2,18 @@
 
 A *unit* is one layer of one row (client). It is cut into *chunks*, each inside one tensor and at
 most `CHUNK` elements, so that its bounds depend on the layout alone. A *ticket* is a chunk and what
-to do with it: `NORM`, `APPLY` or, for a unit of one chunk, both. Programs take tickets in order
-and an apply ticket stands behind all norm tickets of its unit, so a program waits only for tickets
-that were taken before its own: no deadlock, whatever the number of programs.
+to do with it: `NORM`, `APPLY` or, for a unit of one chunk, both. An apply ticket stands behind all
+norm tickets of its unit.
+
+An apply ticket reads again what its norm ticket read. It trails by a *window* of bytes, so that the
+second read comes from the L2 cache. A unit larger than the window is applied from its end: what was
+read last is in the cache still. bench/cache_model.py computes what that saves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,12 +22,17 @@ from torch import Tensor
 from aadp_kernels._triton._device import stream_name, to_device
 from aadp_kernels.layout import Layout
 
-CHUNK = 1 << 14
+# All programs of a large GPU hold a chunk at once. Together these must be less than the window, or
+# programs wait for each other: 1056 times 16 KB.
+CHUNK = 1 << 12
 NORM, APPLY = 1, 2
 KIND_BITS = 2
 
-# Apply tickets trail their norm tickets by so many bytes at most: the second read is from L2.
-WINDOW = 32 << 20
+# Apply tickets trail their norm tickets by so many bytes, where no device says otherwise.
+WINDOW = 12 << 20
+# Between the two reads of an element lie a window of norm tickets and one of apply tickets, and a
+# third of outputs that are not in place. Some caches are two halves that each hold a copy.
+WINDOWS_IN_L2 = 4
 
 COLUMNS = 8  # int64 of a chunk: tensor, shift, first, low, high, whole, unit, shift of row 0
 
@@ -48,52 +56,76 @@ class Plan:
     addresses: dict[tuple[int, ...], Tensor]
 
 
-def _pieces(offset: int, size: int, tile: int) -> list[tuple[int, int]]:
+@lru_cache
+def window_of(device: torch.device) -> int:
+    """Bytes by which apply tickets trail on a device: a share of its L2 cache."""
+    if device.type != "cuda":
+        return WINDOW
+    return torch.cuda.get_device_properties(device).L2_cache_size // WINDOWS_IN_L2 or WINDOW
+
+
+def _pieces(offset: int, size: int, tile: int) -> np.ndarray:
     """Bounds of the chunks of a tensor whose elements are offset .. offset + size - 1."""
     end = offset + size
     if size <= tile:
-        return [(offset, end)]
+        return np.array([offset, end])
     # What lies before the first whole tile is a chunk of its own: the rest needs no masks.
     start = -(-offset // tile) * tile
-    bounds = [offset] if start > offset else []
-    bounds += [*range(start, end, CHUNK), end]
-    return list(pairwise(bounds))
+    inner = np.arange(start, end, CHUNK)
+    return np.concatenate([[offset] if start > offset else inner[:0], inner, [end]])
 
 
 def _row_chunks(layout: Layout, tile: int) -> np.ndarray:
     """Chunks of row 0, int64 [chunks, 8], unit by unit; an empty layer has an empty chunk."""
-    rows = []
+    parts = []
     for layer, members in enumerate(layout.members):
-        before = len(rows)
         for i in members:
             offset, size = layout.offsets[i], layout.sizes[i]
-            for low, high in _pieces(offset, size, tile) if size else ():
-                whole = low + (high - low) // tile * tile if low % tile == 0 else 0
-                rows.append((i, -offset, low // tile * tile, low, high, whole, layer, -offset))
-        if len(rows) == before:
-            rows.append((members[0], 0, 0, 0, 0, 0, layer, 0))
-    return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
+            if not size:
+                continue
+            bounds = _pieces(offset, size, tile)
+            rows = np.empty((len(bounds) - 1, COLUMNS), dtype=np.int64)
+            low, high = bounds[:-1], bounds[1:]
+            rows[:, 0], rows[:, 1], rows[:, 6], rows[:, 7] = i, -offset, layer, -offset
+            rows[:, 2], rows[:, 3], rows[:, 4] = low // tile * tile, low, high
+            rows[:, 5] = np.where(low % tile == 0, low + (high - low) // tile * tile, 0)
+            parts.append(rows)
+        if not layout.dims[layer]:
+            parts.append(np.array([[members[0], 0, 0, 0, 0, 0, layer, 0]], dtype=np.int64))
+    return np.concatenate(parts)
 
 
-def _order(chunks: np.ndarray, ends: np.ndarray, itemsize: int) -> np.ndarray:
-    """Tickets; `ends[c]` is the end of the chunks of chunk c's unit."""
+def _order(
+    chunks: np.ndarray, begins: np.ndarray, ends: np.ndarray, itemsize: int, window: int
+) -> np.ndarray:
+    """Tickets; chunk c's unit has the chunks begins[c] .. ends[c] - 1."""
     index = np.arange(len(chunks))
-    single = np.bincount(chunks[:, 6])[chunks[:, 6]] == 1
-    read = np.cumsum(chunks[:, 4] - chunks[:, 3]) * itemsize
-    apply_at = np.maximum(read + WINDOW, read[ends - 1])
+    single = ends - begins == 1
+    size = (chunks[:, 4] - chunks[:, 3]) * itemsize
+    read = np.cumsum(size)
+    unit_end = read[ends - 1]
+    apply_at = np.maximum(read + window, unit_end)
+    large = unit_end - (read - size)[begins] > window
+    applied = np.where(large, begins + ends - 1 - index, index)
     # At the same place norm tickets come first: a stable sort keeps them so.
     place = np.concatenate([read, apply_at[~single]])
     code = np.concatenate(
         [
             index << KIND_BITS | np.where(single, NORM | APPLY, NORM),
-            index[~single] << KIND_BITS | APPLY,
+            applied[~single] << KIND_BITS | APPLY,
         ]
     )
     return code[np.argsort(place, kind="stable")].astype(np.int32)
 
 
 def make(
-    layout: Layout, rows: int, *, tile: int, itemsize: int, aligned: tuple[bool, ...]
+    layout: Layout,
+    rows: int,
+    *,
+    tile: int,
+    itemsize: int,
+    aligned: tuple[bool, ...],
+    window: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The tables of a `Plan` as arrays.
 
@@ -103,7 +135,9 @@ def make(
         tile: Elements of a tile, a power of two that divides `CHUNK`.
         itemsize: Bytes of an element of the narrowest tensor.
         aligned: Whether all addresses of each tensor are multiples of 16 bytes.
+        window: Bytes by which apply tickets trail; `WINDOW` by default.
     """
+    window = WINDOW if window is None else window
     row = _row_chunks(layout, tile)
     chunks = np.tile(row, (rows, 1))
     of_row = np.repeat(np.arange(rows), len(row))
@@ -117,8 +151,9 @@ def make(
     chunks[:, 5] = np.where(usable, chunks[:, 5], 0)
     counts = np.bincount(chunks[:, 6], minlength=rows * layout.num_layers)
     ends = np.cumsum(counts)
+    begin_of, end_of = (ends - counts)[chunks[:, 6]], ends[chunks[:, 6]]
     return {
-        "tickets": _order(chunks, ends[chunks[:, 6]], itemsize),
+        "tickets": _order(chunks, begin_of, end_of, itemsize, window),
         "chunks": chunks,
         "units": np.stack([ends - counts, ends], axis=1).astype(np.int32),
     }
@@ -139,7 +174,8 @@ def plan(
     name = (rows, tile, itemsize, aligned, device, stream)
     if stream is not None and name in cache:
         return cache[name]
-    tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned)
+    window = window_of(device)
+    tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
     on_device = {key: to_device(table, device) for key, table in tables.items()}
     made = Plan(**on_device, addresses={})
     if stream is not None:

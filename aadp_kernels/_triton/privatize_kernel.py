@@ -23,6 +23,8 @@ from aadp_kernels._triton.noise import part_index, tile_noise, to_element
 from aadp_kernels._triton.rng import load_key
 
 _NORMAL = tl.constexpr(torch.finfo(torch.float64).tiny)
+# A norm ticket reads what will be read again, an apply ticket what will not: cache priorities.
+_AGAIN, _LAST = tl.constexpr("evict_last"), tl.constexpr("evict_first")
 
 
 @triton.jit
@@ -39,26 +41,28 @@ def _pointer(address, offset, FULL: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load(
-    address, offset, index, low, high, FULL: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr
-):
+    address, offset, index, low, high, FULL: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
     """Elements at `index` of a tile, zero outside [low, high), as `TO`."""
     pointer = _pointer(address, offset, FULL, DTYPE)
     if FULL:
-        return tl.load(pointer + index).to(TO)
+        return tl.load(pointer + index, eviction_policy=CACHE).to(TO)
     else:
         inside = (index >= low) & (index < high)
-        return tl.load(pointer + index, mask=inside, other=0.0).to(TO)
+        return tl.load(pointer + index, mask=inside, other=0.0, eviction_policy=CACHE).to(TO)
 
 
 @triton.jit
 def _update(
     x, x_offset, reference, reference_offset, index, low, high, FULL: tl.constexpr,
-    X: tl.constexpr, REFERENCE: tl.constexpr, DTYPE: tl.constexpr,
+    X: tl.constexpr, REFERENCE: tl.constexpr, DTYPE: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """x - reference of a tile."""
-    value = _load(x, x_offset, index, low, high, FULL, X, DTYPE)
+    value = _load(x, x_offset, index, low, high, FULL, X, DTYPE, CACHE)
     if REFERENCE is not None:
-        value -= _load(reference, reference_offset, index, low, high, FULL, REFERENCE, DTYPE)
+        # Every row reads the reference: neither first nor last.
+        value -= _load(reference, reference_offset, index, low, high, FULL, REFERENCE, DTYPE, "")
     return value
 
 
@@ -137,9 +141,10 @@ def _store(address, offset, index, low, high, value, FULL: tl.constexpr, DTYPE: 
     pointer = _pointer(address, offset, FULL, DTYPE)
     value = to_element(value, DTYPE)
     if FULL:
-        tl.store(pointer + index, value)
+        tl.store(pointer + index, value, eviction_policy=_LAST)
     else:
-        tl.store(pointer + index, value, mask=(index >= low) & (index < high))
+        inside = (index >= low) & (index < high)
+        tl.store(pointer + index, value, mask=inside, eviction_policy=_LAST)
 
 
 @triton.jit
@@ -171,7 +176,7 @@ def _apply_tile(
             index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
         value = _update(
             x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
-            DTYPE,
+            DTYPE, _LAST,
         )  # fmt: skip
         if NOISY and FORM == "grid":
             value = release(quantise(value, factor), noise[part], scale, GAUSSIAN)
@@ -225,15 +230,16 @@ def _chunk_sums(
     element = first
     while element < whole:
         value = _update(
-            x, shift + element, reference, shift0 + element, index, 0, 0, True, X, REFERENCE, DTYPE
-        )
+            x, shift + element, reference, shift0 + element, index, 0, 0, True, X, REFERENCE, DTYPE,
+            _AGAIN,
+        )  # fmt: skip
         sum1, sum2 = _add_tile(value, sum1, sum2, P)
         element += TILE
     while element < high:
         value = _update(
             x, shift + element, reference, shift0 + element, index,
             tl.maximum(low - element, 0).to(tl.int32),
-            tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE,
+            tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE, _AGAIN,
         )  # fmt: skip
         sum1, sum2 = _add_tile(value, sum1, sum2, P)
         element += TILE

@@ -63,6 +63,8 @@ def check(report):
     if form == "grid":
         return
     assert report["wide_norm_loops"] >= 1, report
+    # Wide accesses tell the cache what is read again: norm loads are, apply loads and stores not.
+    assert report["hints"] == ["ld first", "ld last", "st first"], report
     assert report["apply"] is not None, report
     assert report["other_loads"] == 0, report
     moved = 16 * report["loads128"] + 8 * report["loads64"]

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from aadp_kernels._triton import privatize
 from aadp_kernels._triton.noise import blocks_per_row, parts
 
+HINT = re.compile(r"(?<=G\.E)\.E[FL](?=[. ])")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     "ticket_count": "i32", "clip_stride": "i32", "scale_stride": "i32", "votes_stride": "i32",
@@ -64,14 +65,14 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions, and where the labels stand among them."""
+    """The instructions without hints to caches, and where the labels stand among them."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if match := re.match(r"(\.L\w+):", line):
             labels[match.group(1)] = len(code)
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(match.group(1).strip())
+            code.append(HINT.sub("", match.group(1).strip()))
     return code, labels
 
 
@@ -101,6 +102,7 @@ def report(case: str) -> dict[str, object]:
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         code, labels = instructions(tool("nvdisasm", "-c", file.name))
+    hints = re.findall(r"(ld|st)\.global\.L1::evict_(\w+)\.L2::cache_hint\.v", built.asm["ptx"])
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loops = innermost_loops(code, labels)
 
@@ -119,6 +121,7 @@ def report(case: str) -> dict[str, object]:
         "shared": found["SHARED"], "instructions": len(code),
         "spills": sum("LDL" in line or "STL" in line for line in code),
         "wide_norm_loops": len(norm), "apply": None,
+        "hints": sorted({f"{access} {priority}" for access, priority in hints}),
     }  # fmt: skip
     if apply is not None:
         result |= {
