@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from aadp_kernels.addresses import signed32
 
-# A replayed CUDA graph copies again from the memory that it was captured with.
-_CAPTURED: list[Tensor] = []
+# A replayed CUDA graph copies again from the memory that it was captured with: kept by content, so
+# that many captures of one thing keep it once.
+_CAPTURED: dict[bytes, Tensor] = {}
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -21,10 +23,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor
-    pinned = tensor.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(pinned)
-    return pinned.to(device, non_blocking=True)
+    if not torch.cuda.is_current_stream_capturing():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    name = sha256(array.dtype.str.encode() + str(array.shape).encode() + array.tobytes()).digest()
+    if name not in _CAPTURED:
+        _CAPTURED[name] = tensor.pin_memory()
+    return _CAPTURED[name].to(device, non_blocking=True)
 
 
 def stream_name(device: torch.device) -> int | None:

@@ -5,6 +5,12 @@ most `CHUNK` elements, so that its bounds depend on the layout alone. A *ticket*
 to do with it: `NORM`, `APPLY` or, for a unit of one chunk, both. An apply ticket stands behind all
 norm tickets of its unit.
 
+Programs take tickets in order, each its next one before it works on the one it has, and wait in
+apply tickets alone, for the norm tickets of a unit. No deadlock, whatever the number of programs:
+of all tickets that are not done, let m be the first. What it waits for stands before it, so it is
+done. Who holds m holds no earlier ticket that is not done, so it works on m. If nobody has taken m,
+then all that were taken are done, and whoever finished last takes it. So m gets done.
+
 An apply ticket reads again what its norm ticket read. It trails by a *window* of bytes, so that the
 second read comes from the L2 cache. A unit larger than the window is applied from its end: what was
 read last is in the cache still. bench/cache_model.py computes what that saves.
@@ -12,6 +18,7 @@ read last is in the cache still. bench/cache_model.py computes what that saves.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,6 +40,8 @@ WINDOW = 12 << 20
 # Between the two reads of an element lie a window of norm tickets and one of apply tickets, and a
 # third of outputs that are not in place. Some caches are two halves that each hold a copy.
 WINDOWS_IN_L2 = 4
+
+PLANS = 16  # that a layout remembers: dtypes, forms, cohorts, streams
 
 COLUMNS = 8  # int64 of a chunk: tensor, shift, first, low, high, whole, unit, shift of row 0
 
@@ -168,11 +177,12 @@ def plan(
     aligned: tuple[bool, ...],
     device: torch.device,
 ) -> Plan:
-    """The plan of a launch; the layout remembers it."""
-    cache = vars(layout).setdefault("_triton_plans", {})
+    """The plan of a launch; the layout remembers those that were used last."""
+    cache: OrderedDict = vars(layout).setdefault("_triton_plans", OrderedDict())
     stream = stream_name(device)
     name = (rows, tile, itemsize, aligned, device, stream)
     if stream is not None and name in cache:
+        cache.move_to_end(name)
         return cache[name]
     window = window_of(device)
     tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
@@ -180,4 +190,6 @@ def plan(
     made = Plan(**on_device, addresses={})
     if stream is not None:
         cache[name] = made
+        if len(cache) > PLANS:
+            cache.popitem(last=False)
     return made

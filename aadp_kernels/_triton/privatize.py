@@ -163,8 +163,8 @@ def _launch(
     layers = _layer_table(layout.dims, eps_of, error, device)
     # Offsets are multiples of 16 bytes, or every number of units would compile a kernel of its own.
     flags = 8 + -(-units // 4) * 4
-    integers = torch.zeros(flags + units, dtype=torch.int32, device=device)
-    floats = torch.empty(2 * slots + units, dtype=torch.float64, device=device)
+    integers = torch.zeros(flags + 2 * units, dtype=torch.int32, device=device)
+    partials = torch.empty(2 * slots, dtype=torch.float64, device=device)
     stats = ClipStats(
         *(torch.empty((rows, layout.num_layers), dtype=torch.float64, device=device) for _ in "ab"),
         *(torch.empty((rows, layout.num_layers), dtype=torch.int64, device=device) for _ in "ab"),
@@ -180,9 +180,9 @@ def _launch(
         clients = noise.clients.contiguous()
     privatize_kernel[(min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
         tables.tickets, len(tables.tickets), integers, tables.chunks, tables.units, layers,
-        _addresses(tables.addresses, lists, device), integers[8:], integers[flags:],
-        floats, floats[2 * slots :], clip, clip.stride(0), scale, scale.stride(0), votes_at,
-        0 if votes_at is None else votes_at.stride(0), step, clients,
+        _addresses(tables.addresses, lists, device), integers[8:],
+        integers[flags:].view(torch.int64), partials, clip, clip.stride(0), scale, scale.stride(0),
+        votes_at, 0 if votes_at is None else votes_at.stride(0), step, clients,
         key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
         threshold_tensor(device) if form == "grid" else None,
         X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
@@ -191,6 +191,7 @@ def _launch(
         WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
         CHACHA=secure, ROUNDS=rounds_of(rng),
         BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
+        LANES=32 * WARPS,
         num_warps=WARPS, enable_fp_fusion=form == "fast",
     )  # fmt: skip
     return stats

@@ -81,12 +81,12 @@ def _add_tile(
 @triton.jit
 def _ordered_sum(partials, begin, end):
     """Sum of partials[begin:end] in an order that depends on begin and end alone."""
-    lane = tl.arange(0, 128)
-    total = tl.zeros([128], tl.float64)
+    lane = tl.arange(0, 512)
+    total = tl.zeros([512], tl.float64)
     at = begin
     while at < end:
         total += tl.load(partials + at + lane, mask=at + lane < end, other=0.0, volatile=True)
-        at += 128
+        at += 512
     return tl.sum(total, axis=0)
 
 
@@ -250,7 +250,10 @@ def _chunk_sums(
 def _unit_sums(
     total1, total2, chunk, unit, begin, end, num_chunks, partials, done, P: tl.constexpr
 ):
-    """Sums of a unit, and whether this program is the last of it to add some."""
+    """Sums of a unit, and whether this program is the last of it to add some.
+
+    The count orders memory: what others stored before they counted is seen by who counts last.
+    """
     last = end - begin == 1
     if end - begin > 1:
         tl.store(partials + chunk, total1)
@@ -265,12 +268,34 @@ def _unit_sums(
 
 
 @triton.jit
-def _await_factor(factors, flags, unit):
+def _publish_factor(published, unit, factor):
+    """Factor and notice in one word that zero stands for nothing in: the complement of its bits.
+
+    The complement is zero for a NaN of another kind than `_finish_unit` gives.
+    """
+    tl.atomic_xchg(published + unit, ~factor.to(tl.int64, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _await_factor(published, unit):
     """The factor of a unit that other programs sum; its tickets were taken before this one."""
-    ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-    while ready == 0:
-        ready = tl.atomic_add(flags + unit, 0, sem="acquire")
-    return tl.load(factors + unit, volatile=True)
+    word = tl.load(published + unit, volatile=True)
+    while word == 0:
+        word = tl.load(published + unit, volatile=True)
+    return (~word).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _take(counter, LANES: tl.constexpr):
+    """Asks for the next ticket, which one lane will have; nobody waits for it here."""
+    lane = tl.arange(0, LANES)
+    return tl.atomic_add(counter + lane * 0, 1, mask=lane == 0, sem="relaxed")
+
+
+@triton.jit
+def _taken(lanes, LANES: tl.constexpr):
+    """The ticket that was asked for, in all lanes."""
+    return tl.sum(tl.where(tl.arange(0, LANES) == 0, lanes, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=[
@@ -278,29 +303,35 @@ def _await_factor(factors, flags, unit):
     "num_chunks",
 ])  # fmt: skip
 def privatize_kernel(
-    tickets, ticket_count, counter, chunks, units, layers, addresses, done, flags, partials,
-    factors, clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
+    tickets, ticket_count, counter, chunks, units, layers, addresses, done, published, partials,
+    clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
     key_pointer, norm1_out, votes_out, clipped_out, nonfinite_out, num_layers, num_tensors,
     num_chunks, thresholds,
     X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, NOISY: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
     GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out = (x - reference) * factor(norm) + scale * noise, for every unit of a plan.
 
     Persistent programs take tickets (see `plan`). A norm ticket adds |x| (and x^2) of its chunk,
     in the dtype `DTYPE` over `WIDTH` neighbours and in float64 beyond, into a slot of its own; the
-    program that ends a unit adds its slots in order and releases the factor, which apply tickets
-    wait for. Products and sums are of the dtype `DTYPE`.
+    program that ends a unit adds its slots in order and publishes the factor, which apply tickets
+    wait for. Products and sums are of the dtype `DTYPE`. A program takes its next ticket before it
+    works on the one it has, so that it need not wait for it; `plan` says why none waits for ever.
+
+    The factor is published and read without an order of memory: it is all that is read of another
+    program. An element is written after it was read for the norm, since what is written depends on
+    a factor that depends on what was read.
     """
     if NOISY:
         key = load_key(key_pointer, CHACHA)
         step = tl.load(step_pointer).to(tl.uint32)
     else:
         key, step = None, None
-    ticket = tl.atomic_add(counter, 1, sem="relaxed")
+    ticket = _taken(_take(counter, LANES), LANES)
     while ticket < ticket_count:
+        ahead = _take(counter, LANES)
         code = tl.load(tickets + ticket)
         chunk = (code >> 2).to(tl.int64)
         table = chunks + chunk * 8
@@ -339,11 +370,10 @@ def privatize_kernel(
                     nonfinite_out, P, FORM,
                 )  # fmt: skip
                 if not alone:
-                    tl.store(factors + unit, factor)
-                    tl.atomic_xchg(flags + unit, 1, sem="release")
+                    _publish_factor(published, unit, factor)
         if code & 2:
             if not alone:
-                factor = _await_factor(factors, flags, unit)
+                factor = _await_factor(published, unit)
             amount = tl.load(scale + row * scale_stride + layer)
             amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
             weight = _round_down(factor, DTYPE)
@@ -365,4 +395,4 @@ def privatize_kernel(
                     step, client, layer.to(tl.uint32), key, thresholds, False, X, REFERENCE, OUT,
                     DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
                 )  # fmt: skip
-        ticket = tl.atomic_add(counter, 1, sem="relaxed")
+        ticket = _taken(ahead, LANES)

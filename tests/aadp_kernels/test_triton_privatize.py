@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from aadp_kernels import Layout, NoiseKey, privatize_
 
 pytest.importorskip("triton")
-from aadp_kernels._triton import plan, privatize
+from aadp_kernels._triton import _device, plan, privatize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 5, 7), (7,), (0,), (), (1700,), (13,)]
@@ -314,3 +315,31 @@ class TestPlan:
             ahead += (high - low) * 4 * (1 if ticket & 3 == 1 else -1)
             worst = max(worst, ahead)
         assert 0.9 * plan.WINDOW <= worst <= plan.WINDOW + (1 << 20) * 4
+
+    def test_a_layout_remembers_the_plans_that_were_used_last(self):
+        layout = Layout.build([torch.empty(9, device="meta")])
+        options = {"tile": 256, "itemsize": 4, "aligned": (True,), "device": torch.device("cpu")}
+        first = plan.plan(layout, 1, **options)
+        for rows in range(2, plan.PLANS + 1):
+            plan.plan(layout, rows, **options)
+        assert plan.plan(layout, 1, **options) is first
+        plan.plan(layout, plan.PLANS + 1, **options)
+        assert plan.plan(layout, 1, **options) is first
+        remembered = vars(layout)["_triton_plans"]
+        assert len(remembered) == plan.PLANS
+        assert 2 not in [name[0] for name in remembered]
+
+
+def test_graphs_of_one_table_keep_it_once(monkeypatch):
+    """A replay copies from the memory that was captured: it stays, once for each content."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: copied.append(self))
+    monkeypatch.setattr(_device, "_CAPTURED", {})
+    for table in ([1, 2], [1, 2], [2, 1]):
+        _device.to_device(np.array(table), torch.device("cuda", 0))
+    _device.to_device(np.array([[1, 2]]), torch.device("cuda", 0))
+    assert copied[0] is copied[1]
+    assert [t.tolist() for t in copied[1:]] == [[1, 2], [2, 1], [[1, 2]]]
+    assert len(_device._CAPTURED) == 3

@@ -28,7 +28,7 @@ TYPES = {
     "ticket_count": "i32", "clip_stride": "i32", "scale_stride": "i32", "votes_stride": "i32",
     "num_layers": "i32", "num_tensors": "i32", "num_chunks": "i32", "chunks": "*i64",
     "addresses": "*i64", "step_pointer": "*i64", "clients": "*i64", "clipped_out": "*i64",
-    "nonfinite_out": "*i64", "layers": "*fp64", "partials": "*fp64", "factors": "*fp64",
+    "nonfinite_out": "*i64", "published": "*i64", "layers": "*fp64", "partials": "*fp64",
     "clip": "*fp64", "scale": "*fp64", "votes_at": "*fp64", "norm1_out": "*fp64",
     "votes_out": "*fp64", "thresholds": "*i64",
 }  # fmt: skip
@@ -45,6 +45,7 @@ def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: i
         "DTYPE": tl.float32 if narrow else tl.float64, "WIDTH": 16 // itemsize, "FORM": form,
         "GAUSSIAN": mechanism == "gaussian", "CHACHA": secure, "ROUNDS": int(rng[6:]),
         "BLOCKS": blocks_per_row(form, secure, itemsize), "PARTS": parts(form, secure),
+        "LANES": 32 * warps,
     } | ({} if form == "grid" else {"thresholds": None})  # fmt: skip
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "*i32")
