@@ -42,12 +42,11 @@ def all_mutations() -> list[Mutation]:
         federated,
         groups,
         kernels,
-        launches,
         ledger,
         packaging,
         releases,
         stopping,
     )
 
-    files = kernels, launches, adapters, ledger, releases, stopping, federated, groups, packaging
+    files = kernels, adapters, ledger, releases, stopping, federated, groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]
