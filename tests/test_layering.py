@@ -23,7 +23,7 @@ ALLOWED = {
     "privacy/clipping.py": {"clip_sum_noise", "with_clipping"},
     "privacy/one_factor.py": {"with_clipping"},  # for its checks; it adds no noise
     "privacy/history.py": {"noise_scales", "vote_noise"},
-    "ledger/line_checks.py": {"vote_noise"},  # recomputes a scale; it adds no noise
+    "ledger/line_checks.py": {"noise_scales", "vote_noise"},  # recomputes scales; adds no noise
     "privacy/noised_sum.py": {"clip_sum_noise", "privatize_", "sample_noise"},
     "privacy/noise_parts.py": {"sample_noise"},
     "local/batches.py": {"poisson_mask"},
