@@ -134,6 +134,11 @@ class Layout:
         return tuple(filled)
 
     @cached_property
+    def largest(self) -> int:
+        """Elements of the largest layer."""
+        return max(self.dims)
+
+    @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """Tensor indices of each layer, in order."""
         return tuple(

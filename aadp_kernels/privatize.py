@@ -12,7 +12,14 @@ from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import FORMS, MECHANISMS, NoiseKey, check_address, claim
+from aadp_kernels.noise import (
+    FORMS,
+    MECHANISMS,
+    NoiseKey,
+    check_address,
+    claim,
+    max_elements,
+)
 
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
@@ -65,8 +72,8 @@ def privatize_(
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
-            key; an `impl` that is unknown, cannot run here or lacks the form. Values of clip, scale
-            and step that lie on an accelerator are not read.
+            key; a layer of more than `max_elements`; an `impl` that is unknown, cannot run here or
+            lacks the form. Values of clip, scale and step that lie on an accelerator are not read.
         ReusedNoiseError: Noise that this key object has drawn before, see `NoiseKey`.
 
     Guarantees:
@@ -244,8 +251,14 @@ def claim_layers(
     layout: Layout,
     noisy: list[int],
 ) -> None:
-    """Note the noise of whole layers, or raise if it was drawn before."""
+    """Note the noise of whole layers, or raise if it was drawn before or would repeat."""
     if key is None or noise is None:
         return
+    most = max_elements(noise.rng, noise.form)
+    if layout.largest > most:
+        raise ValueError(
+            f"a layer must have at most {most} elements with rng={noise.rng!r} and "
+            f"form={noise.form!r}, got {layout.largest}: noise beyond would repeat"
+        )
     segments = [(i, 0, layout.dims[i]) for i in noisy]
     claim(key, noise.mechanism, noise.form, noise.step, client, segments)

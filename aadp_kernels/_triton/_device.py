@@ -1,8 +1,13 @@
-"""Small tables on their way to the device, without waiting for it."""
+"""What asks for the device: launches, and small tables on their way there without waiting for it.
+
+PyTorch has one current device a thread. A launch goes to its stream, and questions about a capture
+are about its stream, wherever the tensors lie: so both are asked inside `on(device)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from hashlib import sha256
 from typing import Any
@@ -13,9 +18,36 @@ from torch import Tensor
 
 from aadp_kernels.addresses import signed32
 
+MAX_PROGRAMS = (1 << 31) - 1  # of a grid along its first axis
+MAX_ROWS = (1 << 16) - 1  # along its second
+
 # A replayed CUDA graph copies again from the memory that it was captured with: kept by content, so
 # that many captures of one thing keep it once.
 _CAPTURED: dict[bytes, Tensor] = {}
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Makes the device of some tensors the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, /, *arguments: Any, **constants: Any
+) -> None:
+    """Run a kernel on the current stream of the device that its tensors lie on."""
+    with on(device):
+        kernel[grid](*arguments, **constants)
+
+
+def slices(count: int, at_once: int) -> Iterator[slice]:
+    """0 .. count - 1 in runs of at most `at_once`: more than a grid holds takes more launches."""
+    return (slice(start, start + at_once) for start in range(0, count, at_once))
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured."""
+    with on(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -23,7 +55,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor
-    if not torch.cuda.is_current_stream_capturing():
+    if not _capturing(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     name = sha256(array.dtype.str.encode() + str(array.shape).encode() + array.tobytes()).digest()
     if name not in _CAPTURED:
@@ -35,7 +67,7 @@ def stream_name(device: torch.device) -> int | None:
     """Names what may be reused: tables of this stream; None while a graph is captured."""
     if device.type != "cuda":
         return 0
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream
 

@@ -7,7 +7,6 @@ the second sums factor times gradient over the records, in order, and adds the n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
+from aadp_kernels._triton._device import (
+    MAX_PROGRAMS,
+    key_tensor,
+    launch,
+    per_stream,
+    slices,
+    step_tensor,
+    to_device,
+)
 from aadp_kernels._triton.clip_sum_kernels import (
     TRITON_DTYPES,
     norm_constants,
@@ -154,9 +161,8 @@ def _both_launches(
         device,
     )
     factors = torch.empty((layout.num_layers, len(mask)), dtype=torch.float64, device=device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        stats = _clip(plan, layout, tensors, factors, bounds, mask, quanta)
-        _sum(plan, tensors, factors, scale, draw, flags | {"GRID": quanta is not None})
+    stats = _clip(plan, layout, tensors, factors, bounds, mask, quanta)
+    _sum(plan, tensors, factors, scale, draw, flags | {"GRID": quanta is not None})
     return stats
 
 
@@ -177,11 +183,13 @@ def _clip(plan, layout, tensors, factors, bounds, mask, quanta) -> ClipStats:
     if p == 1 or votes:
         norm1 = torch.empty((batch, num_layers), dtype=torch.float64, device=device)
     slots = torch.empty((batch, plan.num_slots, 2), dtype=torch.float64, device=device)
-    kernel: Any = norm_pieces
+    at_once = max(1, MAX_PROGRAMS // max(1, batch))
     for group in plan.groups:
-        if batch and len(group.pieces):
-            kernel[(len(group.pieces) * batch,)](
-                group.pieces, plan.layers, tensors, mask.view(torch.uint8), clip.contiguous(),
+        for some in slices(len(group.pieces) if batch else 0, at_once):
+            pieces = group.pieces[some]
+            launch(
+                norm_pieces, (len(pieces) * batch,), device, pieces, plan.layers, tensors,
+                mask.view(torch.uint8), clip.contiguous(),
                 votes_at.contiguous() if votes else clip, clip if quanta is None else quanta, slots,
                 factors, slots if norm1 is None else norm1, counts, batch, plan.num_slots,
                 num_layers, GRID=quanta is not None, P=p, VOTES=votes,
@@ -193,13 +201,12 @@ def _clip(plan, layout, tensors, factors, bounds, mask, quanta) -> ClipStats:
 
 def _sum(plan, tensors, factors, scale, draw, flags) -> None:
     """Second launch: clipped sums, with noise if they are the last."""
-    kernel: Any = sum_tiles
     pointers, constants = draw
     for group in plan.groups:
         if len(group.tiles):
-            kernel[(len(group.tiles),)](
-                group.tiles, plan.statics, tensors, factors, scale.contiguous(), *pointers,
-                factors.shape[1], **flags, **constants,
+            launch(
+                sum_tiles, (len(group.tiles),), factors.device, group.tiles, plan.statics, tensors,
+                factors, scale.contiguous(), *pointers, factors.shape[1], **flags, **constants,
                 BLOCKS=blocks_per_row(
                     constants["FORM"], constants["CHACHA"], group.dtype.itemsize
                 ),

@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from aadp_kernels import grid as _grid
-from aadp_kernels._triton._device import key_tensor, per_stream, step_tensor, to_device
+from aadp_kernels._triton._device import (
+    MAX_ROWS,
+    key_tensor,
+    launch,
+    per_stream,
+    slices,
+    step_tensor,
+    to_device,
+)
 from aadp_kernels._triton.noise import to_element
 from aadp_kernels._triton.rng import chacha, load_key, philox
 from aadp_kernels._triton.wide_noise import log
@@ -244,8 +252,9 @@ def grid_kernel(
 
     Grid (tiles, K).
     """
-    row = tl.program_id(1).to(tl.int64)
-    first = (low // TILE + tl.program_id(0)).to(tl.int64) * TILE
+    # A low or high below 2^31 comes as int32, and so would products with it.
+    row, low, high = tl.program_id(1).to(tl.int64), low.to(tl.int64), high.to(tl.int64)
+    first = (low // TILE + tl.program_id(0)) * TILE
     key = load_key(key_pointer, CHACHA)
     noise = grid_noise(
         first, tl.load(step_pointer).to(tl.uint32),
@@ -276,12 +285,14 @@ def scaled_noise(
     out = torch.empty((len(clients), count), dtype=dtype, device=device)
     tiles = -(-(offset + count) // TILE) - offset // TILE
     size = 1.0 if isinstance(scale, Tensor) else scale
-    if out.numel():
-        grid_kernel[(tiles, len(clients))](
-            out, torch.full((), size, dtype=torch.float64, device=device),
-            step_tensor(noise.step, device), clients.contiguous(),
-            key_tensor(tuple(noise.key_words), device), threshold_tensor(device), layer, offset,
-            offset + count, TILE=TILE, GAUSSIAN=mechanism == "gaussian",
+    for rows in slices(len(clients) if count else 0, MAX_ROWS):
+        some = clients[rows].contiguous()
+        launch(
+            grid_kernel, (tiles, len(some)), device, out[rows],
+            torch.full((), size, dtype=torch.float64, device=device),
+            step_tensor(noise.step, device), some, key_tensor(tuple(noise.key_words), device),
+            threshold_tensor(device), layer, offset, offset + count, TILE=TILE,
+            GAUSSIAN=mechanism == "gaussian",
             CHACHA=noise.rng.startswith("chacha"), ROUNDS=rounds_of(noise.rng),
             COUNTS=dtype == torch.int64, enable_fp_fusion=False,
         )  # fmt: skip

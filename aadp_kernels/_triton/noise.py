@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aadp_kernels._triton._device import key_tensor, step_tensor
+from aadp_kernels._triton._device import MAX_ROWS, key_tensor, launch, slices, step_tensor
 from aadp_kernels._triton.fast_noise import INTERPRET, fast_chacha, fast_philox
 from aadp_kernels._triton.rng import chacha, load_key
 from aadp_kernels._triton.wide_noise import wide_pair
@@ -145,7 +145,8 @@ def noise_kernel(
 
     Grid (tiles, K). The product is float64, rounded once to the dtype of `out`.
     """
-    row = tl.program_id(1).to(tl.int64)
+    # A low or high below 2^31 comes as int32, and so would products with it.
+    row, low, high = tl.program_id(1).to(tl.int64), low.to(tl.int64), high.to(tl.int64)
     first = (low // TILE + tl.program_id(0)) * TILE
     key = load_key(key_pointer, CHACHA)
     step = tl.load(step_pointer).to(tl.uint32)
@@ -169,12 +170,13 @@ def scaled_noise(
     out = torch.empty((len(clients), count), dtype=dtype, device=device)
     tiles = -(-(offset + count) // TILE) - offset // TILE
     form, secure = noise.form, noise.rng.startswith("chacha")
-    if out.numel():
-        noise_kernel[(tiles, len(clients))](
-            out, torch.full((), scale, dtype=torch.float64, device=device),
-            step_tensor(noise.step, device), clients.contiguous(),
-            key_tensor(tuple(noise.key_words), device), layer, offset, offset + count, TILE=TILE,
-            GAUSSIAN=noise.mechanism == "gaussian", FORM=form, CHACHA=secure,
+    size, step = torch.full((), scale, dtype=torch.float64, device=device), noise.step
+    for rows in slices(len(clients) if count else 0, MAX_ROWS):
+        some = clients[rows].contiguous()
+        launch(
+            noise_kernel, (tiles, len(some)), device, out[rows], size, step_tensor(step, device),
+            some, key_tensor(tuple(noise.key_words), device), layer, offset, offset + count,
+            TILE=TILE, GAUSSIAN=noise.mechanism == "gaussian", FORM=form, CHACHA=secure,
             ROUNDS=rounds_of(noise.rng), BLOCKS=blocks_per_row(form, secure, dtype.itemsize),
             PARTS=parts(form, secure), enable_fp_fusion=form == "fast",
         )  # fmt: skip

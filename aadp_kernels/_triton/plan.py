@@ -34,6 +34,7 @@ from aadp_kernels.layout import Layout
 CHUNK = 1 << 12
 NORM, APPLY = 1, 2
 KIND_BITS = 2
+MAX_CHUNKS = 1 << 31 - KIND_BITS  # their tickets are int32
 
 # Apply tickets trail their norm tickets by so many bytes, where no device says otherwise.
 WINDOW = 12 << 20
@@ -148,6 +149,10 @@ def make(
     """
     window = WINDOW if window is None else window
     row = _row_chunks(layout, tile)
+    if len(row) * rows >= MAX_CHUNKS:
+        raise ValueError(
+            f"tensors must be fewer than {MAX_CHUNKS} pieces, got {rows} rows of {len(row)}"
+        )
     chunks = np.tile(row, (rows, 1))
     of_row = np.repeat(np.arange(rows), len(row))
     sizes = np.array(layout.sizes, dtype=np.int64)[chunks[:, 0]]

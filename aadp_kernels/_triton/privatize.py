@@ -18,6 +18,7 @@ from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import (
     key_tensor,
+    launch,
     per_stream,
     sm_count,
     step_tensor,
@@ -178,11 +179,12 @@ def _launch(
     clients = torch.zeros(rows, dtype=torch.int64, device=device)
     if noise is not None:
         clients = noise.clients.contiguous()
-    privatize_kernel[(min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM),)](
-        tables.tickets, len(tables.tickets), integers, tables.chunks, tables.units, layers,
-        _addresses(tables.addresses, lists, device), integers[8:],
-        integers[flags:].view(torch.int64), partials, clip, clip.stride(0), scale, scale.stride(0),
-        votes_at, 0 if votes_at is None else votes_at.stride(0), step, clients,
+    programs = min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM)
+    launch(
+        privatize_kernel, (programs,), device, tables.tickets, len(tables.tickets), integers,
+        tables.chunks, tables.units, layers, _addresses(tables.addresses, lists, device),
+        integers[8:], integers[flags:].view(torch.int64), partials, clip, clip.stride(0), scale,
+        scale.stride(0), votes_at, 0 if votes_at is None else votes_at.stride(0), step, clients,
         key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
         threshold_tensor(device) if form == "grid" else None,
         X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],

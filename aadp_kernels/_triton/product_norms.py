@@ -6,13 +6,14 @@ one tile of it in registers, takes the sums of |.| and of squares, and drops it.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aadp_kernels._triton._device import MAX_PROGRAMS, launch, slices
 
 _BLOCK = 64
 _SLOTS_AT_ONCE = 256
@@ -133,11 +134,14 @@ def product_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     l2sq = torch.zeros_like(l1)
     if batch and tiles:
         slots = torch.empty((batch, tiles, 2), dtype=torch.float64, device=a.device)
-        products: Any = linear_tiles
-        total: Any = sum_slots
-        with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-            products[(batch * tiles,)](
-                a, g, slots, length, columns, rows, across, tiles, *a.stride(), *g.stride(), **tile
-            )
-            total[(batch,)](slots, l1, l2sq, tiles, BLOCK=_SLOTS_AT_ONCE, enable_fp_fusion=False)
+        for some in slices(batch, max(1, MAX_PROGRAMS // tiles)):
+            part = slots[some]
+            launch(
+                linear_tiles, (len(part) * tiles,), a.device, a[some], g[some], part, length,
+                columns, rows, across, tiles, *a.stride(), *g.stride(), **tile,
+            )  # fmt: skip
+        launch(
+            sum_slots, (batch,), a.device, slots, l1, l2sq, tiles, BLOCK=_SLOTS_AT_ONCE,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return l1, l2sq

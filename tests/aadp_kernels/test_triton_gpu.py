@@ -75,6 +75,17 @@ def test_noise_has_the_bits_of_the_cpu(form, mechanism, rng):
     assert torch.equal(*draws)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("form", ["wide", "grid"])
+def test_tensors_on_another_device_than_the_current_one(form):
+    for device in ("cuda:1", "cuda:0"):
+        with torch.cuda.device(0 if device == "cuda:1" else 1):
+            out, _ = privatized(tensors(device=device), device, form=form)
+        expected, _ = privatized(tensors(device="cpu"), "cpu", "torch", form=form)
+        for value, wanted in zip(out, expected, strict=True):
+            assert torch.allclose(value.cpu(), wanted, rtol=1e-6, atol=2.0**-28)
+
+
 def test_repeated_runs_in_contention_give_the_same_bits():
     values = tensors(rows=6)
     first, stats = privatized(values, rows=6)

@@ -355,6 +355,44 @@ TRITON_TRANSFORMS = group(
     ("client dropped from the address", "client = tl.load(clients_pointer + row).to(tl.uint32)", "client = tl.load(clients_pointer).to(tl.uint32)"),
 )  # fmt: skip
 
+FAR = "tests/aadp_kernels/test_triton_far.py::test_"
+DEVICES = "tests/aadp_kernels/test_triton_devices.py"
+
+TRITON_FAR = [
+    *group(
+        "aadp_kernels/_triton/noise.py",
+        f"{FAR}noise_of_far_elements",
+        ("first element in int32", "first = (low // TILE + tl.program_id(0)) * TILE", "first = ((low // TILE).to(tl.int32) + tl.program_id(0)) * TILE"),
+    ),
+    *group(
+        "aadp_kernels/_triton/noise.py",
+        f"{FAR}noise_of_far_rows",
+        ("rows in int32", "out = out_pointer + row * (high - low)", "out = out_pointer + row.to(tl.int32) * (high - low).to(tl.int32)"),
+    ),
+    *group(
+        "aadp_kernels/_triton/noise.py",
+        f"{FAR}more_rows_than_a_grid_holds_take_more_launches",
+        ("clients of the first rows for all", "some = clients[rows].contiguous()", "some = clients[: len(clients[rows])].contiguous()"),
+    ),
+    *group(
+        "aadp_kernels/_triton/plan.py",
+        f"{FAR}a_plan_of_more_chunks_than_tickets_can_name_is_refused",
+        ("any number of chunks", "if len(row) * rows >= MAX_CHUNKS:", "if False:"),
+    ),
+    *group(
+        "aadp_kernels/privatize.py",
+        f"{FAR}no_noise_beyond_the_last_counter",
+        ("layers beyond the counter", "if layout.largest > most:", "if False:"),
+    ),
+]  # fmt: skip
+
+TRITON_DEVICES = group(
+    "aadp_kernels/_triton/_device.py",
+    DEVICES,
+    ("launch on the current device", "    with on(device):\n        kernel", "    if True:\n        kernel"),
+    ("capture of the current device", "    with on(device):\n        return", "    if True:\n        return"),
+)  # fmt: skip
+
 TRITON_WIDE = group(
     "aadp_kernels/_triton/wide_noise.py",
     TRITON_NOISE,
@@ -373,5 +411,5 @@ MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_NUMBERS, *GRID_COST, *SCALES,
     *CLIP_IN_BACKWARD, *CLIP_MATRICES,
     *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *GRID_RELEASES, *TRANSFORMS, *LAUNCHES,
-    *TRITON_TRANSFORMS, *TRITON_WIDE, *TRITON_FAST,
+    *TRITON_TRANSFORMS, *TRITON_FAR, *TRITON_DEVICES, *TRITON_WIDE, *TRITON_FAST,
 ]  # fmt: skip
