@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy import stats
-
 from bench import accuracy
 from bench.accuracy_runs import fit_command
 from bench.machine import ROOT
@@ -53,6 +51,8 @@ def margin(ours: Mapping[int, float], other: Mapping[int, float]) -> tuple[float
     differences = [ours[s] - other[s] for s in ours if s in other]
     if len(differences) < 3:
         return None
+    from scipy import stats
+
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return (
         statistics.mean(differences),

@@ -41,6 +41,14 @@ def check_system() -> None:
         )
 
 
+def installed(name: str) -> bool:
+    """Whether a package can be found; a finder that refuses it has not found it."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 # Without it nothing works; a bare GPU machine may lack others and still benchmark.
 ESSENTIAL = ("pytorch_lightning",)
 
@@ -54,7 +62,7 @@ def check_packages(needed: Sequence[str] = PACKAGES) -> None:
     Raises:
         ModuleNotFoundError: naming the missing packages and the extra that brings them.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    missing = [name for name in PACKAGES if not installed(name)]
     if set(missing) & set(needed):
         raise ModuleNotFoundError(
             f"fl_lightning needs packages that are not installed ({', '.join(missing)}): "

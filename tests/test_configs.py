@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("jsonargparse")
 from fl_lightning import fit
 
 ROOT = Path(__file__).resolve().parent.parent

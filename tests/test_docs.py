@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+pytest.importorskip("jsonargparse")
 import aadp_kernels
 import fl_lightning
 from fl_lightning import fit

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import cohort, faults, headline, pages, processes, readme_figures
+
+pytest.importorskip("jsonargparse")
 from fl_lightning import fit
 
 ROOT = Path(__file__).resolve().parent.parent

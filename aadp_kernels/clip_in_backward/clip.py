@@ -15,6 +15,8 @@ from aadp_kernels._dispatch import product_norms, record_kernels
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule, GradientsNeeded
 
+# Neighbours that an accelerator sums in their own dtype; sums of these sums are float64.
+RUN = 16
 SLICE = {"cpu": 1 << 20}
 _DEVICE_SLICE = 1 << 26
 
@@ -117,19 +119,37 @@ def bounded(*squares: Tensor | None, dtype: torch.dtype) -> Tensor:
 def row_sums(x: Tensor, *, l1: bool = True, l2: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """L1 norms and squared L2 norms of records [K, B, ...]: float64 [K, B], None if not asked for.
 
-    The last axis is summed in the dtype of x at worst.
+    On a CPU every sum is float64. Elsewhere a wide copy of all elements would take three times the
+    memory, so `RUN` neighbours are summed in the dtype of x first.
     """
     kernels = record_kernels(x)
     if kernels is not None:
         return kernels.row_sums(x)
-    norm1 = square = None
-    if l1:
-        row = torch.linalg.vector_norm(x, 1, dim=-1).to(torch.float64)
-        norm1 = row.reshape(*x.shape[:2], -1).sum(-1)
-    if l2:
-        row = torch.linalg.vector_norm(x, dim=-1).to(torch.float64)
-        square = row.reshape(*x.shape[:2], -1).square().sum(-1)
-    return norm1, square
+    sums = _wide_sums if x.is_cpu else run_sums
+    return sums(x, 1) if l1 else None, sums(x, 2) if l2 else None
+
+
+def _wide_sums(x: Tensor, p: int) -> Tensor:
+    """Σ|x|^p of records [K, B, ...], float64."""
+    if p == 1:
+        rows = x.abs().sum(-1, dtype=torch.float64)
+    else:
+        rows = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
+    return rows.reshape(*x.shape[:2], -1).sum(-1)
+
+
+def run_sums(x: Tensor, p: int) -> Tensor:
+    """`_wide_sums` from norms of runs of the last axis, and of what is left of it."""
+    whole = x.shape[-1] // RUN * RUN
+    runs = [x[..., :whole].unflatten(-1, (-1, RUN))] if whole else []
+    if whole < x.shape[-1] or not whole:
+        runs.append(x[..., whole:])
+    total = None
+    for run in runs:
+        norms = torch.linalg.vector_norm(run, p, dim=-1).to(torch.float64)
+        total = plus(total, norms.reshape(*x.shape[:2], -1).pow(p).sum(-1))
+    assert total is not None
+    return total
 
 
 def zeroed(finite: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +168,7 @@ def per_record(values: Tensor, like: Tensor) -> Tensor:
 def piece_norms(pieces: Sequence[Tensor], rule: ClipRule) -> tuple[Tensor | None, Tensor | None]:
     """L1 norms and squared L2 norms [K, B], float64, of records given in pieces [K, B, ..., n].
 
-    Each is None where the rule needs it not. Rows of n elements are summed in the pieces' dtype.
+    Each is None where the rule needs it not.
     """
     norm1 = square = None
     l1, l2 = needs_l1(rule), rule.needed.p == 2
@@ -189,9 +209,16 @@ def sums_of_products(a: Tensor, g: Tensor, rule: ClipRule) -> tuple[Tensor | Non
     return None if norm1 is None else norm1[0], None if square is None else square[0]
 
 
-def slack_of(columns: int, dtype: torch.dtype) -> float:
-    """Relative error bound of norms whose rows of so many elements were summed in a dtype."""
-    return (columns + 16) * torch.finfo(dtype).eps
+def slack_of(columns: int, like: Tensor, norms: int = 1) -> float:
+    """Relative error bound of the product of some norms that `row_sums` took.
+
+    Args:
+        columns: elements of a row.
+        like: a tensor of the device and dtype of what was summed.
+        norms: how many norms are multiplied.
+    """
+    wide = 2.0**-33 + columns * 2.0**-52
+    return norms * (wide if like.is_cpu else wide + RUN / 2 * torch.finfo(like.dtype).eps)
 
 
 def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,7 +108,7 @@ class Matrix:
         if needed.bias:
             pieces.append(right.sum(-1).view(*count, 1, weight.shape[0]))
         norm1, square = piece_norms(pieces, rule)
-        slack = slack_of(max(piece.shape[-1] for piece in pieces), a.dtype)
+        slack = slack_of(max(piece.shape[-1] for piece in pieces), a)
         factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         factor = narrow(factor, a.dtype)
         sums = [weighted_sum(factor, piece.flatten(2)) for piece in pieces]
@@ -137,7 +137,7 @@ class Matrix:
                 for n in sums_of_products(left, g, rule)
             )
             norm1, square = plus(norm1, more1), plus(square, more2)
-        slack = slack_of(max(left.shape[-1], bias.shape[-1]), left.dtype)
+        slack = slack_of(max(left.shape[-1], bias.shape[-1]), left)
         factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         factor = narrow(factor, left.dtype)
         sum_w = None
@@ -222,7 +222,7 @@ class Linear(Matrix):
             assert g1 is not None
             a2, g2 = a1.square(), g1.square()
         finite = bounded(a2, g2, dtype=a.dtype)
-        slack = slack_of(a.shape[-1] + g.shape[-1], a.dtype)
+        slack = slack_of(a.shape[-1] + g.shape[-1], a, norms=2)
         factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
         a, g = zeroed(finite, a, g)
         # The extra rounding of each scaled entry is covered by a factor a little smaller.

@@ -55,7 +55,7 @@ class Embedding:
             finite = bounded(row_sums(part, l1=False)[1], dtype=part.dtype)
             (part,) = zeroed(finite, part)
             norm1, square = piece_norms([_token_sums(rows, part)], own)
-            factor, seen = factors_and_counts(norm1, square, finite, own, slack_of(dim, part.dtype))
+            factor, seen = factors_and_counts(norm1, square, finite, own, slack_of(dim, part))
             part = part * per_record(narrow(factor, part.dtype), part)
             sums.index_add_(0, (rows + first[k]).flatten(), part.flatten(0, 2))
             if seen is not None:
@@ -213,6 +213,6 @@ def clip_pieces(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Clipped sums [K, n] of records that are given in pieces [K, B, n], and counts [K, 3]."""
     norm1, square = piece_norms(pieces, rule)
-    slack = slack_of(max(piece.shape[-1] for piece in pieces), pieces[0].dtype)
+    slack = slack_of(max(piece.shape[-1] for piece in pieces), pieces[0])
     factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
     return [weighted_sum(narrow(factor, piece.dtype), piece) for piece in pieces], counts

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from aadp_kernels import (
     MECHANISMS,
@@ -25,6 +24,7 @@ from aadp_kernels import (
     sample_noise,
 )
 from aadp_kernels._torch.rng import random_words
+from tests.late import stats
 
 numba = pytest.importorskip("numba")
 _jit = pytest.importorskip("aadp_kernels._cpu._jit")

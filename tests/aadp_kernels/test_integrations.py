@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 from aadp_kernels import Bias, Layout, NoiseKey, with_clipping
@@ -22,6 +21,7 @@ from aadp_kernels.integrations.release import (
     equal_scales,
     layer_clips,
 )
+from tests.late import stats
 
 
 def key(seed: int = 0) -> NoiseKey:

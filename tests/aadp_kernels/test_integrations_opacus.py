@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aadp_kernels import NoiseKey, UnsupportedLayerError
 from aadp_kernels.integrations.release import amplified, compose_pure
+from tests.late import stats
 
 # Opacus and the hooks it uses warn on import and on a first backward; only ours are errors here.
 with warnings.catch_warnings():

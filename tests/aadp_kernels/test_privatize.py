@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from aadp_kernels import Layout, NoiseKey, layer_norms, privatize_, sample_noise
 from aadp_kernels._torch.privatize import norms
 from aadp_kernels.certified import clip_factors
+from tests.late import stats
 
 LAYOUT = Layout.build(
     {

@@ -12,7 +12,7 @@ REQUIREMENTS = group(
     "fl_lightning/requirements.py",
     PACKAGING,
     ("a package is forgotten", '    "pooch",\n', ""),
-    ("missing packages pass", "if find_spec(name) is None]", "if find_spec(name) is not None]"),
+    ("missing packages pass", "if not installed(name)]", "if installed(name)]"),
     ("a missing fcntl passes", 'lacks = [] if find_spec("fcntl") else ["fcntl"]', "lacks: list[str] = []"),
     ("missing fork hooks pass", 'lacks += [] if hasattr(os, "register_at_fork")', 'lacks += [] if hasattr(os, "fork")'),
     ("the extra is not named", "'aadp-fl[federated]'", "'aadp-fl'"),
