@@ -147,7 +147,7 @@ def test_what_a_capture_copies_is_kept_for_its_device(two_devices, monkeypatch):
             assert non_blocking
             return device
 
-    kept = []
+    kept = {}
     monkeypatch.setattr(torch, "from_numpy", lambda _: Pinned())
     monkeypatch.setattr(_device, "_CAPTURED", kept)
     assert _device.to_device(np.zeros(1), torch.device("cuda", 0)).index == 0
