@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: fit test test-slow test-gpu lint tables bench bench-peers mutate docs clean
+.PHONY: fit test test-slow test-gpu gpu-day lint tables bench bench-peers mutate docs clean
 
 # A stamp for each set of packages: `fit` needs one, `test` another, `lint` the developers' tools.
 FIT = $(VENV)/installed-federated
@@ -27,6 +27,9 @@ test-slow: $(TEST)  ## the tests that take minutes
 
 test-gpu: $(TEST)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-day:  ## everything that wants a GPU, nine minutes a call until nothing is left; installs nothing
+	$(PYTHON) -m bench.gpu_day $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -220,7 +220,15 @@ def details() -> str:
 
 def report() -> None:
     """Everything that is generated."""
-    from bench import accuracy_report, cohort, faults, headline, processes, readme_figures
+    from bench import (
+        accuracy_report,
+        cohort,
+        faults,
+        gpu_page,
+        headline,
+        processes,
+        readme_figures,
+    )
     from bench.plots import draw
 
     headline.report()
@@ -228,6 +236,7 @@ def report() -> None:
     accuracy_report.report()
     faults.report()
     processes.report()
+    gpu_page.report()
     for part in PARTS:
         pages.put(pages.BENCHMARKS, f"{part} table", table(part))
     pages.put(pages.BENCHMARKS, "all table", details())

@@ -219,9 +219,9 @@ class TestRandomOrders:
     SIZES = (1500, 7, 0, 512, 1200)
     ACCESSES = ("create_masked_load", "create_masked_store", "create_atomic_rmw")
 
-    def privatized(self):
+    def privatized(self, seed):
         layout = Layout.build([torch.empty(n) for n in self.SIZES], [0, 0, 1, 2, 3])
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator().manual_seed(seed)
         values = [torch.randn(n, generator=generator) for n in self.SIZES]
         limits = torch.tensor([30.0, 1.0, 1e9, 50.0])
         stats = privatize_(
@@ -241,19 +241,21 @@ class TestRandomOrders:
         monkeypatch.setattr(plan, "WINDOW", window)
         monkeypatch.setattr(privatize, "TILES", dict.fromkeys(privatize.TILES, 512))
         monkeypatch.setattr(privatize, "_PROGRAMS_PER_SM", 4)
-        expected, wanted = self.privatized()
         baton, builder = Baton(seed), type(interpreter_builder)
-        for name in self.ACCESSES:
-            original = getattr(builder, name)
+        # In this order, or sums that are not written yet would have their values already.
+        with monkeypatch.context() as patched:
+            for name in self.ACCESSES:
+                original = getattr(builder, name)
 
-            def access(self, *arguments, original=original):
-                baton.switch()
-                return original(self, *arguments)
+                def access(self, *arguments, original=original):
+                    baton.switch()
+                    return original(self, *arguments)
 
-            monkeypatch.setattr(builder, name, access)
-        kernel = Interleaved(privatize.privatize_kernel, baton)
-        monkeypatch.setattr(privatize, "privatize_kernel", kernel)
-        found, stats = self.privatized()
+                patched.setattr(builder, name, access)
+            kernel = Interleaved(privatize.privatize_kernel, baton)
+            patched.setattr(privatize, "privatize_kernel", kernel)
+            found, stats = self.privatized(seed + window)
+        expected, wanted = self.privatized(seed + window)
         assert baton.switches > 300
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(stats, wanted, strict=True))

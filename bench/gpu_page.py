@@ -1,0 +1,114 @@
+"""The generated parts of docs/gpu.md: what is predicted, what is modelled, what was built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import pages, predictions
+from bench.cache_model import RESULT as TRAFFIC
+from bench.cases import CASES
+
+PAGE = pages.ROOT / "docs" / "gpu.md"
+RESULTS = predictions.RESULTS
+KEYS = ("triton", "capability", "rng", "form", "mechanism", "dtype", "p")
+
+
+def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    marks = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", marks, *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+def traffic() -> str:
+    """Modelled bytes an element, before and after."""
+    rows = []
+    for row in json.loads(TRAFFIC.read_text())["rows"]:
+        cells = [CASES[row["case"]].title, f"{row['l2_mb']} MB", f"{row['least']:.2f}"]
+        for place in ("in place", "out of place"):
+            found = row[place]
+            cells += [f"{found[k]:.2f}" for k in ("before", "now", "now, hints ignored")]
+        rows.append(cells)
+    head = ["case", "L2", "least", "in place: before", "now", "hints ignored"]
+    return lines_of([*head, "out of place: before", "now", "hints ignored"], rows)
+
+
+def crowd() -> str:
+    """GPT-2 by many programs at once."""
+    rows, chunks = [], []
+    for row in json.loads(TRAFFIC.read_text())["gpt2"]:
+        chunks = [k for k in row if k.startswith("chunks of")]
+        cells = [f"{row['l2_mb']} MB", str(row["programs"])]
+        for name in chunks:
+            cells += [f"{row[name]['bytes_per_element']:.2f}", f"{row[name]['waiting']:.0%}"]
+        rows.append(cells)
+    head = ["usable L2", "programs at once"]
+    for name in chunks:
+        head += [f"{name}: bytes/element", "turns that wait"]
+    return lines_of(head, rows)
+
+
+def builds() -> str:
+    """Instructions and compile time of the ahead-of-time builds, before and after."""
+    by_key: dict[tuple, dict[str, dict]] = {}
+    for build in predictions.builds():
+        by_key.setdefault(tuple(build[k] for k in KEYS), {})[build["which"]] = build
+    if not by_key:
+        return "No build is committed yet."
+
+    def pair(found: dict[str, dict], name: str, form: str = "{}") -> str:
+        values = [found.get(which, {}).get(name) for which in ("before", "after")]
+        return " → ".join("–" if v is None else form.format(v) for v in values)
+
+    rows = []
+    for key, found in sorted(by_key.items(), key=lambda item: [str(k) for k in item[0]]):
+        named = dict(zip(KEYS, key, strict=True))
+        what = ", ".join(str(named[k]) for k in ("form", "rng", "mechanism", "dtype"))
+        cells = [
+            str(named["triton"]),
+            f"sm_{named['capability']}",
+            f"{what}, L{named['p']}",
+            pair(found, "apply", "{:.1f}"),
+        ]
+        cells += [pair(found, "registers"), pair(found, "spills"), pair(found, "seconds", "{:.1f}")]
+        rows.append(cells)
+    head = ["Triton", "for", "kernel", "instructions/element", "registers", "spills"]
+    return lines_of([*head, "seconds to compile"], rows)
+
+
+def overhead() -> str:
+    """Python's share of a call, before and after."""
+    path = RESULTS / "gpu_overhead.json"
+    if not path.exists():
+        return "No measurement is committed yet."
+    rows = json.loads(path.read_text())
+    rows = rows["rows"] if isinstance(rows, dict) else rows
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    return lines_of(head, [[f"{row.get(k, '–')}" for k in head] for row in rows])
+
+
+def predicted() -> str:
+    """Predictions, beside the measurements of a GPU where there are some."""
+    results = predictions.results_of(RESULTS)
+    said = "**No GPU has run these kernels yet: nothing in this table is measured.**"
+    memory = "\n".join(predictions.memory_only())
+    if not any(p.instructions is not None for p in predictions.predictions()):
+        return f"{said}\n\n{memory}"
+    table = "\n".join(predictions.table(results))
+    return f"{memory}\n\n{table}" if results else f"{said}\n\n{memory}\n\n{table}"
+
+
+PARTS = {
+    "gpu predictions": predicted,
+    "gpu traffic": traffic,
+    "gpu crowd": crowd,
+    "gpu builds": builds,
+    "gpu overhead": overhead,
+}
+
+
+def report(page: Path = PAGE) -> None:
+    """Write every generated part of the page."""
+    for name, make in PARTS.items():
+        pages.put(page, name, make())
