@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,7 +65,6 @@ class Plan:
     addresses: dict[tuple[int, ...], Tensor]
 
 
-@lru_cache
 def window_of(device: torch.device) -> int:
     """Bytes by which apply tickets trail on a device: a share of its L2 cache."""
     if device.type != "cuda":

@@ -13,6 +13,11 @@ PROGRAMS = group(
     ("factor not waited for", "while word == 0:", "while word == 1:"),
     ("the second to last program sums", "== end - begin - 1", "== end - begin - 2"),
     ("every program publishes what it summed", "if last:\n                factor = ", "if end > begin:\n                factor = "),
+)  # fmt: skip
+
+WORDS = group(
+    "aadp_kernels/_triton/privatize_kernel.py",
+    "tests/aadp_kernels/test_triton_privatize.py -k reference_and_out",
     ("the notice taken for the factor", "return (~word).to(tl.float64", "return word.to(tl.float64"),
 )  # fmt: skip
 
@@ -33,4 +38,4 @@ MEMORY = group(
     ("plans are forgotten in the order in which they were made", "cache.move_to_end(name)\n", "pass\n"),
 )  # fmt: skip
 
-MUTATIONS = [*PROGRAMS, *PLANS, *MEMORY]
+MUTATIONS = [*PROGRAMS, *WORDS, *PLANS, *MEMORY]
