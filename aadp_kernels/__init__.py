@@ -20,16 +20,17 @@ from aadp_kernels.clip_in_backward.modules import (
 from aadp_kernels.clip_in_backward.single_use import check_single_use
 from aadp_kernels.clip_in_backward.watched import WatchedForward
 from aadp_kernels.clip_sum import clip_sum_noise
+from aadp_kernels.correlation import Correlation
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import (
     FORMS,
     MECHANISMS,
-    NoiseKey,
     max_elements,
     poisson_mask,
     sample_noise,
     tail_cutoff,
 )
+from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import ClipStats, layer_norms, privatize_
 from aadp_kernels.sensitivity import noise_scales, sensitivity, vote_noise
 
@@ -41,6 +42,7 @@ __all__ = [
     "Bias",
     "ClipStats",
     "ClippingLayer",
+    "Correlation",
     "Layout",
     "NoiseKey",
     "ReusedNoiseError",

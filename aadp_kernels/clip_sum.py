@@ -11,9 +11,10 @@ from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats
+from aadp_kernels.correlation import Correlation
 from aadp_kernels.grid import quantum, release
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import NoiseKey
+from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import (
     check_kind,
     check_tensors,
@@ -40,6 +41,7 @@ def clip_sum_noise(
     accumulate: Sequence[Tensor] | None = None,
     last: bool = True,
     form: str = "wide",
+    correlation: Correlation | None = None,
     impl: str = "auto",
 ) -> tuple[list[Tensor], ClipStats]:
     """Sum of clipped per-record gradients, plus noise.
@@ -64,6 +66,7 @@ def clip_sum_noise(
             are added to in place.
         last: False: return running sums without noise (PRIVATE); True: add the noise.
         form: Form of the noise, see `sample_noise`.
+        correlation: Noise of earlier steps that is added once more, see `Correlation`, or None.
         impl: As for `privatize_`.
 
     Returns:
@@ -107,7 +110,9 @@ def clip_sum_noise(
     live = _counted(mask, batch, device)
     ids = _validate.client_ids(client, device)
     noisy_ones = noisy_layers(layout, scale)
-    noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids) if last else None
+    noise = None
+    if last:
+        noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
         impl, "clip_sum", device=device, elements=layout.elements, form=form
     )

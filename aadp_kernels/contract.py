@@ -38,8 +38,24 @@ class ClipStats(NamedTuple):
     nonfinite: Tensor
 
 
+class DrawnAgain(NamedTuple):
+    """Noise of an earlier step that is part of this one's.
+
+    Attributes:
+        coefficient: What it is multiplied by; float64 0-d where the step is on an accelerator.
+        key_words, step: Its address, as in `Noise`; the rest of the address is the same.
+    """
+
+    coefficient: float | Tensor
+    key_words: Sequence[int]
+    step: int | Tensor
+
+
 class Noise(NamedTuple):
     """Where the noise of a release comes from. With layer and element it is an address.
+
+    Standard noise is z(step) + sum_j coefficient_j * z(step_j), added in order, each product and
+    each sum rounded.
 
     Attributes:
         rng: Generator, one of `addresses.RNGS`.
@@ -48,6 +64,7 @@ class Noise(NamedTuple):
         form: "wide", "fast" or "grid".
         step: Step of the release; a 0-d int64 tensor on an accelerator.
         clients: int64 [K], ids of the rows.
+        again: Noise of earlier steps (wide and fast forms).
     """
 
     rng: str
@@ -56,6 +73,7 @@ class Noise(NamedTuple):
     form: str
     step: int | Tensor
     clients: Tensor
+    again: tuple[DrawnAgain, ...] = ()
 
 
 class Bounds(NamedTuple):

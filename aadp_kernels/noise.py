@@ -1,165 +1,24 @@
-"""Secret noise keys and the noise and coins that are drawn with them."""
+"""Noise and coins that are a function of a key and an address."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 from collections.abc import Sequence
-from functools import cached_property
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
-from aadp_kernels._reuse import UsedNoise
-from aadp_kernels.addresses import (
-    CUTOFFS,
-    LAYER_BITS,
-    RNGS,
-    key_words_needed,
-    words_per_block,
-)
+from aadp_kernels.addresses import CUTOFFS, LAYER_BITS, words_per_block
 from aadp_kernels.contract import Noise, Segment
+from aadp_kernels.correlation import Correlation, drawn_again
+from aadp_kernels.noise_key import NoiseKey
 
 MECHANISMS = ("gaussian", "laplace")
 FORMS = ("wide", "fast", "grid")
 
 _MAX_STEP = 1 << 32
 _MAX_LAYER = 1 << LAYER_BITS
-
-
-class NoiseKey:
-    """A 32-byte secret that all noise and coins are a function of.
-
-    Who knows the key can subtract the noise. A key is therefore never printed, pickled or copied;
-    keep its bytes in a private file. A privacy claim rests on the generator as well: that nobody
-    can tell its words from uniform ones without the key. That is the usual assumption for ChaCha.
-    Nobody has analysed Philox as a cipher and its key has 64 bits, so a claim with "philox10"
-    assumes more. A key from a public seed marks everything that is made with it as simulated.
-
-    Args:
-        secret: 32 bytes, secret.
-        rng: "chacha20" (default), "chacha8" (the same stream cipher with fewer rounds, less margin)
-            or "philox10" (fast, not a cipher).
-        simulated: True if the secret is not secret (a public seed).
-
-    Raises:
-        ValueError: The secret is not 32 bytes, or the generator is unknown.
-
-    Guarantees:
-        Keys with different generators share no stream, nor do keys derived with different contexts.
-        The same noise on two different sums reveals their difference. So a key object remembers,
-        for each (mechanism, form, layer, client), its last step and the elements drawn in it: to
-        draw an element twice, or for a step lower than the last, is a ReusedNoiseError. Disjoint
-        elements of one step (shards) may be drawn one after another, by several threads too.
-        Drawing the same noise again on purpose takes a new key object.
-
-    Edge cases:
-        | not seen by a key object | who sees to it |
-        |---|---|
-        | other objects with its secret (other processes, `derive` of one context twice) | caller |
-        | step or client ids on an accelerator, which are never read | caller |
-        | coins: the same coins twice reveal nothing new | nobody |
-    """
-
-    def __init__(self, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> None:
-        _validate.one_of("rng", rng, RNGS)
-        if not isinstance(secret, bytes | bytearray) or len(secret) != 32:
-            length = len(secret) if isinstance(secret, bytes | bytearray) else type(secret).__name__
-            raise ValueError(f"secret must be 32 bytes, got {length}")
-        self._secret = bytes(secret)
-        self._rng = rng
-        self._simulated = bool(simulated)
-        self._used = UsedNoise()
-
-    @classmethod
-    def random(cls, rng: str = "chacha20") -> NoiseKey:
-        """A new key from the operating system's generator."""
-        return cls(secrets.token_bytes(32), rng)
-
-    @classmethod
-    def from_seed(cls, seed: int, rng: str = "chacha20") -> NoiseKey:
-        """A reproducible key for experiments: marked as simulated, it protects nothing."""
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
-        digest = hashlib.blake2b(_encode(seed.__index__()), digest_size=32, person=b"aadp seed")
-        return cls(digest.digest(), rng, simulated=True)
-
-    @classmethod
-    def from_bytes(cls, secret: bytes, rng: str = "chacha20", simulated: bool = False) -> NoiseKey:
-        """The key with the given 32 secret bytes."""
-        return cls(secret, rng, simulated)
-
-    def derive(self, *context: bytes | str | int) -> NoiseKey:
-        """The key for a context, such as `key.derive("round", 3, digest)`.
-
-        Args:
-            context: Public bytes, strings and integers; at least one.
-
-        Returns:
-            A key that tells nothing about this one, with the same generator and the same mark.
-
-        Raises:
-            ValueError: No context, or one of another type.
-
-        Guarantees:
-            Keyed BLAKE2b over an unambiguous encoding: ("ab", "c"), ("a", "bc"), (b"ab", "c") and
-            1, "1" are all different contexts.
-        """
-        if not context:
-            raise ValueError("context must not be empty")
-        data = b"".join(_encode(item) for item in context)
-        digest = hashlib.blake2b(data, digest_size=32, key=self._secret, person=b"aadp derive")
-        return NoiseKey(digest.digest(), self._rng, self._simulated)
-
-    @property
-    def rng(self) -> str:
-        """Name of the generator."""
-        return self._rng
-
-    @property
-    def simulated(self) -> bool:
-        """True if the key comes from a public seed."""
-        return self._simulated
-
-    @cached_property
-    def words(self) -> tuple[int, ...]:
-        """Secret. The generator's key as unsigned 32-bit words (8 for ChaCha, 2 for Philox)."""
-        size = 4 * key_words_needed(self._rng)
-        person = f"aadp {self._rng}".encode()
-        digest = hashlib.blake2b(key=self._secret, digest_size=size, person=person).digest()
-        return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, size, 4))
-
-    def __repr__(self) -> str:
-        return f"NoiseKey(<secret>, rng={self._rng!r}, simulated={self._simulated})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, NoiseKey):
-            return NotImplemented
-        same_rng = self._rng == other._rng and self._simulated == other._simulated
-        return hmac.compare_digest(self._secret, other._secret) and same_rng
-
-    def __hash__(self) -> int:
-        return hash((self._rng, hashlib.blake2b(key=self._secret, digest_size=8).digest()))
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a NoiseKey is secret: it cannot be copied, pickled or checkpointed")
-
-
-def _encode(item: bytes | str | int) -> bytes:
-    """Type, length and bytes of one part of a context, so that no two contexts coincide."""
-    if isinstance(item, bool) or not isinstance(item, bytes | str | int):
-        raise ValueError(f"context must be bytes, str or int, got {item!r}")
-    if isinstance(item, bytes):
-        tag, data = b"b", item
-    elif isinstance(item, str):
-        tag, data = b"s", item.encode()
-    else:
-        tag, data = b"i", item.to_bytes(item.bit_length() // 8 + 1, "big", signed=True)
-    return tag + len(data).to_bytes(8, "big") + data
 
 
 def tail_cutoff(mechanism: str, form: str = "wide") -> float:
@@ -207,6 +66,7 @@ def sample_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     form: str = "wide",
+    correlation: Correlation | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Gaussian or Laplace noise that is a function of its address only.
@@ -227,6 +87,8 @@ def sample_noise(
         device: Device of the result; the noise has the same bits on all of them.
         form: "wide" (64 bits an element, float64), "fast" (32 bits an element; numba and triton
             compute it in float32) or "grid" (float-safe: integers, see `aadp_kernels.grid`).
+        correlation: Noise of earlier steps that is added once more, see `Correlation`; None: noise
+            of this step alone.
         impl: "torch" (the specification), "numba" (CPU only, faster), "triton" (GPU) or "auto":
             the fastest that is installed, has the form and pays.
 
@@ -241,10 +103,11 @@ def sample_noise(
 
     Guarantees:
         Element i of the flattened result (of the row) depends on (key, step, client, layer,
-        offset + i) only: neither on the shape nor on the split of a call. |noise| <=
-        tail_cutoff(mechanism, form) * scale. The wide form is computed in float64 and rounded once
-        to `dtype`, with the same bits in every implementation. Implementations of the fast form
-        agree to scale * 2^-18 * (1 + |noise| / scale) and 4 ulp of `dtype`.
+        offset + i) and the correlation only: neither on the shape nor on the split of a call.
+        Without correlation |noise| <= tail_cutoff(mechanism, form) * scale. The wide form is
+        computed in float64 and rounded once to `dtype`, with the same bits in every
+        implementation. Implementations of the fast form agree to scale * 2^-18 * (1 + |noise| /
+        scale) and 4 ulp of `dtype`, times the sum of the correlation's |coefficients|.
 
     Edge cases:
         | case | result |
@@ -279,10 +142,11 @@ def sample_noise(
     if nothing:
         return torch.zeros(shape, dtype=dtype, device=place)
     segment = (layer, offset, count)
+    again = drawn_again(correlation, key, step, mechanism, form)
     claim(key, mechanism, form, step, client, [segment])
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, count)
-    noise = Noise(key.rng, key.words, mechanism, form, step, clients)
+    noise = Noise(key.rng, key.words, mechanism, form, step, clients, again)
     return backend.scaled_noise(noise, segment, scale, dtype).reshape(shape)
 
 

@@ -11,15 +11,10 @@ from aadp_kernels import _dispatch, _validate
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
+from aadp_kernels.correlation import Correlation, drawn_again
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import (
-    FORMS,
-    MECHANISMS,
-    NoiseKey,
-    check_address,
-    claim,
-    max_elements,
-)
+from aadp_kernels.noise import FORMS, MECHANISMS, check_address, claim, max_elements
+from aadp_kernels.noise_key import NoiseKey
 
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
@@ -40,6 +35,7 @@ def privatize_(
     out: Sequence[Tensor] | None = None,
     votes_at: Tensor | None = None,
     form: str = "wide",
+    correlation: Correlation | None = None,
     impl: str = "auto",
 ) -> ClipStats:
     """Clip every layer of an update (or of K updates) to its clip norm and add noise, in place.
@@ -64,6 +60,7 @@ def privatize_(
         out: Where to write, of the shapes of `tensors`; None: over `tensors`.
         votes_at: L1 thresholds [L] or [K, L] for the votes, or None.
         form: Form of the noise, see `sample_noise`.
+        correlation: Noise of earlier steps that is added once more, see `Correlation`, or None.
         impl: "torch" (the specification), "numba" (CPU only, faster), "triton" (GPU) or "auto":
             the fastest that is installed, has the form and pays.
 
@@ -111,7 +108,7 @@ def privatize_(
         votes_at = per_layer("votes_at", votes_at, layout, lead, device, finite=None)
     ids = _validate.client_ids(0 if clients is None else clients, device)
     noisy = noisy_layers(layout, scale)
-    noise = noise_source(key, noisy, mechanism, form, p, step, ids)
+    noise = noise_source(key, noisy, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
         impl, "privatize", device=device, elements=layout.elements, form=form
     )
@@ -229,6 +226,7 @@ def noise_source(
     p: int,
     step: int | Tensor,
     clients: Tensor,
+    correlation: Correlation | None,
 ) -> Noise | None:
     """The noise of a release, or None without noisy layers (on an accelerator: without a key)."""
     if clients.is_cpu:
@@ -241,7 +239,8 @@ def noise_source(
     if mechanism == "laplace" and p == 2:
         raise ValueError("p must be 1 with laplace noise, got 2: an L2 bound does not bound L1")
     step = check_address(key, step=step)
-    return Noise(key.rng, key.words, mechanism, form, step, clients)
+    again = drawn_again(correlation, key, step, mechanism, form)
+    return Noise(key.rng, key.words, mechanism, form, step, clients, again)
 
 
 def claim_layers(

@@ -27,6 +27,7 @@ from aadp_kernels._cpu.passes import (
 )
 from aadp_kernels._cpu.pieces import Frame, frame_of
 from aadp_kernels._cpu.plan import Kind, Plan
+from aadp_kernels._cpu.rng import STATE_WORDS
 from aadp_kernels.contract import ClipStats, Precision
 from aadp_kernels.layout import Layout
 from aadp_kernels.threads import spread
@@ -114,7 +115,8 @@ class Job(NamedTuple):
     """A release as one call takes it: few arrays, since each costs time to hand over.
 
     Attributes:
-        table: int64, the rows of `Pieces.table` and then the words of `rng.first_words`.
+        table: int64, the rows of `Pieces.table`, then the words of `plan.words_of`, then the bits
+            of its coefficients.
         tensors: rows of that table.
         frame: layers.
         kind: noise.
@@ -144,6 +146,8 @@ class Job(NamedTuple):
 def _opened(job):
     """The pieces, cells and plan of a job."""
     shape, width = job.numbers.shape[1:], 8 * job.tensors
+    bands = (len(job.table) - width) // (STATE_WORDS + 1)
+    words = job.table[width : width + bands * STATE_WORDS].astype(np.uint32)
     pieces = job.table[:width].reshape((job.tensors, 8))
     votes_at = carray(
         pointer(job.votes_at, np.float64), (shape[0] if job.votes_at else 0, shape[1])
@@ -155,7 +159,8 @@ def _opened(job):
     plan = Plan(
         carray(pointer(job.scale, np.float64), shape),
         carray(pointer(job.clients, np.int64), (shape[0],)),
-        job.table[width:].astype(np.uint32), job.kind,
+        words.reshape((bands, STATE_WORDS)), job.table[width + len(words) :].view(np.float64),
+        job.kind,
     )  # fmt: skip
     return pieces, cells, plan
 

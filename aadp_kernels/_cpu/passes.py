@@ -35,7 +35,7 @@ from aadp_kernels.threads import spread
 LOWER, RAISE, SMALLEST_FACTOR = 1 - 2.0**-22, 1 + 2.0**-23, 2.0**-100
 
 # The working memory of a thread begins at a cache line.
-SCRATCH = 5 * 8 * TILE + 64
+SCRATCH = 6 * 8 * TILE + 64
 
 # To draw the noise of an element takes as long as to add up so many, at least.
 NOISE_COST = 8
@@ -218,6 +218,47 @@ def add_units(sums, units, totals):
 
 
 @jit
+def _add_multiple(total, coefficient, x):
+    """total += coefficient * x, the product and the sum rounded."""
+    wide_vectors()
+    for i in range(TILE):
+        total[i] += coefficient * x[i]
+
+
+@jit_inline
+def _draw_tile(place, plan, row, layer, tile):
+    """Noise of a tile into the scratch memory at `place`: float32 if fast, else float64.
+
+    Noise of earlier steps is drawn into memory of its own and added, one step after another.
+    """
+    layer_words, rounds, blocks, fast, gaussian = plan.kind
+    words, tails = _array(place, np.uint32, WORDS), _array(place + 4096, np.uint32, WORDS)
+    rows = _array(place + 8192, np.float64, TILE // 2)
+    drawn, drawn32 = (
+        _array(place + 12288, np.float64, TILE),
+        _array(place + 16384, np.float32, TILE),
+    )
+    again, again32 = (
+        _array(place + 20480, np.float64, TILE),
+        _array(place + 20480, np.float32, TILE),
+    )
+    for term in range(len(plan.states)):
+        state = plan.states[term]
+        state[2] = np.uint32(plan.clients[row])
+        state[3] = np.uint32(layer_words[layer])
+        if fast:
+            target32 = again32 if term else drawn32
+            fast_tile(target32, words, tails, state, rounds, blocks, tile, gaussian)
+            if term:
+                _add_multiple(drawn32, np.float32(plan.coefficients[term]), again32)
+        else:
+            target = again if term else drawn
+            wide_tile(target, words, rows, state, rounds, blocks, tile, gaussian)
+            if term:
+                _add_multiple(drawn, plan.coefficients[term], again)
+
+
+@jit
 def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
@@ -227,12 +268,11 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     SCRATCH bytes.
     """
     bounds, units, skip = frame.bounds, frame.tiles, frame.skip
-    scale, state = plan.scale, plan.state.copy()
-    layer_words, rounds, blocks, fast, gaussian = plan.kind
+    # The counters in the states are a thread's own.
+    plan = Plan(plan.scale, plan.clients, plan.states.copy(), plan.coefficients, plan.kind)
+    scale, fast = plan.scale, plan.kind.fast
     x = _line(scratch)
-    minus, spare, noise, noise32 = x + 4096, x + 8192, x + 12288, x + 16384
-    words, tails = _array(x, np.uint32, WORDS), _array(minus, np.uint32, WORDS)
-    rows = _array(spare, np.float64, TILE // 2)
+    minus, noise, noise32 = x + 4096, x + 12288, x + 16384
     drawn, drawn32 = _array(noise, np.float64, TILE), _array(noise32, np.float32, TILE)
     per_row = units[len(units) - 1]
     row, column, layer = begin // per_row, begin % per_row, 0
@@ -245,12 +285,7 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
         low, stop = tile * TILE, bounds[layer + 1]
         zero, weight, size = dead[row, layer], factor[row, layer], scale[row, layer]
         if size > 0:
-            state[2] = np.uint32(plan.clients[row])
-            state[3] = np.uint32(layer_words[layer])
-            if fast:
-                fast_tile(drawn32, words, tails, state, rounds, blocks, tile, gaussian)
-            else:
-                wide_tile(drawn, words, rows, state, rounds, blocks, tile, gaussian)
+            _draw_tile(x, plan, row, layer, tile)
         converted = not fast
         while nearest < stop and pieces[nearest, FIRST] + pieces[nearest, SIZE] <= low:
             nearest += 1

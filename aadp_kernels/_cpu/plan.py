@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aadp_kernels._cpu.rng import first_words, rounds_and_blocks
+from aadp_kernels._cpu.rng import STATE_WORDS, first_words, rounds_and_blocks
 from aadp_kernels.addresses import DOMAINS, LAYER_BITS
 from aadp_kernels.contract import Noise
 
@@ -45,18 +45,31 @@ class Plan(NamedTuple):
     Attributes:
         scale: float64 [K, L] noise scales.
         clients: int64 [K] ids.
-        state: uint32 [24], see `rng.Generator`.
+        states: uint32 [p, 24], see `rng.Generator`: of this step, then of those drawn again.
+        coefficients: float64 [p], what the noise of each of them is multiplied by; 1 comes first.
         kind: Of all layers.
     """
 
     scale: np.ndarray
     clients: np.ndarray
-    state: np.ndarray
+    states: np.ndarray
+    coefficients: np.ndarray
     kind: Kind
 
     @classmethod
     def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> Plan:
         """For L layers from `first` on; `scale` is [K, L]."""
         kind = Kind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
-        words = first_words(noise.rng, noise.key_words, int(noise.step))
-        return cls(scale, noise.clients.numpy(), np.array(words, np.uint32), kind)
+        words, coefficients = words_of(noise)
+        states = np.array(words, np.uint32).reshape(-1, STATE_WORDS)
+        return cls(scale, noise.clients.numpy(), states, np.array(coefficients), kind)
+
+
+def words_of(noise: Noise) -> tuple[list[int], list[float]]:
+    """`states` one after another, and `coefficients`, of a `Plan`."""
+    words = first_words(noise.rng, noise.key_words, int(noise.step))
+    coefficients = [1.0]
+    for term in noise.again:
+        words += first_words(noise.rng, term.key_words, int(term.step))
+        coefficients.append(float(term.coefficient))
+    return words, coefficients

@@ -19,8 +19,7 @@ from aadp_kernels._cpu.clip import FACTOR, Job
 from aadp_kernels._cpu.clip import privatize as run
 from aadp_kernels._cpu.passes import layer_sums
 from aadp_kernels._cpu.pieces import Pieces, address, deliver, frame_of, native, rows_of, target
-from aadp_kernels._cpu.plan import Kind
-from aadp_kernels._cpu.rng import first_words
+from aadp_kernels._cpu.plan import Kind, words_of
 from aadp_kernels.certified import coarsest
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
@@ -76,7 +75,8 @@ def privatize(
         noise = Noise(
             "philox10", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64)
         )
-    words = first_words(noise.rng, noise.key_words, int(noise.step))
+    words, coefficients = words_of(noise)
+    words += np.array(coefficients).view(np.int64).tolist()
     numbers, flags = np.empty((3, rows, layers)), np.empty((2, rows, layers), np.int64)
     clip, scale, clients = clip.contiguous(), scale.contiguous(), noise.clients.contiguous()
     levels = None if votes_at is None else votes_at.contiguous()

@@ -24,6 +24,7 @@ from aadp_kernels.addresses import (
 
 LANES = 32
 WORDS = 16 * LANES
+STATE_WORDS = 24
 
 _N = LANES
 _U32 = np.uint32
@@ -187,4 +188,4 @@ def first_words(rng: str, key: Sequence[int], step: int) -> list[int]:
         a, b = key
         for r in range(10):
             words += (a + r * PHILOX_WEYL[0]) & 0xFFFFFFFF, (b + r * PHILOX_WEYL[1]) & 0xFFFFFFFF
-    return words + [0] * (24 - len(words))
+    return words + [0] * (STATE_WORDS - len(words))

@@ -233,6 +233,16 @@ def elements(
 
 def standard_noise(noise: Noise, segments: Sequence[Segment]) -> list[Tensor]:
     """Noise of scale one, wide or fast: float64 [K, count] for every (layer, offset, count)."""
+    total = _of_one_step(noise, segments)
+    for term in noise.again:
+        earlier = noise._replace(key_words=term.key_words, step=term.step)
+        for value, drawn in zip(total, _of_one_step(earlier, segments), strict=True):
+            value.add_(drawn.mul_(term.coefficient))
+    return total
+
+
+def _of_one_step(noise: Noise, segments: Sequence[Segment]) -> list[Tensor]:
+    """`standard_noise` without what is drawn again."""
     gaussian, width = noise.mechanism == "gaussian", words_per_block(noise.rng)
     if noise.form == "fast":
         make = _fast_gaussian if gaussian else _fast_laplace

@@ -21,7 +21,7 @@ from aadp_kernels.integrations._watch import Watch
 from aadp_kernels.integrations.optim import add_noise_
 from aadp_kernels.integrations.release import amplified, compose_pure, equal_scales
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import NoiseKey
+from aadp_kernels.noise_key import NoiseKey
 
 
 class LaplaceAccountant(IAccountant):

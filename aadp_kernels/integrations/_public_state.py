@@ -8,7 +8,7 @@ from typing import Any
 from aadp_kernels.layout import Layout
 
 ENTRY = "privacy"
-_MUST_AGREE = ("layers", "mechanism", "noise_multiplier", "p")
+_MUST_AGREE = ("layers", "mechanism", "noise_multiplier", "p", "cyclic")
 
 
 def layers_of(layout: Layout) -> dict[str, int]:
@@ -31,8 +31,9 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str
             "the state is that of a plain optimizer: load it into PrivateOptimizer.optimizer"
         )
     for name in _MUST_AGREE:
-        if facts[name] != own[name]:
-            raise ValueError(f"the state has {name} {facts[name]}, this optimizer {own[name]}")
+        # States of earlier versions have no "cyclic": their noise was independent.
+        if facts.get(name) != own[name]:
+            raise ValueError(f"the state has {name} {facts.get(name)}, this optimizer {own[name]}")
     if own["steps_taken"] and facts["run"] != own["run"]:
         raise ValueError(
             f"this optimizer has taken {own['steps_taken']} steps of its own; a state of another "

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aadp_kernels import _validate
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import NoiseKey, sample_noise
+from aadp_kernels.noise import sample_noise
+from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import check_tensors, per_layer
 
 # torch 2.13 has new names and warns about the old ones.

@@ -31,7 +31,8 @@ from aadp_kernels.integrations._per_sample import check_layers, inner, use_right
 from aadp_kernels.integrations._rows import ExpandedWatch, RowWatch
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey, poisson_mask
+from aadp_kernels.noise import MECHANISMS, poisson_mask
+from aadp_kernels.noise_key import NoiseKey
 
 __all__ = ["ClippedModule", "LaplaceAccountant", "PrivacyEngine", "PrivateOptimizer"]
 

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from aadp_kernels import _validate
+from aadp_kernels.correlation import Correlation
 from aadp_kernels.integrations._clip_norms import ClipNormsKept, clipping_norm, set_clip_norms
 from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._public_state import ENTRY, check_state, layers_of
 from aadp_kernels.integrations._watch import Watch, records
+from aadp_kernels.integrations._wrapped import check_kind, trained_parameters
+from aadp_kernels.integrations.cyclic import CyclicBatches, CyclicSteps
 from aadp_kernels.integrations.poisson import PoissonBatches
 from aadp_kernels.integrations.release import Release, equal_scales, layer_clips
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, NoiseKey
+from aadp_kernels.noise import MECHANISMS
+from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import privatize_
 
 __all__ = [
+    "CyclicBatches",
+    "CyclicSteps",
     "PoissonBatches",
     "PrivateOptimizer",
     "add_noise_",
@@ -63,7 +69,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
             those of one Poisson batch; False allows one forward.
         reduce: Called with the clipped sums before the noise, for instance to add up those of
             several processes in place; every process then adds the same noise under the same key.
-        first_step: Address of the first release; a continued run goes on where the last one ended.
+        cyclic: For batches in a fixed cyclic order: noise of neighbouring steps is correlated, and
+            `release` names one mechanism for the whole run. Gaussian noise only. None: independent
+            noise.
+        first_step: Address of the first release; a continued run goes on where the last one ended
+            (with `cyclic` by `load_state_dict`, which knows where the run began).
         impl: As for `privatize_`.
 
     Attributes:
@@ -115,16 +125,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
         mechanism: str = "gaussian",
         micro_batches: bool = False,
         reduce: Callable[[list[Tensor]], None] | None = None,
+        cyclic: CyclicSteps | None = None,
         first_step: int = 0,
         impl: str = "auto",
     ) -> None:
         _validate.one_of("mechanism", mechanism, MECHANISMS)
         if not expected_batch_size > 0:
             raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size}")
-        _check_kind(optimizer, model)
+        if isinstance(optimizer, PrivateOptimizer):
+            raise ValueError("optimizer is private already: pass the one it wraps, its .optimizer")
+        check_kind(optimizer, model)
         self.optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self.parameters = _trained(optimizer, model)
+        self.parameters = trained_parameters(optimizer, model)
         self._trained = self._trained_now()
         groups = optimizer.param_groups
         self._frozen = [p for g in groups for p in g["params"] if not p.requires_grad]
@@ -132,6 +145,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.p = clipping_norm(model)
         if mechanism == "laplace" and self.p == 2:
             raise ValueError("laplace noise needs a model made by with_clipping(p=1), got p=2")
+        if cyclic is not None and mechanism != "gaussian":
+            raise ValueError(f"cyclic must be None with mechanism={mechanism!r}: it has no proof")
         self.clips = layer_clips(clip_norm, self.layout, self.p)
         self.scales = equal_scales(
             self.clips, mechanism=mechanism, noise_multiplier=noise_multiplier, adjacency="zero_out"
@@ -139,6 +154,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.expected_batch_size = expected_batch_size
         self.next_step = _validate.integer_below("first_step", first_step, 1 << 32)
         self.steps_taken = 0
+        self.cyclic, self._began = cyclic, self.next_step
         self._noise_multiplier, self._mechanism = noise_multiplier, mechanism
         self._key, self._reduce, self._impl = key, reduce, impl
         self._run, self._tried = secrets.token_hex(8), False
@@ -219,6 +235,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"this PrivateOptimizer has retired: {self._watch.closed}")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a captured CUDA graph would repeat the noise of its step")
+        if self.cyclic is not None and self.next_step - self._began >= self.cyclic.steps:
+            raise RuntimeError(
+                f"all {self.cyclic.steps} planned steps are taken: a further one would take back "
+                "noise that its records count on"
+            )
         self._check_parameters()
         self._kept.check()
         return self._sums.take()
@@ -258,9 +279,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 self._reduce(sums)
             step, self.next_step = self.next_step, self.next_step + 1
             self.steps_taken += 1
+            among = None
+            if self.cyclic is not None:
+                among = self.cyclic.correlation(self._key, step, self._began)
             add_noise_(
                 sums, self.layout, scale=self.scales, mechanism=self._mechanism, key=self._key,
-                step=step, impl=self._impl,
+                step=step, correlation=among, impl=self._impl,
             )  # fmt: skip
             for grad in sums:
                 grad.div_(self.expected_batch_size)
@@ -286,12 +310,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._tried = True
 
     def release(self, *, poisson_rate: float = 1.0) -> Release:
-        """What each of the `steps_taken` steps must be charged for.
+        """What each of the `steps_taken` steps must be charged for; with `cyclic`, the whole run.
 
         Args:
             poisson_rate: Rate of the secret coins that chose the records; 1 if batches were
                 shuffled or fixed, which gives no amplification.
+
+        Raises:
+            ValueError: A rate below 1 with `cyclic`, whose batches have a fixed order.
         """
+        if self.cyclic is not None:
+            if poisson_rate != 1:
+                raise ValueError(f"poisson_rate must be 1 with cyclic steps, got {poisson_rate}")
+            return Release(
+                self._mechanism, self.cyclic.multiplier(self._noise_multiplier), unit="record",
+                adjacency="zero_out", planned_steps=self.cyclic.steps,
+            )  # fmt: skip
         return Release(
             self._mechanism, self._noise_multiplier, unit="record", adjacency="zero_out",
             poisson_rate=poisson_rate,
@@ -320,7 +354,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != ENTRY})
         self.next_step = max(self.next_step, facts["next_step"])
         self.steps_taken = max(self.steps_taken, facts["steps_taken"])
-        self._run = facts["run"]
+        self._run, self._began = facts["run"], facts.get("began", 0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by `load_state_dict` with the new state and groups."""
@@ -333,6 +367,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             "noise_multiplier": float(self._noise_multiplier), "p": self.p,
             "clip_norms": self.clips.tolist(), "expected_batch_size": self.expected_batch_size,
             "next_step": self.next_step, "steps_taken": self.steps_taken, "run": self._run,
+            "cyclic": self.cyclic and self.cyclic.facts(), "began": self._began,
         }  # fmt: skip
 
 
@@ -344,43 +379,12 @@ def add_noise_(
     mechanism: str,
     key: NoiseKey,
     step: int,
+    correlation: Correlation | None = None,
     impl: str = "auto",
 ) -> None:
     """Add noise to sums that are clipped already, in place: `privatize_` without a clip."""
     privatize_(
         sums, layout=layout, clip=torch.full_like(scale, torch.inf), scale=scale,
-        p=1 if mechanism == "laplace" else 2, mechanism=mechanism, key=key, step=step, impl=impl,
+        p=1 if mechanism == "laplace" else 2, mechanism=mechanism, key=key, step=step,
+        correlation=correlation, impl=impl,
     )  # fmt: skip
-
-
-def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse what cannot be made private step by step."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "optimizer must not be LBFGS: it evaluates its closure many times in a step, each time "
-            "on private records without noise"
-        )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("optimizer must not be differentiable: a step is not differentiated")
-    if isinstance(optimizer, PrivateOptimizer):
-        raise ValueError("optimizer is private already: pass the one it wraps, its .optimizer")
-    distributed = torch.distributed.is_available() and isinstance(
-        model, nn.parallel.DistributedDataParallel
-    )
-    if distributed or isinstance(model, nn.DataParallel):
-        raise ValueError("model must not be distributed: pass the module, and `reduce` for sums")
-
-
-def _trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters that are trained, by their names in the model, in its order."""
-    wanted = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    found = {name: p for name, p in model.named_parameters() if id(p) in wanted}
-    if len(found) != len(wanted):
-        raise ValueError(
-            f"the optimizer has {len(wanted) - len(found)} parameters that the model has not; "
-            "make the optimizer from the result of with_clipping"
-        )
-    trained = {name: p for name, p in found.items() if p.requires_grad}
-    if not trained:
-        raise ValueError("the optimizer has no parameter that is trained: all are frozen")
-    return trained

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aadp_kernels.noise import NoiseKey, poisson_mask
+from aadp_kernels.noise import poisson_mask
+from aadp_kernels.noise_key import NoiseKey
 
 
 class PoissonBatches:

@@ -37,6 +37,8 @@ class Release:
             "grid" (proven for the numbers that were written).
         epsilon_inflation: What the grid form adds to epsilon, see `grid.inexactness`.
         tail_delta: What its cut tails add to delta (see there).
+        planned_steps: None: every step is a release of its own. Else this one release is a whole
+            run of at most so many steps: it is charged once, and nothing is added for a step.
     """
 
     mechanism: str
@@ -48,6 +50,7 @@ class Release:
     arithmetic: str = "real"
     epsilon_inflation: float = 0.0
     tail_delta: float = 0.0
+    planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         _validate.one_of("unit", self.unit, UNITS)
@@ -57,10 +60,11 @@ class Release:
 
     def __str__(self) -> str:
         sampled = f", Poisson rate {self.poisson_rate:g}" if self.poisson_rate < 1 else ""
+        whole = f", once for all {self.planned_steps} steps" if self.planned_steps else ""
         return (
             f"{self.mechanism}, noise multiplier {self.noise_multiplier:g}, unit {self.unit}, "
             f"adjacency {self.adjacency}, seen by {self.seen_by}{sampled}, "
-            f"{self.arithmetic} arithmetic"
+            f"{self.arithmetic} arithmetic{whole}"
         )
 
     @property
