@@ -42,9 +42,17 @@ def unavailable(impl: str, operation: str, form: str, device: torch.device) -> s
 
 
 def choose(
-    impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
+    impl: str,
+    operation: str,
+    *,
+    device: torch.device,
+    elements: int,
+    form: str = "wide",
+    correlated: bool = False,
 ) -> str:
     """Name of the back end; `elements` counts one row, so that a cohort changes nothing.
+
+    It must have the operation and, for a `Correlation`, be able to draw noise again.
 
     Only the wide form has the same bits in torch and numba, so only there may a small call leave
     numba: an element must not depend on the size of the call.
@@ -57,13 +65,21 @@ def choose(
         impl = _FASTEST.get(device.type, "torch")
         if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
-        return impl if unavailable(impl, operation, form, device) is None else "torch"
+        return impl if _reason(impl, operation, form, device, correlated) is None else "torch"
     if impl == "numba" and (operation, form) in _left_to_torch():
         return "torch"
-    reason = unavailable(impl, operation, form, device)
+    reason = _reason(impl, operation, form, device, correlated)
     if reason is not None:
         raise ValueError(f"impl must not be {impl!r} {reason}")
     return impl
+
+
+def _reason(
+    impl: str, operation: str, form: str, device: torch.device, correlated: bool
+) -> str | None:
+    """`unavailable` for everything that is asked of a call."""
+    needed = (operation, "correlation") if correlated else (operation,)
+    return next(filter(None, (unavailable(impl, each, form, device) for each in needed)), None)
 
 
 @cache
@@ -73,7 +89,13 @@ def _left_to_torch() -> set[tuple[str, str]]:
 
 
 def backend(
-    impl: str, operation: str, *, device: torch.device, elements: int, form: str = "wide"
+    impl: str,
+    operation: str,
+    *,
+    device: torch.device,
+    elements: int,
+    form: str = "wide",
+    correlated: bool = False,
 ) -> HostBackend:
     """The chosen back end; numba or triton is imported here.
 
@@ -82,16 +104,18 @@ def backend(
     """
     if impl not in IMPLS:
         _validate.one_of("impl", impl, IMPLS)
-    return _backend(impl, operation, device, form, elements < AUTO_ELEMENTS)
+    return _backend(impl, operation, device, form, elements < AUTO_ELEMENTS, correlated)
 
 
 @cache
 def _backend(
-    impl: str, operation: str, device: torch.device, form: str, small: bool
+    impl: str, operation: str, device: torch.device, form: str, small: bool, correlated: bool
 ) -> HostBackend:
     """`backend`, found once for all calls of a kind."""
     elements = 0 if small else AUTO_ELEMENTS
-    name = choose(impl, operation, device=device, elements=elements, form=form)
+    name = choose(
+        impl, operation, device=device, elements=elements, form=form, correlated=correlated
+    )
     return cast(HostBackend, import_module(f"aadp_kernels.{_PACKAGES[name]}.backend"))
 
 

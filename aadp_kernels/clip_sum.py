@@ -114,8 +114,9 @@ def clip_sum_noise(
     if last:
         noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
-        impl, "clip_sum", device=device, elements=layout.elements, form=form
-    )
+        impl, "clip_sum", device=device, elements=layout.elements, form=form,
+        correlated=correlation is not None,
+    )  # fmt: skip
     quanta = _quanta(scale, clip, mechanism) if form == "grid" and noisy else None
     running = None
     if accumulate is not None:

@@ -130,7 +130,10 @@ def sample_noise(
     if not (dtype.is_floating_point or (form == "grid" and dtype == torch.int64)):
         raise ValueError(f"dtype must be floating point (or int64 with form='grid'), got {dtype}")
     step, layer = check_address(key, step=step), _validate.integer_below("layer", layer, _MAX_LAYER)
-    backend = _dispatch.backend(impl, "noise", device=place, elements=count, form=form)
+    again = drawn_again(correlation, key, step, mechanism, form)
+    backend = _dispatch.backend(
+        impl, "noise", device=place, elements=count, form=form, correlated=correlation is not None
+    )
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
         _validate.nonnegative_tensor("scale", scale, finite=True)
@@ -142,7 +145,6 @@ def sample_noise(
     if nothing:
         return torch.zeros(shape, dtype=dtype, device=place)
     segment = (layer, offset, count)
-    again = drawn_again(correlation, key, step, mechanism, form)
     claim(key, mechanism, form, step, client, [segment])
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, count)

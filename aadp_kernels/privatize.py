@@ -110,8 +110,9 @@ def privatize_(
     noisy = noisy_layers(layout, scale)
     noise = noise_source(key, noisy, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
-        impl, "privatize", device=device, elements=layout.elements, form=form
-    )
+        impl, "privatize", device=device, elements=layout.elements, form=form,
+        correlated=correlation is not None,
+    )  # fmt: skip
     claim_layers(key, noise, 0 if clients is None else clients, layout, noisy)
     return backend.privatize(
         tensors, out, layout, bounds=Bounds(clip, p, votes_at), scale=scale, noise=noise,

@@ -8,6 +8,7 @@
     cohort    clients trained together against one after another
     faults    accuracy, ε and rounds given up where clients fail (minutes)
     processes a round in one process and in two (four minutes)
+    correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     picture   the picture on README's first screen, by one run (half a minute)
     traffic   a model of the L2 cache under the kernel's order; no GPU is used (two minutes)
     report    tables and plots of the committed results, into docs/ and README.md
@@ -42,6 +43,7 @@ PARTS = (
     "cohort",
     "faults",
     "processes",
+    "correlated",
     "picture",
     "traffic",
     "report",

@@ -223,6 +223,7 @@ def report() -> None:
     from bench import (
         accuracy_report,
         cohort,
+        correlated,
         faults,
         gpu_page,
         headline,
@@ -233,6 +234,7 @@ def report() -> None:
 
     headline.report()
     cohort.report()
+    correlated.report()
     accuracy_report.report()
     faults.report()
     processes.report()

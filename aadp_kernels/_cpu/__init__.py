@@ -14,6 +14,7 @@ import torch
 FORMS = {
     "noise": ("wide", "fast", "grid"),
     "coins": ("wide",),
+    "correlation": ("wide", "fast"),
     "privatize": ("wide", "fast", "grid"),
     "norms": ("wide",),
     "clip_sum": ("wide", "fast"),

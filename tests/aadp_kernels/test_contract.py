@@ -51,6 +51,6 @@ def test_numba_has_the_parts_of_clip_in_backward() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_forms_name_operations_and_forms(package: str) -> None:
     found = import_module(f"aadp_kernels.{package}")
-    operations = {"noise", "coins", "privatize", "norms", "clip_sum", "backward"}
+    operations = {"noise", "coins", "correlation", "privatize", "norms", "clip_sum", "backward"}
     assert set(found.FORMS) <= operations
     assert {form for forms in found.FORMS.values() for form in forms} <= {"wide", "fast", "grid"}

@@ -142,6 +142,21 @@ def test_what_has_no_proof_is_refused(change, words):
         noise(10, step=1, correlation=Correlation(D), **change)
 
 
+def test_what_cannot_draw_again_is_refused_by_name_and_not_chosen(monkeypatch):
+    from aadp_kernels import _cpu, _dispatch
+
+    forms = {name: of for name, of in _cpu.FORMS.items() if name != "correlation"}
+    monkeypatch.setattr(_cpu, "FORMS", forms)
+    _dispatch._backend.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="impl must not be 'numba' for correlation"):
+            noise(100, step=1, correlation=Correlation(D), impl="numba")
+        found = noise(100, step=1, correlation=Correlation(D), impl="auto")
+    finally:
+        _dispatch._backend.cache_clear()
+    assert torch.equal(found, by_definition(100, 1))
+
+
 def test_bad_coefficients_and_releases_are_refused():
     for wrong in ((), (0.5, 1.0), (1.0, math.nan), (1.0,) * 65):
         with pytest.raises(ValueError, match="coefficients must be"):

@@ -39,6 +39,7 @@ def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
     from tests.mutation import (
         adapters,
+        correlated,
         federated,
         groups,
         kernels,
@@ -48,5 +49,5 @@ def all_mutations() -> list[Mutation]:
         stopping,
     )
 
-    files = kernels, adapters, ledger, releases, stopping, federated, groups, packaging
+    files = kernels, adapters, correlated, ledger, releases, stopping, federated, groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]

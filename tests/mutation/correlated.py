@@ -1,0 +1,63 @@
+"""Mistakes in noise that is drawn again, and in what a whole run is charged."""
+
+from __future__ import annotations
+
+from tests.mutation.mutations import group
+
+_NOISE = "tests/aadp_kernels/test_correlation.py"
+_RUNS = "tests/aadp_kernels/test_factorization.py"
+_LOOP = "tests/aadp_kernels/test_integrations_cyclic.py"
+
+MUTATIONS = [
+    *group(
+        "aadp_kernels/correlation.py",
+        _NOISE,
+        ("a band is missing", "later = correlation.coefficients[1:]", "later = correlation.coefficients[1:-1]"),
+        ("bands are off by one", "later = correlation.coefficients[1:]", "later = correlation.coefficients[:-1]"),
+        ("the sign is wrong", "return DrawnAgain(coefficient, key.words, step - back)", "return DrawnAgain(-coefficient, key.words, step - back)"),
+        ("a step is off by one", "return DrawnAgain(coefficient, key.words, step - back)", "return DrawnAgain(coefficient, key.words, max(step - back - 1, 0))"),
+        ("steps before the first", "isinstance(step, Tensor) or step >= back", "isinstance(step, Tensor) or step > back"),
+        ("Laplace noise", "if mechanism != \"gaussian\":", "if False:"),
+        ("the grid form", "if form == \"grid\":", "if False:"),
+        ("keys of another generator", "if other.rng != key.rng:", "if False:"),
+        ("the release itself", "and at == step:", "and at == -1:"),
+    ),
+    *group(
+        "aadp_kernels/_torch/noise.py",
+        _NOISE,
+        ("nothing is drawn again", "for term in noise.again:", "for term in noise.again[:0]:"),
+        ("a coefficient is missing", "value.add_(drawn.mul_(term.coefficient))", "value.add_(drawn)"),
+    ),
+    *group(
+        "aadp_kernels/_cpu/passes.py",
+        _NOISE,
+        ("nothing is drawn again", "for term in range(len(plan.states)):", "for term in range(1):"),
+        ("coefficients are those before", "_add_multiple(drawn, plan.coefficients[term], again)", "_add_multiple(drawn, plan.coefficients[term - 1], again)"),
+        ("fast coefficients are those before", "np.float32(plan.coefficients[term])", "np.float32(plan.coefficients[term - 1])"),
+    ),
+    *group(
+        "aadp_kernels/factorization.py",
+        _RUNS,
+        ("rows after the last participation", "products[lag][horizon - 1 - later]", "products[lag][min(horizon - 1 - later, 3)]"),
+        ("only the diagonal", "(1 if i == j else 2) * inner", "(1 if i == j else 0) * inner"),
+        ("columns one row off", "c[t] = -(d[1 : back + 1]", "c[t] = (d[1 : back + 1]"),
+        ("the first batch alone", "total[first:] += c[: horizon - first]", "total[:] = c"),
+        ("an inverse that rises", "if (c < 0).any() or (np.diff(c) > 0).any():", "if False:"),
+        ("momentum forgotten", "row[t] = rates[t] + momentum * row[t + 1]", "row[t] = rates[t] + row[t + 1]"),
+    ),
+    *group(
+        "aadp_kernels/integrations/cyclic.py",
+        _LOOP,
+        ("noise from before the run", "step - first_step)", "step)"),
+        ("a run charged as a step", "return noise_multiplier / self.sensitivity", "return noise_multiplier"),
+        ("batches in another order", "part, self.next_step = self.next_step % self.period", "part, self.next_step = -self.next_step % self.period"),
+    ),
+    *group(
+        "aadp_kernels/integrations/optim.py",
+        _LOOP,
+        ("steps beyond the plan", "self.next_step - self._began >= self.cyclic.steps:", "False:"),
+        ("one step beyond the plan", "self.next_step - self._began >= self.cyclic.steps:", "self.next_step - self._began > self.cyclic.steps:"),
+        ("where a run began is forgotten", "facts.get(\"began\", 0)", "self._began"),
+        ("independent noise", "step=step, correlation=among,", "step=step, correlation=None,"),
+    ),
+]  # fmt: skip
