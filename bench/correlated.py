@@ -127,6 +127,10 @@ def speed() -> list[dict[str, Any]]:
     return rows
 
 
+def _name(bands: int) -> str:
+    return "independent" if bands == 1 else f"{bands} bands"
+
+
 def _release(problem: Problem, d: tuple[float, ...]) -> Callable[[], None]:
     key, step = NoiseKey.random(), iter(range(8, 1 << 31))
     scale = torch.full_like(problem.clip, problem.scale)
@@ -184,11 +188,10 @@ def noise_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|" + "---|" * len(EPSILONS),
     ]  # fmt: skip
     for row in sorted(rows, key=lambda r: (r["momentum"], r["bands"])):
-        name = "independent" if row["bands"] == 1 else f"{row['bands']} bands"
         simulated = f"{row['simulated']:.3f}" if "simulated" in row else ""
         poisson = " | ".join(f"{row['of_poisson'][str(e)]:.2f}" for e in EPSILONS)
         lines.append(
-            f"| {row['momentum']:g} | {name} | {row['of_independent']:.3f} | {simulated} | "
+            f"| {row['momentum']:g} | {_name(row['bands'])} | {row['of_independent']:.3f} | {simulated} | "
             f"{poisson} |"
         )
     return "\n".join(lines)
@@ -221,8 +224,7 @@ def draw() -> None:
         for bands, colour in zip((1, 2, 4), ("#555555", "#0072B2", "#D55E00"), strict=True):
             d = coefficients(bands, momentum)
             each = [model_noise(d, row[None]) * _sensitivity(d) for row in workload]
-            label = "independent" if bands == 1 else f"{bands} bands"
-            axis.plot(range(1, ROUNDS + 1), each, color=colour, label=label)
+            axis.plot(range(1, ROUNDS + 1), each, color=colour, label=_name(bands))
         axis.set(title=f"server momentum {momentum:g}", xlabel="round", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e5e5e5", linewidth=0.6)
