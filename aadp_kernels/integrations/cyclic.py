@@ -59,9 +59,11 @@ class CyclicSteps:
         With a period of 1, every record in every step, independent noise is best.
 
         Args:
-            period, steps: See the class.
+            period: See the class.
+            steps: See the class.
             bands: p >= 1: noise of how many steps is in a release. 2 takes nearly all there is.
-            momentum, nesterov: Of the SGD that uses the releases.
+            momentum: Of the SGD that uses the releases.
+            nesterov: Of the SGD that uses the releases.
             learning_rates: Of each step [steps], up to a factor; None: all equal.
         """
         rates = [1.0] * steps if learning_rates is None else learning_rates
