@@ -134,7 +134,7 @@ def test_only_the_release_itself_is_claimed():
     ("change", "words"),
     [
         ({"mechanism": "laplace"}, "laplace noise: only Gaussian has a proof"),
-        ({"form": "grid"}, "form='grid'"),
+        ({"form": "grid"}, "multiples lie on no grid"),
     ],
 )
 def test_what_has_no_proof_is_refused(change, words):
