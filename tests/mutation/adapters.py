@@ -72,21 +72,26 @@ OPTIMIZER = group(
     _LIFE,
     ("parameters are not compared", "if self._trained_now() == self._trained and all(", "if self._trained and all("),
     ("gradients of frozen ones pass", "all(p.grad is None for p in self._frozen)", "self._frozen is not None"),
-    ("frozen ones have a part", "for name, p in found.items() if p.requires_grad}", "for name, p in found.items()}"),
     ("noise is drawn before it is counted", "step, self.next_step = self.next_step, self.next_step + 1", "step = self.next_step"),
     ("steps that fail are free", "            self.steps_taken += 1\n", ""),
     ("a first step is not undone", "                parameter.copy_(value)\n", "                pass\n"),
     ("loading goes back", 'self.next_step = max(self.next_step, facts["next_step"])', 'self.next_step = facts["next_step"]'),
     ("the closure runs twice", "                found = closure()\n", "                found = closure() and closure()\n"),
-    ("LBFGS passes", "if isinstance(optimizer, torch.optim.LBFGS):", "if optimizer is None:"),
     ("raised clip norms pass", "        self._kept.check()\n", ""),
     ("retired ones step", "        if self._watch.closed:\n", '        if self._watch.closed == "no":\n'),
+)  # fmt: skip
+
+WRAPPED = group(
+    "aadp_kernels/integrations/_wrapped.py",
+    _LIFE,
+    ("frozen ones have a part", "for name, p in found.items() if p.requires_grad}", "for name, p in found.items()}"),
+    ("LBFGS passes", "if isinstance(optimizer, torch.optim.LBFGS):", "if optimizer is None:"),
 )  # fmt: skip
 
 STATES = group(
     "aadp_kernels/integrations/_public_state.py",
     f"{_LIFE}::test_states_of_something_else_are_refused",
-    ("multipliers are not compared", '"mechanism", "noise_multiplier", "p")', '"mechanism", "p")'),
+    ("multipliers are not compared", '"mechanism", "noise_multiplier", "p",', '"mechanism", "p",'),
     ("layers are not compared", '("layers", "mechanism"', '("mechanism"'),
     ("other runs after own steps", 'facts["run"] != own["run"]', 'facts["run"] == "no"'),
 )  # fmt: skip
@@ -159,7 +164,7 @@ MUTATIONS = [
     *INDEPENDENCE,
     *WATCH,
     *SUMS,
-    *OPTIMIZER,
+    *OPTIMIZER, *WRAPPED,
     *STATES,
     *OPACUS,
     *SAMPLERS,
