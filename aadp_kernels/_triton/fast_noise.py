@@ -102,8 +102,9 @@ def _uniform(words, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def _tail_uniform(words, tail, uniform, GAUSSIAN: tl.constexpr):
-    """`uniform` where n >= 2^12, n being its leading digits only where n is smaller."""
+def _tail_uniform(words, tail, GAUSSIAN: tl.constexpr):
+    """`_uniform` where n >= 2^12; where n is smaller, `tail` gives the digits after it."""
+    uniform = _uniform(words, GAUSSIAN)
     fraction = tail.to(tl.float32) * 2.0**-32 + 2.0**-33
     if GAUSSIAN:
         return tl.where(words < 4096, (words.to(tl.float32) + fraction) * 2.0**-32, uniform)
@@ -138,12 +139,13 @@ def fast_philox(
     a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
     words = _radius_words(a, b, c, d, GAUSSIAN)
     angles = join2(b, d)
-    uniform = _uniform(words, GAUSSIAN)
     # One tile in hundreds needs tail words: the branch is for the whole tile.
     if _minimum(_least(a, b, c, d, GAUSSIAN)) < limit:
         word += _TAIL * _DOMAIN
         a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
-        uniform = _tail_uniform(words, _radius_words(a, b, c, d, GAUSSIAN), uniform, GAUSSIAN)
+        uniform = _tail_uniform(words, _radius_words(a, b, c, d, GAUSSIAN), GAUSSIAN)
+    else:
+        uniform = _uniform(words, GAUSSIAN)
     return _fast_values(words, angles, uniform, GAUSSIAN)
 
 
@@ -153,26 +155,24 @@ def fast_chacha(block, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN:
     limit: tl.constexpr = 4096 if GAUSSIAN else 8192
     word = layer + domain * _DOMAIN
     w = chacha(block, step, client, word, key, ROUNDS)
-    words0 = _radius_words(w[0], w[1], w[2], w[3], GAUSSIAN)
-    words1 = _radius_words(w[4], w[5], w[6], w[7], GAUSSIAN)
-    words2 = _radius_words(w[8], w[9], w[10], w[11], GAUSSIAN)
-    words3 = _radius_words(w[12], w[13], w[14], w[15], GAUSSIAN)
-    uniform0, uniform1 = _uniform(words0, GAUSSIAN), _uniform(words1, GAUSSIAN)
-    uniform2, uniform3 = _uniform(words2, GAUSSIAN), _uniform(words3, GAUSSIAN)
+    words0 = _radius_words(*w[0:4], GAUSSIAN)
+    words1 = _radius_words(*w[4:8], GAUSSIAN)
+    words2 = _radius_words(*w[8:12], GAUSSIAN)
+    words3 = _radius_words(*w[12:16], GAUSSIAN)
     least = tl.minimum(
         tl.minimum(_least(*w[0:4], GAUSSIAN), _least(*w[4:8], GAUSSIAN)),
         tl.minimum(_least(*w[8:12], GAUSSIAN), _least(*w[12:16], GAUSSIAN)),
     )
     if _minimum(least) < limit:
         t = chacha(block, step, client, word + _TAIL * _DOMAIN, key, ROUNDS)
-        tail = _radius_words(t[0], t[1], t[2], t[3], GAUSSIAN)
-        uniform0 = _tail_uniform(words0, tail, uniform0, GAUSSIAN)
-        tail = _radius_words(t[4], t[5], t[6], t[7], GAUSSIAN)
-        uniform1 = _tail_uniform(words1, tail, uniform1, GAUSSIAN)
-        tail = _radius_words(t[8], t[9], t[10], t[11], GAUSSIAN)
-        uniform2 = _tail_uniform(words2, tail, uniform2, GAUSSIAN)
-        tail = _radius_words(t[12], t[13], t[14], t[15], GAUSSIAN)
-        uniform3 = _tail_uniform(words3, tail, uniform3, GAUSSIAN)
+        uniform0 = _tail_uniform(words0, _radius_words(*t[0:4], GAUSSIAN), GAUSSIAN)
+        uniform1 = _tail_uniform(words1, _radius_words(*t[4:8], GAUSSIAN), GAUSSIAN)
+        uniform2 = _tail_uniform(words2, _radius_words(*t[8:12], GAUSSIAN), GAUSSIAN)
+        uniform3 = _tail_uniform(words3, _radius_words(*t[12:16], GAUSSIAN), GAUSSIAN)
+    else:
+        # Not before the branch: in it, the uniforms would hold registers beside all words.
+        uniform0, uniform1 = _uniform(words0, GAUSSIAN), _uniform(words1, GAUSSIAN)
+        uniform2, uniform3 = _uniform(words2, GAUSSIAN), _uniform(words3, GAUSSIAN)
     return (
         _fast_values(words0, join2(w[1], w[3]), uniform0, GAUSSIAN),
         _fast_values(words1, join2(w[5], w[7]), uniform1, GAUSSIAN),

@@ -49,6 +49,13 @@ TILES = {
     ("grid", False): 256, ("grid", True): 256,
 }  # fmt: skip
 
+# Registers of a thread, by form and whether the generator is ChaCha: without a limit the assembler
+# spills to fit another program beside the others. 128 leave room for four programs, 168 for three.
+REGISTERS = {
+    ("fast", False): 96, ("fast", True): 128, ("wide", False): 128, ("wide", True): 168,
+    ("grid", False): 128, ("grid", True): 168,
+}  # fmt: skip
+
 
 def tile_size(form: str, secure: bool, itemsize: int) -> int:
     """Elements of a tile, so that a thread of the forms wide and fast has 128 bits at least."""
@@ -193,7 +200,7 @@ def _launch(
         WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
         CHACHA=secure, ROUNDS=rounds_of(rng),
         BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
-        LANES=32 * WARPS,
-        num_warps=WARPS, enable_fp_fusion=form == "fast",
+        LANES=32 * WARPS, num_warps=WARPS, enable_fp_fusion=form == "fast",
+        maxnreg=REGISTERS[form, secure],
     )  # fmt: skip
     return stats

@@ -12,58 +12,24 @@ import triton
 import triton.language as tl
 
 from aadp_kernels._triton.grid import (
-    grid_index,
     grid_noise,
     quantise,
     quantum,
     quantum_weight,
     release,
 )
-from aadp_kernels._triton.noise import part_index, tile_noise, to_element
+from aadp_kernels._triton.noise import tile_noise
 from aadp_kernels._triton.rng import load_key
+from aadp_kernels._triton.tile_access import (
+    AGAIN,
+    LAST,
+    difference,
+    load_pair,
+    store,
+    tile_index,
+)
 
 _NORMAL = tl.constexpr(torch.finfo(torch.float64).tiny)
-# A norm ticket reads what will be read again, an apply ticket what will not: cache priorities.
-_AGAIN, _LAST = tl.constexpr("evict_last"), tl.constexpr("evict_first")
-
-
-@triton.jit
-def _pointer(address, offset, FULL: tl.constexpr, DTYPE: tl.constexpr):
-    """Pointer to an element of a tensor; that of a whole tile is a multiple of 16 bytes."""
-    if FULL:
-        # The offset is a multiple already; the compiler sees it in the product, where a hint on an
-        # argument would be lost.
-        width: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + offset // width * width
-    else:
-        return address.to(tl.pointer_type(DTYPE)) + offset
-
-
-@triton.jit
-def _load(
-    address, offset, index, low, high, FULL: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr,
-    CACHE: tl.constexpr,
-):  # fmt: skip
-    """Elements at `index` of a tile, zero outside [low, high), as `TO`."""
-    pointer = _pointer(address, offset, FULL, DTYPE)
-    if FULL:
-        return tl.load(pointer + index, eviction_policy=CACHE).to(TO)
-    else:
-        inside = (index >= low) & (index < high)
-        return tl.load(pointer + index, mask=inside, other=0.0, eviction_policy=CACHE).to(TO)
-
-
-@triton.jit
-def _update(
-    x, x_offset, reference, reference_offset, index, low, high, FULL: tl.constexpr,
-    X: tl.constexpr, REFERENCE: tl.constexpr, DTYPE: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """x - reference of a tile."""
-    value = _load(x, x_offset, index, low, high, FULL, X, DTYPE, CACHE)
-    if REFERENCE is not None:
-        # Every row reads the reference: neither first nor last.
-        value -= _load(reference, reference_offset, index, low, high, FULL, REFERENCE, DTYPE, "")
-    return value
 
 
 @triton.jit
@@ -137,17 +103,6 @@ def _round_down(factor, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store(address, offset, index, low, high, value, FULL: tl.constexpr, DTYPE: tl.constexpr):
-    pointer = _pointer(address, offset, FULL, DTYPE)
-    value = to_element(value, DTYPE)
-    if FULL:
-        tl.store(pointer + index, value, eviction_policy=_LAST)
-    else:
-        inside = (index >= low) & (index < high)
-        tl.store(pointer + index, value, mask=inside, eviction_policy=_LAST)
-
-
-@triton.jit
 def _apply_tile(
     x, reference, out, shift, shift0, element, low, high, factor, scale, step, client, layer, key,
     thresholds, FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
@@ -159,6 +114,15 @@ def _apply_tile(
 
     In the grid form `factor` turns elements into quanta and `scale` is the quantum.
     """
+    # The loads come first: they are under way while the noise is drawn.
+    loaded = ()
+    for part in tl.static_range(PARTS):
+        index = tile_index(part, TILE, GAUSSIAN, FORM, CHACHA, BLOCKS)
+        pair = load_pair(
+            x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
+            LAST,
+        )  # fmt: skip
+        loaded += (pair,)
     if NOISY and FORM == "grid":
         noise = (
             grid_noise(
@@ -170,14 +134,8 @@ def _apply_tile(
             element, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
         )
     for part in tl.static_range(PARTS):
-        if FORM == "grid":
-            index = grid_index(TILE, GAUSSIAN, CHACHA)
-        else:
-            index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
-        value = _update(
-            x, shift + element, reference, shift0 + element, index, low, high, FULL, X, REFERENCE,
-            DTYPE, _LAST,
-        )  # fmt: skip
+        index = tile_index(part, TILE, GAUSSIAN, FORM, CHACHA, BLOCKS)
+        value = difference(loaded[part], REFERENCE, DTYPE)
         if NOISY and FORM == "grid":
             value = release(quantise(value, factor), noise[part], scale, GAUSSIAN)
         elif NOISY:
@@ -186,7 +144,7 @@ def _apply_tile(
             # A scale that no noise was drawn for must not pass for privacy.
             value = tl.where(factor == factor, value * factor, 0.0)
             value = tl.where(scale == 0, value, float("nan"))
-        _store(out, shift + element, index, low, high, value, FULL, OUT)
+        store(out, shift + element, index, low, high, value, FULL, OUT)
 
 
 @triton.jit
@@ -229,19 +187,19 @@ def _chunk_sums(
     sum2 = tl.zeros([TILE // WIDTH], tl.float64)
     element = first
     while element < whole:
-        value = _update(
-            x, shift + element, reference, shift0 + element, index, 0, 0, True, X, REFERENCE, DTYPE,
-            _AGAIN,
+        pair = load_pair(
+            x, shift + element, reference, shift0 + element, index, 0, 0, True, X, REFERENCE,
+            AGAIN,
         )  # fmt: skip
-        sum1, sum2 = _add_tile(value, sum1, sum2, P)
+        sum1, sum2 = _add_tile(difference(pair, REFERENCE, DTYPE), sum1, sum2, P)
         element += TILE
     while element < high:
-        value = _update(
+        pair = load_pair(
             x, shift + element, reference, shift0 + element, index,
             tl.maximum(low - element, 0).to(tl.int32),
-            tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, DTYPE, _AGAIN,
+            tl.minimum(high - element, TILE).to(tl.int32), False, X, REFERENCE, AGAIN,
         )  # fmt: skip
-        sum1, sum2 = _add_tile(value, sum1, sum2, P)
+        sum1, sum2 = _add_tile(difference(pair, REFERENCE, DTYPE), sum1, sum2, P)
         element += TILE
     return tl.sum(sum1, axis=0), tl.sum(sum2, axis=0)
 

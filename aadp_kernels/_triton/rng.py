@@ -1,8 +1,8 @@
 """ChaCha and Philox4x32 as Triton device functions: the words of `addresses`.
 
 The counter is (block, step, client, layer), all uint32; a generator is named by its number of
-rounds, `ROUNDS`, and by `CHACHA`. Rounds are unrolled, so that what does not depend on the block
-(the key schedule, the constants) is computed once and outside of every loop.
+rounds, `ROUNDS`, and by `CHACHA`. Rounds of Philox are unrolled, so that its key schedule, which
+does not depend on the block, is computed once and outside of every loop; ChaCha has none.
 """
 
 # Triton's constexpr arguments, ranges and launch options have no types that fit.
@@ -61,7 +61,8 @@ def chacha(block, step, client, layer, key, ROUNDS: tl.constexpr):
     i13, i14, i15 = zero + step, zero + client, zero + layer
     x0, x1, x2, x3, x4, x5, x6, x7 = i0, i1, i2, i3, i4, i5, i6, i7
     x8, x9, x10, x11, x12, x13, x14, x15 = i8, i9, i10, i11, block, i13, i14, i15
-    for _ in tl.static_range(ROUNDS // 2):
+    # A loop of the machine: unrolled, twenty rounds take Triton minutes to lay out.
+    for _ in range(ROUNDS // 2):
         x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
         x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
         x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
