@@ -139,7 +139,10 @@ def _finish_record(
     tl.atomic_add(counts_ptr + 2 * num_layers + layer, one, mask=live & (finite == 0))
 
 
-@triton.jit(do_not_specialize=["batch", "num_slots", "num_layers"])
+@triton.jit(
+    do_not_specialize=["batch", "num_slots", "num_layers"],
+    do_not_specialize_on_alignment=["mask_ptr", "clip_ptr", "votes_ptr", "quanta_ptr"],
+)
 def norm_pieces(
     pieces_ptr, layers_ptr, tensors_ptr, mask_ptr, clip_ptr, votes_ptr, quanta_ptr, slots_ptr,
     factors_ptr, norms_ptr, counts_ptr, batch, num_slots, num_layers,
@@ -254,7 +257,10 @@ def _store_part(sums, target, acc, mask, LAST: tl.constexpr):
         tl.store(sums, acc, mask)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(
+    do_not_specialize=["batch"],
+    do_not_specialize_on_alignment=["factors_ptr", "scale_ptr", "step_ptr", "client_ptr"],
+)
 def sum_tiles(
     tiles_ptr, statics_ptr, tensors_ptr, factors_ptr, scale_ptr, step_ptr, client_ptr, key_ptr,
     batch, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, FRESH: tl.constexpr, LAST: tl.constexpr,

@@ -242,7 +242,10 @@ def release(total, noise, step, GAUSSIAN: tl.constexpr):
     return (noised.to(tl.float64) + (0.0 if GAUSSIAN else 0.5)) * step
 
 
-@triton.jit(do_not_specialize=["layer", "low", "high"])
+@triton.jit(
+    do_not_specialize=["layer", "low", "high"],
+    do_not_specialize_on_alignment=["scale_pointer", "step_pointer", "clients_pointer"],
+)
 def grid_kernel(
     out_pointer, scale_pointer, step_pointer, clients_pointer, key_pointer, thresholds, layer, low,
     high, TILE: tl.constexpr, GAUSSIAN: tl.constexpr, CHACHA: tl.constexpr,

@@ -135,7 +135,10 @@ def _store_noise(
         tl.store(out + (element - low), to_element(value, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "low", "high"])
+@triton.jit(
+    do_not_specialize=["layer", "low", "high"],
+    do_not_specialize_on_alignment=["scale_pointer", "step_pointer", "clients_pointer"],
+)
 def noise_kernel(
     out_pointer, scale_pointer, step_pointer, clients_pointer, key_pointer, layer, low, high,
     TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr,

@@ -256,10 +256,14 @@ def _taken(lanes, LANES: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, LANES) == 0, lanes, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=[
-    "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
-    "num_chunks",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
+        "num_chunks",
+    ],
+    # Views of what training keeps: another alignment must not compile another kernel.
+    do_not_specialize_on_alignment=["clip", "scale", "votes_at", "step_pointer", "clients"],
+)  # fmt: skip
 def privatize_kernel(
     tickets, ticket_count, counter, chunks, units, layers, addresses, done, published, partials,
     clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,

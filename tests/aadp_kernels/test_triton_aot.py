@@ -21,12 +21,16 @@ SCRIPT = Path(__file__).with_name("triton_aot.py")
 BUDGETS = {
     ("philox10", "fast"): 28,
     ("chacha8", "fast"): 44,
-    ("chacha20", "fast"): 92,
+    ("chacha20", "fast"): 80,
     ("philox10", "wide"): 120,
     ("chacha8", "wide"): 170,
     ("chacha20", "wide"): 240,
 }
+# CPU seconds of a build, which a loaded machine stretches a little.
+MAX_SECONDS = 16
+# Four programs on a multiprocessor; three for ChaCha in the wide form, whose words fill the rest.
 MAX_REGISTERS = 128
+MAX_REGISTERS_WIDE_CHACHA = 168
 
 QUICK = ["philox10,fast,laplace,fp32,1,90"]
 SLOW = [
@@ -41,6 +45,8 @@ SLOW = [
     "philox10,wide,gaussian,fp32,2,80",
     "chacha8,wide,laplace,fp32,1,90",
     "chacha8,wide,laplace,bf16,1,80",
+    *(f"chacha20,wide,laplace,fp32,1,{capability}" for capability in (80, 90, 100, 120)),
+    *(f"philox10,fast,laplace,fp32,1,{capability}" for capability in (100, 120)),
     "philox10,grid,laplace,fp32,1,90",
 ]
 
@@ -59,7 +65,9 @@ def measure(cases):
 def check(report):
     rng, form, _, dtype, *_ = report["case"].split(",")
     assert report["spills"] == report["stack"] == report["local"] == 0, report
-    assert report["registers"] <= MAX_REGISTERS, report
+    wide_chacha = rng.startswith("chacha") and form == "wide"
+    assert report["registers"] <= (MAX_REGISTERS_WIDE_CHACHA if wide_chacha else MAX_REGISTERS)
+    assert report["seconds"] <= MAX_SECONDS, report
     if form == "grid":
         return
     assert report["wide_norm_loops"] >= 1, report

@@ -8,6 +8,7 @@ disassemblers come with Triton.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -55,9 +56,10 @@ def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: i
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
         options={
-            "num_warps": warps, "enable_fp_fusion": form == "fast",
+            "num_warps": warps,
+            "enable_fp_fusion": form == "fast",
             "maxnreg": privatize.REGISTERS[form, secure],
-        },  # fmt: skip
+        },
     )
     return built, tile // (32 * warps)
 
@@ -118,7 +120,9 @@ def memory_loops(code: list[str], labels: dict[str, int], double_rounds: int) ->
 def report(case: str) -> dict[str, object]:
     """Registers, memory, access widths and instructions an element of one case."""
     rng, form, mechanism, dtype, p, capability = case.split(",")
+    before = os.times()
     built, per_thread = build(rng, form, mechanism, dtype, int(p), int(capability))
+    spent = sum(b - a for a, b in zip(before[:4], os.times()[:4], strict=True))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -143,7 +147,7 @@ def report(case: str) -> dict[str, object]:
         "case": case, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
         "shared": found["SHARED"], "instructions": len(code),
         "spills": sum("LDL" in line or "STL" in line for line in code),
-        "wide_norm_loops": len(norm), "apply": None,
+        "wide_norm_loops": len(norm), "apply": None, "seconds": round(spent, 1),
         "hints": sorted({f"{access} {priority}" for access, priority in hints}),
     }  # fmt: skip
     if apply is not None:
