@@ -332,7 +332,7 @@ class TestPlan:
 
 def test_graphs_of_one_table_keep_it_once(monkeypatch):
     """A replay copies from the memory that was captured: it stays, once for each content."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_device, "_capturing", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     copied = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: copied.append(self))
