@@ -180,9 +180,18 @@ def check(name, p, mode, size, seed=0):
     assert not any(sums[n][1].any() for n in params)
 
 
-@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("mode", ["autograd", "vmap, shared", "vmap, own"])
+@pytest.mark.parametrize(
+    ("mode", "p"),
+    [
+        ("autograd", 1),
+        ("autograd", 2),
+        ("vmap, shared", 2),
+        ("vmap, own", 1),
+        pytest.param("vmap, shared", 1, marks=pytest.mark.slow),
+        pytest.param("vmap, own", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sums_and_counts(name, p, mode):
     for size in (0.0, 0.3, 3.0, math.inf) if mode == "autograd" else (0.5, 2.0):
         check(name, p, mode, size)

@@ -318,6 +318,7 @@ def command(folder, *more, fault=None):
     return process.returncode, out, errors
 
 
+@pytest.mark.slow
 def test_the_command_and_a_folder_that_is_taken(tmp_path):
     code, out, errors = command(tmp_path)
     assert code == 0, errors

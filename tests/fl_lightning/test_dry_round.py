@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found 1 module.*eval mode"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
-SETTINGS = ["record+local", "client+local", "client+aggregator", "none"]
 
 
 class Body(nn.Module):
@@ -119,8 +118,19 @@ WORKING = {
 }
 
 
-@pytest.mark.parametrize("execution", ["vmap", "loop"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "execution"),
+    [
+        ("record+local", "vmap"),
+        ("record+local", "loop"),
+        ("client+local", "vmap"),
+        ("client+aggregator", "loop"),
+        ("none", "vmap"),
+        pytest.param("client+local", "loop", marks=pytest.mark.slow),
+        pytest.param("client+aggregator", "vmap", marks=pytest.mark.slow),
+        pytest.param("none", "loop", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", WORKING)
 def test_networks_that_work(tmp_path, name, setting, execution):
     make, options = WORKING[name]

@@ -105,8 +105,15 @@ def fedavg(data, network, *, rounds, lr, momentum, batches, cohorts=None, weight
     return network
 
 
-@pytest.mark.parametrize("execution", ["vmap", "loop"])
-@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize(
+    ("make", "execution"),
+    [
+        (mlp, "loop"),
+        (cnn, "vmap"),
+        pytest.param(mlp, "vmap", marks=pytest.mark.slow),
+        pytest.param(cnn, "loop", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "privacy",
     [

@@ -20,7 +20,7 @@ from tests.fl_lightning.resuming import (
 )
 
 
-@pytest.mark.parametrize("execution", ["vmap", "loop"])
+@pytest.mark.parametrize("execution", ["vmap", pytest.param("loop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_three_and_three_rounds_are_six_bit_for_bit(tmp_path, setting, execution):
     options = {"privacy": SETTINGS[setting], "execution": execution, "local_steps": 2}
