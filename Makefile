@@ -25,8 +25,12 @@ test: $(TEST)  ## all quick tests
 test-slow: $(TEST)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(TEST)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+# A GPU machine brings its own torch and may have no network: nothing is installed. The environment's
+# Python is taken where it can run the tests, else the system's.
+GPU_PYTHON ?= $(shell $(BIN)/python -c 'import pytest, torch' 2>/dev/null && echo $(BIN)/python || echo $(PYTHON))
+
+test-gpu:  ## the tests that need a CUDA device, with the packages that are there
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 gpu-day:  ## everything that wants a GPU, nine minutes a call until nothing is left; installs nothing
 	$(PYTHON) -m bench.gpu_day $(ARGS)

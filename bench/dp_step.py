@@ -117,17 +117,24 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
     timers = {
         name: measure.timer(r.run, setup.device, before=r.restore) for name, r in passed.items()
     }
-    samples = measure.interleaved(timers, 15 if quick else 25, 0.4 * budget)
-    rows = {name: measure.in_a_row(each, 10) for name, each in timers.items()}
-    repeated = {} if quick else measure.interleaved(rows, 15, 0.3 * budget)
+
+    def failed(name: str, error: Exception) -> None:
+        note_failure(name, entries[name], error)
+
+    samples = measure.interleaved(timers, 15 if quick else 25, 0.4 * budget, failed)
+    rows = {name: measure.in_a_row(timers[name], 10) for name in samples}
+    repeated = {} if quick else measure.interleaved(rows, 15, 0.3 * budget, failed)
     for name, seconds in samples.items():
+        if "failed" in entries[name] or "skipped" in entries[name]:
+            continue
         entries[name]["seconds"] = seconds
         if name in repeated:
             entries[name]["in_a_row"] = repeated[name]
         entries[name]["peak_extra"] = measure.peak_extra(
             lambda r=passed[name]: (release(r.model), r.run()), setup.device
         )
-        ratio = measure.ratios(seconds, samples["no privacy"])[0]
+        floor = samples.get("no privacy", seconds)
+        ratio = measure.ratios(seconds, floor)[0]
         print(f"  {name}: {1e3 * measure.quantiles(seconds)[0]:.2f} ms, {ratio:.2f} x", flush=True)
     size = sum(p.numel() for p in setup.model.parameters())
     return {"network": setup.name, "batch": setup.size, "p": setup.p, "parameters": size,

@@ -120,13 +120,18 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
         if runner is not None:
             passed[side.name] = runner
     floor = {name: r.timer() for name, r in passed.items()}
-    samples = measure.interleaved(floor, 5 if quick else 15, 0.6 * budget)
+
+    def failed(name: str, error: Exception) -> None:
+        note_failure(name, entries[name], error)
+
+    samples = measure.interleaved(floor, 5 if quick else 15, 0.6 * budget, failed)
+    for runner in passed.values():
+        if isinstance(runner, Child):
+            runner.close()
     for name, seconds in samples.items():
         entries[name]["seconds"] = seconds
         if isinstance(passed[name], Local):
             entries[name] |= footprint(passed[name], device)
-        else:
-            passed[name].close()
         print(f"  {name}: {1e3 * measure.quantiles(seconds)[0]:.2f} ms", flush=True)
     return {
         "elements": problem.elements, "tensors": len(problem.tensors),

@@ -19,10 +19,21 @@ Timer = Callable[[], float]
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
-def interleaved(timers: Mapping[str, Timer], repeats: int, budget: float) -> dict[str, list[float]]:
+def interleaved(
+    timers: Mapping[str, Timer],
+    repeats: int,
+    budget: float,
+    failed: Callable[[str, Exception], object] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each side, `repeats` times or until `budget` seconds are spent, at least thrice.
 
     The order turns by one every repeat, so that nobody always follows the same side.
+
+    Args:
+        timers: By side.
+        repeats: Of every side at most.
+        budget: In seconds.
+        failed: Told of a side that raises, which is then left out; None: the error goes on.
     """
     samples: dict[str, list[float]] = {name: [] for name in timers}
     names, start = list(timers), time.perf_counter()
@@ -31,7 +42,16 @@ def interleaved(timers: Mapping[str, Timer], repeats: int, budget: float) -> dic
             break
         for i in range(len(names)):
             name = names[(i + repeat) % len(names)]
-            samples[name].append(timers[name]())
+            if name not in samples:
+                continue
+            try:
+                samples[name].append(timers[name]())
+            except Exception as error:
+                if failed is None:
+                    raise
+                # What it compiles for other values, or the rest of its work, is not to be had.
+                del samples[name]
+                failed(name, error)
     return samples
 
 

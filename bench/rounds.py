@@ -247,7 +247,11 @@ def measure_case(case: Case, device: torch.device, budget: float, quick: bool) -
                     engines.pop(name).close()
         timers = {name: lambda e=engine: e.rounds(case.turn) for name, engine in engines.items()}
         left = budget - (time.perf_counter() - begun)
-        samples = measure.interleaved(timers, 5 if quick else 25, 0.8 * left)
+
+        def failed(name: str, error: Exception) -> None:
+            note_failure(name, entries[name], error)
+
+        samples = measure.interleaved(timers, 5 if quick else 25, 0.8 * left, failed)
         finish(case, engines, entries, problems, samples)
     finally:
         for engine in engines.values():

@@ -1,0 +1,116 @@
+"""What a GPU machine runs: little more than torch, triton, Lightning and pytest is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from bench import measure
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSENT = {
+    "jsonargparse", "dp_accounting", "wandb", "opacus", "numba", "pooch", "scipy", "sklearn",
+    "matplotlib", "rich", "safetensors", "docstring_parser", "pandas", "xdist", "execnet",
+}  # fmt: skip
+# One finder says that it has not found a package, the other raises.
+HIDE = f"""
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {ABSENT}:
+            return self.finder.find_spec(name, path, target)
+        if RAISES:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+GPU_TESTS = {
+    "test_triton_gpu.py", "test_triton_clip_sum.py", "test_triton_product_norms.py", "test_bench.py"
+}  # fmt: skip
+
+
+def run(folder: Path, *command: str, raises: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run Python without those packages."""
+    (folder / "sitecustomize.py").write_text(HIDE.replace("RAISES", str(raises)))
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    environment = {"PYTHONPATH": paths, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+
+
+def test_all_gpu_tests_are_collected(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {Path(line.partition("::")[0]).name for line in found} >= GPU_TESTS
+    here = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"], cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found == [line for line in here.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_benchmarks_for_a_gpu_are_imported(tmp_path: Path, raises: bool) -> None:
+    code = (
+        "import bench.__main__, bench.kernels, bench.dp_step, bench.rounds, bench.engine\n"
+        "import aadp_kernels._triton.backend, aadp_kernels._triton.product_norms, torch\n"
+        "import fl_lightning.models\n"
+        "from bench import cases, kernels, rounds, steps\n"
+        "from bench.problem import Problem\n"
+        "device = torch.device('cuda')\n"
+        "assert kernels.jobs(device, False) and rounds.cases(device, False)\n"
+        "setup = steps.Setup.build('MLP', 8, torch.device('cpu'))\n"
+        "assert len(steps.sides(setup, ('philox10',))) > 5\n"
+    )
+    done = run(tmp_path, "-c", code, raises=raises)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("part", ["kernels", "dp_step", "rounds"])
+def test_the_command_gets_as_far_as_the_device(tmp_path: Path, part: str) -> None:
+    done = run(tmp_path, "-m", "bench", part, "--device", "cuda", "--quick", "--out", str(tmp_path))
+    assert "no CUDA device" in done.stderr or done.returncode == 0
+
+
+def test_a_mode_that_torch_calls_a_prototype_fails_no_test() -> None:
+    """`set_sync_debug_mode` warns in these words."""
+    warnings.warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all "
+        "synchronizing operations (Triggered internally at Module.cpp:1)",
+        UserWarning,
+        stacklevel=1,
+    )
+
+
+def test_a_side_that_fails_while_it_is_timed_does_not_end_the_others() -> None:
+    """A kernel may be compiled for the values of a later call."""
+    calls: list[int] = []
+    told: list[tuple[str, str]] = []
+
+    def late() -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("does not compile")
+        return 1.0
+
+    samples = measure.interleaved(
+        {"a": lambda: 1.0, "b": late, "c": lambda: 2.0}, 5, 1.0,
+        lambda name, error: told.append((name, str(error))),
+    )  # fmt: skip
+    assert samples == {"a": [1.0] * 5, "c": [2.0] * 5}
+    assert told == [("b", "does not compile")]
+    calls.clear()
+    with pytest.raises(RuntimeError, match="compile"):
+        measure.interleaved({"b": late}, 5, 1.0)
