@@ -60,6 +60,16 @@ def _joined(spans: Spans, start: int, stop: int) -> Spans:
     return tuple(joined)
 
 
+def _same_but_step(
+    waiting: tuple[str, int, Sequence[int], Sequence[Segment]],
+    domain: str,
+    clients: Sequence[int],
+    segments: Sequence[Segment],
+) -> bool:
+    """Whether a later step of these entries nothing that the one that waits would not."""
+    return waiting[3] is segments and waiting[0] == domain and waiting[2] == clients
+
+
 class UsedNoise:
     """What one key object has drawn: a last step for each (domain, layer, client) and its elements.
 
@@ -90,6 +100,10 @@ class UsedNoise:
                 self._refuse_conflicts(domain, step, clients, segments)
             else:
                 self._newest[domain] = step
+                last = self._waiting[-1] if self._waiting else None
+                if last is not None and _same_but_step(last, domain, clients, segments):
+                    # A step takes the place of the last one of the same elements and clients.
+                    self._waiting.pop()
             self._waiting.append((domain, step, clients, segments))
             if len(self._waiting) >= _MOST_WAITING:
                 self._enter()

@@ -38,11 +38,13 @@ def nonnegative_tensor(name: str, value: Tensor, *, finite: bool) -> None:
     """Raise unless all elements are >= 0 (and finite). Not checked on an accelerator: no sync."""
     if not value.is_cpu:
         return
-    if value.dim() == 1 and len(value) <= _FEW:
-        fits = True
-        for x in value.tolist():
-            if not x >= 0 or (finite and x == math.inf):
-                fits = False
+    if value.dim() == 1 and value.numel() <= _FEW:
+        each = value.tolist()
+        # The sum is NaN if one is, and not finite if one is not.
+        total = sum(each)
+        fits = total < math.inf and min(each, default=0) >= 0
+        if not fits:
+            fits = all(x >= 0 and (x < math.inf or not finite) for x in each)
     else:
         # NaN comes back as both.
         extremes = value.detach().aminmax() if value.numel() else ()

@@ -15,13 +15,12 @@ from aadp_kernels.layout import Layout
 _LARGEST = {d: torch.finfo(d).max ** 0.5 / 4096 for d in (torch.float32, torch.float64)}
 
 
-def noisy_layers(layout: Layout, scale: Tensor) -> list[int]:
+def noisy_layers(layout: Layout, scale: Tensor) -> Sequence[int]:
     """Layers where somebody's scale is positive; all on an accelerator, where none is read."""
-    layers = [i for i, elements in enumerate(layout.dims) if elements]
     if not scale.is_cpu:
-        return layers
+        return layout.filled
     each = (scale if scale.dim() == 1 else scale.any(0)).tolist()
-    return [i for i in layers if each[i]]
+    return layout.filled if all(each) else [i for i in layout.filled if each[i]]
 
 
 def clip_factors(

@@ -139,6 +139,16 @@ class Layout:
         return max(self.dims)
 
     @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(layer, first element, elements) of every layer that has elements."""
+        return tuple((i, 0, dim) for i, dim in enumerate(self.dims) if dim)
+
+    @cached_property
+    def filled(self) -> tuple[int, ...]:
+        """Indices of the layers that have elements."""
+        return tuple(i for i, dim in enumerate(self.dims) if dim)
+
+    @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """Tensor indices of each layer, in order."""
         return tuple(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _validate
+from aadp_kernels import _dispatch, _seen, _validate
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
@@ -95,13 +95,14 @@ def privatize_(
         (clipping).
     """
     check_kind(mechanism, form, p)
-    out = tensors if out is None else out
-    lead = () if clients is None else (len(clients),)
-    device = check_tensors("tensors", tensors, layout, lead)
-    if out is not tensors:
-        check_tensors("out", out, layout, lead, device)
+    lead, given = () if clients is None else (len(clients),), tensors
+    tensors, device = _look("tensors", tensors, layout, lead)
+    if out is None or out is given:
+        out = tensors
+    else:
+        out, _ = _look("out", out, layout, lead, device)
     if reference is not None:
-        check_tensors("reference", reference, layout, (), device)
+        reference, _ = _look("reference", reference, layout, (), device)
     clip = per_layer("clip", clip, layout, lead, device, finite=False)
     scale = per_layer("scale", scale, layout, lead, device, finite=True)
     if votes_at is not None:
@@ -165,6 +166,22 @@ def check_kind(mechanism: str, form: str, p: int) -> None:
         _validate.one_of("p", p, (1, 2))
 
 
+def _look(
+    name: str,
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    lead: tuple[int, ...],
+    wanted: torch.device | None = None,
+) -> tuple[Sequence[Tensor], torch.device]:
+    """`check_tensors`, in one call for tensors that look like some that were checked."""
+    known = _seen.checked(tensors, layout, lead)
+    if known is not None and wanted in (None, known.device):
+        return known, known.device
+    device = check_tensors(name, tensors, layout, lead, wanted)
+    _seen.remember(tensors, layout, lead, device)
+    return tensors, device
+
+
 def check_tensors(
     name: str,
     tensors: Sequence[Tensor],
@@ -221,7 +238,7 @@ def per_layer(
 
 def noise_source(
     key: NoiseKey | None,
-    noisy: list[int],
+    noisy: Sequence[int],
     mechanism: str,
     form: str,
     p: int,
@@ -249,7 +266,7 @@ def claim_layers(
     noise: Noise | None,
     client: int | Tensor,
     layout: Layout,
-    noisy: list[int],
+    noisy: Sequence[int],
 ) -> None:
     """Note the noise of whole layers, or raise if it was drawn before or would repeat."""
     if key is None or noise is None:
@@ -260,5 +277,7 @@ def claim_layers(
             f"a layer must have at most {most} elements with rng={noise.rng!r} and "
             f"form={noise.form!r}, got {layout.largest}: noise beyond would repeat"
         )
-    segments = [(i, 0, layout.dims[i]) for i in noisy]
+    segments = layout.segments
+    if len(noisy) < len(segments):
+        segments = tuple((i, 0, layout.dims[i]) for i in noisy)
     claim(key, noise.mechanism, noise.form, noise.step, client, segments)

@@ -8,12 +8,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from aadp_kernels._seen import Checked
 from aadp_kernels._triton import noise as _noise
 from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import (
@@ -22,12 +26,13 @@ from aadp_kernels._triton._device import (
     per_stream,
     sm_count,
     step_tensor,
+    stream_name,
     to_device,
 )
 from aadp_kernels._triton.grid import threshold_tensor
 from aadp_kernels._triton.privatize_kernel import privatize_kernel
 from aadp_kernels.addresses import rounds_of
-from aadp_kernels.certified import by_rows, coarsest
+from aadp_kernels.certified import coarsest
 from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
 
@@ -40,7 +45,8 @@ _DTYPES = {
 
 WARPS = 4
 _PROGRAMS_PER_SM = 8
-_ADDRESS_LISTS = 16
+_data_ptr = torch._C.TensorBase.data_ptr  # without a look at what overrides it
+_CALLS = 16  # that a layout remembers
 
 # Elements of a tile by form and whether the generator is ChaCha: small, so that many programs have
 # room for their registers, but a block of ChaCha a thread in the fast form.
@@ -65,27 +71,18 @@ def tile_size(form: str, secure: bool, itemsize: int) -> int:
 
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel can address the tensors: contiguous, of one dtype that it has."""
-    return all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors) and (
-        tensors[0].dtype in _DTYPES
+    """Whether a kernel can address the tensors: contiguous, as they are, of one dtype it has."""
+    dtype = tensors[0].dtype
+    return dtype in _DTYPES and all(
+        t.dtype == dtype and t.is_contiguous() and not t.is_neg() for t in tensors
     )
 
 
-def _addresses(plan_cache: dict, lists: tuple[Sequence[Tensor], ...], device: torch.device):
-    """int64 [lists, T] addresses on the device; a list that comes again is not copied again."""
-    name = tuple(t.data_ptr() for tensors in lists for t in tensors)
-    known = plan_cache.get(name)
-    if known is None:
-        if len(plan_cache) >= _ADDRESS_LISTS:
-            plan_cache.pop(next(iter(plan_cache)))
-        table = np.array(name, dtype=np.int64)
-        known = plan_cache[name] = to_device(table, device)
-    return known
-
-
-def _row_major(value: Tensor) -> Tensor:
-    """[K, L] whose rows are contiguous, their distance being anything."""
-    return value if value.stride(1) == 1 else value.contiguous()
+def _row_major(value: Tensor) -> tuple[Tensor, int]:
+    """[K, L], or [L] of one row, with contiguous rows, and the distance of its rows."""
+    if value.stride(-1) != 1:
+        value = value.contiguous()
+    return value, value.stride(0) if value.dim() == 2 else 0
 
 
 @per_stream(64)
@@ -104,7 +101,6 @@ def _layer_table(
     return to_device(np.array(rows, dtype=np.float64), device)
 
 
-@by_rows
 def privatize(
     tensors: Sequence[Tensor],
     out: Sequence[Tensor],
@@ -115,23 +111,129 @@ def privatize(
     noise: Noise | None,
     reference: Sequence[Tensor] | None,
 ) -> ClipStats:
-    """`Backend.privatize` of K updates; bounds and scale are [K, L].
+    """`Backend.privatize`.
 
     Tensors of mixed dtypes or with gaps are copied, as float64.
     """
-    eps_of = tuple(coarsest([out[i].dtype for i in members]) for members in layout.members)
-    values = _addressable(tensors)
-    given = None if reference is None else _addressable(reference)
-    targets = [t.detach() for t in out]
-    if not _direct(targets):
-        targets = [torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in out]
-    stats = _launch(values, targets, given, layout, eps_of, bounds, scale, noise)
-    for source, target, place in zip(targets, [t.detach() for t in out], out, strict=True):
-        if source.data_ptr() != target.data_ptr():
-            target.copy_(source)
-        elif not place.is_inference():
-            torch.autograd.graph.increment_version(place)
+    lists = [tensors] if out is tensors else [tensors, out]
+    if reference is not None:
+        lists.append(reference)
+    kind = Kind.of(bounds, noise, in_place=out is tensors, minus=reference is not None)
+    call = _known_call(lists, layout, kind, tensors[0].device)
+    if call is None:
+        values, given, targets = _addressable(tensors), None, [t.detach() for t in out]
+        if reference is not None:
+            given = _addressable(reference)
+        if not _direct(targets):
+            targets = [torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in out]
+        dtypes = tuple(coarsest([out[i].dtype for i in members]) for members in layout.members)
+        stats = _launch(_call(values, targets, given, layout, dtypes, kind), bounds, scale, noise)
+        for source, target in zip(targets, out, strict=True):
+            if source.data_ptr() != target.data_ptr():
+                target.detach().copy_(source)
+            elif not target.is_inference():
+                torch.autograd.graph.increment_version(target)
+        return stats
+    stats = _launch(call, bounds, scale, noise)
+    torch.autograd.graph.increment_version(out)
     return stats
+
+
+class Kind(NamedTuple):
+    """What of a call, beside its tensors, decides about tables and constants; no values.
+
+    Attributes:
+        lead: () of one update, (K,) of a cohort.
+        p: Norm of the clipping.
+        draw: (generator, mechanism, form), or None without noise.
+        in_place: Whether results go over the tensors.
+        minus: Whether there is a reference.
+    """
+
+    lead: tuple[int, ...]
+    p: int
+    draw: tuple[str, str, str] | None
+    in_place: bool
+    minus: bool
+
+    @classmethod
+    def of(cls, bounds: Bounds, noise: Noise | None, *, in_place: bool, minus: bool) -> Kind:
+        draw = None if noise is None else (noise.rng, noise.mechanism, noise.form)
+        return cls(tuple(bounds.clip.shape[:-1]), bounds.p, draw, in_place, minus)
+
+    @property
+    def form(self) -> str:
+        return "wide" if self.draw is None else self.draw[2]
+
+    @property
+    def rng(self) -> str:
+        return "philox10" if self.draw is None else self.draw[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Everything of a launch that is the same for the same places of memory; no tensor of a user.
+
+    Attributes:
+        guards: That each list of tensors had passed; empty for a call that is not kept.
+        tables: The plan.
+        layers: See `_layer_table`.
+        addresses: int64 [lists, T].
+        kind: What it was made for.
+        num_layers, num_tensors: Of the layout.
+        num_tickets, num_chunks: Of the plan.
+        programs: Of the grid.
+        constants: Of the kernel, and options of the launch.
+    """
+
+    guards: tuple[Any, ...]
+    tables: _plan.Plan
+    layers: Tensor
+    addresses: Tensor
+    kind: Kind
+    num_layers: int
+    num_tensors: int
+    num_tickets: int
+    num_chunks: int
+    programs: int
+    constants: dict[str, Any]
+
+
+def _known_call(
+    lists: list[Sequence[Tensor]], layout: Layout, kind: Kind, device: torch.device
+) -> Call | None:
+    """The call over these places of memory, which the layout remembers; None if it must be copied.
+
+    An address that was freed may come again under other tensors: a call is taken only if all have
+    passed the guards that those of the call had passed.
+    """
+    if not all(type(tensors) is Checked for tensors in lists):
+        return None
+    stream = stream_name(device)
+    if stream is None:
+        return None
+    name = (stream, kind, _addresses(lists))
+    guards = tuple(tensors.guard for tensors in lists)
+    calls: dict[tuple, Call] = vars(layout).setdefault("_triton_calls", {})
+    found = calls.get(name)
+    if found is not None and found.guards == guards:
+        return found
+    out = lists[0 if kind.in_place else 1]
+    if not all(map(_direct, lists)) or any(t.is_inference() for t in out):
+        return None
+    reference = lists[-1] if kind.minus else None
+    dtypes = tuple(coarsest([out[i].dtype for i in members]) for members in layout.members)
+    made = _call(lists[0], out, reference, layout, dtypes, kind)
+    made = calls[name] = replace(made, guards=guards)
+    for oldest in list(calls)[:-_CALLS]:
+        calls.pop(oldest, None)
+    return made
+
+
+def _addresses(lists: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
+    """Where all tensors lie."""
+    every = lists[0] if len(lists) == 1 else chain.from_iterable(lists)
+    return tuple(map(_data_ptr, every))
 
 
 def _addressable(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -139,69 +241,80 @@ def _addressable(tensors: Sequence[Tensor]) -> list[Tensor]:
     values = [t.detach() for t in tensors]
     if _direct(values):
         return values
-    return [t.to(torch.float64, memory_format=torch.contiguous_format) for t in values]
+    return [
+        t.resolve_neg().to(torch.float64, memory_format=torch.contiguous_format) for t in values
+    ]
 
 
-def _launch(
-    tensors: list[Tensor],
-    out: list[Tensor],
-    reference: list[Tensor] | None,
+def _call(
+    tensors: Sequence[Tensor],
+    out: Sequence[Tensor],
+    reference: Sequence[Tensor] | None,
     layout: Layout,
     eps_of: tuple[torch.dtype, ...],
-    bounds: Bounds,
-    scale: Tensor,
-    noise: Noise | None,
-) -> ClipStats:
-    """Launch over contiguous tensors of one dtype each."""
-    (clip, p, votes_at), rows, device = bounds, len(scale), tensors[0].device
-    form = "wide" if noise is None else noise.form
+    kind: Kind,
+) -> Call:
+    """Tables and constants for contiguous tensors of one dtype each."""
     lists = (tensors, out) if reference is None else (tensors, out, reference)
+    rows, device = kind.lead[0] if kind.lead else 1, tensors[0].device
+    form, secure = kind.form, kind.rng.startswith("chacha")
     dtypes = [group[0].dtype for group in lists]
     itemsize = min(dtype.itemsize for dtype in dtypes)
     wide = form != "fast" or torch.float64 in dtypes
-    rng = "philox10" if noise is None else noise.rng
-    secure = rng.startswith("chacha")
-    tile = tile_size(form, secure, itemsize)
-    aligned = tuple(
-        all(t.data_ptr() % 16 == 0 for t in group) for group in zip(*lists, strict=True)
-    )
+    tile, width = tile_size(form, secure, itemsize), 16 // itemsize
+    pointers = np.array(_addresses(lists), dtype=np.int64).reshape(len(lists), -1)
+    aligned = tuple((pointers % 16 == 0).all(0).tolist())
     tables = _plan.plan(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, device=device)
-    width = 16 // itemsize
-    units, slots = rows * layout.num_layers, len(tables.chunks)
-    error = 0.0 if wide or p == 2 else width * 2.0**-24
-    layers = _layer_table(layout.dims, eps_of, error, device)
+    error = 0.0 if wide or kind.p == 2 else width * 2.0**-24
+    constants = {
+        "X": _DTYPES[dtypes[0]], "OUT": _DTYPES[dtypes[1]],
+        "REFERENCE": None if reference is None else _DTYPES[dtypes[2]],
+        "DTYPE": tl.float64 if wide else tl.float32, "P": kind.p, "NOISY": kind.draw is not None,
+        "TILE": tile, "WIDTH": width,
+        "GAUSSIAN": kind.draw is not None and kind.draw[1] == "gaussian", "FORM": form,
+        "CHACHA": secure, "ROUNDS": rounds_of(kind.rng),
+        "BLOCKS": _noise.blocks_per_row(form, secure, itemsize),
+        "PARTS": _noise.parts(form, secure), "LANES": 32 * WARPS, "num_warps": WARPS,
+        "enable_fp_fusion": form == "fast", "maxnreg": REGISTERS[form, secure],
+    }  # fmt: skip
+    return Call(
+        (), tables, _layer_table(layout.dims, eps_of, error, device), to_device(pointers, device),
+        kind, layout.num_layers, len(tensors), len(tables.tickets), len(tables.chunks),
+        min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM), constants,
+    )  # fmt: skip
+
+
+def _launch(call: Call, bounds: Bounds, scale: Tensor, noise: Noise | None) -> ClipStats:
+    """Launch a call with its values; scratch is new every time."""
+    (clip, _, votes_at), kind, tables = bounds, call.kind, call.tables
+    device, shape = call.addresses.device, (*kind.lead, call.num_layers)
+    rows = kind.lead[0] if kind.lead else 1
+    units = rows * call.num_layers
     # Offsets are multiples of 16 bytes, or every number of units would compile a kernel of its own.
     flags = 8 + -(-units // 4) * 4
-    integers = torch.zeros(flags + 2 * units, dtype=torch.int32, device=device)
-    partials = torch.empty(2 * slots, dtype=torch.float64, device=device)
-    stats = ClipStats(
-        *(torch.empty((rows, layout.num_layers), dtype=torch.float64, device=device) for _ in "ab"),
-        *(torch.empty((rows, layout.num_layers), dtype=torch.int64, device=device) for _ in "ab"),
-    )
+    norms = torch.empty(shape, dtype=torch.float64, device=device)
+    counts = torch.empty(shape, dtype=torch.int64, device=device)
+    stats = ClipStats(norms, torch.empty_like(norms), counts, torch.empty_like(counts))
     if rows == 0:
         return stats
-    clip, scale = _row_major(clip), _row_major(scale)
-    votes_at = None if votes_at is None else _row_major(votes_at)
-    step = step_tensor(0 if noise is None else noise.step, device)
-    words = (0, 0) if noise is None else tuple(noise.key_words)
-    clients = torch.zeros(rows, dtype=torch.int64, device=device)
-    if noise is not None:
+    integers = torch.zeros(flags + 2 * units, dtype=torch.int32, device=device)
+    partials = torch.empty(2 * call.num_chunks, dtype=torch.float64, device=device)
+    (clip, clip_stride), (scale, scale_stride) = _row_major(clip), _row_major(scale)
+    votes_stride = 0
+    if votes_at is not None:
+        votes_at, votes_stride = _row_major(votes_at)
+    if noise is None:
+        step, words = step_tensor(0, device), (0, 0)
+        clients = torch.zeros(rows, dtype=torch.int64, device=device)
+    else:
+        step, words = step_tensor(noise.step, device), tuple(noise.key_words)
         clients = noise.clients.contiguous()
-    programs = min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM)
     launch(
-        privatize_kernel, (programs,), device, tables.tickets, len(tables.tickets), integers,
-        tables.chunks, tables.units, layers, _addresses(tables.addresses, lists, device),
-        integers[8:], integers[flags:].view(torch.int64), partials, clip, clip.stride(0), scale,
-        scale.stride(0), votes_at, 0 if votes_at is None else votes_at.stride(0), step, clients,
-        key_tensor(words, device), *stats, layout.num_layers, len(tensors), slots,
-        threshold_tensor(device) if form == "grid" else None,
-        X=_DTYPES[dtypes[0]], OUT=_DTYPES[dtypes[1]],
-        REFERENCE=None if reference is None else _DTYPES[dtypes[2]],
-        DTYPE=tl.float64 if wide else tl.float32, P=p, NOISY=noise is not None, TILE=tile,
-        WIDTH=width, GAUSSIAN=noise is not None and noise.mechanism == "gaussian", FORM=form,
-        CHACHA=secure, ROUNDS=rounds_of(rng),
-        BLOCKS=_noise.blocks_per_row(form, secure, itemsize), PARTS=_noise.parts(form, secure),
-        LANES=32 * WARPS, num_warps=WARPS, enable_fp_fusion=form == "fast",
-        maxnreg=REGISTERS[form, secure],
+        privatize_kernel, (call.programs,), device, tables.tickets, call.num_tickets, integers,
+        tables.chunks, tables.units, call.layers, call.addresses, integers[8:],
+        integers[flags:].view(torch.int64), partials, clip, clip_stride, scale, scale_stride,
+        votes_at, votes_stride, step, clients, key_tensor(words, device), *stats, call.num_layers,
+        call.num_tensors, call.num_chunks,
+        threshold_tensor(device) if kind.form == "grid" else None, **call.constants,
     )  # fmt: skip
     return stats

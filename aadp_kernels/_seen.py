@@ -1,0 +1,61 @@
+"""Lists of tensors that were looked at before: one call says whether tensors look the same.
+
+To look at every tensor of a list in Python takes longer than its work on a device does. A guard
+holds the type, dtype, device, sizes and strides of each tensor, and no tensor. It is the check of
+`torch.compile`, whose compiler is not imported. It says no to a list that holds a tensor twice, and
+it tells inference tensors, and inference mode, from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from aadp_kernels.layout import Layout
+
+_GUARDS = 4  # of a layout
+_KINDS = {torch.Tensor, torch.nn.Parameter}
+
+
+class Checked(list[Tensor]):
+    """Tensors that have passed a guard.
+
+    Attributes:
+        guard: Which; other tensors that pass the same one look the same.
+        device: Of the tensors.
+    """
+
+    __slots__ = ("device", "guard")
+
+    def __init__(self, tensors: Sequence[Tensor], guard: Any, device: torch.device) -> None:
+        super().__init__(tensors)
+        self.guard, self.device = guard, device
+
+
+def checked(tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]) -> Checked | None:
+    """Tensors that look like some that `remember` was told of; None for others."""
+    if len(tensors) == len(layout.names):
+        for known, guard, device in vars(layout).get("_seen", ()):
+            if known == lead and guard.check(*tensors):
+                return Checked(tensors, guard, device)
+    return None
+
+
+def remember(
+    tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...], device: torch.device
+) -> None:
+    """Note how tensors look that fit (*lead, *layout) and lie on a device.
+
+    A guard costs more than a look, so one is made when a lead comes for the second time in a row.
+    """
+    kept = vars(layout)
+    if kept.get("_seen_lead") != lead:
+        kept["_seen_lead"] = lead
+    elif all(type(t) in _KINDS and t.layout is torch.strided for t in tensors):
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        kept["_seen"] = ((lead, guard, device), *kept.get("_seen", ())[: _GUARDS - 1])
