@@ -56,6 +56,8 @@ def remember(
     if kept.get("_seen_lead") != lead:
         kept["_seen_lead"] = lead
     elif all(type(t) in _KINDS and t.layout is torch.strided for t in tensors):
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        # The stub of the class says less than it takes: numbers of every tensor's axes.
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
         guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         kept["_seen"] = ((lead, guard, device), *kept.get("_seen", ())[: _GUARDS - 1])

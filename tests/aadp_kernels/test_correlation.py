@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from aadp_kernels import (
     Correlation,
@@ -18,6 +17,7 @@ from aadp_kernels import (
     privatize_,
     sample_noise,
 )
+from tests.late import stats
 
 D = (1.0, -0.9, -0.25, 0.3)
 IMPLS = ["torch", "numba"]

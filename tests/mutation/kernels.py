@@ -94,7 +94,7 @@ CERTIFIED = group(
     ("votes turned round", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, -0.5, 0.5)"),
     ("votes of 1 and 0", "torch.where(norm1 <= votes_at, 0.5, -0.5)", "torch.where(norm1 <= votes_at, 1.0, 0.0)"),
     ("who is not finite votes", "return torch.where(counts & ~torch.isnan(votes_at), vote, 0.0)", "return torch.where(~torch.isnan(votes_at), vote, 0.0)"),
-    ("noise missing in the last layer", "enumerate(layout.dims) if elements]", "enumerate(layout.dims[:-1]) if elements]"),
+    ("noise missing in the last layer", "return layout.filled if all(each) else", "return layout.filled[:-1] if all(each) else"),
 )  # fmt: skip
 
 SUMS = group(
