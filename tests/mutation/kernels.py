@@ -393,6 +393,39 @@ TRITON_DEVICES = group(
     ("capture of the current device", "    with on(device):\n        return", "    if True:\n        return"),
 )  # fmt: skip
 
+CALLS = "tests/aadp_kernels/test_triton_calls.py"
+
+TRITON_CALLS = [
+    *group(
+        "aadp_kernels/_triton/privatize.py",
+        CALLS,
+        ("a call for all that looks alike", "name = (stream, kind, _addresses(lists))", "name = (stream, kind)"),
+        ("a call for any look", "if found is not None and found.guards == guards:", "if found is not None:"),
+        ("calls pile up", "for oldest in list(calls)[:-_CALLS]:", "for oldest in []:"),
+        ("results keep their version", "    torch.autograd.graph.increment_version(out)\n", "    pass\n"),
+    ),
+    *group(
+        "aadp_kernels/_seen.py",
+        CALLS,
+        ("any look is known", "if known == lead and guard.check(*tensors):", "if known == lead:"),
+        ("guards pile up", "kept.get(\"_seen\", ())[: _GUARDS - 1]", "kept.get(\"_seen\", ())"),
+    ),
+    *group(
+        "aadp_kernels/_reuse.py",
+        f"{CALLS} tests/aadp_kernels/test_reuse.py",
+        ("any claim takes the place of the last", "return waiting[3] is segments and waiting[0] == domain and waiting[2] == clients", "return True"),
+    ),
+]  # fmt: skip
+
+PLAIN_NORMS = group(
+    "aadp_kernels/clip_in_backward/clip.py",
+    "tests/aadp_kernels/test_clip_norm_bounds.py",
+    ("L1 norms in float32", "rows = x.abs().sum(-1, dtype=torch.float64)", "rows = x.abs().sum(-1)"),
+    ("the rest of a row is left out", "if whole < x.shape[-1] or not whole:", "if not whole:"),
+    ("no bound for runs", "wide + RUN / 2 * torch.finfo(like.dtype).eps)", "wide)"),
+    ("the bound of whole rows", "wide + RUN / 2 * torch.finfo(like.dtype).eps)", "wide + columns * torch.finfo(like.dtype).eps)"),
+)  # fmt: skip
+
 TRITON_WIDE = group(
     "aadp_kernels/_triton/wide_noise.py",
     TRITON_NOISE,
@@ -411,5 +444,5 @@ MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_NUMBERS, *GRID_COST, *SCALES,
     *CLIP_IN_BACKWARD, *CLIP_MATRICES,
     *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *GRID_RELEASES, *TRANSFORMS, *LAUNCHES,
-    *TRITON_TRANSFORMS, *TRITON_FAR, *TRITON_DEVICES, *TRITON_WIDE, *TRITON_FAST,
+    *TRITON_TRANSFORMS, *TRITON_FAR, *TRITON_DEVICES, *TRITON_CALLS, *PLAIN_NORMS, *TRITON_WIDE, *TRITON_FAST,
 ]  # fmt: skip
