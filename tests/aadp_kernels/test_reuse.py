@@ -189,3 +189,27 @@ def test_a_number_of_another_type_is_the_same_number(name, kind):
             draw(1, again)
     assert not torch.equal(draw(2, 3).flatten(), first.flatten())
     draw(2, 4)
+
+
+@pytest.mark.parametrize("later", ["elements", "clients", "mechanism"])
+def test_a_later_step_of_something_else_leaves_what_waits(later):
+    """Claims are entered late, and a step stands for the last one of the same elements alone."""
+    used, segments = UsedNoise(), ((0, 0, 10),)
+    used.claim("a", 1, [0], segments)
+    used.claim(
+        "b" if later == "mechanism" else "a", 2, [1] if later == "clients" else [0],
+        ((1, 0, 10),) if later == "elements" else segments,
+    )  # fmt: skip
+    with pytest.raises(ReusedNoiseError):
+        used.claim("a", 1, [0], segments)
+
+
+def test_steps_of_the_same_elements_wait_as_one():
+    used, segments = UsedNoise(), ((0, 0, 10), (1, 0, 5))
+    for step in range(40):
+        used.claim("a", step, [0, 3], segments)
+    assert len(used._waiting) == 1
+    for step in (39, 5):
+        with pytest.raises(ReusedNoiseError):
+            used.claim("a", step, [3], ((1, 2, 1),))
+    used.claim("a", 40, [0, 3], segments)
