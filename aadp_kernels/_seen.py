@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from aadp_kernels.layout import Layout
+
+try:
+    # A private name of torch: where it has moved, every tensor is looked at in every call.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
 
 _GUARDS = 4  # of a layout
 _KINDS = {torch.Tensor, torch.nn.Parameter}
@@ -52,6 +57,8 @@ def remember(
 
     A guard costs more than a look, so one is made when a lead comes for the second time in a row.
     """
+    if TensorGuards is None:
+        return
     kept = vars(layout)
     if kept.get("_seen_lead") != lead:
         kept["_seen_lead"] = lead

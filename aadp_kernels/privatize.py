@@ -96,13 +96,14 @@ def privatize_(
     """
     check_kind(mechanism, form, p)
     lead, given = () if clients is None else (len(clients),), tensors
-    tensors, device = _look("tensors", tensors, layout, lead)
+    quick = impl == "triton" or bool(tensors and tensors[0].device.type != "cpu")
+    tensors, device = _look("tensors", tensors, layout, lead, quick=quick)
     if out is None or out is given:
         out = tensors
     else:
-        out, _ = _look("out", out, layout, lead, device)
+        out, _ = _look("out", out, layout, lead, device, quick=quick)
     if reference is not None:
-        reference, _ = _look("reference", reference, layout, (), device)
+        reference, _ = _look("reference", reference, layout, (), device, quick=quick)
     clip = per_layer("clip", clip, layout, lead, device, finite=False)
     scale = per_layer("scale", scale, layout, lead, device, finite=True)
     if votes_at is not None:
@@ -172,8 +173,15 @@ def _look(
     layout: Layout,
     lead: tuple[int, ...],
     wanted: torch.device | None = None,
+    *,
+    quick: bool,
 ) -> tuple[Sequence[Tensor], torch.device]:
-    """`check_tensors`, in one call for tensors that look like some that were checked."""
+    """`check_tensors`, in one call for tensors that look like some that were checked.
+
+    On a CPU it is `check_tensors`: there the numba and torch back ends gain nothing.
+    """
+    if not quick:
+        return tensors, check_tensors(name, tensors, layout, lead, wanted)
     known = _seen.checked(tensors, layout, lead)
     if known is not None and wanted in (None, known.device):
         return known, known.device

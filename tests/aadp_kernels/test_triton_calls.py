@@ -184,3 +184,24 @@ def test_out_and_reference_have_places_of_their_own():
         for value, other in zip(out, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-6, atol=0)
         reference[0] = reference[0].clone()
+
+
+def test_without_torchs_guards_every_call_looks_at_its_tensors(monkeypatch):
+    monkeypatch.setattr(_seen, "TensorGuards", None)
+    plan, values = layout(), tensors()
+    for step in range(3):
+        run(values, plan, step=step)
+    assert "_seen" not in vars(plan)
+    assert not calls(plan)
+    assert_right(values, plan, step=9)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the other back ends of a CPU")
+@pytest.mark.parametrize("impl", ["torch", "numba", "auto"])
+def test_other_back_ends_of_a_cpu_remember_nothing(impl):
+    if impl == "numba":
+        pytest.importorskip("numba")
+    plan, values = layout(), tensors()
+    for step in range(3):
+        run(values, plan, impl=impl, step=step)
+    assert "_seen" not in vars(plan)

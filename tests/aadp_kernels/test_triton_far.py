@@ -5,6 +5,7 @@ Large tensors are sparse: of a file that has a size and no content, only what is
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,7 +186,7 @@ def some_chunks(monkeypatch):
 
     def last(offset, size, tile):
         end = (offset + size - 1) // tile * tile
-        return [(max(end - tile, offset), end), (end, offset + size)]
+        return np.array([max(end - tile, offset), end, offset + size])
 
     monkeypatch.setattr(plan, "_pieces", last)
 
