@@ -59,6 +59,7 @@ def stop_of(trainer: pl.Trainer, default: Stop | None = None) -> Stop:
         return known.stop
     if default is None:
         return Stop()
+    known.teardown()  # it may have begun already
     trainer._signal_connector = _Signals(trainer, default)  # pyright: ignore[reportAttributeAccessIssue]
     return default
 

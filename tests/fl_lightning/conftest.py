@@ -1,6 +1,7 @@
 """Small federations for the tests: a quiet Trainer, and a population without one."""
 
 import logging
+import signal
 
 import pytest
 import pytorch_lightning as pl
@@ -29,6 +30,15 @@ if not all(map(installed, PACKAGES)):
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_lightning():
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_handed_back():
+    """A handler that is left behind would swallow the SIGTERM that ends a later process."""
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in watched]
+    yield
+    assert [signal.getsignal(signum) for signum in watched] == before
 
 
 @pytest.fixture(scope="session")

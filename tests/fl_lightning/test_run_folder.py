@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def take_several(root: Path) -> list[str]:
 
 def test_runs_that_start_in_the_same_second_share_no_folder(cwd, monkeypatch):
     monkeypatch.setattr(run_folder, "datetime", Noon)
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with ThreadPoolExecutor(4) as pool:
         taken = [name for names in pool.map(take_several, [cwd / "runs"] * 4) for name in names]
     assert len(set(taken)) == 80
     assert {Path(name) for name in taken} == set((cwd / "runs").iterdir())
