@@ -142,8 +142,8 @@ def cases(device: torch.device, quick: bool) -> dict[str, Case]:
 
 def build(case: Case, name: str, device: torch.device) -> dict[str, Any]:
     """What the engine of a side is given."""
+    from fl_lightning.accounting.cohort import cohort_schedule
     from fl_lightning.data.partition import iid_partition
-    from fl_lightning.server.cohort import cohort_schedule
 
     clients, cohort = case.populations.get(name, case.clients), case.cohorts.get(name, case.cohort)
     seed, batch = 1, 10

@@ -10,7 +10,7 @@ import torch
 from aadp_kernels import Layout, tail_cutoff
 from fl_lightning.accounting.budget import UNLIMITED, Budget
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.ledger import SCHEMA
+from fl_lightning.ledger.header import CORRELATED_SCHEMA, SCHEMA
 from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.release.summed import sum_rules
 from fl_lightning.rules import Rules
@@ -37,8 +37,8 @@ def ledger_header(
     privacy, sums = rules.privacy, sum_rules(rules, data.client_sizes)
     cutoff = tail_cutoff(privacy.mechanism, privacy.noise_form)
     limited = bool((budget.affordable < UNLIMITED).any())
-    return {
-        "schema": SCHEMA,
+    facts = {
+        "schema": SCHEMA if budget.plan is None else CORRELATED_SCHEMA,
         "run_id": run_id,
         "setting": privacy.setting,
         "privacy_unit": privacy.unit,
@@ -72,6 +72,20 @@ def ledger_header(
         "layers": list(layout.layer_names),
         "dims": list(layout.dims),
         "torch": torch.__version__,
+    }
+    return facts | correlation_facts(rules, budget)
+
+
+def correlation_facts(rules: Rules, budget: Budget) -> dict[str, Any]:
+    """What else the header of a run says whose rounds share noise; {} for others."""
+    plan = budget.plan
+    if plan is None:
+        return {}
+    return {
+        "coefficients": list(plan.coefficients),
+        "horizon": plan.horizon,
+        "schedule_seed": rules.seed,
+        "sensitivity": _shared(plan.sizes_of_one.whole.tolist()),
     }
 
 

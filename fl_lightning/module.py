@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,11 @@ from fl_lightning.run import Run, Wanted, begin_run, planned_rounds
 from fl_lightning.server.add_up import check_agreement
 from fl_lightning.server.aggregate import WeightedMean
 from fl_lightning.server.faults import Faults
-from fl_lightning.server.optimizer import make_optimizer, make_schedule
+from fl_lightning.server.optimizer import (
+    make_optimizer,
+    make_schedule,
+    weights_in_last_model,
+)
 from fl_lightning.values.round import RoundResult
 
 
@@ -280,6 +284,7 @@ class FederatedModule(pl.LightningModule):
             self.run_path,
             self.processes,
             vmaps=self._checked is not None and self._checked[1],
+            last_model=partial(weights_in_last_model, self.server_optimizer, self.server_scheduler),
             resumed=self._resumed,
         )
         planned = planned_rounds(self.rules, self.trainer.max_epochs, self._resumed)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.rules import Rules
+
+# What checkpoints mean that do not know of an option yet.
+_OF_OLDER = {f.name: f.default for f in fields(PrivacyConfig)}
 
 
 def training_facts(network: nn.Module, configured: Any) -> dict[str, Any]:
@@ -136,10 +140,11 @@ def check_promise(rules: Rules, promised: Mapping[str, Any], records: str | None
         ValueError: naming what was changed, with both values.
     """
     for name, value in promise_of(rules, records).items():
-        if promised.get(name) != value:
+        known = promised.get(name, _OF_OLDER.get(name))
+        if known != value:
             raise ValueError(
                 f"{name}={value}: the run to go on with was begun with "
-                f"{name}={promised.get(name)}; what was promised, to whom and for which "
+                f"{name}={known}; what was promised, to whom and for which "
                 "records, cannot be changed: start a new run in another folder"
             )
 

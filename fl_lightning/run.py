@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning.accounting.budget import Budget
+from fl_lightning.accounting.cohort import cohort_schedule, participations_of
+from fl_lightning.accounting.correlated import CorrelatedPlan, best_for
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.header import ledger_header
+from fl_lightning.header import correlation_facts, ledger_header
 from fl_lightning.keys import binding, run_key
+from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
 from fl_lightning.local.batches import input_dtype
 from fl_lightning.local.execution import bytes_per_example, faster_execution
@@ -29,8 +32,10 @@ from fl_lightning.release.one_by_one import OneByOne
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
 from fl_lightning.rules import Rules
-from fl_lightning.server.cohort import cohort_schedule, participations_of
+from fl_lightning.values.plain_json import plain
 from fl_lightning.values.round import Params
+
+_LOG = logging.getLogger("pytorch_lightning")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Wanted:
         folder: of the run.
         processes: those of the run.
         vmaps: whether clients can be trained together under vmap.
+        last_model: rounds → what each release is multiplied by in the last model, see
+            `server.optimizer.weights_in_last_model`; called only for noise that rounds share.
         resumed: state of the checkpoint that the run goes on from, or None.
     """
 
@@ -57,6 +64,7 @@ class Wanted:
     folder: Path
     processes: Processes
     vmaps: bool
+    last_model: Callable[[int], np.ndarray]
     resumed: dict[str, Any] | None
 
     def params(self) -> Params:
@@ -166,10 +174,12 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
     everyone = data.num_clients
     rate = rules.cohort_rate(everyone)
     size = everyone if rate else rules.cohort_size(everyone)
-    schedule = cohort_schedule(everyone, size, planned, rules.seed)
+    one_order = rules.privacy.correlated
+    schedule = cohort_schedule(everyone, size, planned, rules.seed, one_order=one_order)
     histories = 1 if rules.privacy.summed else everyone
     history = ReleasedHistory(rules.privacy, histories, wanted.layout.dims)
-    budget = _budget(wanted, schedule, rate)
+    plan = _correlated_plan(wanted, schedule)
+    budget = _budget(wanted, schedule, rate, plan)
     key = _find_key(wanted)
     run_id = run_key.public_name(key.derive("run"))
     records = run_key.public_name(key.derive("records", data.digest()))
@@ -192,6 +202,7 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
     memory = rules.memory_budget * 2**30
     max_examples = max(1, int(memory / bytes_per_example(wanted.network, example)))
     books = None if ledger is None else Books(history, budget, ledger, wanted.processes)
+    noise = _released_noise(wanted, key, ledger) if plan is not None else None
     return Run(
         wanted=wanted,
         planned_rounds=planned,
@@ -202,7 +213,7 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
         key=key,
         run_id=run_id,
         records=records,
-        releases=_releases(wanted, key, books, max_examples),
+        releases=_releases(wanted, key, books, max_examples, noise),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,
@@ -220,7 +231,40 @@ def _share_start(wanted: Wanted) -> list[int]:
     return counts if counts[-1:] == [processes.size] else [*counts, processes.size]
 
 
-def _budget(wanted: Wanted, schedule: np.ndarray, cohort_rate: float | None) -> Budget:
+def _correlated_plan(wanted: Wanted, schedule: np.ndarray) -> CorrelatedPlan | None:
+    """The coefficients of noise that rounds share, chosen once, and what they cost each client."""
+    privacy, everyone = wanted.rules.privacy, wanted.data.num_clients
+    if not privacy.correlated or not len(schedule):
+        return None
+
+    def chosen() -> tuple[float, ...]:
+        if wanted.resumed is not None:
+            return tuple(wanted.resumed["budget"]["coefficients"])
+        found = best_for(privacy.bands, wanted.last_model(len(schedule)), schedule, everyone)
+        if len(found) == 1:
+            _LOG.info(
+                "correlation='banded' has nothing to gain with these cohorts: the noise of each "
+                "round is its own"
+            )
+        return found
+
+    return CorrelatedPlan.of(wanted.processes.first(chosen), schedule, everyone)
+
+
+def _released_noise(wanted: Wanted, key: NoiseKey, ledger: Ledger | None) -> ReleasedNoise:
+    """What released rounds' noise is drawn again from; all that the ledger has must be there."""
+    noise = ReleasedNoise(key, wanted.folder, writes=wanted.processes.rank == 0)
+    for release in ledger or ():
+        noise.find(release.binding)
+    return noise
+
+
+def _budget(
+    wanted: Wanted,
+    schedule: np.ndarray,
+    cohort_rate: float | None,
+    plan: CorrelatedPlan | None,
+) -> Budget:
     """Multipliers for the schedule, calibrated unless a checkpoint has them."""
     rules, everyone = wanted.rules, wanted.data.num_clients
     steps = rules.steps_a_release
@@ -230,6 +274,7 @@ def _budget(wanted: Wanted, schedule: np.ndarray, cohort_rate: float | None) -> 
         (rules.sampling_rate if rules.privacy.unit == "record" else cohort_rate) or 1.0,
         wanted.layout.dims,
         noise_parts_needed(rules, everyone),
+        plan,
     )
     if wanted.resumed is None and rules.privacy.private:
 
@@ -280,6 +325,13 @@ def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
         header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
         return Ledger.create(wanted.folder, header)
     ledger = Ledger.open(wanted.folder, wanted.resumed)
+    facts = correlation_facts(wanted.rules, budget)
+    if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):
+        ledger.close()
+        raise LedgerError(
+            f"{wanted.folder}: the ledger has other coefficients, rounds or sensitivities than the "
+            "run now has; noise that rounds share is planned once"
+        )
     if wanted.rules.privacy.summed and not ledger.header.get("schema"):
         ledger.close()
         raise LedgerError(
@@ -290,7 +342,11 @@ def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
 
 
 def _releases(
-    wanted: Wanted, key: NoiseKey, books: Books | None, max_examples: int
+    wanted: Wanted,
+    key: NoiseKey,
+    books: Books | None,
+    max_examples: int,
+    noise: ReleasedNoise | None,
 ) -> OneByOne | Summed:
     """How numbers leave the clients, in the execution that is faster."""
     rules, data = wanted.rules, wanted.data
@@ -311,7 +367,7 @@ def _releases(
     chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
     if rules.privacy.summed:
         assert books is not None
-        return Summed(chosen, rules, key, books)
+        return Summed(chosen, rules, key, books, noise)
     return OneByOne(chosen, rules, key, books, wanted.processes)
 
 
@@ -329,5 +385,5 @@ def _choose_execution(
         few = torch.arange(min(wanted.data.num_clients, 1024))
         policy = books.history.policy(few, books.budget.multiplier[few])
     vectorize, reason = faster_execution(lambda v: clients(v).rehearse(params, policy))
-    logging.getLogger("pytorch_lightning").info(reason)
+    _LOG.info(reason)
     return vectorize

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from fl_lightning.accounting.composition import epsilon_upper_curve
+from fl_lightning.accounting.composition import epsilon_upper_curve, gaussian_upper
+from fl_lightning.accounting.correlated import CorrelatedPlan, least_multiplier, moves
 from fl_lightning.accounting.exactness import (
     SamplerCost,
     affordable_charged,
@@ -35,6 +37,7 @@ class Budget:
         sampling_rate: Poisson rate q of a record in a step; 1 for whole updates.
         dims: number of parameters of each layer.
         shares: how many clients' shares make the whole noise; None: it is from one hand.
+        plan: of a run whose rounds share noise, which is charged as a whole; None: they do not.
 
     Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
     planned steps: the schedule is balanced, so this wastes at most one participation.
@@ -47,8 +50,13 @@ class Budget:
         sampling_rate: float,
         dims: Sequence[int],
         shares: int | None = None,
+        plan: CorrelatedPlan | None = None,
     ) -> None:
         self.config = config
+        self.plan = plan
+        # Of a plan: who took part in each round, and whose ε is not computed again yet.
+        self._rounds: dict[int, np.ndarray] = {}
+        self._unread: list[np.ndarray] = []
         self.sampling_rate = sampling_rate
         self.shares = shares
         self.streams = noise_streams(dims, votes=config.resolved_thresholds == "quantile")
@@ -63,6 +71,7 @@ class Budget:
         self.multiplier = torch.zeros(k, dtype=torch.float64)
         self.affordable = np.full(k, UNLIMITED)
         self.spent = np.zeros(k, dtype=np.int64)
+        self._epsilon = np.zeros(k)
         self._curves: dict[tuple[float, float], np.ndarray] = {}
 
     def calibrate(self, steps_a_release: int) -> None:
@@ -83,7 +92,13 @@ class Budget:
             if np.isinf(target):
                 continue
             steps = int(self.planned_steps[members].max())
-            if given is None:
+            if self.plan is not None:
+                self.multiplier[members] = least_multiplier(
+                    noise_event(self.config, 1.0, 1.0), self.plan, members, epsilon=target,
+                    delta=delta, cost=functools.partial(self.sampler_cost_at, delta=delta),
+                )  # fmt: skip
+                self.affordable[members] = self.planned_steps[members]
+            elif given is None:
                 self.multiplier[members] = self._least_noise(max(steps, 1), target, delta)
                 self.affordable[members] = steps
             else:
@@ -131,9 +146,17 @@ class Budget:
         one = release.client != ALL_CLIENTS
         whose = release.client if one else release.members(len(self.spent))
         self.spent[whose] += release.steps
+        if self.plan is not None:
+            self._rounds[release.round] = release.members(len(self.spent))
+            self._unread.append(self._rounds[release.round])
 
     def can_pay(self, release: Release) -> bool:
-        """Whether a release keeps everyone whom it is charged to within their ε."""
+        """Whether a release keeps everyone whom it is charged to within their ε.
+
+        Of rounds that share noise, whether it is the first of a planned round.
+        """
+        if self.plan is not None and not self._is_new(release.round):
+            return False
         whose = release.members(len(self.spent))
         return bool(self.can_pay_each(whose, release.steps).all())
 
@@ -141,12 +164,18 @@ class Budget:
         """Whether `steps` more noised steps keep each of some clients within its ε, bool [k]."""
         return self.spent[clients] + steps <= self.affordable[clients]
 
+    def _is_new(self, round: int) -> bool:
+        assert self.plan is not None
+        return round not in self._rounds and round < self.plan.horizon
+
     def nobody_can_pay(self, steps: int) -> bool:
         """Whether no client can take part in another round."""
         return bool((self.spent + steps > self.affordable).all())
 
     def epsilon_spent(self) -> np.ndarray:
         """Upper bound of ε so far of every client [K]: RDP, never above the calibrated target."""
+        if self.plan is not None:
+            return self._epsilon_of_plan(self.plan)
         result = np.full(len(self.spent), np.inf)
         multipliers = self.multiplier.numpy()
         for z, delta in self._promises(multipliers):
@@ -155,6 +184,32 @@ class Budget:
             result[members] = 0.0 if z == 0 and not spent.any() else self._curve(z, delta, spent)
         within = (self.spent <= self.affordable) & (multipliers > 0)
         return np.where(within, np.minimum(result, self.target), result)
+
+    def _epsilon_of_plan(self, plan: CorrelatedPlan) -> np.ndarray:
+        """As if each client had weight 1 in the rounds that it took part in."""
+        ids = np.unique(np.concatenate([np.empty(0, np.int64), *self._unread]))
+        self._unread = []
+        known = {r: who[np.isin(who, ids)] for r, who in self._rounds.items()}
+        if not len(ids):
+            return np.minimum(self._epsilon, self.target)
+        found = moves(
+            plan.coefficients,
+            plan.horizon,
+            count=len(ids),
+            clients=np.searchsorted(ids, np.concatenate(list(known.values()))),
+            rounds=np.repeat(list(known), [len(who) for who in known.values()]),
+        )
+        multipliers = self.multiplier.numpy()[ids]
+        for z, delta in self._promises(self.multiplier.numpy()):
+            mine = (multipliers == z) & (self.delta[ids] == delta)
+            if not mine.any():
+                continue
+            event = noise_event(self.config, z / float(found.largest[mine].max()), 1.0)
+            extra = self.sampler_cost_at(event, delta)
+            left = delta - plan.horizon * extra.delta
+            epsilon = gaussian_upper(z / found.whole[mine], left) if left > 0 else np.inf
+            self._epsilon[ids[mine]] = epsilon + plan.horizon * extra.epsilon
+        return np.minimum(self._epsilon, self.target)
 
     def _promises(self, multipliers: np.ndarray) -> list[tuple[float, float]]:
         """Different pairs of multiplier and δ."""
@@ -185,10 +240,13 @@ class Budget:
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint must keep: the multiplier is calibrated once and never again."""
-        return {
+        state: dict[str, object] = {
             "multiplier": self.multiplier.clone(),
             "affordable": torch.from_numpy(self.affordable.copy()),
         }
+        if self.plan is not None:
+            state["coefficients"] = list(self.plan.coefficients)
+        return state
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore `state_dict`; steps spent come from the ledger, which wins."""

@@ -6,6 +6,7 @@
 | record+local | a record at each of m clients | m independent noises: composition |
 | client+local | g clients, or a person at g of them | g independent noises: composition |
 | sums of clients | g clients, or a person at g of them | their sensitivities add up in one noise |
+| sums that share noise | g clients, or a person at g of them | so do those of the whole run |
 
 Records of a group that lie at several clients are protected at least as well as when all are at the
 client with the least noise: the same coins move several noises, and the whole shift by less.
@@ -45,11 +46,13 @@ class ClientSteps:
         counts: how often each noised step happened.
         delta: the client's delta.
         rounds: (round, number of the step in it) of all steps, for noised sums.
+        largest: where rounds share noise, how far the client moves the round that it moves most.
     """
 
     counts: Mapping[NoiseEvent, int]
     delta: float
     rounds: frozenset[tuple[int, int]] = frozenset()
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,24 @@ def in_one_sum(accounts: Sequence[ClientSteps], size: int) -> GroupSteps:
         return GroupSteps({step: rounds}, exact, loose={loose: rounds})
     joint = math.fsum(sorted((_joint(a.counts) for a in accounts), reverse=True)[:size])
     return GroupSteps({step: rounds}, aligned, joint=joint)
+
+
+def in_correlated_sums(accounts: Sequence[ClientSteps], size: int, *, horizon: int) -> GroupSteps:
+    """Steps as `size` clients see them who move sums with noise that rounds share.
+
+    Their moves of a whole run add up (Minkowski), and so do those of each of its planned rounds;
+    exactly so for clients that took part in the same rounds, by the same factor.
+
+    Args:
+        accounts: of clients that took part.
+        size: of the group.
+        horizon: planned rounds.
+    """
+    members = sorted(accounts, key=lambda a: _joint(a.counts), reverse=True)[:size]
+    largest = math.fsum(sorted((a.largest for a in accounts), reverse=True)[:size])
+    exact = len({(a.rounds, a.largest, _joint(a.counts)) for a in members}) == 1
+    step = ShiftMixture("gaussian", (largest,), (1.0,))
+    return GroupSteps({step: horizon}, exact, joint=math.fsum(_joint(a.counts) for a in members))
 
 
 def group_figure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fl_lightning.accounting.composition import compose_epsilon
+from fl_lightning.accounting.correlated import moves, whole_run
 from fl_lightning.accounting.sum_costs import client_multipliers, extra_of, num_clients, of_client
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS, Release
@@ -30,14 +32,25 @@ class Charge:
 
 @dataclass(slots=True)
 class Account:
-    """One client's charges, each with how often it was made; in the order of their first lines."""
+    """One client's charges, each with how often it was made; in the order of their first lines.
+
+    Where rounds share noise there is one charge for the whole run: then `rounds` says in how many
+    the client took part, and `largest` how far it moves the one that it moves most.
+    """
 
     delta: float
     charges: dict[Charge, int] = field(default_factory=dict)
+    rounds: int | None = None
+    largest: float | None = None
 
     @property
     def releases(self) -> int:
-        return sum(self.charges.values())
+        return sum(self.charges.values()) if self.rounds is None else self.rounds
+
+    @property
+    def steps(self) -> int:
+        """Noised steps of these releases."""
+        return sum(self.counts().values()) if self.rounds is None else self.rounds
 
     def counts(self) -> dict[NoiseEvent, int]:
         """How often each event happened."""
@@ -73,6 +86,8 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
     Raises:
         ValueError: the header does not fit the lines.
     """
+    if header.get("coefficients") is not None:
+        return _of_whole_run(header, list(releases))
     found = {client: _empty(header, client) for client in range(num_clients(header))}
     # Of each kind of sum: by the clients that could be in it, how often and since which line.
     sums: dict[tuple[Any, ...], tuple[Release, dict[str | None, list[int]]]] = {}
@@ -108,6 +123,43 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
 def _empty(header: Mapping[str, Any], client: int) -> Account:
     delta = of_client(header["delta"], client)
     return Account(math.nan if delta is None else delta)
+
+
+def _of_whole_run(header: Mapping[str, Any], releases: Sequence[Release]) -> dict[int, Account]:
+    """One charge a client, for all planned rounds at once, by the rounds that it took part in."""
+    everyone, horizon = num_clients(header), int(header["horizon"])
+    found = {client: _empty(header, client) for client in range(everyone)}
+    if not releases:
+        return found
+    ids = [release.members(everyone) for release in releases]
+    with np.errstate(divide="ignore"):
+        sizes = [1 / client_multipliers(header, release) for release in releases]
+    clients = np.concatenate(ids)
+    moved = moves(
+        header["coefficients"],
+        horizon,
+        count=everyone,
+        clients=clients,
+        rounds=np.repeat([r.round for r in releases], [len(who) for who in ids]),
+        sizes=np.concatenate(sizes),
+    )
+    extra = extra_of(header, votes=any(r.vote_noise_scale is not None for r in releases))
+    guarantee = all(release.guarantee for release in releases)
+    for client, times in enumerate(np.bincount(clients, minlength=everyone).tolist()):
+        if not times:
+            continue
+        account, largest = found[client], float(moved.largest[client])
+        delta = 0.0 if math.isnan(account.delta) else account.delta
+        event, cost = whole_run(
+            releases[0].event,
+            float(moved.whole[client]),
+            largest,
+            horizon,
+            functools.partial(extra, delta=delta),
+        )
+        account.charges[Charge(event, 1, cost.epsilon, cost.delta, guarantee)] = 1
+        account.rounds, account.largest = times, largest
+    return found
 
 
 def _kind(release: Release) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fl_lightning.accounting.correlated import CorrelatedPlan
 from fl_lightning.accounting.exactness import SamplerCost
 from fl_lightning.accounting.sum_costs import (
     client_multipliers,
@@ -18,6 +19,7 @@ from fl_lightning.accounting.sum_costs import (
     of_clients,
 )
 from fl_lightning.ledger.accounts import Account, accounts
+from fl_lightning.ledger.correlated_checks import plan_of
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import Release
 
@@ -29,7 +31,8 @@ class ClientReport:
     Args:
         client: its number.
         releases, steps: how many releases, with how many noised steps together.
-        mechanisms, noise_multipliers, sampling_rates: those that occur, in order.
+        mechanisms, noise_multipliers, sampling_rates: those that occur, in order; where rounds
+            share noise, those of the whole run as one step.
         epsilon: by PLD at `delta`, inflation included; inf without noise; 0 without releases.
         delta: the client's delta (NaN where the header has none); cut tails are paid from it.
         target_epsilon: planned, None where not stated.
@@ -61,7 +64,7 @@ def _report_one(header: Mapping[str, Any], client: int, account: Account) -> Cli
     return ClientReport(
         client=client,
         releases=account.releases,
-        steps=sum(counts.values()),
+        steps=account.steps,
         mechanisms=tuple(dict.fromkeys(e.mechanism for e in counts)),
         noise_multipliers=tuple(dict.fromkeys(e.noise_multiplier for e in counts)),
         sampling_rates=tuple(dict.fromkeys(e.sampling_rate for e in counts)),
@@ -79,6 +82,7 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
     """
     if "noise_form" not in header or "dims" not in header:
         return []
+    plan = plan_of(header) if header.get("coefficients") is not None else None
     extra = {votes: extra_of(header, votes=votes) for votes in (False, True)}
     known: dict[tuple[Any, ...], SamplerCost] = {}
     problems = []
@@ -88,7 +92,7 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
         kind = release.event, votes, release.largest_weight, whose
         cost = known.get(kind)
         if cost is None:
-            cost = known[kind] = _extra_of_line(header, release, extra[votes])
+            cost = known[kind] = _extra_of_line(header, release, extra[votes], plan)
         for name, least in (("epsilon_inflation", cost.epsilon), ("tail_delta", cost.delta)):
             charged = getattr(release, name)
             if charged < release.steps * least * (1 - 1e-9):
@@ -100,14 +104,20 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
 
 
 def _extra_of_line(
-    header: Mapping[str, Any], release: Release, extra: Callable[[NoiseEvent, float], SamplerCost]
+    header: Mapping[str, Any],
+    release: Release,
+    extra: Callable[[NoiseEvent, float], SamplerCost],
+    plan: CorrelatedPlan | None,
 ) -> SamplerCost:
     """What a step of a line costs beyond its event; of a sum, the largest over its clients."""
     if not release.is_sum:
         return extra(release.event, of_client(header["delta"], release.client) or 0.0)
     ids = release.members(num_clients(header))
     deltas = of_clients(header, "delta")[ids]
-    return largest_extra(release.event, client_multipliers(header, release), deltas, extra)
+    multipliers = client_multipliers(header, release)
+    if plan is not None:
+        multipliers = multipliers / plan.sizes_of_one.largest[ids]
+    return largest_extra(release.event, multipliers, deltas, extra)
 
 
 def show_number(value: float) -> str:

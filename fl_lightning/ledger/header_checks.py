@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fl_lightning.accounting.exactness import SamplerCost
 from fl_lightning.accounting.sum_costs import extra_of, num_clients, of_clients
+from fl_lightning.ledger.correlated_checks import PLAN_FACTS, Cost, check_plan, cost_of_plan
+from fl_lightning.ledger.header import CORRELATED_SCHEMA
 from fl_lightning.values.event import NoiseEvent
 
 # Setting: privacy unit, who is trusted, possible adjacencies.
@@ -27,6 +30,7 @@ _FACTS = (
         *("vote_share", "weights", "weighting", "clients_per_round"),
         *("min_survivors", "cohort_rate"),
     ),
+    PLAN_FACTS,
 )
 _LISTS = ("delta", "epsilon", "client_sizes", "planned_steps")
 # By how much a calibrated multiplier may be larger than the least that is enough, and what the
@@ -38,7 +42,7 @@ def check_header(header: Mapping[str, Any]) -> list[str]:
     """Facts that contradict each other; [] if none do.
 
     Args:
-        header: of a run, of schema 0 or 1.
+        header: of a run, of a schema that `check_schema` lets pass.
     """
     schema = header.get("schema", 0)
     names = [name for number in range(schema + 1) for name in _FACTS[number]]
@@ -47,8 +51,18 @@ def check_header(header: Mapping[str, Any]) -> list[str]:
         return [f"{', '.join(missing)} is missing"]
     problems = list(_setting(header))
     if not problems and schema:
-        problems = list(_rules(header)) or list(_calibration(header))
+        problems = list(_shared_noise(header))
+        problems = problems or list(_rules(header)) or list(_calibration(header))
     return problems
+
+
+def _shared_noise(header: Mapping[str, Any]) -> Iterator[str]:
+    correlated = header.get("coefficients") is not None
+    if correlated != (header["schema"] == CORRELATED_SCHEMA):
+        stated = "stated" if correlated else "missing"
+        yield f"coefficients are {stated} in schema {header['schema']}"
+    elif correlated:
+        yield from check_plan(header)
 
 
 def _setting(header: Mapping[str, Any]) -> Iterator[str]:
@@ -116,21 +130,45 @@ def _calibration(header: Mapping[str, Any]) -> Iterator[str]:
     if not limited:
         return
     affordable = of_clients(header, "affordable_steps")
+    if header.get("coefficients") is not None:
+        if not (affordable == planned).all():
+            yield "affordable_steps are not planned_steps: the planned run is charged as a whole"
+            return
+        affordable = np.full_like(planned, planned.max())  # members are told apart by their targets
     groups = np.unique(np.stack([target, delta, multiplier, affordable]), axis=1)
     for epsilon, d, z, steps in groups.T.tolist():
         members = (target == epsilon) & (delta == d) & (multiplier == z)
-        most = planned[members].max()
-        if not header["noise_multiplier_given"] and steps != most:
-            yield f"affordable_steps is {steps:.0f}, planned were {most:.0f}"
-            return
-        problem = _belongs(header, epsilon, d, z, int(steps))
+        if header.get("coefficients") is not None:
+            problem = _belongs(header, epsilon, d, z, int(steps), cost_of_plan(header, members, d))
+        else:
+            most = planned[members].max()
+            if not header["noise_multiplier_given"] and steps != most:
+                yield f"affordable_steps is {steps:.0f}, planned were {most:.0f}"
+                return
+            problem = _belongs(header, epsilon, d, z, int(steps), _cost_of_steps(header, d))
         if problem:
             yield problem
             return
 
 
+def _cost_of_steps(header: Mapping[str, Any], delta: float) -> Cost:
+    """What steps cost a client of this δ."""
+    extra = extra_of(header, votes=header["thresholds"] == "quantile")
+
+    def cost(z: float, steps: int) -> tuple[NoiseEvent, int, SamplerCost]:
+        event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
+        return event, steps, extra(event, delta)
+
+    return cost
+
+
 def _belongs(
-    header: Mapping[str, Any], epsilon: float, delta: float, multiplier: float, steps: int
+    header: Mapping[str, Any],
+    epsilon: float,
+    delta: float,
+    multiplier: float,
+    steps: int,
+    of_steps: Cost,
 ) -> str:
     """Why a multiplier and a number of steps are not what an ε allows; "" if they are.
 
@@ -138,17 +176,14 @@ def _belongs(
     """
     from fl_lightning.accounting.exactness import charged_epsilon
 
-    extra = extra_of(header, votes=header["thresholds"] == "quantile")
-
     def cost(z: float, count: int) -> float:
-        event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
-        return charged_epsilon(event, count, delta, extra(event, delta))
+        event, times, extra = of_steps(z, count)
+        return charged_epsilon(event, times, delta, extra)
 
     def drawn(z: float, count: int) -> bool:
         """Whether what inexact noise costs leaves half of ε and δ: no less noise is calibrated."""
-        event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
-        cost = extra(event, delta)
-        return count * cost.epsilon <= epsilon / 2 and count * cost.delta <= delta / 2
+        _, times, extra = of_steps(z, count)
+        return times * extra.epsilon <= epsilon / 2 and times * extra.delta <= delta / 2
 
     spent, less = cost(multiplier, max(steps, 1)), multiplier * (1 - _SLACK)
     where = f"{steps} steps at noise_multiplier {multiplier} cost epsilon {spent:.6g}"

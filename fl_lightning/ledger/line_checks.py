@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients, spent_digest
+from fl_lightning.ledger.correlated_checks import check_lines
 from fl_lightning.ledger.header_checks import check_header
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -44,6 +45,7 @@ def contradictions(header: Mapping[str, Any], releases: Sequence[Release]) -> li
         for line, release in enumerate(releases, 2)
         for problem in _against_header(header, release, noise)
     ]
+    problems += list(check_lines(header, releases))
     return problems or list(_steps(header, releases))
 
 

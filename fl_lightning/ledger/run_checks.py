@@ -91,6 +91,9 @@ class RunFiles:
         known = state["budget"]["multiplier"].numpy()
         if header.get("schema") and not _same(known, of_clients(header, "noise_multiplier")):
             self.problems.append(f"{name} has other noise multipliers than the header")
+        known = state["budget"].get("coefficients")
+        if known != header.get("coefficients"):
+            self.problems.append(f"{name} has other coefficients of shared noise than the header")
         for fact in ("epsilon", "delta"):
             value = state["promise"].get(fact)
             promised = np.ravel(math.inf if value is None else value).astype(np.float64)

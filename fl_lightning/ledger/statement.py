@@ -172,8 +172,14 @@ def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
     )
 
 
-def _charged(releases: Sequence[Release], name: str) -> str:
-    """Largest sum over a client's releases, those of everybody included."""
+def _charged(header: Mapping[str, Any], releases: Sequence[Release], name: str) -> str:
+    """Largest sum over a client's releases, those of everybody included.
+
+    Where rounds share noise, each planned round costs every client what the line with most says.
+    """
+    if header.get("coefficients") is not None:
+        most = max((getattr(r, name) for r in releases), default=0.0)
+        return show_number(header["horizon"] * most) + " (largest client)"
     sums: dict[int, float] = {}
     for release in releases:
         sums[release.client] = sums.get(release.client, 0.0) + getattr(release, name)
@@ -191,6 +197,7 @@ def _how(
     rates = [q for r in active for q in r.sampling_rates]
     steps = [r.steps for r in active]
     mechanisms = sorted({m for r in active for m in r.mechanisms})
+    whole_run = "" if header.get("coefficients") is None else ", of the whole run"
     return "\n".join(
         (
             "## What was done",
@@ -199,12 +206,23 @@ def _how(
             f"{len({r.round for r in releases})} rounds; noised steps a client: "
             f"{_span(steps)}.",
             f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
-            f"votes included): {_span(multipliers)}; sampling rate: {_span(rates)}.",
-            f"- Composition: privacy loss distributions (pessimistic), per client; random numbers: "
+            f"votes included{whole_run}): {_span(multipliers)}; sampling rate: {_span(rates)}.",
+            f"- Composition: {_composition(header)}; random numbers: "
             f"{header.get('rng', 'not stated')}; noise form: {header.get('noise_form', 'wide')}.",
             "- Charged on top of the composition, for noise that is not the ideal one: epsilon "
-            f"{_charged(releases, 'epsilon_inflation')}, delta {_charged(releases, 'tail_delta')}.",
+            f"{_charged(header, releases, 'epsilon_inflation')}, delta "
+            f"{_charged(header, releases, 'tail_delta')}.",
         )
+    )
+
+
+def _composition(header: Mapping[str, Any]) -> str:
+    if header.get("coefficients") is None:
+        return "privacy loss distributions (pessimistic), per client"
+    shown = ", ".join(show_number(float(d)) for d in header["coefficients"])
+    return (
+        f"none: rounds share noise (coefficients {shown}), so each client is charged once, as one "
+        f"Gaussian over all {header['horizon']} planned rounds, those after its last one included"
     )
 
 

@@ -53,6 +53,12 @@ def assumptions(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
         )
     if header["setting"] in SUMMED:
         lines.append("- Which clients fail in a round does not depend on their data.")
+    if header.get("coefficients") is not None:
+        lines.append(
+            f"- Which rounds each client takes part in was fixed before the run, and there are no "
+            f"more than the {header['horizon']} planned rounds: epsilon covers what later rounds "
+            "show of earlier ones up to there."
+        )
     if header.get("tail_cutoff") is not None and header.get("noise_form") != "grid":
         lines.append(
             f"- The sampler's largest draw is {show_number(float(header['tail_cutoff']))} noise "

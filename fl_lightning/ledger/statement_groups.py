@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from fl_lightning.accounting.group_privacy import (
     GroupSteps,
     apart,
     group_figure,
+    in_correlated_sums,
     in_one_sum,
     records_of_one_client,
 )
@@ -59,6 +61,8 @@ def group_section(
         rows += _rows("one record at each of {} clients", figures(apart, len(clients)))
     else:
         select = in_one_sum if header["setting"] in SUMMED else apart
+        if header.get("coefficients") is not None:
+            select = functools.partial(in_correlated_sums, horizon=header["horizon"])
         rows = _rows("{} clients", figures(select, len(clients)))
     if not rows:
         return ""
@@ -79,6 +83,7 @@ def client_steps(header: Mapping[str, Any], releases: Sequence[Release]) -> dict
             Counter(found[k].counts()),
             found[k].delta,
             frozenset((r, i) for r, n in rounds[k].items() for i in range(n)),
+            found[k].largest or 0.0,
         )
         for k in sorted(found)
         if found[k].charges

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from fl_lightning.privacy.combinations import check_comparators, check_correlation
 from fl_lightning.privacy.settings import (
     ADJACENCY_OF,
     SUMMED,
@@ -25,6 +26,8 @@ _LATER = (
     "history_rule",
     "history_cosine",
     "nominal_sensitivity",
+    "correlation",
+    "bands",
 )
 
 
@@ -83,6 +86,12 @@ class PrivacyConfig:
             ``poisson``: every client by itself with probability clients_per_round over the number
             of clients, by secret coins that only a trusted aggregator knows. ``default``: poisson
             under client+aggregator, else fixed.
+        correlation: Under client+aggregator with cohort_sampling fixed, whether a round's noise
+            takes a part of earlier rounds' noise back (``banded``), so that less of it adds up in
+            the model. Every client is charged for all planned rounds at once: a run cannot be made
+            longer. ``none``: the noise of each round is its own.
+        bands: Noise of how many rounds is in a release when correlation is banded, 2 to 64; 2 takes
+            nearly all that there is to gain.
         min_survivors: Under client+secure_sum, fewest clients of a cohort that stay and are honest;
             their shares alone are the whole noise, and a round with fewer is given up before
             anything is revealed. Null: the whole cohort.
@@ -126,6 +135,8 @@ class PrivacyConfig:
     allocation: Allocation = "default"
     share_floor: float = 0.1
     cohort_sampling: Literal["default", "fixed", "poisson"] = "default"
+    correlation: Literal["none", "banded"] = "none"
+    bands: int = 2
     min_survivors: int | None = None
     nominal_sensitivity: Literal["update", "records"] = "update"
     seed: int | None = None
@@ -146,7 +157,8 @@ class PrivacyConfig:
         _check_setting(self)
         _check_numbers(self)
         _check_thresholds(self)
-        _check_comparators(self)
+        check_comparators(self)
+        check_correlation(self)
 
     @property
     def private(self) -> bool:
@@ -174,6 +186,11 @@ class PrivacyConfig:
         if self.cohort_sampling == "default":
             return self.setting == "client+aggregator"
         return self.cohort_sampling == "poisson"
+
+    @property
+    def correlated(self) -> bool:
+        """Whether rounds share noise, and the whole run is charged at once."""
+        return self.private and self.correlation != "none"
 
     @property
     def votes(self) -> float:
@@ -347,44 +364,3 @@ def _check_thresholds(config: PrivacyConfig) -> None:
             raise ValueError(f"clip_norm=inf needs thresholds='fixed', not '{rule}'")
         if config.resolved_allocation == "mse":
             raise ValueError("clip_norm=inf cannot be used with allocation='mse'")
-
-
-def _check_comparators(config: PrivacyConfig) -> None:
-    if config.clip_function == "automatic":
-        if config.setting != "record+local" or config.clipping != "flat":
-            raise ValueError(
-                f"clip_function='automatic' with setting='{config.setting}' and clipping="
-                f"'{config.clipping}': only setting='record+local' with clipping='flat' has it"
-            )
-        if config.noise_form == "grid" or config.resolved_thresholds == "quantile":
-            raise ValueError(
-                f"clip_function='automatic' with noise_form='{config.noise_form}' and thresholds="
-                f"'{config.resolved_thresholds}': use noise_form 'wide' or 'fast' and thresholds "
-                "'fixed' or 'released'"
-            )
-    if config.clipping == "joint":
-        if config.setting != "record+local" or config.noise_form == "grid":
-            raise ValueError(
-                f"clipping='joint' with setting='{config.setting}' and noise_form="
-                f"'{config.noise_form}': only setting='record+local' with noise_form 'wide' or "
-                "'fast' has it"
-            )
-        if config.votes_on == "clipped":
-            raise ValueError(
-                "votes_on='clipped' with clipping='joint': all layers would vote alike; use 'l1'"
-            )
-    if config.votes_on != "l1" and config.setting not in ("record+local", "none"):
-        raise ValueError(
-            f"votes_on='{config.votes_on}' with setting='{config.setting}': only 'record+local' "
-            "can vote on it"
-        )
-    if config.nominal_sensitivity != "update" and config.setting != "abstract":
-        raise ValueError(
-            f"nominal_sensitivity='{config.nominal_sensitivity}' with setting='{config.setting}' "
-            "would add too little noise: only setting='abstract' may"
-        )
-    if config.history_cosine and config.resolved_thresholds not in ("released", "raw"):
-        raise ValueError(
-            f"history_cosine=true with thresholds='{config.resolved_thresholds}': only 'released' "
-            "and 'raw' look at updates"
-        )

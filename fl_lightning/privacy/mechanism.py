@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import (
+    Correlation,
     Layout,
     NoiseKey,
     clip_sum_noise,
@@ -180,6 +181,8 @@ def noised_votes(
     key: NoiseKey,
     step: int,
     clients: Tensor,
+    *,
+    correlation: Correlation | None = None,
 ) -> Tensor:
     """Vote sums [k, L] (multiples of 1/2) with noise, float32.
 
@@ -198,6 +201,7 @@ def noised_votes(
         layer=votes.shape[1],
         dtype=torch.int64 if gridded else torch.float64,
         form=config.noise_form,
+        correlation=correlation,
     )
     if not gridded:
         return (votes + noise).float()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aadp_kernels import (
+    Correlation,
     Layout,
     NoiseKey,
     clip_sum_noise,
@@ -27,6 +30,36 @@ _ROW = torch.zeros(1, dtype=torch.int64)
 _CLIENTS_AT_ONCE = 64
 
 
+@dataclass(frozen=True)
+class SharedNoise:
+    """The noise of a round that takes a part of earlier rounds' noise back; secret.
+
+    Layers and votes are one vector, in units of their noise, and share coefficients and keys. So
+    the votes' part of the budget is what it is without correlation, and the tracked norms, which
+    add votes up, gain as the model does.
+
+    Args:
+        coefficients: of the earlier noises, in the order of `earlier`.
+        earlier: keys of the noise of earlier rounds.
+        own: (what the noise hides) → key of this round's own noise, kept for later rounds; it
+            takes the place of the sum's `key`.
+    """
+
+    coefficients: tuple[float, ...]
+    earlier: tuple[NoiseKey, ...]
+    own: Callable[[Sequence[Tensor | float | str]], NoiseKey]
+
+    @property
+    def correlation(self) -> Correlation:
+        """For the kernels: every round draws at step 0 of a key of its own."""
+        return Correlation((1.0, *self.coefficients), tuple((key, 0) for key in self.earlier))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise, in units of that of independent noise."""
+        return math.hypot(1.0, *self.coefficients)
+
+
 class NoisedSum:
     """Weighted sum of clipped client updates; private until `release`.
 
@@ -39,6 +72,7 @@ class NoisedSum:
         key: noise key of this round.
         dtypes: of the released tensors; None: those of the updates that are added.
         processes: those that clients are added in; None: this one.
+        shared: noise of earlier rounds in this one; None: its noise is its own.
     """
 
     def __init__(
@@ -51,11 +85,13 @@ class NoisedSum:
         key: NoiseKey,
         dtypes: Sequence[torch.dtype] | None = None,
         processes: Processes | None = None,
+        shared: SharedNoise | None = None,
     ) -> None:
         self.history = history
         self.layout = layout
         self.survivors = survivors
         self.key = key
+        self.shared = shared
         self.processes = processes or Processes()
         self.parts: list[str] = []
         self.policy = history.policy(_ROW, torch.tensor([multiplier], dtype=torch.float64))
@@ -156,7 +192,11 @@ class NoisedSum:
         """
         policy, history = self.policy, self.history
         values = [*self.total, self.votes] if self.processes.size == 1 else self.parts
-        key = binding.step_key(self.key, 0, [*values, policy.noise_scale, divisor])
+        hidden = [*values, policy.noise_scale, divisor]
+        if self.shared is None:
+            key = binding.step_key(self.key, 0, hidden)
+        else:
+            key = self.key = self.shared.own(hidden)
         sums, votes, count = self._with_noise(key)
         released = {
             name: (value / divisor)[None].to(dtype)
@@ -167,7 +207,8 @@ class NoisedSum:
         else:
             tensors = [released[name] for name in self.layout.names]
             norms = layer_norms(tensors, layout=self.layout, p=1, cohort=True)
-            history.observe_release(_ROW, norms / history.dims, policy.noise_scale / divisor)
+            scale = policy.noise_scale * (1.0 if self.shared is None else self.shared.deviation)
+            history.observe_release(_ROW, norms / history.dims, scale / divisor)
         history.observe_clip_norms(_ROW, policy.clip_norm)
         return PrivateUpdate(
             clients=torch.tensor([ALL_CLIENTS]),
@@ -197,7 +238,13 @@ class NoisedSum:
         if self.policy.votes_at is None:
             return sums, self.votes[None], count
         config = self.history.config
-        return sums, noised_votes(self.votes[None], self.policy, config, key, 0, _ROW), count
+        votes = noised_votes(
+            self.votes[None], self.policy, config, key, 0, _ROW, correlation=self._correlation()
+        )
+        return sums, votes, count
+
+    def _correlation(self) -> Correlation | None:
+        return None if self.shared is None else self.shared.correlation
 
     def _meet(self) -> int:
         """Sum everything over the processes; the number of clients in it."""
@@ -254,6 +301,7 @@ class NoisedSum:
                 offset=offset,
                 dtype=torch.float64,
                 form=form,
+                correlation=self._correlation(),
             )
         total = torch.zeros(shape, dtype=torch.float64)
         clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)

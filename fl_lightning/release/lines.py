@@ -43,7 +43,7 @@ def line_writer(
         extra: SamplerCost,
         first_step: int,
         digest: str,
-        **of_sum: float | str | None,
+        **of_sum: float | str | tuple[int, ...] | None,
     ) -> Release:
         return Release(
             client=client,

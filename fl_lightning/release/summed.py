@@ -6,6 +6,7 @@ under ``client+secure_sum`` every client adds a part of it and only the sum of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from aadp_kernels import NoiseKey, poisson_mask
 from fl_lightning.accounting.sum_costs import largest_extra, spent_digest
 from fl_lightning.keys import binding, digests
+from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.privacy.mechanism import noise_event
-from fl_lightning.privacy.noised_sum import NoisedSum
+from fl_lightning.privacy.noised_sum import NoisedSum, SharedNoise
 from fl_lightning.privacy.weights import event_multiplier, sum_weights
 from fl_lightning.release.claim import Books, Draw, claim
 from fl_lightning.release.clients import Clients
@@ -28,6 +30,7 @@ from fl_lightning.values.client_set import encode
 from fl_lightning.values.release import ALL_CLIENTS, Release
 from fl_lightning.values.round import Params, PrivateUpdate
 
+_LOG = logging.getLogger("pytorch_lightning")
 _ROW = torch.zeros(1, dtype=torch.int64)  # the cohort has one released history
 
 
@@ -72,9 +75,17 @@ class Summed:
         rules: of the run.
         key: the run's secret.
         books: what is paid from and written in; its processes share the clients of a sum.
+        noise: of released rounds, where rounds share noise (its budget has a plan); else None.
     """
 
-    def __init__(self, clients: Clients, rules: Rules, key: NoiseKey, books: Books) -> None:
+    def __init__(
+        self,
+        clients: Clients,
+        rules: Rules,
+        key: NoiseKey,
+        books: Books,
+        noise: ReleasedNoise | None = None,
+    ) -> None:
         found = sum_rules(rules, clients.data.client_sizes)
         assert found is not None
         self.sum_rules = found
@@ -82,6 +93,9 @@ class Summed:
         self.rules = rules
         self.key = key
         self.books = books
+        self.noise = noise
+        # By what name the ledger knows the noise of each released round.
+        self._names = {} if noise is None else {line.round: line.binding for line in books.ledger}
 
     def can_take_part(self, clients: np.ndarray, round: int) -> np.ndarray:
         """Whether each client can pay for a sum or has paid for that of this round, [k]."""
@@ -129,16 +143,27 @@ class Summed:
         if len(candidates) < (self.sum_rules.survivors or 1):
             return self._nothing(params)
         z, weights = self._weights(candidates)
+        earlier = self._earlier(round)
 
         def draw(redraw: int, before: dict[str, Tensor]) -> Draw:
             inputs = [candidates, weights, z, *params.values(), *before.values()]
+            inputs += [digests.digest(map(repr, earlier))] if earlier else []
             key = binding.round_key(self.key, context, round, redraw, *inputs)
-            update = self.draw(candidates, params, key, round)
+            update, key = self._draw(candidates, params, key, round)
             return Draw(update, [self._line(update, candidates, weights, z, round, key)])
 
         update = claim(self.books, _ROW, draw)
         if len(update.clients):
+            if self.noise is not None:
+                (line,) = self.books.ledger.find(ALL_CLIENTS, round)
+                self._names[round] = line.binding
             return update
+        if self.noise is not None:
+            _LOG.warning(
+                f"round {round} was released before, with other bytes: with shared noise a round "
+                "is released once, so it is given up"
+            )
+            return self._nothing(params)
         # Who could come only to repeat what is paid for cannot be in another sum.
         able = self.books.budget.can_pay_each(candidates.numpy(), 1)
         return self.release(candidates[torch.from_numpy(able)], params, round, context)
@@ -155,6 +180,12 @@ class Summed:
 
     def draw(self, candidates: Tensor, params: Params, key: NoiseKey, round: int) -> PrivateUpdate:
         """Train, clip, add up and add noise; nothing is paid for yet: nothing may be handed out."""
+        return self._draw(candidates, params, key, round)[0]
+
+    def _draw(
+        self, candidates: Tensor, params: Params, key: NoiseKey, round: int
+    ) -> tuple[PrivateUpdate, NoiseKey]:
+        """The update, and the key by whose name the ledger knows its noise."""
         clients, processes, rate = self.clients, self.books.processes, self.sum_rules.rate
         z, weights = self._weights(candidates)
         coins = key.derive("coins")
@@ -170,6 +201,7 @@ class Summed:
             key=key.derive("noise"),
             dtypes=[params[name].dtype for name in clients.layout.names],
             processes=processes,
+            shared=self._shared(key, round),
         )
         own = processes.part_of(taking_part.nonzero()[:, 0])
 
@@ -181,9 +213,10 @@ class Summed:
         total.gather(train)
         # Public denominators: what was expected, not who came.
         expected = 1.0 if rate is None else rate
-        return total.release(
+        update = total.release(
             divisor=expected * float(weights.sum()), expected_votes=expected * len(candidates)
         )
+        return update, key if total.shared is None else total.key
 
     def _line(
         self,
@@ -200,6 +233,9 @@ class Summed:
         ids = candidates.numpy()
         event = noise_event(privacy, z, 1.0 if asked.rate is None else asked.rate)
         own = event_multiplier(weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes)
+        plan = budget.plan
+        if plan is not None:
+            own = own / torch.from_numpy(plan.sizes_of_one.largest[ids])
         sent = [value[0] for value in update.update.values()]
         return line_writer(self.books, privacy, update.policy, key, round, 1)(
             0,
@@ -211,6 +247,25 @@ class Summed:
             largest_weight=float(asked.weights[candidates].max()),
             clients=None if len(ids) == len(asked.weights) else encode(ids),
             spent=spent_digest(budget.spent),
+            combined=None if plan is None else tuple(r for r, _, _ in self._earlier(round)),
+        )
+
+    def _earlier(self, round: int) -> list[tuple[int, float, str]]:
+        """Rounds whose noise this one takes back: their number, coefficient and name."""
+        plan, names = self.books.budget.plan, self._names
+        if plan is None:
+            return []
+        return [(r, d, names[r]) for r, d in plan.terms(round, names.__contains__)]
+
+    def _shared(self, key: NoiseKey, round: int) -> SharedNoise | None:
+        noise = self.noise
+        if noise is None:
+            return None
+        earlier = self._earlier(round)
+        return SharedNoise(
+            tuple(d for _, d, _ in earlier),
+            tuple(noise.find(name) for _, _, name in earlier),
+            lambda values: noise.keep(key, values),
         )
 
     def _nothing(self, params: Params) -> PrivateUpdate:

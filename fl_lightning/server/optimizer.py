@@ -8,10 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from aadp_kernels import factorization
 
 Make = Callable[[Any], Any]
 
@@ -104,6 +108,34 @@ def try_server(
         _step_schedule(schedule, rounds)
     schedules = [] if schedule is None else [schedule.state_dict()]
     return {"optimizer": optimizer.state_dict(), "schedules": schedules}
+
+
+def weights_in_last_model(
+    make: Make, make_scheduler: Make | None, rounds: int
+) -> npt.NDArray[np.float64]:
+    """What each release is multiplied by in the model after `rounds` rounds, float64 [1, rounds].
+
+    Exact for SGD, whose steps add up (weight decay left out). Other optimizers are taken for SGD of
+    the same learning rates and momentum (`betas[0]` of Adam): what is chosen by this may be less
+    good for them, and is as private.
+
+    Args:
+        make, make_scheduler: of the run.
+        rounds: that are planned, >= 1.
+    """
+    optimizer = make_optimizer(make, [nn.Parameter(torch.zeros(1))])
+    schedule = make_schedule(make_scheduler, optimizer)
+    group, rates = optimizer.param_groups[0], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is trained here
+        for _ in range(rounds):
+            rates.append(float(group["lr"]))
+            if schedule is not None:
+                schedule.step()  # pyright: ignore[reportCallIssue]
+    momentum = group.get("momentum", group.get("betas", [0.0])[0])
+    return factorization.last_of_sgd(
+        rates, momentum=float(momentum), nesterov=bool(group.get("nesterov", False))
+    )
 
 
 def _step_schedule(schedule: LRScheduler, rounds: int) -> None:

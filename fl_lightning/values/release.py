@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -44,6 +45,8 @@ class Release:
             sum, or one of schema 0, which costs everybody the same.
         clients: of a sum, those who could have been in it (see `client_set`); None: everybody.
         spent: of a sum, the digest of the steps that every client had spent before it.
+        combined: of a sum of a run whose rounds share noise, the earlier rounds whose noise was
+            drawn again in it, latest first. None: its noise is its own.
 
     Raises:
         ValueError: a value outside its range.
@@ -71,6 +74,7 @@ class Release:
     largest_weight: float | None = None
     clients: str | None = None
     spent: str | None = None
+    combined: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("client", "round", "attempt", "first_step", "steps", "num_layers"):
@@ -92,8 +96,9 @@ class Release:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a hex string, got {getattr(self, name)!r}")
         self.event  # noqa: B018 - the event's own checks
-        if self.largest_weight is not None or self.clients is not None or self.spent is not None:
+        if any(getattr(self, name) is not None for name in (*_OF_SUMS, _OF_CORRELATED)):
             self._check_sum()
+            self._check_combined()
 
     def _check_sum(self) -> None:
         if self.client != ALL_CLIENTS:
@@ -105,6 +110,11 @@ class Release:
             raise ValueError(f"spent must be a hex string in a sum, got {self.spent!r}")
         if self.clients is not None:
             decode(self.clients)
+
+    def _check_combined(self) -> None:
+        later = [self.round, *(self.combined or ())]
+        if not all(0 <= b < a for a, b in itertools.pairwise(later)):
+            raise ValueError(f"combined must be rounds before {self.round}, got {later[1:]}")
 
     @property
     def is_sum(self) -> bool:
@@ -141,13 +151,16 @@ class Release:
 
 
 _OF_SUMS = ("largest_weight", "clients", "spent")
-_FIELDS = tuple(f.name for f in fields(Release) if f.name not in _OF_SUMS)
+_OF_CORRELATED = "combined"
+_FIELDS = tuple(f.name for f in fields(Release) if f.name not in (*_OF_SUMS, _OF_CORRELATED))
 KINDS = ("release", "sum")
 
 
 def release_entry(release: Release) -> dict[str, Any]:
     """A release as a ledger line holds it."""
     names = (*_FIELDS, *_OF_SUMS) if release.is_sum else _FIELDS
+    # Written where it is stated, so that all other lines are as they were.
+    names = names if release.combined is None else (*names, _OF_CORRELATED)
     values = {name: plain(getattr(release, name)) for name in names}
     return {"kind": "sum" if release.is_sum else "release", **values}
 
@@ -158,6 +171,8 @@ def parse_release(entry: Mapping[str, Any]) -> Release:
     known = {name: entry[name] for name in names}
     for name in ("clip_norm", "shares"):
         known[name] = tuple(float(v) for v in known[name])
+    if entry.get(_OF_CORRELATED) is not None:
+        known[_OF_CORRELATED] = tuple(int(v) for v in entry[_OF_CORRELATED])
     for name in ("epsilon_inflation", "tail_delta", "noise_multiplier", "sampling_rate"):
         known[name] = float(known[name])
     for name in ("vote_noise_scale", "quantum", "largest_weight"):

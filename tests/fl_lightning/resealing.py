@@ -49,6 +49,17 @@ RUNS = {
         },
         "clients_per_round": 2,
     },
+    "correlated": {
+        "privacy": {
+            "setting": "client+aggregator",
+            "epsilon": [3.0, 4.0],
+            "delta": 0.05,
+            "cohort_sampling": "fixed",
+            "correlation": "banded",
+            "bands": 3,
+        },
+        "clients_per_round": 1,
+    },
     "grid": {
         "privacy": {
             "setting": "client+local",

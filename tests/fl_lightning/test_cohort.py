@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_lightning.server.cohort import cohort_schedule, participations_of
+from fl_lightning.accounting.cohort import cohort_schedule, participations_of
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

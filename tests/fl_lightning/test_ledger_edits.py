@@ -11,6 +11,7 @@ import pytest
 
 from fl_lightning.accounting.sum_costs import spent_digest
 from fl_lightning.ledger import verify
+from fl_lightning.ledger.correlated_checks import plan_of, schedule_of
 from fl_lightning.values.client_set import decode
 from tests.fl_lightning.resealing import (
     ROUNDS,
@@ -133,7 +134,7 @@ RECORDS: dict[str, tuple[Callable[[Entries], Any], str]] = {
     "a line of everybody": (lines(2, client=-1), "is a sum, the setting is record+local"),
     "a fact removed": (lambda e: e[0]["facts"].pop("noise_multiplier") and None, "is missing"),
     "nonsense": (facts(noise_multiplier="much"), "make no sense"),
-    "a newer schema": (facts(schema=2), "is of schema 2: this version reads schemas 0 to 1"),
+    "a newer schema": (facts(schema=3), "is of schema 3: this version reads schemas 0 to 2"),
 }
 
 
@@ -228,6 +229,102 @@ def test_an_edit_of_secret_cohorts_is_found(runs: Runs, tmp_path: Path, name: st
     problems = verify(edited(runs["coins"], tmp_path, change))
     assert problems, name
     assert words in problems[0], problems[:3]
+
+
+def other_coefficients(entries: Entries) -> None:
+    """Less noise taken back, hence less to charge; and sensitivities that belong to it."""
+    header = entries[0]["facts"]
+    header["coefficients"] = [1.0, -0.1, -0.05]
+    header["sensitivity"] = plan_of(header).sizes_of_one.whole.tolist()
+
+
+def charged_one_by_one(entries: Entries) -> None:
+    """As if each round had noise of its own."""
+    header = entries[0]["facts"]
+    for name in ("coefficients", "horizon", "schedule_seed", "sensitivity"):
+        del header[name]
+    header["schema"] = 1
+    header["affordable_steps"] = max(header["planned_steps"])
+    for entry in entries[1:]:
+        del entry["combined"]
+
+
+def longer(entries: Entries) -> None:
+    """Two more planned rounds throughout, for noise that was calibrated for fewer."""
+    header = entries[0]["facts"]
+    header["horizon"] = 10
+    header["planned_steps"] = np.bincount(schedule_of(header).ravel()).tolist()
+    header["affordable_steps"] = header["planned_steps"]
+    header["sensitivity"] = plan_of(header).sizes_of_one.whole.tolist()
+
+
+def of_a_stranger(entries: Entries) -> None:
+    """Another client of the same ε in the last round."""
+    entries[-1]["clients"] = {"0": "2", "2": "0", "1": "0"}[entries[-1]["clients"]]
+
+
+CORRELATED: dict[str, tuple[Callable[[Entries], Any], str]] = {
+    "a coefficient": (facts(coefficients=[1.0, -0.9, -0.05]), "sensitivity is not that of"),
+    "a coefficient and sensitivities": (other_coefficients, "far below the target"),
+    "a positive coefficient": (facts(coefficients=[1.0, 0.5]), "make no sense"),
+    "horizon": (facts(horizon=6), "planned_steps are not those of horizon 6"),
+    "horizon and steps": (longer, "more than the target"),
+    "seed of the schedule": (facts(schedule_seed=5), "and schedule_seed 5"),
+    "sensitivity": (facts(sensitivity=1.0), "sensitivity is not that of"),
+    "affordable steps": (facts(affordable_steps=9), "affordable_steps are not planned_steps"),
+    "a fact removed": (lambda e: e[0]["facts"].pop("horizon") and None, "horizon is missing"),
+    "independent noise": (charged_one_by_one, "far below the target"),
+    "an older schema": (facts(schema=1), "coefficients are stated in schema 1"),
+    "coefficients removed": (facts(coefficients=None), "coefficients are missing in schema 2"),
+    "another setting": (
+        turned("client+secure_sum", min_survivors=1),
+        "setting is client+secure_sum, noise that rounds share needs client+aggregator",
+    ),
+    "multiplier": (lines(2, noise_multiplier=tenfold), "calibrated was"),
+    "two thirds of the noise": (
+        both(
+            lambda e: facts(noise_multiplier=[2 / 3 * z for z in noise_of(e)])(e),
+            lines(noise_multiplier=two_thirds, vote_noise_scale=two_thirds),
+        ),
+        "more than the target",
+    ),
+    "a row dropped": (without(2), "line 3: combined is [1, 0], the rounds before it that were"),
+    "a row dropped throughout": (
+        both(
+            lambda e: e.pop(3) and None,
+            lines(3, combined=[1]),
+            lines(4, combined=[3]),
+        ),
+        "begins at step 3, the lines before it end at 2",
+    ),
+    "a row more": (lines(4, combined=[2, 1, 0]), "line 5: combined is [2, 1, 0]"),
+    "a band less": (lines(3, combined=[1]), "line 4: combined is [1], the rounds before it"),
+    "nothing combined": (lines(3, combined=None), "line 4: combined is missing"),
+    "a round beyond the plan": (lines(5, round=8), "line 6: round 8 is beyond the 8 planned"),
+    "a round twice": (
+        lambda e: [*e, {**e[-1], "attempt": 1, "first_step": 5}],
+        "line 7: round 4 comes after round 4: a round is released once",
+    ),
+    "a client of another round": (of_a_stranger, "is not in the planned cohort of round 4"),
+    "tails": (lines(2, tail_delta=half), "line 3 charges tail_delta"),
+}
+
+
+def noise_of(entries: Entries) -> list[float]:
+    return np.ravel(entries[0]["facts"]["noise_multiplier"]).tolist()
+
+
+@pytest.mark.parametrize("name", CORRELATED)
+def test_an_edit_of_shared_noise_is_found(runs: Runs, tmp_path: Path, name: str) -> None:
+    change, words = CORRELATED[name]
+    problems = verify(edited(runs["correlated"], tmp_path, change))
+    assert problems, name
+    assert words in problems[0], problems[:3]
+
+
+def test_combined_noise_without_coefficients_is_found(runs: Runs, tmp_path: Path) -> None:
+    (problem,) = verify(edited(runs["sums"], tmp_path, lines(2, combined=[])))
+    assert problem == "line 3: combined is stated, the header has no coefficients"
 
 
 def test_a_given_multiplier_must_allow_the_steps_it_is_said_to(runs: Runs, tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ HEADERS = [
         ("two thirds of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.05, 1.0"),
         ("three halves of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.7, 1e-3"),
         ("too much noise", "return \"\" if least else f\"{where}, far below", "return \"\" if True else f\"{where}, far below"),
-        ("half the steps", "return charged_epsilon(event, count, delta, extra(event, delta))", "return charged_epsilon(event, max(count // 2, 1), delta, extra(event, delta))"),
-        ("a rate of 1", "event = NoiseEvent(header[\"mechanism\"], z, header[\"sampling_rate\"], header[\"adjacency\"])\n        return charged", "event = NoiseEvent(header[\"mechanism\"], z, 1.0, header[\"adjacency\"])\n        return charged"),
+        ("half the steps", "return charged_epsilon(event, times, delta, extra)", "return charged_epsilon(event, max(times // 2, 1), delta, extra)"),
+        ("a rate of 1", "event = NoiseEvent(header[\"mechanism\"], z, header[\"sampling_rate\"], header[\"adjacency\"])\n        return event, steps", "event = NoiseEvent(header[\"mechanism\"], z, 1.0, header[\"adjacency\"])\n        return event, steps"),
     ),
     *group(
         "fl_lightning/ledger/header_checks.py",

@@ -46,8 +46,10 @@ def all_mutations() -> list[Mutation]:
         ledger,
         packaging,
         releases,
+        shared_rounds,
         stopping,
     )
 
-    files = kernels, adapters, correlated, ledger, releases, stopping, federated, groups, packaging
+    files = kernels, adapters, correlated, shared_rounds, ledger, releases, stopping, federated
+    files += groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]

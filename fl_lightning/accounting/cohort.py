@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def cohort_schedule(num_clients: int, cohort_size: int, rounds: int, seed: int) -> np.ndarray:
+def cohort_schedule(
+    num_clients: int, cohort_size: int, rounds: int, seed: int, *, one_order: bool = False
+) -> np.ndarray:
     """Clients of every round, int64 [rounds, cohort_size].
 
     The population is dealt out in seeded permutations, one after another, so that numbers of
@@ -17,6 +19,8 @@ def cohort_schedule(num_clients: int, cohort_size: int, rounds: int, seed: int) 
         cohort_size: clients a round, 1 ≤ m ≤ K.
         rounds: planned rounds.
         seed: public seed.
+        one_order: whether all passes deal in the order of the first, so that clients come back
+            after equally many rounds (up to one): what noise that rounds share wants.
 
     Raises:
         ValueError: if the cohort is empty or larger than the population.
@@ -32,7 +36,7 @@ def cohort_schedule(num_clients: int, cohort_size: int, rounds: int, seed: int) 
     dealt = np.empty(0, dtype=np.int64)
     passes = 0
     while len(dealt) < rounds * cohort_size:
-        order = np.random.default_rng([seed, passes]).permutation(num_clients)
+        order = np.random.default_rng([seed, 0 if one_order else passes]).permutation(num_clients)
         begun = len(dealt) % cohort_size
         if begun:
             # Those already in the cohort that this pass completes wait until its end.
