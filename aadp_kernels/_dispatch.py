@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -21,6 +22,8 @@ _LARGE = 1 << 20
 
 _PACKAGES = {"torch": "_torch", "numba": "_cpu", "triton": "_triton"}
 _FASTEST = {"cpu": "numba", "cuda": "triton"}
+# Whose noise is as much as what it is added to, so that its arithmetic sets the time.
+_NOISE_BOUND = ("noise", "privatize")
 _CPU = torch.device("cpu")
 
 
@@ -38,7 +41,7 @@ def unavailable(impl: str, operation: str, form: str, device: torch.device) -> s
         return f"without aadp_kernels.{_PACKAGES[impl]}"
     if form not in found.FORMS.get(operation, ()):
         return f"for {operation} with form={form!r}"
-    return found.missing(device)
+    return found.missing(device, form)
 
 
 def choose(
@@ -62,7 +65,7 @@ def choose(
     """
     _validate.one_of("impl", impl, IMPLS)
     if impl == "auto":
-        impl = _FASTEST.get(device.type, "torch")
+        impl = _fastest(device)
         if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
         return impl if _reason(impl, operation, form, device, correlated) is None else "torch"
@@ -72,6 +75,13 @@ def choose(
     if reason is not None:
         raise ValueError(f"impl must not be {impl!r} {reason}")
     return impl
+
+
+def _fastest(device: torch.device) -> str:
+    """The back end to try first. No kernel has run on an AMD device: Triton must be asked for."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "torch"
+    return _FASTEST.get(device.type, "torch")
 
 
 def _reason(
@@ -111,11 +121,15 @@ def backend(
 def _backend(
     impl: str, operation: str, device: torch.device, form: str, small: bool, correlated: bool
 ) -> HostBackend:
-    """`backend`, found once for all calls of a kind."""
+    """`backend`, found once for all calls of a kind, with a warning where it is slow."""
     elements = 0 if small else AUTO_ELEMENTS
     name = choose(
         impl, operation, device=device, elements=elements, form=form, correlated=correlated
     )
+    if name == "triton" and operation in _NOISE_BOUND:
+        note = import_module("aadp_kernels._triton.float64").note(device, form)
+        if note is not None:
+            warnings.warn(note, UserWarning, stacklevel=5)
     return cast(HostBackend, import_module(f"aadp_kernels.{_PACKAGES[name]}.backend"))
 
 

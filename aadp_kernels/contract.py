@@ -1,10 +1,10 @@
 """What a back end offers, and the data that cross to it. Nothing here computes.
 
 A back end is a package `_<name>` with `FORMS`, the forms that it has of each operation,
-`missing(device)`, why it cannot run there, and a module `backend` with the functions of `Backend`.
-It imports what all of them share (this file, `addresses`, `certified`, `grid`, `layout`, `threads`)
-and never another back end. Arguments have been checked, and noise has been claimed, before a call
-comes here.
+`missing(device, form)`, why that cannot run there, and a module `backend` with the functions of
+`Backend`. It imports what all of them share (this file, `addresses`, `certified`, `grid`, `layout`,
+`threads`) and never another back end. Arguments have been checked, and noise has been claimed,
+before a call comes here.
 """
 
 from __future__ import annotations

@@ -53,7 +53,10 @@ MODULES = {"traffic": "bench.cache_model"}
 
 
 def measure_part(part: str, device: torch.device, options: argparse.Namespace) -> list[str]:
-    """Run a part and write it beside the other results of the day; sides of ours that failed."""
+    """Run a part and write it beside the other results of the day; what of it failed, line by line.
+
+    That is sides of ours, and cases that could not even be built.
+    """
     found = machine.record(device)
     start = time.perf_counter()
     module = importlib.import_module(f"bench.{part}")
@@ -62,6 +65,8 @@ def measure_part(part: str, device: torch.device, options: argparse.Namespace) -
     default = 75.0 if options.quick else cuda if device.type == "cuda" else 900.0
     budget = default if options.budget is None else options.budget
     results = module.run(device, quick=options.quick, budget=budget, only=options.only)
+    broken = {title: case["failed"] for title, case in results.items() if "failed" in case}
+    results = {title: case for title, case in results.items() if title not in broken}
     for case in results.values():
         case["commit"] = found["commit"] + ("+" if found["dirty"] else "")
     found["seconds"] = round(time.perf_counter() - start, 1)
@@ -70,12 +75,15 @@ def measure_part(part: str, device: torch.device, options: argparse.Namespace) -
     path = out / name
     data = json.loads(path.read_text()) if path.exists() else {}
     # Cases that are measured alone join those that were measured before.
-    before = data[part]["results"] if options.only and part in data else {}
-    data[part] = {"machine": found, "results": before | results}
+    before = data[part] if options.only and part in data else {"results": {}}
+    data[part] = {"machine": found, "results": before["results"] | results}
+    unbuilt = {t: r for t, r in before.get("failed", {}).items() if t not in results} | broken
+    if unbuilt:
+        data[part]["failed"] = unbuilt
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{part}: {found['seconds']} s, {path}", flush=True)
-    return [
+    return [f"{title}: {reason}" for title, reason in broken.items()] + [
         f"{title}: {name}: {side['failed']}"
         for title, case in results.items()
         for name, side in case["sides"].items()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +84,19 @@ def gate(runner: StepRunner, level: str) -> str:
 
 def run(device: torch.device, *, quick: bool, budget: float, only: str = "") -> dict:
     """Every comparison, or those that are named; `budget` seconds for all of them together."""
-    todo = [job for job in jobs(quick, device.type == "cuda") if only in title_of(*job)]
-    results, start = {}, time.perf_counter()
-    for i, (name, size, p) in enumerate(todo):
-        left = budget - (time.perf_counter() - start)
-        if left < 0:
-            print(f"dp_step: no time left for {todo[i:]}", flush=True)
-            break
-        title = title_of(name, size, p)
-        print(f"\n{title}", flush=True)
-        setup = Setup.build(name, size, device, p)
-        results[title] = measure_setup(setup, left / (len(todo) - i), quick)
-        gc.collect()
-    return results
+    todo = {
+        title_of(*job): partial(measure_step, *job, device, quick=quick)
+        for job in jobs(quick, device.type == "cuda")
+        if only in title_of(*job)
+    }
+    return measure.every_case("dp_step", todo, budget)
+
+
+def measure_step(
+    name: str, size: int, p: int, device: torch.device, budget: float, quick: bool
+) -> dict:
+    """One comparison: what it needs, and its sides."""
+    return measure_setup(Setup.build(name, size, device, p), budget, quick)
 
 
 def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import pages, predictions
+from bench import cards, pages, predictions
 from bench.cache_model import RESULT as TRAFFIC
 from bench.cases import CASES
 
@@ -88,6 +88,12 @@ def overhead() -> str:
     return lines_of(head, [[f"{row.get(k, '–')}" for k in head] for row in rows])
 
 
+def graphics_cards() -> str:
+    """Time of float64 over that of memory."""
+    head = ["device", "float64 results a clock and multiprocessor"]
+    return lines_of([*head, *(f"{form}: float64 ÷ memory" for form in cards.FORMS)], cards.rows())
+
+
 def predicted() -> str:
     """Predictions, beside the measurements of a GPU where there are some."""
     results = predictions.results_of(RESULTS)
@@ -105,6 +111,7 @@ PARTS = {
     "gpu crowd": crowd,
     "gpu builds": builds,
     "gpu overhead": overhead,
+    "gpu cards": graphics_cards,
 }
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,7 +12,6 @@ from bench import gpu, measure, ours, peers
 from bench.cases import CASES
 from bench.child import Child
 from bench.contender import Contender, Local, Runner, gate
-from bench.parity import ParityError
 from bench.problem import Problem
 
 LARGE = 5e7  # elements; on a CPU only the eager loop and the default generator go on from here
@@ -80,18 +78,12 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
 
 def run(device: torch.device, *, quick: bool, budget: float, only: str = "") -> dict:
     """Every job, or those that are named; `budget` seconds for all of them together."""
-    todo = [job for job in jobs(device, quick) if only in job.title]
-    results, start = {}, time.perf_counter()
-    for i, job in enumerate(todo):
-        left = budget - (time.perf_counter() - start)
-        if left < 0:
-            print(f"kernels: no time left for {[j.title for j in todo[i:]]}", flush=True)
-            break
-        results[job.title] = measure_job(job, device, left / (len(todo) - i), quick)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return results
+    todo = {
+        job.title: partial(measure_job, job, device, quick=quick)
+        for job in jobs(device, quick)
+        if only in job.title
+    }
+    return measure.every_case("kernels", todo, budget)
 
 
 def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> dict:
@@ -112,7 +104,7 @@ def measure_job(job: Job, device: torch.device, budget: float, quick: bool) -> d
     sides += peers.contenders(problem, modes=job.modes)
     if job.short:
         sides = [s for s in sides if s.kind != "peer" or s.name == EAGER]
-    print(f"\n{job.title}: {problem.elements:,} elements", flush=True)
+    print(f"  {problem.elements:,} elements", flush=True)
     passed, entries = {}, {}
     for side in sides:
         runner, entry = prepare(side, problem)
@@ -167,11 +159,10 @@ def prepare(side: Contender, problem: Problem) -> tuple[Runner | None, dict]:
 
 def note_failure(name: str, entry: dict, error: Exception) -> None:
     """Say why a side has no figure."""
-    reason = str(error).splitlines()[0][:200] if str(error) else ""
     missing = isinstance(error, ImportError | NotImplementedError | UnsupportedLayerError)
     word = "failed" if entry["kind"] == "ours" and not missing else "skipped"
-    wrong = isinstance(error, ParityError)
-    entry[word] = f"{'wrong result' if wrong else type(error).__name__}: {reason}"
+    reason = measure.reason_of(error)
+    entry[word] = reason.replace("ParityError", "wrong result", 1)
     print(f"  {name}: {word}, {entry[word]}", flush=True)
 
 

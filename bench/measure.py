@@ -55,6 +55,38 @@ def interleaved(
     return samples
 
 
+def reason_of(error: Exception) -> str:
+    """An error in a line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def every_case(
+    part: str, todo: Mapping[str, Callable[[float], dict]], budget: float
+) -> dict[str, dict]:
+    """What each case gives, called with its share of what is left of `budget` seconds.
+
+    A case that raises does not end the others: of it there is {"failed": reason} alone.
+    """
+    results: dict[str, dict] = {}
+    titles, start = list(todo), time.perf_counter()
+    for i, title in enumerate(titles):
+        left = budget - (time.perf_counter() - start)
+        if left < 0:
+            print(f"{part}: no time left for {titles[i:]}", flush=True)
+            break
+        print(f"\n{title}", flush=True)
+        try:
+            results[title] = todo[title](left / (len(titles) - i))
+        except Exception as error:
+            results[title] = {"failed": reason_of(error)}
+            print(f"  failed, {reason_of(error)}", flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return results
+
+
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     if len(samples) < 2:

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,16 +204,12 @@ def launch(side: Side, problem: dict[str, Any]) -> Engine:
 
 def run(device: torch.device, *, quick: bool, budget: float, only: str = "") -> dict:
     """Every comparison, or those that are named; `budget` seconds for all of them together."""
-    todo = {t: c for t, c in cases(device, quick).items() if only in t}
-    results, start = {}, time.perf_counter()
-    for i, (title, case) in enumerate(todo.items()):
-        left = budget - (time.perf_counter() - start)
-        if left < 0:
-            print(f"rounds: no time left for {list(todo)[i:]}", flush=True)
-            break
-        print(f"\n{title}", flush=True)
-        results[title] = measure_case(case, device, left / (len(todo) - i), quick)
-    return results
+    todo = {
+        title: partial(measure_case, case, device, quick=quick)
+        for title, case in cases(device, quick).items()
+        if only in title
+    }
+    return measure.every_case("rounds", todo, budget)
 
 
 def measure_case(case: Case, device: torch.device, budget: float, quick: bool) -> dict:
@@ -230,9 +227,9 @@ def measure_case(case: Case, device: torch.device, budget: float, quick: bool) -
                 "clips": "layer" if side.private else "none",
             }
             entry["processes"] = side.processes
-            problems[name] = problem = build(case, name, device)
-            key = (len(problem["owners"]), problem["schedule"].shape[1])
             try:
+                problems[name] = problem = build(case, name, device)
+                key = (len(problem["owners"]), problem["schedule"].shape[1])
                 first = time.perf_counter()
                 engines[name] = engine = launch(side, problem)
                 engine.rounds(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import measure
+from bench import dp_step, kernels, measure
+from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMED = {"jsonargparse", "dp_accounting", "wandb", "opacus", "numba", "pooch", "scipy", "sklearn"}
@@ -115,3 +117,42 @@ def test_a_side_that_fails_while_it_is_timed_does_not_end_the_others() -> None:
     calls.clear()
     with pytest.raises(RuntimeError, match="compile"):
         measure.interleaved({"b": late}, 5, 1.0)
+
+
+def test_a_case_that_cannot_be_built_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no sides: it is written down by itself, and the command fails at its end."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(kernels.Problem, "build", broken)
+    monkeypatch.setattr(dp_step.Setup, "build", broken)
+    for part in ("kernels", "dp_step"):
+        with pytest.raises(SystemExit) as done:
+            main([part, "--quick", "--only", "MLP", "--out", str(tmp_path)])
+        assert "MLP" in str(done.value)
+        assert ": RuntimeError: out of memory" in str(done.value)
+        (path,) = tmp_path.glob("*.json")
+        found = json.loads(path.read_text())[part]
+        assert found["results"] == {}
+        assert set(found["failed"].values()) == {"RuntimeError: out of memory"}
+
+
+def test_cases_share_the_time_that_is_left() -> None:
+    shares: list[float] = []
+
+    def case(share: float) -> dict[str, object]:
+        shares.append(share)
+        if len(shares) == 2:
+            raise ValueError
+        return {"sides": {}}
+
+    results = measure.every_case("part", dict.fromkeys("abcd", case), 100.0)
+    assert results == {
+        "a": {"sides": {}}, "b": {"failed": "ValueError: "}, "c": {"sides": {}}, "d": {"sides": {}}
+    }  # fmt: skip
+    # What a case leaves goes to those after it.
+    assert shares == pytest.approx([25, 100 / 3, 50, 100], rel=0.1)
+    assert measure.every_case("part", {"a": case}, -1.0) == {}

@@ -123,7 +123,7 @@ KERNEL_ROOMS = [
     {"certified", "grid", "_reuse"},
     {"_torch", "_cpu", "_triton"},
     {"_dispatch", "noise_key"},
-    {"correlation", "factorization"},
+    {"correlation", "factorization", "warm_up"},
     {"noise"},
     {"privatize", "sensitivity"},
     {"clip_sum"},

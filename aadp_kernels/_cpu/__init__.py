@@ -25,7 +25,7 @@ FORMS = {
 LEFT_TO_TORCH = {("clip_sum", "grid")}
 
 
-def missing(device: torch.device) -> str | None:
+def missing(device: torch.device, form: str = "wide") -> str | None:
     """Why nothing can run here on `device`; None if it can."""
     if device.type != "cpu":
         return f"for tensors on {device}"

@@ -14,5 +14,5 @@ FORMS = {
 }
 
 
-def missing(device: torch.device) -> None:
+def missing(device: torch.device, form: str = "wide") -> None:
     """It runs everywhere."""

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices. Triton is imported with the first call that runs here."""
+"""Triton kernels for GPUs. Triton is imported with the first call that runs here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ FORMS = {
 _MIN_CAPABILITY = (8, 0)
 
 
-def missing(device: torch.device) -> str | None:
+def missing(device: torch.device, form: str = "wide") -> str | None:
     """Why nothing can run here on `device`; None if it can. Triton's interpreter runs on a CPU."""
-    reason = _import_error()
+    reason = import_error()
     if reason is not None:
         return f"without the package triton: {reason}"
     if device.type == "cuda":
         if torch.version.hip is not None:
-            return "on a device that is not NVIDIA's"
+            if form == "fast":
+                return "with form='fast' on an AMD device: that form is written in NVIDIA's PTX"
+            return None
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_CAPABILITY:
             return f"on a device of capability {capability}, below {_MIN_CAPABILITY}"
@@ -36,7 +38,7 @@ def missing(device: torch.device) -> str | None:
 
 
 @cache
-def _import_error() -> str | None:
+def import_error() -> str | None:
     """Why triton cannot be imported; None if it can."""
     try:
         import triton  # noqa: F401

@@ -35,6 +35,8 @@ def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, /, *arguments: Any, **constants: Any
 ) -> None:
     """Run a kernel on the current stream of the device that its tensors lie on."""
+    if torch.version.hip is not None:
+        constants.pop("maxnreg", None)  # NVIDIA's assembler alone knows it
     with on(device):
         kernel[grid](*arguments, **constants)
 
@@ -102,6 +104,14 @@ def step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         return step.to(device=device, dtype=torch.int64)
     return torch.full((), step, dtype=torch.int64, device=device)
+
+
+@lru_cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
 
 
 @lru_cache

@@ -28,6 +28,7 @@ from aadp_kernels._triton._device import (
     step_tensor,
     stream_name,
     to_device,
+    warp_size,
 )
 from aadp_kernels._triton.grid import threshold_tensor
 from aadp_kernels._triton.privatize_kernel import privatize_kernel
@@ -274,7 +275,7 @@ def _call(
         "GAUSSIAN": kind.draw is not None and kind.draw[1] == "gaussian", "FORM": form,
         "CHACHA": secure, "ROUNDS": rounds_of(kind.rng),
         "BLOCKS": _noise.blocks_per_row(form, secure, itemsize),
-        "PARTS": _noise.parts(form, secure), "LANES": 32 * WARPS, "num_warps": WARPS,
+        "PARTS": _noise.parts(form, secure), "LANES": warp_size(device) * WARPS, "num_warps": WARPS,
         "enable_fp_fusion": form == "fast", "maxnreg": REGISTERS[form, secure],
     }  # fmt: skip
     return Call(

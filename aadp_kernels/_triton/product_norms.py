@@ -27,7 +27,8 @@ def _store_tile_sums(acc, slots_ptr, slot):
     tl.store(slots_ptr + 2 * slot + 1, tl.sum(tl.reshape(wide * wide, [acc.numel])))
 
 
-@triton.jit
+# A length changes from batch to batch: it must not compile another kernel.
+@triton.jit(do_not_specialize=["length", "tiles_across", "tiles"])
 def linear_tiles(
     a_ptr, g_ptr, slots_ptr, length, columns, rows, tiles_across, tiles,
     a_record, a_position, a_column, g_record, g_position, g_row,
@@ -67,7 +68,7 @@ def linear_tiles(
     _store_tile_sums(acc, slots_ptr, slot)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def sum_slots(slots_ptr, l1_ptr, l2sq_ptr, slots, BLOCK: tl.constexpr):
     """l1[b], l2sq[b] = sums of record b's slots, always in the same order. Grid: [B], float64."""
     record = tl.program_id(0).to(tl.int64)

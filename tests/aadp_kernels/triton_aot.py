@@ -1,8 +1,9 @@
 """Builds `privatize_kernel` ahead of time and prints what the machine code looks like, as JSON.
 
 Run as `python tests/aadp_kernels/triton_aot.py CASE ...` in a process of its own, without
-TRITON_INTERPRET; a case is rng,form,mechanism,dtype,p,capability. No GPU is needed: ptxas and the
-disassemblers come with Triton.
+TRITON_INTERPRET; a case is rng,form,mechanism,dtype,p,capability, the last a number such as 90 or
+the name of an AMD architecture such as gfx942. No GPU is needed: assemblers and disassemblers come
+with Triton.
 """
 
 from __future__ import annotations
@@ -35,33 +36,38 @@ TYPES = {
 }  # fmt: skip
 
 
-def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: int):
+def target_of(capability: int | str) -> GPUTarget:
+    """A capability of NVIDIA's, or an architecture of AMD's."""
+    if isinstance(capability, str):
+        return GPUTarget("hip", capability, 64 if capability.startswith("gfx9") else 32)
+    return GPUTarget("cuda", capability, 32)
+
+
+def build(rng: str, form: str, mechanism: str, dtype: str, p: int, capability: int | str):
     """The compiled kernel, with votes and without a reference, and its elements a thread."""
     kernel, secure, element = privatize.privatize_kernel, rng.startswith("chacha"), tl.dtype(dtype)
     itemsize = element.primitive_bitwidth // 8
     narrow = form == "fast" and itemsize < 8
     tile, warps = privatize.tile_size(form, secure, itemsize), privatize.WARPS
+    target = target_of(capability)
+    options = {"num_warps": warps, "enable_fp_fusion": form == "fast"}
+    if target.backend == "cuda":
+        options["maxnreg"] = privatize.REGISTERS[form, secure]
     constants = {
         "X": element, "REFERENCE": None, "OUT": element, "P": p, "NOISY": True, "TILE": tile,
         "DTYPE": tl.float32 if narrow else tl.float64, "WIDTH": 16 // itemsize, "FORM": form,
         "GAUSSIAN": mechanism == "gaussian", "CHACHA": secure, "ROUNDS": int(rng[6:]),
         "BLOCKS": blocks_per_row(form, secure, itemsize), "PARTS": parts(form, secure),
-        "LANES": 32 * warps,
+        "LANES": target.warp_size * warps,
     } | ({} if form == "grid" else {"thresholds": None})  # fmt: skip
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "*i32")
         for name in kernel.arg_names
     }
     built = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": warps,
-            "enable_fp_fusion": form == "fast",
-            "maxnreg": privatize.REGISTERS[form, secure],
-        },
+        ASTSource(kernel, signature, constexprs=constants), target=target, options=options
     )
-    return built, tile // (32 * warps)
+    return built, tile // (target.warp_size * warps)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -83,7 +89,9 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
 
 
 MEMORY = re.compile(r"\b(?:LDG|STG|ATOMG?|RED|LDL|STL|STS|LDS)\b")
-Loop = tuple[int, int, int]  # begin, end, instructions that a pass takes
+# Arithmetic in float64 and conversions from and to it: what the units for float64 do.
+FLOAT64 = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|(?:F2F|I2F|F2I)\S*\.F64|MUFU\.\w+64H)\b")
+Loop = tuple[int, int, int, int]  # begin, end, instructions of a pass, those of float64 among them
 
 
 def memory_loops(code: list[str], labels: dict[str, int], double_rounds: int) -> list[Loop]:
@@ -113,13 +121,30 @@ def memory_loops(code: list[str], labels: dict[str, int], double_rounds: int) ->
         for at, to in jumps:
             if begin <= at < to < end:
                 weights |= dict.fromkeys(range(at + 1, to), 0)
-        result.append((begin, end, sum(weights.values())))
+        wide = sum(weight for at, weight in weights.items() if FLOAT64.search(code[at]))
+        result.append((begin, end, sum(weights.values()), wide))
     return result
+
+
+def report_of_amd(case: str) -> dict[str, object]:
+    """Spills, and what other multiprocessors' words are read with, of a case for an AMD device."""
+    rng, form, mechanism, dtype, p, architecture = case.split(",")
+    asm = build(rng, form, mechanism, dtype, int(p), architecture)[0].asm
+    numbers = dict(re.findall(r"\.(\w+):\s+(\d+)", asm["amdgcn"]))
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    loads = [line for line in asm["amdgcn"].splitlines() if "global_load_dwordx2 " in line]
+    return {"case": case, **{name: int(numbers[name]) for name in names}} | {
+        # Past the caches of a part of the device: of the factor that is waited for, twice.
+        "coherent_loads": sum(line.endswith("sc0 sc1") for line in loads),
+        "fused": " contract " in asm["llir"], "object": len(asm["hsaco"]),
+    }  # fmt: skip
 
 
 def report(case: str) -> dict[str, object]:
     """Registers, memory, access widths and instructions an element of one case."""
     rng, form, mechanism, dtype, p, capability = case.split(",")
+    if capability.startswith("gfx"):
+        return report_of_amd(case)
     before = os.times()
     built, per_thread = build(rng, form, mechanism, dtype, int(p), int(capability))
     spent = sum(b - a for a, b in zip(before[:4], os.times()[:4], strict=True))
@@ -151,8 +176,11 @@ def report(case: str) -> dict[str, object]:
         "hints": sorted({f"{access} {priority}" for access, priority in hints}),
     }  # fmt: skip
     if apply is not None:
+        read = max(norm, key=lambda s: s[2], default=None)
         result |= {
             "apply": round(apply[2] / per_thread, 1),
+            # Of both reads of an element.
+            "float64": round((apply[3] + (read[3] if read else 0)) / per_thread, 1),
             "loads128": count(apply, "LDG.E.128"), "stores128": count(apply, "STG.E.128"),
             "loads64": count(apply, "LDG.E.64"), "stores64": count(apply, "STG.E.64"),
             "other_loads": count(apply, "LDG.E "), "shuffles": count(apply, "STS.", "LDSM"),

@@ -33,10 +33,11 @@ def row(case: str, which: str) -> dict[str, Any]:
         found = report(case)
     spent = sum(b - a for a, b in zip(before[:4], after[:4], strict=True))
     # In the grid form the noise has loops of its own, whose passes are random: not counted.
-    apply = None if fields["form"] == "grid" else found["apply"]
+    grid = fields["form"] == "grid"
+    counts = {k: None if grid else found[k] for k in ("apply", "float64")}
     return {
         "which": which, "triton": triton.__version__, **fields, "seconds": round(spent, 1),
-        "registers": found["registers"], "spills": found["spills"], "apply": apply,
+        "registers": found["registers"], "spills": found["spills"], **counts,
     }  # fmt: skip
 
 

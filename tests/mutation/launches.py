@@ -38,4 +38,49 @@ MEMORY = group(
     ("plans are forgotten in the order in which they were made", "cache.move_to_end(name)\n", "pass\n"),
 )  # fmt: skip
 
-MUTATIONS = [*PROGRAMS, *WORDS, *PLANS, *MEMORY]
+CARDS = "tests/aadp_kernels/test_triton_float64.py"
+AHEAD = "tests/aadp_kernels/test_warm_up.py"
+
+DEVICES = [
+    *group(
+        "aadp_kernels/_triton/float64.py",
+        CARDS,
+        ("float64 of a graphics card as fast as in a data centre", "(8, 9): 2,", "(8, 9): 64,"),
+        ("one transfer a clock of the memory", "getattr(properties, \"memory_clock_rate\", 0) * 2", "getattr(properties, \"memory_clock_rate\", 0)"),
+        ("a warning about the form grid", "if form != \"wide\" or", "if form == \"fast\" or"),
+    ),
+    *group(
+        "aadp_kernels/_triton/__init__.py",
+        CARDS,
+        ("PTX on an AMD device", "if form == \"fast\":", "if form == \"slow\":"),
+    ),
+    *group(
+        "aadp_kernels/_dispatch.py",
+        CARDS,
+        ("Triton unasked on an AMD device", "device.type == \"cuda\" and torch.version.hip is not None:", "device.type == \"xpu\":"),
+        ("no warning about slow noise", "if note is not None:", "if note is None:"),
+    ),
+    *group(
+        "aadp_kernels/_triton/_device.py",
+        CARDS,
+        ("an option of NVIDIA's assembler on an AMD device", "constants.pop(\"maxnreg\", None)", "constants.get(\"maxnreg\")"),
+    ),
+    *group(
+        "aadp_kernels/_triton/ahead.py",
+        AHEAD,
+        ("kernels without votes are compiled ahead", "one if case.votes else None", "None"),
+        ("launches compile for ever", "module.launch = own", "pass"),
+    ),
+    *group(
+        "aadp_kernels/_triton/cases.py",
+        AHEAD,
+        ("the kernel of clipping alone is not compiled ahead", "yield Case(\"privatize_kernel\", dtype, p=p, votes=votes, reference=reference)", "pass"),
+    ),
+    *group(
+        "bench/measure.py",
+        "tests/test_gpu_machine.py -k cases",
+        ("a case that is not built ends the part", "results[title] = {\"failed\": reason_of(error)}", "raise"),
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*PROGRAMS, *WORDS, *PLANS, *MEMORY, *DEVICES]

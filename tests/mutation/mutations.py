@@ -43,6 +43,7 @@ def all_mutations() -> list[Mutation]:
         federated,
         groups,
         kernels,
+        launches,
         ledger,
         packaging,
         releases,
@@ -50,6 +51,6 @@ def all_mutations() -> list[Mutation]:
         stopping,
     )
 
-    files = kernels, adapters, correlated, shared_rounds, ledger, releases, stopping, federated
-    files += groups, packaging
+    files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
+    files += federated, groups, packaging
     return [mutation for file in files for mutation in file.MUTATIONS]
