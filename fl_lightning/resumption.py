@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -16,10 +15,8 @@ from torch import nn
 
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.named_options import flat_options
 from fl_lightning.rules import Rules
-
-# What checkpoints mean that do not know of an option yet.
-_OF_OLDER = {f.name: f.default for f in fields(PrivacyConfig)}
 
 
 def training_facts(network: nn.Module, configured: Any) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def promise_of(rules: Rules, records: str | None) -> dict[str, Any]:
         rules: of the run.
         records: public name of the records and who holds them; None while nobody knows it.
     """
-    promise = asdict(rules.privacy)
+    promise = flat_options(rules.privacy)
     if records is not None:
         promise["data"] = records
     if rules.privacy.unit == "record":
@@ -139,8 +136,9 @@ def check_promise(rules: Rules, promised: Mapping[str, Any], records: str | None
     Raises:
         ValueError: naming what was changed, with both values.
     """
+    promised = flat_options(PrivacyConfig()) | dict(promised)  # options that came since
     for name, value in promise_of(rules, records).items():
-        known = promised.get(name, _OF_OLDER.get(name))
+        known = promised.get(name)
         if known != value:
             raise ValueError(
                 f"{name}={value}: the run to go on with was begun with "

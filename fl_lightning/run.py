@@ -25,6 +25,7 @@ from fl_lightning.local.batches import input_dtype
 from fl_lightning.local.execution import bytes_per_example, faster_execution
 from fl_lightning.local.gradient import Loss
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.privacy.named_options import named_options
 from fl_lightning.processes.together import Processes
 from fl_lightning.release.claim import Books
 from fl_lightning.release.clients import Clients
@@ -118,7 +119,7 @@ class Run:
             wanted.network,
             wanted.loss,
             data=wanted.data.digest(),
-            rules=(wanted.rules.privacy, clients.training),
+            rules=(named_options(wanted.rules.privacy), clients.training),
             execution=(str(clients.device), int(clients.vectorize), self.max_examples),
             cohort=cohort,
             processes=self.process_counts,

@@ -7,49 +7,19 @@ from typing import Any
 MOST_BANDS = 64
 
 
-def check_comparators(config: Any) -> None:
-    """Options that only some settings have.
+def check_joint(config: Any) -> None:
+    """Where one factor a record is available.
 
     Raises:
-        ValueError: naming both options and their values.
+        ValueError: naming the options and their values.
     """
-    if config.clip_function == "automatic":
-        if config.setting != "record+local" or config.clipping != "flat":
-            raise ValueError(
-                f"clip_function='automatic' with setting='{config.setting}' and clipping="
-                f"'{config.clipping}': only setting='record+local' with clipping='flat' has it"
-            )
-        if config.noise_form == "grid" or config.resolved_thresholds == "quantile":
-            raise ValueError(
-                f"clip_function='automatic' with noise_form='{config.noise_form}' and thresholds="
-                f"'{config.resolved_thresholds}': use noise_form 'wide' or 'fast' and thresholds "
-                "'fixed' or 'released'"
-            )
-    if config.clipping == "joint":
-        if config.setting != "record+local" or config.noise_form == "grid":
-            raise ValueError(
-                f"clipping='joint' with setting='{config.setting}' and noise_form="
-                f"'{config.noise_form}': only setting='record+local' with noise_form 'wide' or "
-                "'fast' has it"
-            )
-        if config.votes_on == "clipped":
-            raise ValueError(
-                "votes_on='clipped' with clipping='joint': all layers would vote alike; use 'l1'"
-            )
-    if config.votes_on != "l1" and config.setting not in ("record+local", "none"):
+    if config.clipping != "joint":
+        return
+    if config.setting != "record+local" or config.noise_form == "grid":
         raise ValueError(
-            f"votes_on='{config.votes_on}' with setting='{config.setting}': only 'record+local' "
-            "can vote on it"
-        )
-    if config.nominal_sensitivity != "update" and config.setting != "abstract":
-        raise ValueError(
-            f"nominal_sensitivity='{config.nominal_sensitivity}' with setting='{config.setting}' "
-            "would add too little noise: only setting='abstract' may"
-        )
-    if config.history_cosine and config.resolved_thresholds not in ("released", "raw"):
-        raise ValueError(
-            f"history_cosine=true with thresholds='{config.resolved_thresholds}': only 'released' "
-            "and 'raw' look at updates"
+            f"clipping='joint' with setting='{config.setting}' and noise_form="
+            f"'{config.noise_form}': only setting='record+local' with noise_form 'wide' or "
+            "'fast' has it"
         )
 
 

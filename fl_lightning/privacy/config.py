@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
-from fl_lightning.privacy.combinations import check_comparators, check_correlation
+from fl_lightning.privacy.combinations import check_correlation, check_joint
+from fl_lightning.privacy.comparators import Comparator, check_choices, check_comparator
 from fl_lightning.privacy.settings import (
     ADJACENCY_OF,
     SUMMED,
@@ -14,20 +15,6 @@ from fl_lightning.privacy.settings import (
     Allocation,
     Setting,
     Thresholds,
-)
-
-_LATER = (
-    "noise_form",
-    "cohort_sampling",
-    "min_survivors",
-    "clipping",
-    "clip_function",
-    "votes_on",
-    "history_rule",
-    "history_cosine",
-    "nominal_sensitivity",
-    "correlation",
-    "bands",
 )
 
 
@@ -69,16 +56,7 @@ class PrivacyConfig:
             (``joint``, under record+local) the whole gradient by the norm in which each layer is
             measured by its own noise. Joint clipping has the noise of ``layer``, keeps the
             direction of each gradient, and shortens fewer (fl_lightning/privacy/one_factor.py).
-        clip_function: ``clip`` scales what is longer than C down to C; ``automatic`` scales every
-            record's gradient g to C·g/(‖g‖+0.01) (Bu et al., 2022, arXiv:2206.07136), for flat
-            clipping of dense layers under record+local.
-        votes_on: Norm that the votes of ``quantile`` compare: ``l1``, or ``clipped``, the norm that
-            is clipped (Andrew et al., 2021).
         history: Number of released updates that ``released`` looks back on.
-        history_rule: What ``released`` and ``raw`` take of the norms in the history: their
-            ``mean``, ``median``, or exponential moving average ``ema`` of the same age.
-        history_cosine: Whether that norm is multiplied by (1 + cos)/2, cos being the cosine between
-            the last two released updates of the layer.
         allocation: How the budget is divided over the layers: ``uniform``, ``abstract``,
             ``mse`` or ``contribution``. ``default``: contribution, or abstract under abstract.
         share_floor: Part α of the budget that is divided evenly, in (0, 1].
@@ -95,9 +73,6 @@ class PrivacyConfig:
         min_survivors: Under client+secure_sum, fewest clients of a cohort that stay and are honest;
             their shares alone are the whole noise, and a round with fewer is given up before
             anything is revealed. Null: the whole cohort.
-        nominal_sensitivity: Under ``abstract``, what the noise of a client with n records is scaled
-            to: the ``update``'s own 2C, or 2C/n as if it were the mean of n clipped records
-            (``records``; Wei et al., 2020, arXiv:1911.00222), which it is not after local training.
         seed: Null: noise keys and coins come from the operating system. A number makes the run
             reproducible and therefore *simulated*: it protects nobody.
         noise_form: How noise is computed. ``wide``: float64 from 64 bits an element; ``fast``:
@@ -108,6 +83,7 @@ class PrivacyConfig:
             is the same stream cipher with fewer rounds. ``philox10`` is faster, passes statistical
             tests, and has a key of 64 bits and no analysis as a cipher: a claim with it assumes
             more.
+        comparator: Rules of published methods, to compare with; the defaults are none of them.
 
     Raises:
         ValueError: if a value is out of range or values contradict each other.
@@ -127,38 +103,29 @@ class PrivacyConfig:
     vote_share: float = 0.05
     clip_factor: float = 1.0
     clipping: Literal["layer", "flat", "joint"] = "layer"
-    clip_function: Literal["clip", "automatic"] = "clip"
-    votes_on: Literal["l1", "clipped"] = "l1"
     history: int = 10
-    history_rule: Literal["mean", "median", "ema"] = "mean"
-    history_cosine: bool = False
     allocation: Allocation = "default"
     share_floor: float = 0.1
     cohort_sampling: Literal["default", "fixed", "poisson"] = "default"
     correlation: Literal["none", "banded"] = "none"
     bands: int = 2
     min_survivors: int | None = None
-    nominal_sensitivity: Literal["update", "records"] = "update"
     seed: int | None = None
     noise_form: Literal["wide", "fast", "grid"] = "wide"
     rng: Literal["chacha20", "chacha8", "philox10"] = "chacha20"
-
-    def __repr__(self) -> str:
-        # Seeded noise is bound to this text: options that came later show where they are used.
-        values = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in _LATER or getattr(self, f.name) != f.default
-        }
-        return f"PrivacyConfig({', '.join(f'{n}={v!r}' for n, v in values.items())})"
+    comparator: Comparator = field(default_factory=Comparator)
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_setting(self)
         _check_numbers(self)
         _check_thresholds(self)
-        check_comparators(self)
+        check_joint(self)
         check_correlation(self)
+        check_comparator(
+            self.comparator, setting=self.setting, clipping=self.clipping,
+            noise_form=self.noise_form, thresholds=self.resolved_thresholds,
+        )  # fmt: skip
 
     @property
     def private(self) -> bool:
@@ -240,10 +207,7 @@ def _as_list(value: float | list[float] | None) -> list[float]:
 
 
 def _check_choices(config: PrivacyConfig) -> None:
-    for name, hint in get_type_hints(PrivacyConfig).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(hint))}")
+    check_choices(config)
     if config.clip_order not in (None, 1, 2):
         raise ValueError(f"clip_order={config.clip_order} must be 1 or 2")
     if config.seed is not None and config.seed < 0:

@@ -53,14 +53,14 @@ class ReleasedHistory:
         self.window = torch.zeros(num_clients, window, len(dims), dtype=torch.float64)
         self.releases = torch.zeros(num_clients, dtype=torch.int64)
         # Only the cosine rule looks at directions, so only it keeps whole updates.
-        width = int(self.dims.sum()) if config.history_cosine else 0
+        width = int(self.dims.sum()) if config.comparator.history_cosine else 0
         self.last_update = torch.zeros(num_clients, width)
         self.cosine = torch.ones(num_clients, len(dims), dtype=torch.float64)
 
     @property
     def _names(self) -> list[str]:
         names = ["l1_norm", "clip_norm", "window", "releases"]
-        return names + (["last_update", "cosine"] if self.config.history_cosine else [])
+        return names + (["last_update", "cosine"] if self.config.comparator.history_cosine else [])
 
     def state_dict(self) -> dict[str, Tensor]:
         """All arrays (copies)."""
@@ -139,7 +139,7 @@ class ReleasedHistory:
 
         Before two updates are known, or where one is zero, the cosine is 1.
         """
-        if not self.config.history_cosine:
+        if not self.config.comparator.history_cosine:
             return
         now = torch.cat([flat_rows(u.detach()).cpu().float() for u in updates], 1)
         parts = [
@@ -224,8 +224,9 @@ class ReleasedHistory:
         window = self.window[clients]
         age = (self.releases[clients, None] - 1 - torch.arange(window.shape[1])) % window.shape[1]
         filled = age < self.releases[clients, None]
-        if self.config.history_rule == "median":
+        rule = self.config.comparator.history_rule
+        if rule == "median":
             return window.masked_fill(~filled[..., None], math.nan).nanmedian(1).values
-        decay = 1 - 2 / (window.shape[1] + 1) if self.config.history_rule == "ema" else 1.0
+        decay = 1 - 2 / (window.shape[1] + 1) if rule == "ema" else 1.0
         weights = filled * decay**age
         return (window * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

@@ -100,7 +100,7 @@ class PrivateRecordGradient:
 
     def _votes(self, counts: Tensor, batch: Batch) -> Tensor:
         """Sum of 1[norm <= threshold] - 1/2 over finite records, [k, L]."""
-        if self.history.config.votes_on == "l1":
+        if self.history.config.comparator.votes_on == "l1":
             return counts[..., 0]
         finite = batch.mask.sum(1).double().cpu()[:, None] - counts[..., 2]
         return finite / 2 - counts[..., 1]

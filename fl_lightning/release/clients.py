@@ -74,7 +74,7 @@ class Clients:
                 grid=privacy.mechanism if privacy.noise_form == "grid" else None,
                 clipping=privacy.clipping,
                 mechanism=privacy.mechanism,
-                automatic=privacy.clip_function == "automatic",
+                automatic=privacy.comparator.clip_function == "automatic",
             )
 
     @property

@@ -123,7 +123,7 @@ class OneByOne:
             assert self.clients.training.sampling_rate is not None
             return hook.private_update(update, self.clients.training.sampling_rate)
         # The noise of `abstract` alone may be less than what its nominal ε is computed from.
-        nominal = privacy.nominal_sensitivity == "records"
+        nominal = privacy.comparator.nominal_sensitivity == "records"
         sizes = self.clients.data.client_sizes[clients]
         policy = history.policy(clients, multiplier / sizes if nominal else multiplier)
         update = self.clients.train(clients, params, coins, round)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fl_lightning.local.batches import Batch
 from fl_lightning.models import MLP
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import joint_sample_sums, per_sample_sums
+from fl_lightning.privacy.comparators import Comparator
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.one_factor import AUTOMATIC_GAMMA, flat_sums, layer_units
 from fl_lightning.values.round import LayerPolicy
@@ -337,8 +339,15 @@ def test_flat_noise_has_one_scale_for_all_layers(federation, population, global_
     assert bool((per_client <= 12 * clip).all())
 
 
+def configured(**options) -> PrivacyConfig:
+    """A configuration whose comparator's options stand among the others."""
+    names = [f.name for f in fields(Comparator)]
+    comparator = Comparator(**{name: options.pop(name) for name in names if name in options})
+    return PrivacyConfig(**options, comparator=comparator)
+
+
 def history(**kwargs) -> ReleasedHistory:
-    return ReleasedHistory(PrivacyConfig(seed=1, **kwargs), 3, (4, 6))
+    return ReleasedHistory(configured(seed=1, **kwargs), 3, (4, 6))
 
 
 def observed(rule: str, values: list[float], **kwargs) -> float:
@@ -381,9 +390,7 @@ def test_votes_on_the_clipped_norm(federation, population, global_params):
     rules = {"clipping": "flat", "thresholds": "quantile", "clip_norm": 1.8}
     found = {}
     for votes_on in ("clipped", "l1"):
-        config = PrivacyConfig(
-            **rules, votes_on=votes_on, epsilon=None, noise_multiplier=0.0, seed=3
-        )
+        config = configured(**rules, votes_on=votes_on, epsilon=None, noise_multiplier=0.0, seed=3)
         clients = population(data, network, config)
         before = clients.books.history.l1_norm.clone()
         release = clients.release(torch.arange(6), global_params(network), 0, "x")
@@ -402,7 +409,7 @@ def test_nominal_noise_of_records_is_less_by_their_number(federation, population
     network, data = make_network(), federation(72, clients=6)
     scales = {}
     for kind in ("update", "records"):
-        config = PrivacyConfig(
+        config = configured(
             setting="abstract",
             thresholds="fixed",
             nominal_sensitivity=kind,
@@ -459,4 +466,4 @@ def test_every_record_is_in_every_batch_of_rate_one(federation, population):
 )  # fmt: skip
 def test_contradictions_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        PrivacyConfig(**options)
+        configured(**options)

@@ -394,8 +394,15 @@ CONVOLUTIONS = group(
     ("group normalisation left in channels_last", "if func is F.group_norm:", "if False:"),
 )
 
+NAMED = group(
+    "fl_lightning/privacy/named_options.py",
+    "tests/fl_lightning/test_named_options.py",
+    ("later options bind no noise", "if n in always or values[n] != defaults[n]", "if n in always"),
+    ("options of a comparator bind no noise", 'return options | vars(options.pop("comparator"))', 'return {n: v for n, v in options.items() if n != "comparator"}'),
+)  # fmt: skip
+
 MUTATIONS = [
-    *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
+    *NAMED, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
     *FLAT, *BUDGET, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
     *TRANSFORM_CHECK, *TRANSFORMED, *TRANSFORM_REFUSED, *CALLBACK_CHECK, *TRAINER_CHECK, *LABELS,
     *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
