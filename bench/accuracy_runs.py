@@ -22,6 +22,7 @@ from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
 from fl_lightning.data import Arrays
 from fl_lightning.data.sources import load
 from fl_lightning.data.transform import transformed
+from fl_lightning.privacy.comparators import Comparator
 
 Config = dict[str, Any]
 Records = Callable[[Config], Arrays]
@@ -91,7 +92,9 @@ def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, 
     for name in ("server_optimizer", "server_scheduler"):
         if model.get(name):
             model[name] = functools.partial(_made, model[name])
-    privacy = PrivacyConfig(**{**config["privacy"], "seed": seed})
+    options = {**config["privacy"], "seed": seed}
+    comparator = Comparator(**options.pop("comparator", {}))
+    privacy = PrivacyConfig(**options, comparator=comparator)
     module = FederatedModule(network, privacy, **model, seed=seed, run_dir=folder)
     averaging = config.get("averaging")
     callbacks = [pl.callbacks.EMAWeightAveraging(decay=averaging)] if averaging else []

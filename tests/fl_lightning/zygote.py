@@ -1,10 +1,10 @@
 """A process that has imported everything and forks training runs, to be killed where one likes.
 
 Reads orders from stdin, one JSON object a line: `cwd`, `args` of the command line, and where to
-die, if anywhere: `after` so many seconds, or at the `call`-th system call that changes files, after
-the `part` of a write that has been done; `limit` is the largest file that the disk has room for.
-Answers with the exit status, the seconds and the number
-of such calls.
+die, if anywhere: `after` so many seconds of its processor, or at the `call`-th system call that
+changes files, after the `part` of a write that has been done; `limit` is the largest file that the
+disk has room for. Answers with the exit status, the seconds of its processor and the number of such
+calls. For Linux, as the tests that kill runs are.
 """
 
 import json
@@ -68,15 +68,23 @@ def run(order: dict) -> None:
     os._exit(code)
 
 
+def seconds_used(child: int) -> float:
+    """Of the processor, by all threads of a process that was not waited for yet."""
+    user, system = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def wait(child: int, after: float | None) -> tuple[int, float]:
-    """Exit status (negative: signal) and seconds; kills the child after a time."""
-    start = time.monotonic()
+    """Exit status (negative: signal) and seconds; kills the child after a time.
+
+    Seconds are its processor's, so that a place is the same one on a machine with other work.
+    """
     while True:
+        used = seconds_used(child)
         done, status = os.waitpid(child, os.WNOHANG)
-        seconds = time.monotonic() - start
         if done:
-            return os.waitstatus_to_exitcode(status), seconds
-        if after is not None and seconds >= after:
+            return os.waitstatus_to_exitcode(status), used
+        if after is not None and used >= after:
             os.kill(child, signal.SIGKILL)
             after = None
         time.sleep(0.0005)
