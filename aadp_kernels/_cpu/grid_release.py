@@ -10,8 +10,9 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
 from aadp_kernels._cpu.clip import DEAD, FACTOR, Cells, decide_all
+from aadp_kernels._cpu.elements import load_difference, store
 from aadp_kernels._cpu.grid import Scratch, Source, draw_tile
-from aadp_kernels._cpu.passes import load_difference, store, unit_sums
+from aadp_kernels._cpu.passes import unit_sums
 from aadp_kernels._cpu.pieces import FIRST, SIZE, Pieces
 from aadp_kernels.certified import by_rows, noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision, Segment

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
+from aadp_kernels._cpu._jit import jit, jit_inline, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
+from aadp_kernels._cpu.elements import array_at, first_line, load, load_difference
 from aadp_kernels._cpu.pieces import (
     CHUNK,
     FIRST,
@@ -39,57 +39,6 @@ SCRATCH = 6 * 8 * TILE + 64
 
 # To draw the noise of an element takes as long as to add up so many, at least.
 NOISE_COST = 8
-
-
-@jit_inline
-def _array(address, dtype, count):
-    """An array without a reference count; numba also lets no index of it count from the end."""
-    return carray(pointer(address, dtype), (count,))
-
-
-@jit_inline
-def _line(scratch):
-    """The address of the first cache line in an array of bytes."""
-    return (scratch.ctypes.data + 63) & -64
-
-
-@jit
-def _load(x, address, bytes_each, start, count):
-    wide_vectors()
-    if bytes_each == 4:
-        single = _array(address + 4 * start, np.float32, count)
-        for i in range(count):
-            x[i] = single[i]
-    else:
-        double = _array(address + 8 * start, np.float64, count)
-        for i in range(count):
-            x[i] = double[i]
-
-
-@jit_inline
-def load_difference(x, minus, pieces, k, row, start, count):
-    """x = value - reference of the elements start .. start + count - 1 of a row."""
-    at = row * pieces[k, SIZE] + start
-    _load(x, pieces[k, VALUE], pieces[k, VALUE_BYTES], at, count)
-    if pieces[k, MINUS] != 0:
-        _load(minus, pieces[k, MINUS], pieces[k, MINUS_BYTES], start, count)
-        for i in range(count):
-            x[i] -= minus[i]
-
-
-@jit_inline
-def store(x, pieces, k, row, start, count):
-    """The elements start .. start + count - 1 of a row's output = x, rounded."""
-    bytes_each = pieces[k, OUT_BYTES]
-    address = pieces[k, OUT] + (row * pieces[k, SIZE] + start) * bytes_each
-    if bytes_each == 4:
-        single = _array(address, np.float32, count)
-        for i in range(count):
-            single[i] = x[i]
-    else:
-        double = _array(address, np.float64, count)
-        for i in range(count):
-            double[i] = x[i]
 
 
 @jit_inline
@@ -127,12 +76,12 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
     first, size = pieces[k, FIRST], pieces[k, SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
     count, bytes_each = stop - start, pieces[k, OUT_BYTES]
-    value = _array(x, dtype, count)
-    drawn = _array(noise + (first + start - low) * value.itemsize, dtype, count)
+    value = array_at(x, dtype, count)
+    drawn = array_at(noise + (first + start - low) * value.itemsize, dtype, count)
     address = pieces[k, OUT] + (row * size + start) * bytes_each
     same = pieces[k, VALUE] == pieces[k, OUT] and pieces[k, MINUS] == 0 and not dead
     if same and bytes_each == value.itemsize:
-        _in_place(_array(address, dtype, count), count, factor, drawn, scale)
+        _in_place(array_at(address, dtype, count), count, factor, drawn, scale)
         return
     mode = 1 if scale > 0 else 0
     if pieces[k, VALUE] == 0:
@@ -141,11 +90,11 @@ def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scal
         for i in range(count):
             value[i] = 0
     else:
-        load_difference(value, _array(minus, dtype, count), pieces, k, row, start, count)
+        load_difference(value, array_at(minus, dtype, count), pieces, k, row, start, count)
     if bytes_each == 4:
-        _combine(_array(address, np.float32, count), count, value, factor, drawn, scale, mode)
+        _combine(array_at(address, np.float32, count), count, value, factor, drawn, scale, mode)
     else:
-        _combine(_array(address, np.float64, count), count, value, factor, drawn, scale, mode)
+        _combine(array_at(address, np.float64, count), count, value, factor, drawn, scale, mode)
 
 
 @jit
@@ -153,7 +102,7 @@ def _add_up(address, dtype, count, p, lanes):
     """Into 32 running sums of |x|, for p = 2 then 32 of x^2; count is a multiple of 128."""
     wide_vectors()
     for _ in range(0, count, 128):
-        part = _array(address, dtype, 128)
+        part = array_at(address, dtype, 128)
         address += 128 * part.itemsize
         for j in range(32):
             a, b = np.float64(part[j]), np.float64(part[32 + j])
@@ -169,9 +118,9 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
 
     32 running sums a unit, added up in order. `scratch` has SCRATCH bytes.
     """
-    place = _line(scratch)
-    x, minus = _array(place, np.float64, TILE), _array(place + 4096, np.float64, TILE)
-    lanes = _array(place + 8192, np.float64, 64)
+    place = first_line(scratch)
+    x, minus = array_at(place, np.float64, TILE), array_at(place + 4096, np.float64, TILE)
+    lanes = array_at(place + 8192, np.float64, 64)
     per_row = units[len(units) - 1]
     row, column, layer = begin // per_row, begin % per_row, 0
     for _ in range(begin, end):
@@ -232,15 +181,15 @@ def _draw_tile(place, plan, row, layer, tile):
     Noise of earlier steps is drawn into memory of its own and added, one step after another.
     """
     layer_words, rounds, blocks, fast, gaussian = plan.kind
-    words, tails = _array(place, np.uint32, WORDS), _array(place + 4096, np.uint32, WORDS)
-    rows = _array(place + 8192, np.float64, TILE // 2)
+    words, tails = array_at(place, np.uint32, WORDS), array_at(place + 4096, np.uint32, WORDS)
+    rows = array_at(place + 8192, np.float64, TILE // 2)
     drawn, drawn32 = (
-        _array(place + 12288, np.float64, TILE),
-        _array(place + 16384, np.float32, TILE),
+        array_at(place + 12288, np.float64, TILE),
+        array_at(place + 16384, np.float32, TILE),
     )
     again, again32 = (
-        _array(place + 20480, np.float64, TILE),
-        _array(place + 20480, np.float32, TILE),
+        array_at(place + 20480, np.float64, TILE),
+        array_at(place + 20480, np.float32, TILE),
     )
     for term in range(len(plan.states)):
         state = plan.states[term]
@@ -271,9 +220,9 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     # The counters in the states are a thread's own.
     plan = Plan(plan.scale, plan.clients, plan.states.copy(), plan.coefficients, plan.kind)
     scale, fast = plan.scale, plan.kind.fast
-    x = _line(scratch)
+    x = first_line(scratch)
     minus, noise, noise32 = x + 4096, x + 12288, x + 16384
-    drawn, drawn32 = _array(noise, np.float64, TILE), _array(noise32, np.float32, TILE)
+    drawn, drawn32 = array_at(noise, np.float64, TILE), array_at(noise32, np.float32, TILE)
     per_row = units[len(units) - 1]
     row, column, layer = begin // per_row, begin % per_row, 0
     nearest = bounds[0]
@@ -351,11 +300,11 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             if start >= stop:
                 continue
             count, bytes_each = stop - start, pieces[k, VALUE_BYTES]
-            x = _array(_line(scratch), np.float64, count)
-            total = _array(pieces[k, OUT] + 8 * start, np.float64, count)
+            x = array_at(first_line(scratch), np.float64, count)
+            total = array_at(pieces[k, OUT] + 8 * start, np.float64, count)
             for row in range(len(live)):
                 if live[row, layer]:
-                    _load(x, pieces[k, VALUE], bytes_each, row * size + start, count)
+                    load(x, pieces[k, VALUE], bytes_each, row * size + start, count)
                     weight = factor[row, layer]
                     for i in range(count):
                         total[i] += x[i] * weight

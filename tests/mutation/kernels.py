@@ -166,14 +166,17 @@ SCALES = group(
     ("shares above one allowed", "part = shares / total.clamp(min=1.0)", "part = shares"),
 )  # fmt: skip
 
-PASSES = group(
-    "aadp_kernels/_cpu/passes.py",
+_BOTH_PASSES = (
     f"{CPU}::test_privatize_clips_to_the_last_bits_of_the_specification "
     f"{CPU}::test_privatize_below_the_clip_norm_has_the_bits_of_the_specification "
     f"{CPU}::test_what_is_not_finite_is_zeroed {CPU}::test_fast_privatize_is_close_to_the_specification "
     f"{CPU}::test_the_bound_holds {CPU}::test_the_bound_holds_beneath_fast_noise "
     f"{CPU}::test_rows_and_threads_change_nothing "
-    "tests/aadp_kernels/test_cpu_clip.py::test_fast_factors_cover_the_rounding_of_a_difference",
+    "tests/aadp_kernels/test_cpu_clip.py::test_fast_factors_cover_the_rounding_of_a_difference"
+)
+PASSES = group(
+    "aadp_kernels/_cpu/passes.py",
+    _BOTH_PASSES,
     ("noise 2/3", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor + noise[i] * scale * 2 / 3\n"),
     ("noise subtracted", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor - noise[i] * scale\n"),
     ("clip dropped", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] + noise[i] * scale\n"),
@@ -184,12 +187,17 @@ PASSES = group(
     ("dead rows stay", "    elif dead:\n", "    elif dead and scale < 0:\n"),
     ("client dropped from the address", "state[2] = np.uint32(plan.clients[row])", "state[2] = np.uint32(0)"),
     ("layer dropped from the address", "state[3] = np.uint32(layer_words[layer])", "state[3] = np.uint32(layer_words[0])"),
-    ("reference added", "x[i] -= minus[i]", "x[i] += minus[i]"),
     ("noise of a tensor from the tile's beginning", "noise + (first + start - low) * value.itemsize", "noise"),
     ("a quarter of the norm missing", "lanes[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))", "lanes[j] += (abs(a) + abs(b)) + abs(c)"),
     ("layer boundary off by one", "while column >= units[layer + 1]:\n            layer += 1\n        low", "while column > units[layer + 1]:\n            layer += 1\n        low"),
     ("fast factor not rounded down", "lowered = np.float32(weight * LOWER if weight < 1 else weight)", "lowered = np.float32(weight)"),
 )  # fmt: skip
+
+ELEMENTS = group(
+    "aadp_kernels/_cpu/elements.py",
+    _BOTH_PASSES,
+    ("reference added", "x[i] -= minus[i]", "x[i] += minus[i]"),
+)
 
 _CPU_GRID = "tests/aadp_kernels/test_cpu_grid.py::test_"
 GRID_PASS = group(
@@ -443,6 +451,6 @@ TRITON_FAST = group(
 MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE, *GRID_NUMBERS, *GRID_COST, *SCALES,
     *CLIP_IN_BACKWARD, *CLIP_MATRICES,
-    *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *PASSES, *DECISIONS, *GRID_PASS, *GRID_RELEASES, *TRANSFORMS, *LAUNCHES,
+    *TILES, *ROWS, *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS, *GRID_RELEASES, *TRANSFORMS, *LAUNCHES,
     *TRITON_TRANSFORMS, *TRITON_FAR, *TRITON_DEVICES, *TRITON_CALLS, *PLAIN_NORMS, *TRITON_WIDE, *TRITON_FAST,
 ]  # fmt: skip
