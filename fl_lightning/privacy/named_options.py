@@ -12,8 +12,8 @@ _ORDER = (
     "setting", "mechanism", "adjacency", "epsilon", "delta", "noise_multiplier", "clip_order",
     "clip_norm", "thresholds", "quantile", "quantile_lr", "vote_share", "clip_factor",
     "clipping?", "clip_function?", "votes_on?", "history", "history_rule?", "history_cosine?",
-    "allocation", "share_floor", "cohort_sampling?", "correlation?", "bands?", "min_survivors?", "nominal_sensitivity?",
-    "seed", "noise_form?", "rng",
+    "allocation", "share_floor", "cohort_sampling?", "correlation?", "bands?",
+    "min_survivors?", "nominal_sensitivity?", "seed", "noise_form?", "rng",
 )  # fmt: skip
 
 

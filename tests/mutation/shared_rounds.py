@@ -85,7 +85,7 @@ MUTATIONS = [
     *group(
         "fl_lightning/resumption.py",
         _RESUME,
-        ("checkpoints that do not know an option", "_OF_OLDER.get(name)", "None"),
+        ("checkpoints that do not know an option", "promised = flat_options(PrivacyConfig()) | dict(promised)", "promised = dict(promised)"),
     ),
     *group(
         "fl_lightning/ledger/accounts.py",
