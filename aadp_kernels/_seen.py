@@ -51,17 +51,23 @@ def checked(tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...]) ->
 
 
 def remember(
-    tensors: Sequence[Tensor], layout: Layout, lead: tuple[int, ...], device: torch.device
+    name: str,
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    lead: tuple[int, ...],
+    device: torch.device,
 ) -> None:
-    """Note how tensors look that fit (*lead, *layout) and lie on a device.
+    """Note how tensors look that fit (*lead, *layout), lie on a device and were an argument.
 
-    A guard costs more than a look, so one is made when a lead comes for the second time in a row.
+    A guard costs more than a look, so one is made when an argument's lead comes for the second time
+    in a row.
     """
     if TensorGuards is None:
         return
     kept = vars(layout)
-    if kept.get("_seen_lead") != lead:
-        kept["_seen_lead"] = lead
+    last = kept.setdefault("_seen_lead", {})
+    if last.get(name) != lead:
+        last[name] = lead
     elif all(type(t) in _KINDS and t.layout is torch.strided for t in tensors):
         # The stub of the class says less than it takes: numbers of every tensor's axes.
         sizes: Any = [list(t.shape) for t in tensors]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# So many numbers are looked at one by one.
-_FEW = 256
+# So many numbers are looked at one by one; more take longer in Python than in two calls of torch.
+_FEW = 64
 
 
 def one_of(name: str, value: object, known: Sequence[object]) -> None:

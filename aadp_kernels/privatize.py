@@ -186,7 +186,7 @@ def _look(
     if known is not None and wanted in (None, known.device):
         return known, known.device
     device = check_tensors(name, tensors, layout, lead, wanted)
-    _seen.remember(tensors, layout, lead, device)
+    _seen.remember(name, tensors, layout, lead, device)
     return tensors, device
 
 

@@ -19,7 +19,7 @@ read last is in the cache still. bench/cache_model.py computes what that saves.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -56,13 +56,49 @@ class Plan:
             element of the tensor; first element, a multiple of the tile; low and high, the bounds;
             end of the whole, aligned tiles; unit; shift of row 0 (of the reference).
         units: int32 [units, 2], first chunk and end of the chunks of each unit.
-        addresses: Lists of tensor addresses that were used before, on the device.
+        free: Scratch that no launch is being made with.
     """
 
     tickets: Tensor
     chunks: Tensor
     units: Tensor
-    addresses: dict[tuple[int, ...], Tensor]
+    free: list[Scratch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What a launch writes beside its results, and its step.
+
+    A plan belongs to a stream, in which one launch follows the other. So a launch may have the
+    scratch of an earlier one, but not of one that another thread is about to make: that would clear
+    counters which are cleared already, and find them used.
+
+    Attributes:
+        counters: int32, all of the next two; zero when a launch begins.
+        done: int32 [units], chunks of each unit whose norms are summed.
+        published: int64 [units], factors, see the kernel.
+        partials: float64 [2, chunks], sums of the chunks.
+        step: int64 0-d.
+    """
+
+    counters: Tensor
+    done: Tensor
+    published: Tensor
+    partials: Tensor
+    step: Tensor
+
+    @classmethod
+    def new(cls, units: int, chunks: int, device: torch.device) -> Scratch:
+        # Offsets are multiples of 16 bytes, or each number of units would compile another kernel.
+        flags = 8 + -(-units // 4) * 4
+        # Whoever comes later may write them, inside of inference mode and outside.
+        with torch.inference_mode(False):
+            counters = torch.empty(flags + 2 * units, dtype=torch.int32, device=device)
+            return cls(
+                counters, counters[8:], counters[flags:].view(torch.int64),
+                torch.empty(2 * chunks, dtype=torch.float64, device=device),
+                torch.empty((), dtype=torch.int64, device=device),
+            )  # fmt: skip
 
 
 def window_of(device: torch.device) -> int:
@@ -185,12 +221,13 @@ def plan(
     stream = stream_name(device)
     name = (rows, tile, itemsize, aligned, device, stream)
     if stream is not None and name in cache:
+        found = cache[name]
         cache.move_to_end(name)
-        return cache[name]
+        return found
     window = window_of(device)
     tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
     on_device = {key: to_device(table, device) for key, table in tables.items()}
-    made = Plan(**on_device, addresses={})
+    made = Plan(**on_device)
     if stream is not None:
         cache[name] = made
         if len(cache) > PLANS:

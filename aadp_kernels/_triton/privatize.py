@@ -286,36 +286,38 @@ def _call(
 
 
 def _launch(call: Call, bounds: Bounds, scale: Tensor, noise: Noise | None) -> ClipStats:
-    """Launch a call with its values; scratch is new every time."""
+    """Launch a call with its values; statistics are new every time."""
     (clip, _, votes_at), kind, tables = bounds, call.kind, call.tables
     device, shape = call.addresses.device, (*kind.lead, call.num_layers)
     rows = kind.lead[0] if kind.lead else 1
-    units = rows * call.num_layers
-    # Offsets are multiples of 16 bytes, or every number of units would compile a kernel of its own.
-    flags = 8 + -(-units // 4) * 4
     norms = torch.empty(shape, dtype=torch.float64, device=device)
     counts = torch.empty(shape, dtype=torch.int64, device=device)
     stats = ClipStats(norms, torch.empty_like(norms), counts, torch.empty_like(counts))
     if rows == 0:
         return stats
-    integers = torch.zeros(flags + 2 * units, dtype=torch.int32, device=device)
-    partials = torch.empty(2 * call.num_chunks, dtype=torch.float64, device=device)
+    try:
+        scratch = tables.free.pop()
+    except IndexError:
+        scratch = _plan.Scratch.new(rows * call.num_layers, call.num_chunks, device)
+    scratch.counters.zero_()
     (clip, clip_stride), (scale, scale_stride) = _row_major(clip), _row_major(scale)
     votes_stride = 0
     if votes_at is not None:
         votes_at, votes_stride = _row_major(votes_at)
     if noise is None:
-        step, words = step_tensor(0, device), (0, 0)
+        step, words = scratch.step.zero_(), (0, 0)
         clients = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
-        step, words = step_tensor(noise.step, device), tuple(noise.key_words)
+        step, words = noise.step, tuple(noise.key_words)
+        step = step_tensor(step, device) if isinstance(step, Tensor) else scratch.step.fill_(step)
         clients = noise.clients.contiguous()
     launch(
-        privatize_kernel, (call.programs,), device, tables.tickets, call.num_tickets, integers,
-        tables.chunks, tables.units, call.layers, call.addresses, integers[8:],
-        integers[flags:].view(torch.int64), partials, clip, clip_stride, scale, scale_stride,
-        votes_at, votes_stride, step, clients, key_tensor(words, device), *stats, call.num_layers,
+        privatize_kernel, (call.programs,), device, tables.tickets, call.num_tickets,
+        scratch.counters, tables.chunks, tables.units, call.layers, call.addresses, scratch.done,
+        scratch.published, scratch.partials, clip, clip_stride, scale, scale_stride, votes_at,
+        votes_stride, step, clients, key_tensor(words, device), *stats, call.num_layers,
         call.num_tensors, call.num_chunks,
         threshold_tensor(device) if kind.form == "grid" else None, **call.constants,
     )  # fmt: skip
+    tables.free.append(scratch)
     return stats

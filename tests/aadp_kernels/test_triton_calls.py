@@ -54,11 +54,12 @@ def settled():
     return plan, values
 
 
-def assert_right(values, plan, **options):
+def assert_right(values, plan, *, seed=1, **options):
     """Equal to the specification, whatever is kept."""
     expected = [v.clone() for v in values]
-    wanted = run(expected, layout(), impl="torch", **options)
-    stats = run(values, plan, **options)
+    keys = [NoiseKey.from_seed(seed, "philox10") for _ in range(2)]
+    wanted = run(expected, layout(), impl="torch", key=keys[0], **options)
+    stats = run(values, plan, key=keys[1], **options)
     for value, other in zip(values, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-6, atol=0)
     for one, other in zip(stats, wanted, strict=True):
@@ -109,6 +110,63 @@ def test_other_tensors_at_the_same_addresses(change):
         values[0] = first.view(torch.int32)
         with pytest.raises(ValueError, match="floating"):
             run(values, plan, step=7)
+
+
+def scratch(plan):
+    """The scratch that the layout's plans keep for the next launch."""
+    return [each for made in vars(plan)["_triton_plans"].values() for each in made.free]
+
+
+def test_what_a_launch_left_behind_is_cleared():
+    plan, values = settled()
+    (kept,) = scratch(plan)
+    for dirt in (kept.counters, kept.partials, kept.step):
+        dirt.fill_(7)
+    assert_right(values, plan, step=7)
+    assert [id(each) for each in scratch(plan)] == [id(kept)]
+
+
+def test_a_launch_that_is_being_made_shares_its_scratch_with_no_other(monkeypatch):
+    """As two threads may: the other call comes between the clearing and the launch."""
+    plan, values = settled()
+    others, launched, once = tensors(seed=1), [], privatize.launch
+
+    def launch(*arguments, **constants):
+        if not launched:
+            launched.append(None)
+            assert_right(others, plan, step=8, seed=2)
+        launched.append(arguments[5].data_ptr())
+        once(*arguments, **constants)
+
+    monkeypatch.setattr(privatize, "launch", launch)
+    assert_right(values, plan, step=7)
+    assert len(launched) == 3
+    assert launched[1] != launched[2]
+    assert len(scratch(plan)) == 2
+
+
+def test_scratch_of_inference_mode_serves_outside_of_it():
+    plan, values = layout(), tensors()
+    with torch.inference_mode():
+        run(values, plan)
+    assert len(scratch(plan)) == 1
+    for step in range(1, 5):
+        assert_right(values, plan, step=step)
+    assert len(scratch(plan)) == 1
+
+
+def test_a_launch_that_fails_keeps_its_scratch(monkeypatch):
+    plan, values = settled()
+
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as context:
+        context.setattr(privatize, "launch", broken)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            run(values, plan, step=7)
+    assert scratch(plan) == []
+    assert_right(values, plan, step=8)
 
 
 def test_bad_arguments_are_refused_as_ever():
@@ -184,6 +242,15 @@ def test_out_and_reference_have_places_of_their_own():
         for value, other in zip(out, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-6, atol=0)
         reference[0] = reference[0].clone()
+
+
+def test_a_cohort_and_its_reference_are_remembered_each():
+    plan, clients = layout(), torch.arange(2, device=DEVICE)
+    values = [torch.stack([a, b]) for a, b in zip(tensors(), tensors(seed=1), strict=True)]
+    reference = tensors(seed=2)
+    for step in range(4):
+        assert_right(values, plan, reference=reference, clients=clients, step=step)
+    assert len(calls(plan)) == 1
 
 
 def test_without_torchs_guards_every_call_looks_at_its_tensors(monkeypatch):

@@ -411,6 +411,15 @@ TRITON_CALLS = [
         ("a call for any look", "if found is not None and found.guards == guards:", "if found is not None:"),
         ("calls pile up", "for oldest in list(calls)[:-_CALLS]:", "for oldest in []:"),
         ("results keep their version", "    torch.autograd.graph.increment_version(out)\n", "    pass\n"),
+        ("counters of the launch before", "    scratch.counters.zero_()\n", ""),
+        ("scratch that another launch is made with", "tables.free.pop()", "tables.free[-1]"),
+        ("scratch of a launch that failed", "    scratch.counters.zero_()\n", "    scratch.counters.zero_()\n    tables.free.append(scratch)\n"),
+        ("step of the launch before", "scratch.step.fill_(step)", "scratch.step"),
+    ),
+    *group(
+        "aadp_kernels/_triton/plan.py",
+        CALLS,
+        ("scratch of inference mode", "torch.inference_mode(False)", "torch.inference_mode(torch.is_inference_mode_enabled())"),
     ),
     *group(
         "aadp_kernels/_seen.py",
