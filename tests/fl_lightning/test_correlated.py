@@ -125,6 +125,14 @@ def test_a_client_is_charged_for_the_rounds_after_its_last() -> None:
     assert charged == pytest.approx(exact, rel=1e-8)
 
 
+def test_inexact_noise_costs_what_the_largest_move_does_in_every_planned_round() -> None:
+    def cost(event: NoiseEvent) -> SamplerCost:
+        return SamplerCost(1 / event.noise_multiplier, 2 / event.noise_multiplier)
+
+    _, extra = whole_run(NoiseEvent("gaussian", 1.0), 5.0, 0.25, 7, cost)
+    assert (extra.epsilon, extra.delta) == (7 * 0.25, 7 * 0.5)
+
+
 @pytest.mark.parametrize("form", ["wide", "fast"])
 def test_no_client_passes_its_own_target_and_the_strictest_reaches_it(form: str) -> None:
     config = PrivacyConfig(
