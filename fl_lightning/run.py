@@ -240,7 +240,7 @@ def _correlated_plan(wanted: Wanted, schedule: np.ndarray) -> CorrelatedPlan | N
 
     def chosen() -> tuple[float, ...]:
         if wanted.resumed is not None:
-            return tuple(wanted.resumed["budget"]["coefficients"])
+            return tuple(wanted.resumed["budget"].get("coefficients", (1.0,)))
         found = best_for(privacy.bands, wanted.last_model(len(schedule)), schedule, everyone)
         if len(found) == 1:
             _LOG.info(

@@ -30,18 +30,30 @@ _CLOSE = 1e-9
 
 def schedule_of(header: Mapping[str, Any]) -> npt.NDArray[np.int64]:
     """Clients of every planned round, int64 [rounds, m]."""
-    return cohort_schedule(
-        num_clients(header),
-        header["clients_per_round"],
-        header["horizon"],
-        header["schedule_seed"],
-        one_order=True,
-    )
+    return _schedule(*_drawn_from(header))
 
 
 def plan_of(header: Mapping[str, Any]) -> CorrelatedPlan:
     """The plan of a run, from its header alone."""
-    return CorrelatedPlan.of(header["coefficients"], schedule_of(header), num_clients(header))
+    return _plan(tuple(header["coefficients"]), *_drawn_from(header))
+
+
+def _drawn_from(header: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Clients, clients a round, rounds and seed: all that a schedule is a function of."""
+    rounds, seed = header["horizon"], header["schedule_seed"]
+    return num_clients(header), header["clients_per_round"], rounds, seed
+
+
+@functools.lru_cache(maxsize=4)
+def _schedule(everyone: int, size: int, rounds: int, seed: int) -> npt.NDArray[np.int64]:
+    return cohort_schedule(everyone, size, rounds, seed, one_order=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _plan(
+    coefficients: tuple[float, ...], everyone: int, size: int, rounds: int, seed: int
+) -> CorrelatedPlan:
+    return CorrelatedPlan.of(coefficients, _schedule(everyone, size, rounds, seed), everyone)
 
 
 def check_plan(header: Mapping[str, Any]) -> Iterator[str]:
@@ -63,9 +75,9 @@ def check_plan(header: Mapping[str, Any]) -> Iterator[str]:
         yield "noise_form is 'grid', for which noise that rounds share has no proof"
         return
     check_coefficients(header["coefficients"])
-    schedule = schedule_of(header)
-    taken = participations_of(schedule, num_clients(header))
-    if not (of_clients(header, "planned_steps") == taken).all():
+    steps = of_clients(header, "planned_steps")
+    fits = header["horizon"] * header["clients_per_round"] == steps.sum()  # before it is dealt out
+    if not (fits and (steps == participations_of(schedule_of(header), len(steps))).all()):
         yield (
             f"planned_steps are not those of horizon {header['horizon']} and schedule_seed "
             f"{header['schedule_seed']}"

@@ -49,6 +49,10 @@ CASES = {
     "aggregator fixed": {
         "privacy": AGGREGATOR | {"cohort_sampling": "fixed"}, "clients_per_round": 3,
     },
+    "aggregator shared noise": {
+        "privacy": AGGREGATOR | {"cohort_sampling": "fixed", "correlation": "banded"},
+        "clients_per_round": 2, "rounds": 6,
+    },
     "aggregator grid": {"privacy": AGGREGATOR | {"noise_form": "grid"}, "clients_per_round": 3},
     "nobody drawn": {"privacy": AGGREGATOR, "clients_per_round": 1, "clients": 40, "rounds": 6},
     "shares": {"privacy": SHARES},

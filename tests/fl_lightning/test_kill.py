@@ -40,9 +40,13 @@ def test_killed_at_twenty_places(tmp_path: Path, zygote: Zygote, setting: str) -
     assert died >= PLACES * 3 // 4
 
 
+SHARED = ["--privacy.cohort_sampling", "fixed", "--privacy.correlation", "banded"]
+
+
 @pytest.mark.slow
-def test_one_run_killed_twenty_times(tmp_path: Path, zygote: Zygote) -> None:
-    args = ["--privacy.setting", "client+aggregator", *SETTINGS["client+aggregator"]]
+@pytest.mark.parametrize("more", [[], SHARED], ids=["independent", "shared"])
+def test_one_run_killed_twenty_times(tmp_path: Path, zygote: Zygote, more: list[str]) -> None:
+    args = ["--privacy.setting", "client+aggregator", *SETTINGS["client+aggregator"], *more]
     args += ["--trainer.max_epochs", "12"]
     assert zygote(tmp_path / "whole", *args)["status"] == 0
     cwd, draw, before = tmp_path / "run", random.Random(1), []

@@ -80,7 +80,7 @@ MUTATIONS = [
         _RESUME,
         ("a lost file of noise", "        noise.find(release.binding)", "        pass"),
         ("another plan", "if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):", "if False:"),
-        ("coefficients are chosen again", "return tuple(wanted.resumed[\"budget\"][\"coefficients\"])", "pass"),
+        ("coefficients are chosen again", "return tuple(wanted.resumed[\"budget\"].get(\"coefficients\", (1.0,)))", "pass"),
     ),
     *group(
         "fl_lightning/resumption.py",
@@ -105,7 +105,7 @@ MUTATIONS = [
         "fl_lightning/ledger/correlated_checks.py",
         _EDITS,
         ("any setting", "if stated != needed:", "if False:"),
-        ("planned steps", "if not (of_clients(header, \"planned_steps\") == taken).all():", "if False:"),
+        ("planned steps", "if not (fits and", "if not (True or"),
         ("sensitivities", "        yield \"sensitivity is not that of", "        return\n        yield \"sensitivity is not that of"),
         ("a round's cost for the run's", "whole_run(event, whole / z, largest / z,", "whole_run(event, 1 / z, largest / z,"),
         ("rounds beyond the plan", "if round >= plan.horizon:", "if round > plan.horizon:"),

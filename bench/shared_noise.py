@@ -1,0 +1,113 @@
+"""Whole clients of Fashion-MNIST under noise that rounds share: accuracy beside other cohorts.
+
+    python -m bench shared_noise            # runs that have no result yet, an hour or two; resumes
+
+1,000 clients of 54 records, 50 a round, 200 rounds, δ = 1e-4. Every method has the same trials of
+clip norm and learning rate, each judged by the validation records of the trial seed; the winner's
+runs with other seeds read the test records once each, after the last round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+from typing import Any
+
+from bench import machine, pages
+from bench.accuracy import SEEDS, TRIAL_SEED, Options, Results, Run
+from bench.accuracy_report import margin, shown, signed, table
+from bench.accuracy_runs import records
+
+RESULTS = machine.ROOT / "bench" / "results" / "accuracy_shared_noise.json"
+PAGE = machine.ROOT / "docs" / "correlated.md"
+FILES = ("configs/fashion_mnist_clients.yaml",)
+EPSILONS = (1.0, 3.0, 8.0)
+_FIXED = {"privacy.cohort_sampling": "fixed"}
+METHODS: dict[str, Options] = {
+    "fixed cohorts, independent": _FIXED | {"privacy.correlation": "none"},
+    "secret cohorts (Poisson)": {
+        "privacy.cohort_sampling": "poisson",
+        "privacy.correlation": "none",
+    },
+    "fixed cohorts, 2 bands": _FIXED | {"privacy.correlation": "banded", "privacy.bands": 2},
+    "fixed cohorts, 4 bands": _FIXED | {"privacy.correlation": "banded", "privacy.bands": 4},
+}
+WITHOUT = "without privacy"
+_LR, _CLIP = "model.server_optimizer.init_args.lr", "privacy.clip_norm"
+CLIP_NORMS = (0.5, 1.0)
+RATES = {1.0: (0.05, 0.15, 0.5), 3.0: (0.15, 0.5, 1.5), 8.0: (0.15, 0.5, 1.5)}
+RATES_WITHOUT = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
+
+
+def trials(method: str, epsilon: float | None) -> list[Options]:
+    """What each method tries: clip norms and learning rates, six of them."""
+    if epsilon is None:
+        plain = {"privacy.setting": "none", "privacy.correlation": "none"}
+        return [plain | {_LR: lr} for lr in RATES_WITHOUT]
+    pairs = itertools.product(CLIP_NORMS, RATES[epsilon])
+    return [METHODS[method] | {_CLIP: clip, _LR: lr / clip} for clip, lr in pairs]
+
+
+def run_all() -> None:
+    """Run what is missing, then write the page's table."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    results, load = Results(RESULTS), records()
+    cases = [(WITHOUT, None), *itertools.product(METHODS, EPSILONS)]
+    for case, epsilon in cases:
+        tuned(case, epsilon, results, load)
+    report()
+
+
+def tuned(case: str, epsilon: float | None, results: Results, load: Any) -> None:
+    """Trials of one method, judged by validation, then the seeds of the best."""
+
+    def accuracy(seed: int, options: Options, trial: int | None = None) -> float:
+        one = Run("shared_noise", case, epsilon, seed, FILES, options, trial)
+        return results.do(one, load)["accuracy"]
+
+    tried = trials(case, epsilon)
+    found = [accuracy(TRIAL_SEED, options, i) for i, options in enumerate(tried)]
+    for seed in SEEDS:
+        accuracy(seed, tried[found.index(max(found))])
+
+
+def scores(runs: dict[str, Any], case: str, epsilon: float | None) -> dict[int, float]:
+    """Test accuracy by seed."""
+    return {
+        r["seed"]: r["accuracy"]
+        for r in runs.values()
+        if (r["case"], r["target_epsilon"], r["trial"]) == (case, epsilon, None)
+    }
+
+
+def accuracy_table(runs: dict[str, Any]) -> str:
+    """Every method at every ε, and its margin over independent noise."""
+    plain = next(iter(METHODS))
+    rows = []
+    for method in METHODS:
+        cells = []
+        for epsilon in EPSILONS:
+            mine = scores(runs, method, epsilon)
+            cells.append(shown(mine.values()))
+            if method != plain:
+                cells[-1] += f" ({signed(margin(mine, scores(runs, plain, epsilon)))})"
+        rows.append((method, *cells))
+    rows.append((WITHOUT, *[shown(scores(runs, WITHOUT, None).values())] * len(EPSILONS)))
+    head = (
+        "noise and cohorts",
+        *(f"ε = {e:g}" for e in EPSILONS),
+    )
+    return table(head, rows)
+
+
+def clip_rates(runs: dict[str, Any]) -> float:
+    """Median seconds of a run."""
+    return statistics.median(r["seconds"] for r in runs.values())
+
+
+def report() -> None:
+    """The table into its page; nothing where nothing was run."""
+    runs = Results(RESULTS).runs
+    if runs:
+        pages.put(PAGE, "accuracy", accuracy_table(runs))
