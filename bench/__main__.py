@@ -9,6 +9,7 @@
     faults    accuracy, ε and rounds given up where clients fail (minutes)
     processes a round in one process and in two (four minutes)
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
+    shared_noise  whole clients under noise that rounds share: accuracy (half an hour)
     picture   the picture on README's first screen, by one run (half a minute)
     traffic   a model of the L2 cache under the kernel's order; no GPU is used (two minutes)
     report    tables and plots of the committed results, into docs/ and README.md
@@ -44,6 +45,7 @@ PARTS = (
     "faults",
     "processes",
     "correlated",
+    "shared_noise",
     "picture",
     "traffic",
     "report",

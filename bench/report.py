@@ -229,12 +229,14 @@ def report() -> None:
         headline,
         processes,
         readme_figures,
+        shared_noise,
     )
     from bench.plots import draw
 
     headline.report()
     cohort.report()
     correlated.report()
+    shared_noise.report()
     accuracy_report.report()
     faults.report()
     processes.report()
