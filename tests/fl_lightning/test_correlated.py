@@ -34,6 +34,7 @@ from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.ledger.statement_groups import client_steps
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
+from fl_lightning.privacy.named_options import named_options
 from fl_lightning.privacy.noised_sum import SharedNoise
 from fl_lightning.server.optimizer import weights_in_last_model
 from fl_lightning.values.event import NoiseEvent
@@ -404,5 +405,5 @@ def test_bands_have_a_range(bands: int) -> None:
 def test_bands_without_correlation_are_refused() -> None:
     with pytest.raises(ValueError, match="bands=3 with correlation='none'"):
         PrivacyConfig(bands=3)
-    assert "bands" not in repr(PrivacyConfig())
-    assert "correlation='banded'" in repr(PrivacyConfig(**BANDED))
+    assert "bands" not in named_options(PrivacyConfig())
+    assert "correlation='banded', seed=None" in named_options(PrivacyConfig(**BANDED))
