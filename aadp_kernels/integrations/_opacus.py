@@ -17,6 +17,7 @@ from aadp_kernels.clip_in_backward.modules import with_clipping
 from aadp_kernels.clip_sum import clip_sum_noise
 from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._gradients import ClippedSums
+from aadp_kernels.integrations._opacus_cyclic import CyclicRun
 from aadp_kernels.integrations._watch import Watch
 from aadp_kernels.integrations.optim import add_noise_
 from aadp_kernels.integrations.release import amplified, compose_pure, equal_scales
@@ -121,7 +122,8 @@ def _times(batch: int | None, grad: Tensor) -> Tensor:
 class PrivateOptimizer(DPOptimizer):
     """Opacus' DPOptimizer with per-layer clips and noise from a NoiseKey.
 
-    `max_grad_norm` can be set by Opacus' schedulers: all clip norms are scaled alike.
+    `max_grad_norm` can be set by Opacus' schedulers: all clip norms are scaled alike. With a
+    `cyclic` run the noise of neighbouring steps is correlated.
     """
 
     def __init__(
@@ -134,18 +136,20 @@ class PrivateOptimizer(DPOptimizer):
         p: int,
         mechanism: str,
         noise_multiplier: float,
-        expected_batch_size: int,
+        expected_batch_size: float,
         loss_reduction: str,
         key: NoiseKey,
         next_step: Callable[[], int],
+        cyclic: CyclicRun | None = None,
     ) -> None:
         self._layout, self._unit_clips, self._model = layout, clips / clips.norm(p), model
         self._p, self._mechanism, self._key, self._next_step = p, mechanism, key, next_step
         self._sums: list[Tensor] | None = None
-        self._stale = False
+        self._stale, self._cyclic = False, cyclic
         super().__init__(
             optimizer, noise_multiplier=noise_multiplier, max_grad_norm=float(clips.norm(p)),
-            expected_batch_size=expected_batch_size, loss_reduction=loss_reduction,
+            expected_batch_size=expected_batch_size,  # pyright: ignore[reportArgumentType]
+            loss_reduction=loss_reduction,
         )  # fmt: skip
         self._trained = [id(p) for p in self.params]
 
@@ -224,8 +228,10 @@ class PrivateOptimizer(DPOptimizer):
     def add_noise(self) -> None:
         """Write the noisy sums into the gradients."""
         assert self._sums is not None
+        step, cyclic = self._next_step(), self._cyclic
+        among = None if cyclic is None else cyclic.correlation(self._key, step)
         noise = {
-            "mechanism": self._mechanism, "key": self._key, "step": self._next_step(),
+            "mechanism": self._mechanism, "key": self._key, "step": step, "correlation": among,
         }  # fmt: skip
         if isinstance(self._model, ClippedModule):
             add_noise_(self._sums, self._layout, scale=self.noise_scales, **noise)
@@ -249,6 +255,8 @@ class PrivateOptimizer(DPOptimizer):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and sum; unless the step is to be skipped, also noise, scale and account."""
+        if self._cyclic is not None:
+            self._cyclic.check(self.noise_multiplier, any(self._step_skip_queue))
         self.clip_and_accumulate()
         self._is_last_step_skipped = bool(self._check_skip_next_step())
         if self._is_last_step_skipped:

@@ -6,7 +6,8 @@ One line of an existing script changes:
 
 What is different: noise and Poisson coins come from a secret `NoiseKey` (Opacus' own secure mode
 needs a package that is no longer built); a model of layers that can clip in backward never holds
-per-sample gradients; L1 clips and Laplace noise, with an accountant of their own.
+per-sample gradients; L1 clips and Laplace noise, with an accountant of their own; batches in a
+fixed cyclic order with correlated noise.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import opacus
 import torch
 from opacus.accountants import create_accountant
+from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -27,14 +30,22 @@ from torch.utils.data import DataLoader
 from aadp_kernels import _validate
 from aadp_kernels.integrations._clip_norms import set_clip_norms
 from aadp_kernels.integrations._opacus import ClippedModule, LaplaceAccountant, PrivateOptimizer
+from aadp_kernels.integrations._opacus_cyclic import CyclicLoader, CyclicRun
 from aadp_kernels.integrations._per_sample import check_layers, inner, use_right_samplers
 from aadp_kernels.integrations._rows import ExpandedWatch, RowWatch
+from aadp_kernels.integrations.cyclic import CyclicSteps
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import MECHANISMS, poisson_mask
 from aadp_kernels.noise_key import NoiseKey
 
-__all__ = ["ClippedModule", "LaplaceAccountant", "PrivacyEngine", "PrivateOptimizer"]
+__all__ = [
+    "ClippedModule",
+    "CyclicSteps",
+    "LaplaceAccountant",
+    "PrivacyEngine",
+    "PrivateOptimizer",
+]
 
 _MODES = ("hooks", "functorch", "ew")
 
@@ -78,6 +89,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         | ..., one number for each parameter | as in Opacus, from per-sample gradients |
         | clipping="adaptive", ghost modes, distributed models | ValueError |
         | poisson_sampling=False | ValueError: the accountants' epsilon would not hold |
+        | ..., cyclic=CyclicSteps(...) | batches in a fixed cyclic order, correlated noise |
         | noise_generator | ValueError: pass `key` |
     """
 
@@ -125,8 +137,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        cyclic: CyclicSteps | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader]:
         """As `opacus.PrivacyEngine.make_private`; the table above says what differs.
+
+        Args:
+            cyclic: With poisson_sampling=False: the order of the batches, how many steps there will
+                be, and the coefficients of the noise. The first step is charged for the whole run.
+                Each batch is followed by one step; a further plan is a further charge.
 
         Returns:
             (model, optimizer, data loader). The model shares its parameters with `module`.
@@ -139,8 +157,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         _validate.one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         if noise_generator is not None:
             raise ValueError("noise_generator must be None: pass key to PrivacyEngine")
-        if not poisson_sampling:
-            raise ValueError("poisson_sampling must be True: no accountant is valid without it")
+        self._check_order(poisson_sampling, cyclic)
         if torch.distributed.is_available() and isinstance(
             module, nn.parallel.DistributedDataParallel
         ):
@@ -149,34 +166,94 @@ class PrivacyEngine(opacus.PrivacyEngine):
         trained = _trained(module, optimizer)
         layout = _layout(trained, clipping, max_grad_norm)
         clips = layer_clips(max_grad_norm, layout, self.p)
-        joint = clipping == "per_layer" and wrap_model and batch_first
-        model: Any = self._clipped(module, layout, trained, loss_reduction) if joint else None
+        model: Any = None
+        if clipping == "per_layer" and wrap_model and batch_first:
+            model = self._clipped(module, layout, trained, loss_reduction)
         if model is None:
-            check_layers(inner(module), grad_sample_mode)
-            model = self._prepare_model(
-                module, batch_first=batch_first, loss_reduction=loss_reduction,
-                grad_sample_mode=grad_sample_mode, wrap_model=wrap_model,
-            )  # fmt: skip
-            if grad_sample_mode == "ew":
-                ExpandedWatch(model)
-            else:
-                use_right_samplers(model, batch_first=batch_first)
-                RowWatch(model, batch_first=batch_first)
+            model = self._sampled(module, batch_first, loss_reduction, grad_sample_mode, wrap_model)
         model.forbid_grad_accumulation()
-        sample_rate = 1 / len(data_loader)
-        loader = self._prepare_data_loader(
-            data_loader, distributed=False, poisson_sampling=True, batch_first=batch_first,
-            rand_on_empty=rand_on_empty,
-        )  # fmt: skip
+        run = None if cyclic is None else CyclicRun(cyclic, noise_multiplier)
+        if run is None:
+            sample_rate = 1 / len(data_loader)
+            loader: DataLoader = self._prepare_data_loader(
+                data_loader, distributed=False, poisson_sampling=True, batch_first=batch_first,
+                rand_on_empty=rand_on_empty,
+            )  # fmt: skip
+            expected: float = int(len(data_loader.dataset) * sample_rate)  # pyright: ignore
+            hook = self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate)
+        else:
+            loader = CyclicLoader(data_loader, run)
+            expected = len(loader.dataset) / run.plan.period  # pyright: ignore
+            hook = run.charge(self.accountant)
         private = PrivateOptimizer(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             model=model, layout=layout, clips=clips, p=self.p, mechanism=self.mechanism,
             noise_multiplier=noise_multiplier, loss_reduction=loss_reduction,
-            expected_batch_size=int(len(data_loader.dataset) * sample_rate),  # pyright: ignore
-            key=self._key, next_step=self._next_step,
+            expected_batch_size=expected, key=self._key, next_step=self._next_step, cyclic=run,
         )  # fmt: skip
-        private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
+        private.attach_step_hook(hook)
         return model, private, loader
+
+    def make_private_with_epsilon(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, target_epsilon: float, target_delta: float, **options: Any
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader]:
+        """As in Opacus; with `cyclic`, the noise multiplier with which the whole plan costs that.
+
+        Args:
+            target_epsilon: Of the run, by this engine's accountant.
+            target_delta: Of the run.
+            options: Those of `make_private` without noise_multiplier, and `epochs` without a plan.
+        """
+        cyclic = options.pop("cyclic", None)
+        target = {"target_epsilon": target_epsilon, "target_delta": target_delta}
+        if cyclic is None:
+            return super().make_private_with_epsilon(**target, **options)  # pyright: ignore
+        options.pop("epochs", None)
+        with np.errstate(divide="ignore"):
+            one = get_noise_multiplier(
+                **target, sample_rate=1.0, steps=1, accountant=self.accountant.mechanism()
+            )
+        multiplier = one * cyclic.sensitivity
+        return self.make_private(noise_multiplier=multiplier, cyclic=cyclic, **options)
+
+    def get_epsilon(self, delta: float) -> float:
+        """As in Opacus."""
+        # The prv accountant takes the logarithm of 1 - q, which is 0 for a cyclic plan.
+        with np.errstate(divide="ignore"):
+            return super().get_epsilon(delta)
+
+    def _check_order(self, poisson_sampling: bool, cyclic: CyclicSteps | None) -> None:
+        """Whether the accountant knows the batches."""
+        if cyclic is None and not poisson_sampling:
+            raise ValueError(
+                "poisson_sampling must be True: no accountant is valid without it; or give the "
+                "order of the batches as cyclic"
+            )
+        if cyclic is not None and poisson_sampling:
+            raise ValueError("poisson_sampling must be False with cyclic: its order is fixed")
+        if cyclic is not None and self.mechanism != "gaussian":
+            raise ValueError(f"cyclic must be None with {self.mechanism} noise: it has no proof")
+
+    def _sampled(
+        self,
+        module: nn.Module,
+        batch_first: bool,
+        loss_reduction: str,
+        grad_sample_mode: str,
+        wrap_model: bool,
+    ) -> Any:
+        """Opacus' model of per-sample gradients, watched."""
+        check_layers(inner(module), grad_sample_mode)
+        model: Any = self._prepare_model(
+            module, batch_first=batch_first, loss_reduction=loss_reduction,
+            grad_sample_mode=grad_sample_mode, wrap_model=wrap_model,
+        )  # fmt: skip
+        if grad_sample_mode == "ew":
+            ExpandedWatch(model)
+        else:
+            use_right_samplers(model, batch_first=batch_first)
+            RowWatch(model, batch_first=batch_first)
+        return model
 
     def _clipped(
         self, module: nn.Module, layout: Layout, trained: Iterable[str], loss_reduction: str

@@ -6,6 +6,7 @@ from tests.mutation.mutations import group
 
 _NOISE = "tests/aadp_kernels/test_correlation.py"
 _RUNS = "tests/aadp_kernels/test_factorization.py"
+_OPACUS = "tests/aadp_kernels/test_integrations_opacus_cyclic.py"
 _LOOP = "tests/aadp_kernels/test_integrations_cyclic.py"
 
 MUTATIONS = [
@@ -59,5 +60,31 @@ MUTATIONS = [
         ("one step beyond the plan", "self.next_step - self._began >= self.cyclic.steps:", "self.next_step - self._began > self.cyclic.steps:"),
         ("where a run began is forgotten", "facts.get(\"began\", 0)", "self._began"),
         ("independent noise", "step=step, correlation=among,", "step=step, correlation=None,"),
+    ),
+    *group(
+        "aadp_kernels/integrations/_opacus_cyclic.py",
+        _OPACUS,
+        ("every step charged for the run", "if self.taken == 1:", "if True:"),
+        ("a run charged as a step", "self.plan.multiplier(self.noise_multiplier)", "self.noise_multiplier"),
+        ("batches of other steps", "if self.handed_out != step:", "if False:"),
+        ("a pass begins anew", "self.run.taken, len(self)", "0, len(self)"),
+        ("steps beyond the plan", "if step >= plan.steps:", "if False:"),
+        ("one step beyond the plan", "if step >= plan.steps:", "if step > plan.steps:"),
+        ("steps are skipped", "if skips:", "if False:"),
+        ("noise changes in a run", "if noise_multiplier != self.noise_multiplier:", "if False:"),
+        ("a band is missing", "[: len(self.plan.coefficients) - 1]", "[: len(self.plan.coefficients) - 2]"),
+        ("earlier steps in the wrong order", "self._addresses[::-1]", "self._addresses"),
+    ),
+    *group(
+        "aadp_kernels/integrations/opacus.py",
+        _OPACUS,
+        ("the target of a run is that of a step", "multiplier = one * cyclic.sensitivity", "multiplier = one"),
+        ("Poisson batches with shared noise", "if cyclic is not None and poisson_sampling:", "if False:"),
+        ("Laplace noise shared", 'if cyclic is not None and self.mechanism != "gaussian":', "if False:"),
+    ),
+    *group(
+        "aadp_kernels/integrations/_opacus.py",
+        _OPACUS,
+        ("independent noise", '"step": step, "correlation": among,', '"step": step, "correlation": None,'),
     ),
 ]  # fmt: skip
