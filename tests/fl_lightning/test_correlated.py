@@ -7,6 +7,7 @@ charge no less, and no more where every planned round was released.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -38,6 +39,7 @@ from fl_lightning.privacy.named_options import named_options
 from fl_lightning.privacy.noised_sum import SharedNoise
 from fl_lightning.server.optimizer import weights_in_last_model
 from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.release import ALL_CLIENTS, Release, parse_release, release_entry
 from tests.fl_lightning.resuming import CLIENTS, go
 
 BANDED = {
@@ -331,6 +333,25 @@ def test_votes_share_noise_as_layers_do() -> None:
     scale = policy.vote_noise_scale
     torch.testing.assert_close(votes, (scale * (z[0] - 0.8 * z[1] - 0.1 * z[2])).float())
     assert shared.deviation == pytest.approx(math.sqrt(1 + 0.64 + 0.01))
+
+
+def test_a_line_says_which_rounds_it_combined() -> None:
+    values = {
+        "client": ALL_CLIENTS, "round": 5, "steps": 1, "mechanism": "gaussian",
+        "noise_multiplier": 2.0, "sampling_rate": 1.0, "adjacency": "zero_out", "num_layers": 1,
+        "clip_norm": (1.0,), "shares": (1.0,), "binding": "", "digest": "", "largest_weight": 1.0,
+        "spent": "",
+    }  # fmt: skip
+    for combined in (None, (), (4,), (4, 2)):
+        release = Release(**values, combined=combined)
+        assert parse_release(json.loads(json.dumps(release_entry(release)))) == release
+        assert ("combined" in release_entry(release)) == (combined is not None)
+    for wrong in ((5,), (2, 4), (4, 4), (-1,)):
+        with pytest.raises(ValueError, match="combined must be rounds before 5"):
+            Release(**values, combined=wrong)
+    single = {n: v for n, v in values.items() if n not in ("largest_weight", "spent")}
+    with pytest.raises(ValueError, match="client must be -1 in a sum"):
+        Release(**single | {"client": 0}, combined=(4,))
 
 
 # --- keys of released noise ---

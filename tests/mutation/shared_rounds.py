@@ -88,6 +88,14 @@ MUTATIONS = [
         ("checkpoints that do not know an option", "promised = flat_options(PrivacyConfig()) | dict(promised)", "promised = dict(promised)"),
     ),
     *group(
+        "fl_lightning/values/release.py",
+        f"{_RUNS}::test_a_line_says_which_rounds_it_combined",
+        ("combined rounds in any order", "if not all(0 <= b < a for a, b in itertools.pairwise(later)):", "if not all(0 <= b for b in later):"),
+        ("combined rounds are not written", "names = names if release.combined is None else (*names, _OF_CORRELATED)", "pass"),
+        ("combined rounds are not read", "if entry.get(_OF_CORRELATED) is not None:", "if False:"),
+        ("combined noise of one client", "for name in (*_OF_SUMS, _OF_CORRELATED)):", "for name in _OF_SUMS):"),
+    ),
+    *group(
         "fl_lightning/ledger/accounts.py",
         _RUNS,
         ("a client's weight of every round", "sizes=np.concatenate(sizes),", "sizes=None,"),
