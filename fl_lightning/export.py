@@ -17,7 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.ledger.client_reports import any_nominal, headline, report_clients, show_number
+from fl_lightning.ledger.client_reports import (
+    any_nominal,
+    headline,
+    report_clients,
+    shared_noise,
+    show_number,
+)
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.output.console import say
@@ -145,6 +151,7 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
     kind = "nominal, no guarantee" if any_nominal(reports) else "proven"
     kind = "nominal, no guarantee" if header["setting"] == "abstract" else kind
     reason = simulated_reason(header)
+    facts |= {"noise": shared_noise(header)} if shared_noise(header) else {}
     return facts | {
         "data": header.get("dataset", facts["data"]),
         "privacy": f"simulated: {reason}, protects nobody" if reason else kind,

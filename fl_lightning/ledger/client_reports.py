@@ -120,6 +120,14 @@ def _extra_of_line(
     return largest_extra(release.event, multipliers, deltas, extra)
 
 
+def shared_noise(header: Mapping[str, Any]) -> str | None:
+    """In a few words, the noise that rounds share; None where each has its own."""
+    if header.get("coefficients") is None:
+        return None
+    bands, rounds = len(header["coefficients"]), header["horizon"]
+    return f"shared by {bands} rounds; charged at once for all {rounds} planned rounds"
+
+
 def show_number(value: float) -> str:
     """A number for a table: four significant digits; infinity as a word."""
     if math.isnan(value):

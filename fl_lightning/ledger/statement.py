@@ -158,6 +158,10 @@ def _who(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
     setting, sampled = header["setting"], any(r.sampling_rate < 1 for r in releases)
     units = "records" if setting == "record+local" else "clients"
     weight = ", times the client's public weight in the sum" if setting in SUMMED else ""
+    if header.get("coefficients") is not None:
+        weight += (
+            ", in a round; in the run, the L2 norm of what its rounds move in all planned ones"
+        )
     coins = f", which {units} were sampled" if sampled else ""
     return "\n".join(
         (

@@ -11,7 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from fl_lightning import plots
-from fl_lightning.ledger.client_reports import report_clients, show_number
+from fl_lightning.ledger.client_reports import report_clients, shared_noise, show_number
 from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "trust": facts.get("trust"),
         "adjacency": facts.get("adjacency"),
         "mechanism": facts.get("mechanism"),
+        "noise": shared_noise(facts),
         "thresholds": privacy.resolved_thresholds if privacy.private else None,
         "allocation": privacy.resolved_allocation if privacy.private else None,
         "seconds": seconds,
@@ -92,6 +93,7 @@ def final_table(summary: dict[str, Any]) -> Table:
         table.add_row("ε by client, min / median / max", spread)
         table.add_row("δ (largest)", _show(summary["delta_max"]))
         names = ("unit", "trust", "adjacency", "mechanism", "thresholds", "allocation")
+        names += ("noise",) if summary.get("noise") else ()
         for name in (*names, "releases"):
             table.add_row(name, _show(summary[name]))
     table.add_row("rounds", _show(summary["rounds"]))

@@ -27,12 +27,14 @@ from fl_lightning.accounting.correlated import CorrelatedPlan, best_for, moves, 
 from fl_lightning.accounting.exactness import SamplerCost, charged_epsilon
 from fl_lightning.accounting.group_privacy import in_correlated_sums
 from fl_lightning.accounting.sum_costs import client_multipliers
+from fl_lightning.export import export
 from fl_lightning.keys.released_noise import FILE, ReleasedNoise
 from fl_lightning.keys.run_key import public_name, run_key
 from fl_lightning.ledger import read
 from fl_lightning.ledger.accounts import accounts
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.ledger.statement_groups import client_steps
+from fl_lightning.output.summary import final_table, run_summary
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.named_options import named_options
@@ -286,6 +288,13 @@ def test_the_statement_says_what_is_charged_and_how_groups_fare(tmp_path: Path) 
     assert re.search(r"Composition: none: rounds share noise \(coefficients 1, -0\.\d+\)", text)
     assert "as one Gaussian over all 6 planned rounds" in text
     assert "no more than the 6 planned rounds" in text
+    assert "in a round; in the run, the L2 norm of what its rounds move in all planned ones" in text
+    words = "shared by 2 rounds; charged at once for all 6 planned rounds"
+    summary = run_summary(module.trainer, module, 1.0)
+    assert summary["noise"] == words
+    assert words in list(final_table(summary).columns[1].cells)
+    (tmp_path / "summary.json").write_text("{}")
+    assert f"| noise | {words} |" in (export(tmp_path, tmp_path / "out") / "README.md").read_text()
     header, releases = read(tmp_path)
     found = client_steps(header, releases)
     pair = in_correlated_sums(list(found.values()), 2, horizon=6)

@@ -88,6 +88,17 @@ MUTATIONS = [
         ("checkpoints that do not know an option", "promised = flat_options(PrivacyConfig()) | dict(promised)", "promised = dict(promised)"),
     ),
     *group(
+        "fl_lightning/ledger/statement.py",
+        f"{_RUNS}::test_the_statement_says_what_is_charged_and_how_groups_fare",
+        ("shared noise composed round by round", "    if header.get(\"coefficients\") is None:\n        return \"privacy loss", "    if True:\n        return \"privacy loss"),
+        ("sensitivity of a round as that of the run", "        weight += (", "        str("),
+    ),
+    *group(
+        "fl_lightning/ledger/statement_assumptions.py",
+        f"{_RUNS}::test_the_statement_says_what_is_charged_and_how_groups_fare",
+        ("rounds that were fixed beforehand", "if header.get(\"coefficients\") is not None:", "if False:"),
+    ),
+    *group(
         "fl_lightning/values/release.py",
         f"{_RUNS}::test_a_line_says_which_rounds_it_combined",
         ("combined rounds in any order", "if not all(0 <= b < a for a, b in itertools.pairwise(later)):", "if not all(0 <= b for b in later):"),
