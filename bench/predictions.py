@@ -28,7 +28,9 @@ RNGS = ("philox10", "chacha8", "chacha20")
 # An H200: bytes a second that a copy reaches, its L2 cache, lanes and clock, and a guess at the
 # time of two small kernels, one of which clears the counters.
 BANDWIDTH, L2_MB, LANES, CLOCK, LAUNCH = 4.3e12, 50, 132 * 4 * 32, 1.98e9, 5e-6
-BUILD = {"capability": 90, "dtype": "fp32", "p": 1, "mechanism": "laplace"}
+BUILD = {"capability": 90, "dtype": "fp32", "p": 1, "mechanism": "laplace", "bands": 1}
+GAUSSIAN = {"p": 2, "mechanism": "gaussian"}
+BANDS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def builds() -> list[dict]:
     return found
 
 
-def latest_build(form: str, rng: str) -> dict | None:
+def latest_build(form: str, rng: str, **other: object) -> dict | None:
     """The build that a machine with the oldest supported Triton would run now."""
-    wanted = BUILD | {"form": form, "rng": rng, "which": "after"}
+    wanted = BUILD | other | {"form": form, "rng": rng, "which": "after"}
     fits = [b for b in builds() if all(b.get(k) == v for k, v in wanted.items())]
     fits = [b for b in fits if b.get("apply") is not None]
     return min(fits, key=lambda b: [int(n) for n in str(b["triton"]).split(".")], default=None)
@@ -76,18 +78,24 @@ def latest_build(form: str, rng: str) -> dict | None:
 
 def predictions() -> Iterator[Prediction]:
     """Every case, form and generator."""
-    rows = json.loads(TRAFFIC.read_text())["rows"]
-    moved = {r["case"]: r["in place"]["now"] for r in rows if r["l2_mb"] == L2_MB}
     for case in NAMES:
-        count = CASES[case].elements
         for form in FORMS:
             for rng in RNGS:
-                build = latest_build(form, rng)
-                steps = None if build is None else float(build["apply"])
-                issue = None if steps is None else steps * count / (LANES * CLOCK)
-                memory = moved[case] * count / BANDWIDTH
-                copy = 8 * count / BANDWIDTH
-                yield Prediction(case, form, rng, moved[case], memory, steps, issue, copy)
+                yield prediction(case, form, rng)
+
+
+def prediction(case: str, form: str, rng: str, **other: object) -> Prediction:
+    """One case; `other` are fields of its build where they are not those of `BUILD`."""
+    rows = json.loads(TRAFFIC.read_text())["rows"]
+    (moved,) = (
+        r["in place"]["now"] for r in rows if (r["case"], r["l2_mb"]) == (case, L2_MB)
+    )  # fmt: skip
+    count = CASES[case].elements
+    build = latest_build(form, rng, **other)
+    steps = None if build is None else float(build["apply"])
+    issue = None if steps is None else steps * count / (LANES * CLOCK)
+    memory, copy = moved * count / BANDWIDTH, 8 * count / BANDWIDTH
+    return Prediction(case, form, rng, moved, memory, steps, issue, copy)
 
 
 def microseconds(seconds: float | None) -> str:
@@ -119,6 +127,28 @@ def table(results: dict | None = None) -> list[str]:
             row.append(microseconds(seconds))
             row.append("–" if seconds is None else f"{seconds / p.seconds:.2f}")
         lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def correlated() -> list[str]:
+    """L2 Gaussian noise of several steps, and how much longer than that of one it takes."""
+    head = ["case", "form, generator"]
+    for bands in BANDS:
+        head += [f"{bands} bands: instructions/element" if bands > 1 else "instructions/element"]
+        head += ["**predicted**, µs"] + ["× one"] * (bands > 1)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case in NAMES[:2]:
+        for form in ("fast", "wide"):
+            for rng in RNGS:
+                found = [prediction(case, form, rng, **GAUSSIAN, bands=bands) for bands in BANDS]
+                row = [CASES[case].title, f"{form}, {rng}"]
+                for p in found:
+                    if p.instructions is not None:
+                        row += [f"{p.instructions:.0f}", microseconds(p.seconds)]
+                    if p is not found[0]:
+                        row.append(f"{p.seconds / found[0].seconds:.2f}")
+                if len(row) == len(head):
+                    lines.append(f"| {' | '.join(row)} |")
     return lines
 
 

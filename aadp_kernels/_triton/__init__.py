@@ -13,6 +13,7 @@ FORMS = {
     "privatize": ("wide", "fast", "grid"),
     "clip_sum": ("wide", "fast", "grid"),
     "backward": ("wide",),
+    "correlation": ("wide", "fast"),
 }
 
 _MIN_CAPABILITY = (8, 0)

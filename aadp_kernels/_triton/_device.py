@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aadp_kernels.addresses import signed32
+from aadp_kernels.contract import Noise
 
 MAX_PROGRAMS = (1 << 31) - 1  # of a grid along its first axis
 MAX_ROWS = (1 << 16) - 1  # along its second
@@ -101,9 +102,41 @@ def key_tensor(words: Sequence[int], device: torch.device) -> Tensor:
 
 def step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     """The step as a 0-d int64 tensor on the device; one that lies there is used as it is."""
-    if isinstance(step, Tensor):
-        return step.to(device=device, dtype=torch.int64)
-    return torch.full((), step, dtype=torch.int64, device=device)
+    return _scalar(step, torch.int64, device)
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor on the device; the host does not wait."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _vector(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, or 0-d tensors on the device, as one tensor on the device."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([_scalar(value, dtype, device) for value in values])
+    return to_device(torch.tensor(values, dtype=dtype).numpy(), device)
+
+
+def source_tensors(
+    noise: Noise, device: torch.device, place: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+    """Steps, key words, coefficients and how many steps, of what a release draws.
+
+    Without noise that is drawn again: one step, and neither coefficients nor their number. The step
+    is 0-d, at `place` if it is a number and a place is given.
+    """
+    if not noise.again:
+        step, key = noise.step, key_tensor(tuple(noise.key_words), device)
+        if place is None or isinstance(step, Tensor):
+            return step_tensor(step, device), key, None, None
+        return place.fill_(step), key, None, None
+    steps = [noise.step, *(term.step for term in noise.again)]
+    factors = [1.0, *(term.coefficient for term in noise.again)]
+    words = tuple(noise.key_words) + tuple(w for term in noise.again for w in term.key_words)
+    weights = _vector(factors, torch.float64, device)
+    return _vector(steps, torch.int64, device), key_tensor(words, device), weights, len(steps)
 
 
 @lru_cache

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from aadp_kernels._triton._device import (
     MAX_PROGRAMS,
-    key_tensor,
     launch,
     per_stream,
     slices,
-    step_tensor,
+    source_tensors,
     to_device,
 )
 from aadp_kernels._triton.clip_sum_kernels import (
@@ -151,7 +150,7 @@ def _both_launches(
 ) -> ClipStats:
     """Norms into factors, then sums with the noise; `places` are running sums and results."""
     device = mask.device
-    plan = _plan(layout, tuple(t.dtype for t in per_sample), draw[1]["TILE"], device)
+    plan = _plan(layout, tuple(t.dtype for t in per_sample), draw[2]["TILE"], device)
     rows = [_as_rows(t, size) for t, size in zip(per_sample, layout.sizes, strict=True)]
     tensors = _upload(
         [
@@ -201,12 +200,13 @@ def _clip(plan, layout, tensors, factors, bounds, mask, quanta) -> ClipStats:
 
 def _sum(plan, tensors, factors, scale, draw, flags) -> None:
     """Second launch: clipped sums, with noise if they are the last."""
-    pointers, constants = draw
+    (step, key, coefficients, bands), client, constants = draw
     for group in plan.groups:
         if len(group.tiles):
             launch(
                 sum_tiles, (len(group.tiles),), factors.device, group.tiles, plan.statics, tensors,
-                factors, scale.contiguous(), *pointers, factors.shape[1], **flags, **constants,
+                factors, scale.contiguous(), step, client, key, factors.shape[1], coefficients,
+                bands, **flags, **constants,
                 BLOCKS=blocks_per_row(
                     constants["FORM"], constants["CHACHA"], group.dtype.itemsize
                 ),
@@ -224,8 +224,8 @@ def sum_constants(dtype: torch.dtype, *, grid: bool) -> dict[str, Any]:
     }
 
 
-def _draw(noise: Noise | None, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:
-    """Where the noise comes from: (step, client, key) on the device, and constants of the code."""
+def _draw(noise: Noise | None, device: torch.device) -> tuple[Any, Tensor, dict[str, Any]]:
+    """Where the noise comes from: `source_tensors`, the client, and constants of the code."""
     rng = "philox10" if noise is None else noise.rng
     form = "wide" if noise is None else noise.form
     chacha = rng.startswith("chacha")
@@ -239,6 +239,6 @@ def _draw(noise: Noise | None, device: torch.device) -> tuple[list[Tensor], dict
         "PARTS": parts(form, chacha),
     }
     if noise is None:
-        return [torch.empty(1, dtype=torch.int64, device=device)] * 3, constants
-    key = key_tensor(tuple(noise.key_words), device)
-    return [step_tensor(noise.step, device), noise.clients, key], constants
+        unused = torch.empty(1, dtype=torch.int64, device=device)
+        return (unused, unused, None, None), unused, constants
+    return source_tensors(noise, device), noise.clients, constants

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from aadp_kernels import grid
-from aadp_kernels._triton.noise import part_index, tile_noise, to_element
-from aadp_kernels._triton.rng import load_key
+from aadp_kernels._triton.noise import load_source, part_index, tile_noise, to_element
 
 ROWS_AHEAD = tl.constexpr(4)  # records whose loads are in flight together
 
@@ -258,15 +257,15 @@ def _store_part(sums, target, acc, mask, LAST: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch"],
+    do_not_specialize=["batch", "bands"],
     do_not_specialize_on_alignment=["factors_ptr", "scale_ptr", "step_ptr", "client_ptr"],
 )
 def sum_tiles(
     tiles_ptr, statics_ptr, tensors_ptr, factors_ptr, scale_ptr, step_ptr, client_ptr, key_ptr,
-    batch, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, FRESH: tl.constexpr, LAST: tl.constexpr,
-    GRID: tl.constexpr, NOISE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
-    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
+    batch, coefficients_ptr, bands, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr,
+    FRESH: tl.constexpr, LAST: tl.constexpr, GRID: tl.constexpr, NOISE: tl.constexpr,
+    TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr,
+    ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = sums + sum_b factors[l, b] * x[b] + scale_l * noise, elementwise; accumulates float64.
 
@@ -292,12 +291,12 @@ def sum_tiles(
     aligned = (address | (stride * ITEMSIZE) | sums_address | target_address) % 16 == 0
     whole = aligned & (first >= offset) & (first + TILE <= offset + size)
     if NOISE:
-        key = load_key(key_ptr, CHACHA)
-        step, client = tl.load(step_ptr).to(tl.uint32), tl.load(client_ptr).to(tl.uint32)
+        drawn_from = load_source(step_ptr, key_ptr, coefficients_ptr, bands, CHACHA)
+        client = tl.load(client_ptr).to(tl.uint32)
         stream = layer.to(tl.uint32)
     if NOISE and PARTS > 1:
         noise = tile_noise(
-            first, step, client, stream, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
+            first, drawn_from, client, stream, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS
         )
     for part in tl.static_range(PARTS):
         index = part_index(part, TILE, FORM, CHACHA, BLOCKS)
@@ -314,8 +313,9 @@ def sum_tiles(
             )
         if NOISE and PARTS == 1:
             noise = tile_noise(
-                first, step, client, stream, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
-            )
+                first, drawn_from, client, stream, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS,
+                PARTS,
+            )  # fmt: skip
         if NOISE:
             acc = _noisy(acc, noise[part], scale)
         elif LAST:

@@ -131,18 +131,18 @@ def _fast_values(words, angles, uniform, GAUSSIAN: tl.constexpr):
 @triton.jit
 def fast_philox(
     start, step, client, layer, key, ROUNDS: tl.constexpr, GAUSSIAN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, ONLY: tl.constexpr,
 ):  # fmt: skip
     domain: tl.constexpr = _GAUSSIAN if GAUSSIAN else _LAPLACE
     limit: tl.constexpr = 4096 if GAUSSIAN else 8192
     word = layer + domain * _DOMAIN
-    a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
+    a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS, ONLY)
     words = _radius_words(a, b, c, d, GAUSSIAN)
     angles = join2(b, d)
     # One tile in hundreds needs tail words: the branch is for the whole tile.
     if _minimum(_least(a, b, c, d, GAUSSIAN)) < limit:
         word += _TAIL * _DOMAIN
-        a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS)
+        a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, ROWS, BLOCKS, ONLY)
         uniform = _tail_uniform(words, _radius_words(a, b, c, d, GAUSSIAN), GAUSSIAN)
     else:
         uniform = _uniform(words, GAUSSIAN)

@@ -7,6 +7,9 @@ which. So every word is made where it is used and memory is read and written in 
 
 `BLOCKS` is the number of consecutive Philox blocks in a row. The words, their addresses and what is
 made of them are those of `addresses`.
+
+Noise is drawn from a step and a key, or from tables of several (`load_source`), whose noise is
+added in registers.
 """
 
 # Triton's constexpr arguments, ranges and launch options have no types that fit.
@@ -21,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aadp_kernels._triton._device import MAX_ROWS, key_tensor, launch, slices, step_tensor
+from aadp_kernels._triton._device import MAX_ROWS, launch, slices, source_tensors
 from aadp_kernels._triton.fast_noise import INTERPRET, fast_chacha, fast_philox
 from aadp_kernels._triton.rng import chacha, load_key
 from aadp_kernels._triton.wide_noise import wide_pair
-from aadp_kernels._triton.word_rows import philox_rows
+from aadp_kernels._triton.word_rows import join_columns, philox_rows, split_columns
 from aadp_kernels.addresses import DOMAINS, LAYER_BITS, rounds_of
 from aadp_kernels.contract import Noise, Segment
 
@@ -62,20 +65,87 @@ def part_index(part: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr, CHACH
 
 
 @triton.jit
+def load_source(step_pointer, key_pointer, coefficients, bands, CHACHA: tl.constexpr):
+    """What `tile_noise` draws from, of the tensors of `source_tensors`.
+
+    (step, key), loaded once a program, or (steps, keys, coefficients, bands), which stay in memory.
+    """
+    if coefficients is None:
+        key = load_key(key_pointer, CHACHA)
+        return tl.load(step_pointer).to(tl.uint32), key
+    else:
+        return step_pointer, key_pointer, coefficients, bands
+
+
+@triton.jit
 def tile_noise(
-    first, step, client, layer, key, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
+    first, drawn_from, client, layer, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
     FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Noise of scale one of the elements first .. first + TILE - 1 of a layer.
 
     Args:
         first: int64, a multiple of TILE (power of two; for ChaCha in the fast form >= 512).
-        step, client, layer: uint32 scalars.
-        key: From `load_key`.
+        drawn_from: From `load_source`.
+        client, layer: uint32 scalars.
 
     Returns:
         A tuple of parts [rows, width], float32 (fast) or float64 (wide), as `part_index` orders.
     """
+    if len(drawn_from) == 2:
+        step, key = drawn_from
+        return _one_step(
+            first, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, None
+        )
+    else:
+        return _several_steps(
+            first, drawn_from, client, layer, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS
+        )
+
+
+@triton.jit
+def _several_steps(
+    first, tables, client, layer, TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr,
+    CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`tile_noise` of several steps: coefficients times noise, added in order.
+
+    Added up are columns of parts, vectors: Triton would carry matrices through a loop in a layout
+    that costs exchanges between threads in every turn.
+    """
+    steps, keys, coefficients, bands = tables
+    kind: tl.constexpr = tl.float32 if FORM == "fast" else tl.float64
+    shape: tl.constexpr = part_index(0, TILE, FORM, CHACHA, BLOCKS).shape
+    # Negative zero plus z is z, whatever its sign: the first coefficient is one.
+    total = (tl.full([shape[0]], -0.0, kind),) * (PARTS * shape[1])
+    for term in range(bands):
+        key = load_key(keys + term * (8 if CHACHA else 2), CHACHA)
+        step, factor = tl.load(steps + term).to(tl.uint32), tl.load(coefficients + term).to(kind)
+        columns = ()
+        for block in tl.static_range(BLOCKS):
+            drawn = _one_step(
+                first, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, block
+            )
+            for part in tl.static_range(PARTS):
+                columns += split_columns(drawn[part])
+        added = ()
+        for i in tl.static_range(PARTS * shape[1]):
+            added += (total[i] + columns[i] * factor,)
+        total = added
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts += (join_columns(total[part * shape[1] : (part + 1) * shape[1]]),)
+    return parts
+
+
+@triton.jit
+def _one_step(
+    first, step, client, layer, key, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
+    FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
+    ONLY: tl.constexpr,
+):  # fmt: skip
+    """`tile_noise` of one step; ONLY: of one Philox block of each row, or None."""
     if FORM == "fast":
         if CHACHA:
             block = (first // 16).to(tl.uint32) + tl.arange(0, TILE // 16).to(tl.uint32)
@@ -83,7 +153,9 @@ def tile_noise(
         else:
             rows: tl.constexpr = TILE // (4 * BLOCKS)
             start = (first // 4).to(tl.uint32)
-            return (fast_philox(start, step, client, layer, key, ROUNDS, GAUSSIAN, rows, BLOCKS),)
+            return (
+                fast_philox(start, step, client, layer, key, ROUNDS, GAUSSIAN, rows, BLOCKS, ONLY),
+            )
     else:
         domain: tl.constexpr = _GAUSSIAN if GAUSSIAN else _LAPLACE
         word = layer + domain * _DOMAIN
@@ -100,7 +172,7 @@ def tile_noise(
         else:
             rows: tl.constexpr = TILE // (2 * BLOCKS)
             start = (first // 2).to(tl.uint32)
-            a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, rows, BLOCKS)
+            a, b, c, d = philox_rows(start, step, client, word, key, ROUNDS, rows, BLOCKS, ONLY)
             return (wide_pair(a, b, c, d, GAUSSIAN),)
 
 
@@ -121,12 +193,12 @@ def to_element(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store_noise(
-    out, scale, step, client, layer, key, first, low, high, TILE: tl.constexpr,
+    out, scale, drawn_from, client, layer, first, low, high, TILE: tl.constexpr,
     GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
     BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     noise = tile_noise(
-        first, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
+        first, drawn_from, client, layer, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS
     )
     for part in tl.static_range(PARTS):
         element = first + part_index(part, TILE, FORM, CHACHA, BLOCKS)
@@ -136,13 +208,13 @@ def _store_noise(
 
 
 @triton.jit(
-    do_not_specialize=["layer", "low", "high"],
+    do_not_specialize=["bands", "layer", "low", "high"],
     do_not_specialize_on_alignment=["scale_pointer", "step_pointer", "clients_pointer"],
 )
 def noise_kernel(
     out_pointer, scale_pointer, step_pointer, clients_pointer, key_pointer, layer, low, high,
-    TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr,
-    ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    coefficients, bands, TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr,
+    CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[k, i] = scale * noise(step, clients[k], layer, low + i) for low + i < high.
 
@@ -151,14 +223,13 @@ def noise_kernel(
     # A low or high below 2^31 comes as int32, and so would products with it.
     row, low, high = tl.program_id(1).to(tl.int64), low.to(tl.int64), high.to(tl.int64)
     first = (low // TILE + tl.program_id(0)) * TILE
-    key = load_key(key_pointer, CHACHA)
-    step = tl.load(step_pointer).to(tl.uint32)
+    drawn_from = load_source(step_pointer, key_pointer, coefficients, bands, CHACHA)
     client = tl.load(clients_pointer + row).to(tl.uint32)
     scale = tl.load(scale_pointer)
     out = out_pointer + row * (high - low)
     _store_noise(
-        out, scale, step, client, layer.to(tl.uint32), key, first, low, high, TILE, GAUSSIAN, FORM,
-        CHACHA, ROUNDS, BLOCKS, PARTS,
+        out, scale, drawn_from, client, layer.to(tl.uint32), first, low, high, TILE, GAUSSIAN,
+        FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
     )  # fmt: skip
 
 
@@ -173,13 +244,14 @@ def scaled_noise(
     out = torch.empty((len(clients), count), dtype=dtype, device=device)
     tiles = -(-(offset + count) // TILE) - offset // TILE
     form, secure = noise.form, noise.rng.startswith("chacha")
-    size, step = torch.full((), scale, dtype=torch.float64, device=device), noise.step
+    size = torch.full((), scale, dtype=torch.float64, device=device)
+    step, key, coefficients, bands = source_tensors(noise, device)
     for rows in slices(len(clients) if count else 0, MAX_ROWS):
         some = clients[rows].contiguous()
         launch(
-            noise_kernel, (tiles, len(some)), device, out[rows], size, step_tensor(step, device),
-            some, key_tensor(tuple(noise.key_words), device), layer, offset, offset + count,
-            TILE=TILE, GAUSSIAN=noise.mechanism == "gaussian", FORM=form, CHACHA=secure,
+            noise_kernel, (tiles, len(some)), device, out[rows], size, step, some, key, layer,
+            offset, offset + count, coefficients, bands, TILE=TILE,
+            GAUSSIAN=noise.mechanism == "gaussian", FORM=form, CHACHA=secure,
             ROUNDS=rounds_of(noise.rng), BLOCKS=blocks_per_row(form, secure, dtype.itemsize),
             PARTS=parts(form, secure), enable_fp_fusion=form == "fast",
         )  # fmt: skip

@@ -25,7 +25,7 @@ from aadp_kernels._triton._device import (
     launch,
     per_stream,
     sm_count,
-    step_tensor,
+    source_tensors,
     stream_name,
     to_device,
     warp_size,
@@ -60,9 +60,11 @@ TILES = {
 # spills to fit another program beside the others. What a build uses counts: up to 128 leave room
 # for four programs, up to 168 for three.
 REGISTERS = {
-    ("fast", False): 128, ("fast", True): 144, ("wide", False): 136, ("wide", True): 184,
+    ("fast", False): 128, ("fast", True): 144, ("wide", False): 168, ("wide", True): 184,
     ("grid", False): 128, ("grid", True): 168,
 }  # fmt: skip
+# Where noise of several steps is added up. As many programs have room as without.
+REGISTERS_AGAIN = REGISTERS | {("fast", True): 168}
 
 
 def tile_size(form: str, secure: bool, itemsize: int) -> int:
@@ -305,19 +307,23 @@ def _launch(call: Call, bounds: Bounds, scale: Tensor, noise: Noise | None) -> C
     if votes_at is not None:
         votes_at, votes_stride = _row_major(votes_at)
     if noise is None:
-        step, words = scratch.step.zero_(), (0, 0)
+        step, key = scratch.step.zero_(), key_tensor((0, 0), device)
+        coefficients, bands = None, None
         clients = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
-        step, words = noise.step, tuple(noise.key_words)
-        step = step_tensor(step, device) if isinstance(step, Tensor) else scratch.step.fill_(step)
+        step, key, coefficients, bands = source_tensors(noise, device, scratch.step)
         clients = noise.clients.contiguous()
+    constants = call.constants
+    if bands is not None:
+        limit = REGISTERS_AGAIN[kind.form, constants["CHACHA"]]
+        constants = constants | {"maxnreg": limit}
     launch(
         privatize_kernel, (call.programs,), device, tables.tickets, call.num_tickets,
         scratch.counters, tables.chunks, tables.units, call.layers, call.addresses, scratch.done,
         scratch.published, scratch.partials, clip, clip_stride, scale, scale_stride, votes_at,
-        votes_stride, step, clients, key_tensor(words, device), *stats, call.num_layers,
-        call.num_tensors, call.num_chunks,
-        threshold_tensor(device) if kind.form == "grid" else None, **call.constants,
+        votes_stride, step, clients, key, *stats, call.num_layers, call.num_tensors,
+        call.num_chunks, threshold_tensor(device) if kind.form == "grid" else None, coefficients,
+        bands, **constants,
     )  # fmt: skip
     tables.free.append(scratch)
     return stats

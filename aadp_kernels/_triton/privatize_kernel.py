@@ -18,8 +18,7 @@ from aadp_kernels._triton.grid import (
     quantum_weight,
     release,
 )
-from aadp_kernels._triton.noise import tile_noise
-from aadp_kernels._triton.rng import load_key
+from aadp_kernels._triton.noise import load_source, tile_noise
 from aadp_kernels._triton.tile_access import (
     AGAIN,
     LAST,
@@ -104,7 +103,7 @@ def _round_down(factor, DTYPE: tl.constexpr):
 
 @triton.jit
 def _apply_tile(
-    x, reference, out, shift, shift0, element, low, high, factor, scale, step, client, layer, key,
+    x, reference, out, shift, shift0, element, low, high, factor, scale, drawn_from, client, layer,
     thresholds, FULL: tl.constexpr, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
     OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
     FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -124,6 +123,7 @@ def _apply_tile(
         )  # fmt: skip
         loaded += (pair,)
     if NOISY and FORM == "grid":
+        step, key = drawn_from
         noise = (
             grid_noise(
                 element, step, client, layer, key, thresholds, TILE, GAUSSIAN, CHACHA, ROUNDS
@@ -131,7 +131,7 @@ def _apply_tile(
         )
     elif NOISY:
         noise = tile_noise(
-            element, step, client, layer, key, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS
+            element, drawn_from, client, layer, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS
         )
     for part in tl.static_range(PARTS):
         index = tile_index(part, TILE, GAUSSIAN, FORM, CHACHA, BLOCKS)
@@ -149,8 +149,8 @@ def _apply_tile(
 
 @triton.jit
 def _apply_chunk(
-    x, reference, out, shift, shift0, first, low, high, whole, factor, scale, step, client, layer,
-    key, thresholds, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
+    x, reference, out, shift, shift0, first, low, high, whole, factor, scale, drawn_from, client,
+    layer, thresholds, NOISY: tl.constexpr, X: tl.constexpr, REFERENCE: tl.constexpr,
     OUT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, GAUSSIAN: tl.constexpr,
     FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -159,8 +159,8 @@ def _apply_chunk(
     element = first
     while element < whole:
         _apply_tile(
-            x, reference, out, shift, shift0, element, 0, 0, factor, scale, step, client, layer,
-            key, thresholds, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
+            x, reference, out, shift, shift0, element, 0, 0, factor, scale, drawn_from, client,
+            layer, thresholds, True, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA,
             ROUNDS, BLOCKS, PARTS,
         )  # fmt: skip
         element += TILE
@@ -168,8 +168,8 @@ def _apply_chunk(
         begin = tl.maximum(low - element, 0).to(tl.int32)
         end = tl.minimum(high - element, TILE).to(tl.int32)
         _apply_tile(
-            x, reference, out, shift, shift0, element, begin, end, factor, scale, step, client,
-            layer, key, thresholds, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM,
+            x, reference, out, shift, shift0, element, begin, end, factor, scale, drawn_from,
+            client, layer, thresholds, False, NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM,
             CHACHA, ROUNDS, BLOCKS, PARTS,
         )  # fmt: skip
         element += TILE
@@ -259,7 +259,7 @@ def _taken(lanes, LANES: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "ticket_count", "clip_stride", "scale_stride", "votes_stride", "num_layers", "num_tensors",
-        "num_chunks",
+        "num_chunks", "bands",
     ],
     # Views of what training keeps: another alignment must not compile another kernel.
     do_not_specialize_on_alignment=["clip", "scale", "votes_at", "step_pointer", "clients"],
@@ -268,7 +268,7 @@ def privatize_kernel(
     tickets, ticket_count, counter, chunks, units, layers, addresses, done, published, partials,
     clip, clip_stride, scale, scale_stride, votes_at, votes_stride, step_pointer, clients,
     key_pointer, norm1_out, votes_out, clipped_out, nonfinite_out, num_layers, num_tensors,
-    num_chunks, thresholds,
+    num_chunks, thresholds, coefficients, bands,
     X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, NOISY: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
     GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr, ROUNDS: tl.constexpr,
@@ -286,11 +286,6 @@ def privatize_kernel(
     program. An element is written after it was read for the norm, since what is written depends on
     a factor that depends on what was read.
     """
-    if NOISY:
-        key = load_key(key_pointer, CHACHA)
-        step = tl.load(step_pointer).to(tl.uint32)
-    else:
-        key, step = None, None
     ticket = _taken(_take(counter, LANES), LANES)
     while ticket < ticket_count:
         ahead = _take(counter, LANES)
@@ -303,8 +298,8 @@ def privatize_kernel(
         low = tl.load(table + 3)
         high = tl.load(table + 4)
         whole = tl.load(table + 5)
-        unit = tl.load(table + 6)
-        row = unit // num_layers
+        unit = tl.load(table + 6).to(tl.int32)  # fewer than `MAX_CHUNKS`
+        row = (unit // num_layers).to(tl.int64)
         layer = unit % num_layers
         begin = tl.load(units + unit * 2)
         end = tl.load(units + unit * 2 + 1)
@@ -345,16 +340,19 @@ def privatize_kernel(
                 if amount != 0:
                     weight = quantum_weight(factor, unit_scale)
             client = tl.load(clients + row).to(tl.uint32)
+            drawn_from = None
+            if NOISY:
+                drawn_from = load_source(step_pointer, key_pointer, coefficients, bands, CHACHA)
             if NOISY and amount != 0:
                 _apply_chunk(
                     x, reference, out, shift, shift0, first, low, high, whole, weight,
-                    unit_scale, step, client, layer.to(tl.uint32), key, thresholds, True, X,
+                    unit_scale, drawn_from, client, layer.to(tl.uint32), thresholds, True, X,
                     REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
                 )  # fmt: skip
             else:
                 _apply_chunk(
                     x, reference, out, shift, shift0, first, low, high, whole, weight, amount,
-                    step, client, layer.to(tl.uint32), key, thresholds, False, X, REFERENCE, OUT,
+                    drawn_from, client, layer.to(tl.uint32), thresholds, False, X, REFERENCE, OUT,
                     DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
                 )  # fmt: skip
         ticket = _taken(ahead, LANES)

@@ -34,17 +34,52 @@ def join2(a, b):
 
 
 @triton.jit
+def split_columns(x):
+    """The columns of [rows, 2^n], a tuple of [rows]."""
+    if x.shape[1] == 2:
+        return tl.split(x)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        a = split_columns(even)
+        b = split_columns(odd)
+        columns = ()
+        for i in tl.static_range(x.shape[1] // 2):
+            columns += (a[i], b[i])
+        return columns
+
+
+@triton.jit
+def join_columns(columns):
+    """[rows, 2^n] of its columns."""
+    if len(columns) == 2:
+        return tl.join(columns[0], columns[1])
+    else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(len(columns) // 2):
+            even += (columns[2 * i],)
+            odd += (columns[2 * i + 1],)
+        return join2(join_columns(even), join_columns(odd))
+
+
+@triton.jit
 def signed(word):
     return word.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def philox_rows(
-    start, step, client, word, key, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """The 4 words of the blocks of a tile, from block `start` on: [ROWS], or [ROWS, BLOCKS]."""
+    start, step, client, word, key, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ONLY: tl.constexpr,
+):  # fmt: skip
+    """The 4 words of the blocks of a tile, from block `start` on: [ROWS], or [ROWS, BLOCKS].
+
+    ONLY: those of one block of each row, [ROWS]; None: of all.
+    """
     row = tl.arange(0, ROWS).to(tl.uint32)
-    if BLOCKS == 1:
+    if ONLY is not None:
+        return philox(start + BLOCKS * row + ONLY, step, client, word, key, ROUNDS)
+    elif BLOCKS == 1:
         return philox(start + row, step, client, word, key, ROUNDS)
     elif BLOCKS == 2:
         # Joined, both blocks of a row are in one thread, as its elements will be.

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_aot_sums.py")
-MAX_REGISTERS = {"norms": 128, "sums": 128, "grid": 160, "products": 128}
+MAX_REGISTERS = {"norms": 128, "sums": 128, "correlated": 128, "grid": 160, "products": 128}
 
 QUICK = ["norms,1,votes,fp32,90", "sums,philox10,fast,laplace,fp32,90", "products,fp32,90"]
 SLOW = [
@@ -24,6 +24,7 @@ SLOW = [
         "norms,1,none", "norms,2,none", "norms,2,votes", "sums,philox10,wide,gaussian",
         "sums,philox10,wide,laplace", "sums,philox10,fast,laplace", "sums,chacha8,wide,gaussian",
         "sums,chacha8,fast,gaussian", "sums,chacha20,wide,laplace", "grid", "products",
+        "correlated,philox10,wide,gaussian", "correlated,chacha8,fast,gaussian",
     )
     for dtype in ("fp32", "bf16")
     for capability in (80, 90)
@@ -47,10 +48,10 @@ def check(report):
     width = "64" if narrow else "128"
     assert report["spills"] == report["stack"] == 0, report
     assert report["registers"] <= MAX_REGISTERS[kind], report
-    if kind in ("norms", "sums", "grid"):
+    if kind in ("norms", "sums", "correlated", "grid"):
         # Loads of at least four records, or of as many blocks, are in flight together.
         assert report[f"loads{width}"] >= 4, report
-    if kind in ("sums", "grid"):
+    if kind in ("sums", "correlated", "grid"):
         assert report[f"stores{width}"] >= 1, report
     if kind == "products":
         assert report["loads128"] >= 4, report

@@ -141,7 +141,7 @@ def test_noise_of_far_rows(form, row, sparse, far_programs):
         grid.grid_kernel[(2, 1)](*places, 0, 0, count, COUNTS=False, **options)
     else:
         noise.noise_kernel[(2, 1)](
-            *places, 0, 0, count, FORM=form, BLOCKS=1, PARTS=1, **options
+            *places, 0, 0, count, None, None, FORM=form, BLOCKS=1, PARTS=1, **options
         )  # fmt: skip
     wanted = expected_noise("philox10", form, first, 2 * tile, torch.float16)
     assert ((out[row, first:].double() - wanted.double()).abs() <= 2.0**-8 * wanted.abs()).all()

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from aadp_kernels import Layout, NoiseKey, privatize_, sample_noise
+from aadp_kernels import Correlation, Layout, NoiseKey, privatize_, sample_noise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +75,24 @@ def test_noise_has_the_bits_of_the_cpu(form, mechanism, rng):
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("rng", ["philox10", "chacha20"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_noise_drawn_again_has_the_bits_of_the_cpu(dtype, rng):
+    """In the noise of a layer, and in a release of zeros."""
+    among = Correlation((1.0, -0.9, -0.25, 0.3))
+    address = {"mechanism": "gaussian", "step": 9, "correlation": among, "form": "wide"}
+    drawn = [
+        sample_noise((100_000,), key=NoiseKey.from_seed(1, rng), device=d, impl=i, scale=1.0,
+                     dtype=dtype, offset=12345, **address).cpu()
+        for d, i in (("cuda", "triton"), ("cpu", "torch"))
+    ]  # fmt: skip
+    assert torch.equal(*drawn)
+    zeros = [t.zero_() for t in tensors(dtype=dtype)]
+    out, _ = privatized(zeros, rng=rng, p=2, **address)
+    expected, _ = privatized([t.cpu() for t in zeros], "cpu", "torch", rng=rng, p=2, **address)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(out, expected, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("form", ["wide", "grid"])
 def test_tensors_on_another_device_than_the_current_one(form):
@@ -111,16 +129,18 @@ def test_two_streams_in_contention():
             assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
 
 
-def test_graph_replay_follows_the_step_on_the_device():
+@pytest.mark.parametrize("among", [None, Correlation((1.0, -0.9, 0.5))], ids=["one", "several"])
+def test_graph_replay_follows_the_step_on_the_device(among):
     values, step = tensors(), torch.zeros((), dtype=torch.int64, device="cuda")
+    options = {"mechanism": "gaussian", "p": 2, "correlation": among}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        privatized(values, step=step)
+        privatized(values, step=step, **options)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = privatized(values, step=step)
+        out, _ = privatized(values, step=step, **options)
         step += 1
     replays = []
     for _ in range(2):
@@ -129,7 +149,7 @@ def test_graph_replay_follows_the_step_on_the_device():
         replays.append([t.clone() for t in out])
     assert not torch.equal(replays[0][0], replays[1][0])
     for i, replay in enumerate(replays):
-        eager, _ = privatized(values, step=i)
+        eager, _ = privatized(values, step=i, **options)
         assert all(torch.equal(a, b) for a, b in zip(eager, replay, strict=True))
 
 
@@ -143,6 +163,10 @@ def test_no_synchronisation():
     try:
         for step in range(2):
             privatize_(values, layout=layout, clip=clip, scale=scale, key=key, step=step)
+        privatize_(
+            values, layout=layout, clip=clip, scale=scale, key=key, step=2, p=2,
+            mechanism="gaussian", correlation=Correlation((1.0, -0.9)),
+        )  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

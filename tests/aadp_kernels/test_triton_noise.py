@@ -34,7 +34,7 @@ def draw(rng, form, mechanism, *, low=5, count=1200, tile=2048, blocks=1, key=KE
     noise.noise_kernel[(tiles, 2)](
         out, torch.ones((), dtype=torch.float64, device=DEVICE),
         torch.tensor(STEP, device=DEVICE), CLIENTS.to(DEVICE), words, LAYER, low, low + count,
-        TILE=tile, GAUSSIAN=mechanism == "gaussian", FORM=form, CHACHA=secure,
+        None, None, TILE=tile, GAUSSIAN=mechanism == "gaussian", FORM=form, CHACHA=secure,
         ROUNDS=int(rng[6:]), BLOCKS=blocks, PARTS=noise.parts(form, secure),
         enable_fp_fusion=form == "fast",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 Run as `python tests/aadp_kernels/triton_aot_sums.py CASE ...` in a process of its own, without
 TRITON_INTERPRET. Cases: norms,p,votes,dtype,capability; sums,rng,form,mechanism,dtype,capability;
+correlated,rng,form,mechanism,dtype,capability (sums with noise of several steps);
 grid,dtype,capability; products,dtype,capability. No GPU is needed.
 """
 
@@ -26,7 +27,7 @@ from aadp_kernels._triton.noise import blocks_per_row, parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = ("clip_ptr", "votes_ptr", "quanta_ptr", "slots_ptr", "factors_ptr", "norms_ptr",
-          "scale_ptr", "l1_ptr", "l2sq_ptr")  # fmt: skip
+          "scale_ptr", "l1_ptr", "l2sq_ptr", "coefficients_ptr")  # fmt: skip
 
 
 def pointer(name: str, element: str) -> str:
@@ -49,7 +50,7 @@ def plan(case: str):
         constants = {"P": int(rest[0]), "VOTES": rest[1] == "votes", "GRID": False}
         constants |= sums.norm_constants(element)
         options = {"enable_fp_fusion": False}
-    elif kind in ("sums", "grid"):
+    elif kind in ("sums", "correlated", "grid"):
         kernel, grid = sums.sum_tiles, kind == "grid"
         rng, form, mechanism = rest or ("philox10", "wide", "laplace")
         chacha = rng.startswith("chacha")
@@ -59,6 +60,7 @@ def plan(case: str):
             "CHACHA": chacha, "ROUNDS": int(rng[6:]), "PARTS": parts(form, chacha),
             "BLOCKS": blocks_per_row(form, chacha, element.itemsize),
         }  # fmt: skip
+        constants |= {"coefficients_ptr": None, "bands": None} if kind != "correlated" else {}
         shared = sum_constants(element, grid=grid)
         options = {k: shared.pop(k) for k in ("enable_fp_fusion", "maxnreg")}
         constants |= shared

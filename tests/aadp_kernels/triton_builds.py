@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FIELDS = ("rng", "form", "mechanism", "dtype", "p", "capability")
+FIELDS = ("rng", "form", "mechanism", "dtype", "p", "capability", "bands")
 IDENTITY = ("which", "triton", *FIELDS)
 
 
@@ -24,7 +24,7 @@ def row(case: str, which: str) -> dict[str, Any]:
     from triton_aot import build, report  # pyright: ignore[reportMissingImports]
 
     fields: dict[str, Any] = dict(zip(FIELDS, case.split(","), strict=True))
-    fields |= {"p": int(fields["p"]), "capability": int(fields["capability"])}
+    fields |= {name: int(fields[name]) for name in ("p", "capability", "bands")}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         before = os.times()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _NOISE = "tests/aadp_kernels/test_correlation.py"
+_TRITON = "tests/aadp_kernels/test_triton_correlation.py"
 _RUNS = "tests/aadp_kernels/test_factorization.py"
 _OPACUS = "tests/aadp_kernels/test_integrations_opacus_cyclic.py"
 _LOOP = "tests/aadp_kernels/test_integrations_cyclic.py"
@@ -35,6 +36,37 @@ MUTATIONS = [
         ("nothing is drawn again", "for term in range(len(plan.states)):", "for term in range(1):"),
         ("coefficients are those before", "_add_multiple(drawn, plan.coefficients[term], again)", "_add_multiple(drawn, plan.coefficients[term - 1], again)"),
         ("fast coefficients are those before", "np.float32(plan.coefficients[term])", "np.float32(plan.coefficients[term - 1])"),
+    ),
+    *group(
+        "aadp_kernels/_triton/noise.py",
+        _TRITON,
+        ("nothing is drawn again", "for term in range(bands):", "for term in range(1):"),
+        ("a coefficient is missing", "total[i] + columns[i] * factor", "total[i] + columns[i]"),
+        ("this step again and again", "tl.load(steps + term)", "tl.load(steps)"),
+        ("every key is this step's", "load_key(keys + term * (8 if CHACHA else 2), CHACHA)", "load_key(keys, CHACHA)"),
+        ("keys of ChaCha overlap", "term * (8 if CHACHA else 2)", "term * 2"),
+    ),
+    *group(
+        "aadp_kernels/_triton/word_rows.py",
+        _TRITON,
+        ("every block of a row is its first", "start + BLOCKS * row + ONLY", "start + BLOCKS * row"),
+        ("neighbours change places", "columns += (a[i], b[i])", "columns += (b[i], a[i])"),
+    ),
+    *group(
+        "aadp_kernels/_triton/_device.py",
+        _TRITON,
+        ("coefficients of the next step", "factors = [1.0, *(term.coefficient for term in noise.again)]", "factors = [*(term.coefficient for term in noise.again), 1.0]"),
+        ("one step less", "weights, len(steps)", "weights, len(steps) - 1"),
+    ),
+    *group(
+        "aadp_kernels/_triton/privatize.py",
+        _TRITON,
+        ("independent noise", "source_tensors(noise, device, scratch.step)", "source_tensors(noise._replace(again=()), device, scratch.step)"),
+    ),
+    *group(
+        "aadp_kernels/_triton/clip_sum.py",
+        _TRITON,
+        ("independent noise", "source_tensors(noise, device)", "source_tensors(noise._replace(again=()), device)"),
     ),
     *group(
         "aadp_kernels/factorization.py",

@@ -414,7 +414,11 @@ TRITON_CALLS = [
         ("counters of the launch before", "    scratch.counters.zero_()\n", ""),
         ("scratch that another launch is made with", "tables.free.pop()", "tables.free[-1]"),
         ("scratch of a launch that failed", "    scratch.counters.zero_()\n", "    scratch.counters.zero_()\n    tables.free.append(scratch)\n"),
-        ("step of the launch before", "scratch.step.fill_(step)", "scratch.step"),
+    ),
+    *group(
+        "aadp_kernels/_triton/_device.py",
+        CALLS,
+        ("step of the launch before", "return place.fill_(step), key", "return place, key"),
     ),
     *group(
         "aadp_kernels/_triton/plan.py",
