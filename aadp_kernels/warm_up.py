@@ -32,6 +32,7 @@ from aadp_kernels.layout import Layout
 Target = tuple[str, int | str, int]  # back end, architecture, threads of a warp
 _FORMS = ("wide", "fast", "grid")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SUMS = ("all", "first", "middle", "last")
 _KINDS = {"laplace": ("laplace", 1), "gaussian": ("gaussian", 2), "gaussian-l1": ("gaussian", 1)}
 
 
@@ -86,7 +87,8 @@ def warm_up(
         processes: How many compile at once; None: one for each core that this process may use.
 
     Raises:
-        ValueError: Triton is missing; no GPU and no target; an unknown form, generator or dtype.
+        ValueError: Triton is missing; no GPU and no target; an unknown form, generator, mechanism,
+            dtype or kind of sums; processes below 1.
 
     Guarantees:
         A kernel that does not compile, or ends its process, is an outcome with an error.
@@ -95,10 +97,13 @@ def warm_up(
     if _triton.import_error() is not None:
         raise ValueError(f"impl must not be 'triton' without triton: {_triton.import_error()}")
     for name, values, known in (
-        ("form", needs.forms, _FORMS), ("rng", needs.rngs, RNGS), ("dtype", needs.dtypes, _DTYPES)
+        ("form", needs.forms, _FORMS), ("rng", needs.rngs, RNGS), ("dtype", needs.dtypes, _DTYPES),
+        ("(mechanism, p)", needs.kinds, tuple(_KINDS.values())), ("sums", needs.sums, _SUMS),
     ):  # fmt: skip
         for value in values:
             _validate.one_of(name, value, known)
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be 1 or more, got {processes}")
     goal = target_of() if target is None else target
     todo = cases(needs)
     if goal[0] == "hip":
@@ -115,7 +120,7 @@ def _cores() -> int:
 
 def _outcomes(todo: Sequence[Case], target: Target, processes: int) -> Iterator[Outcome]:
     # Spawned, not forked: a child must not inherit what this process has imported of Triton.
-    with ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max(1, min(processes, len(todo))), get_context("spawn")) as pool:
         futures = {pool.submit(_compile, case, target): case for case in todo}
         for future in as_completed(futures):
             try:
@@ -160,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.dtype, options.form, options.rng, [_KINDS[m] for m in options.mechanism],
         (False, True) if options.votes else (False,),
         (False, True) if options.reference else (False,),
-        ("all", "first", "middle", "last") if options.micro_batches else ("all",),
+        _SUMS if options.micro_batches else _SUMS[:1],
     )  # fmt: skip
     start, count, failed = time.perf_counter(), 0, 0
     try:

@@ -86,7 +86,9 @@ def overhead() -> str:
     found = json.loads(path.read_text())
     rows, m = found["rows"], found["machine"]
     head = list(dict.fromkeys(key for row in rows for key in row))
-    busy = f" Load {m['load']:.1f}: others were at work, so that times are long." * (m["load"] > 1.5)
+    busy = f" Load {m['load']:.1f}: others were at work, so that times are long." * (
+        m["load"] > 1.5
+    )
     where = f"{m['cpu']}, {m['date']}; before is commit {found['before'][:10]}.{busy}"
     table = lines_of(head, [[f"{row.get(k, '–')}" for k in head] for row in rows])
     return f"{table}\n\n{where}"

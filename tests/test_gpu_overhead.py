@@ -21,5 +21,6 @@ def test_two_trees_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert float(str(row["before"]).removesuffix(" µs")) > 0
 
 
-def test_the_page_shows_the_committed_measurement() -> None:
-    assert pages.written(gpu_page.PAGE, "gpu overhead") == gpu_page.overhead().strip()
+@pytest.mark.parametrize("part", gpu_page.PARTS)
+def test_the_page_shows_what_is_committed(part: str) -> None:
+    assert pages.written(gpu_page.PAGE, part) == gpu_page.PARTS[part]().strip()

@@ -149,9 +149,16 @@ def test_a_target_that_is_none_is_refused(target, capsys):
 
 
 def test_unknown_needs_are_refused():
-    for bad in ({"forms": ["slow"]}, {"rngs": ["mt19937"]}, {"dtypes": ["int8"]}):
+    target = ("cuda", 90, 32)
+    for bad in (
+        {"forms": ["slow"]}, {"rngs": ["mt19937"]}, {"dtypes": ["int8"]}, {"sums": ["some"]},
+        {"kinds": [("laplace", 2)]},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="must be one of"):
-            warm_up.warm_up(Needs(**bad), target=("cuda", 90, 32))
+            warm_up.warm_up(Needs(**bad), target=target)
+    with pytest.raises(ValueError, match="processes must be 1 or more, got 0"):
+        warm_up.warm_up(target=target, processes=0)
+    assert list(warm_up.warm_up(Needs(dtypes=["float64"], kinds=()), target=target)) == []
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU is its own target")
