@@ -33,7 +33,10 @@ Target = tuple[str, int | str, int]  # back end, architecture, threads of a warp
 _FORMS = ("wide", "fast", "grid")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SUMS = ("all", "first", "middle", "last")
-_KINDS = {"laplace": ("laplace", 1), "gaussian": ("gaussian", 2), "gaussian-l1": ("gaussian", 1)}
+_KINDS = {
+    "laplace": ("laplace", 1), "gaussian": ("gaussian", 2), "gaussian-l1": ("gaussian", 1),
+    "correlated": ("correlated", 2),
+}  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -153,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rng", default=RNGS, choices=RNGS, **several)
     parser.add_argument(
         "--mechanism", default=["laplace", "gaussian"], choices=_KINDS, **several,
-        help="gaussian clips the L2 norm, gaussian-l1 the L1 norm",
+        help="gaussian and correlated clip the L2 norm, gaussian-l1 the L1 norm",
     )  # fmt: skip
     parser.add_argument("--votes", action="store_true", help="with and without votes")
     parser.add_argument("--reference", action="store_true", help="with and without a reference")

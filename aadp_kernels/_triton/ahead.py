@@ -19,7 +19,7 @@ from triton.runtime import driver
 from aadp_kernels import _triton
 from aadp_kernels._triton.cases import Case
 from aadp_kernels.addresses import key_words_needed
-from aadp_kernels.contract import Bounds, Noise
+from aadp_kernels.contract import Bounds, DrawnAgain, Noise
 from aadp_kernels.layout import Layout
 
 _SIZE = 4096
@@ -97,6 +97,9 @@ def _noise(case: Case) -> Noise | None:
     if not case.mechanism:
         return None
     words, clients = [0] * key_words_needed(case.rng), torch.zeros(1, dtype=torch.int64)
+    if case.mechanism == "correlated":
+        again = (DrawnAgain(1.0, words, 0),)
+        return Noise(case.rng, words, "gaussian", case.form, 1, clients, again)
     return Noise(case.rng, words, case.mechanism, case.form, 0, clients)
 
 

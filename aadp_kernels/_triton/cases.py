@@ -13,7 +13,8 @@ class Case(NamedTuple):
     Attributes:
         kernel: Name of the kernel.
         dtype: Name of a torch dtype, of tensors and results.
-        form, rng, mechanism: Of the noise; mechanism "" of none.
+        form, rng, mechanism: Of the noise; mechanism "" of none, "correlated" of Gaussian noise of
+            several steps.
         p: Norm of the clipping.
         votes, reference: Whether they are asked for.
         sums: Of clipped sums: "all" at once, or the "first", "middle" or "last" of several batches.
@@ -60,17 +61,23 @@ def cases(needs: Needs) -> list[Case]:
     return list(dict.fromkeys(every))
 
 
+def _noises(needs: Needs) -> list[tuple[tuple[str, int], str]]:
+    """((mechanism, p), form) of all noise but that which is refused."""
+    every = product(needs.kinds, needs.forms)
+    return [(kind, form) for kind, form in every if (kind[0], form) != ("correlated", "grid")]
+
+
 def _updates(needs: Needs) -> Iterator[Case]:
-    draws = (needs.dtypes, needs.kinds, needs.forms, needs.rngs, needs.votes, needs.references)
-    for dtype, (mechanism, p), form, rng, votes, reference in product(*draws):
+    draws = (needs.dtypes, _noises(needs), needs.rngs, needs.votes, needs.references)
+    for dtype, ((mechanism, p), form), rng, votes, reference in product(*draws):
         yield Case("privatize_kernel", dtype, form, rng, mechanism, p, votes, reference)
         # Clipping alone: every scale is zero, and no key is asked for.
         yield Case("privatize_kernel", dtype, p=p, votes=votes, reference=reference)
 
 
 def _noise(needs: Needs) -> Iterator[Case]:
-    draws = (needs.dtypes, needs.kinds, needs.forms, needs.rngs)
-    for dtype, (mechanism, _), form, rng in product(*draws):
+    draws = (needs.dtypes, _noises(needs), needs.rngs)
+    for dtype, ((mechanism, _), form), rng in product(*draws):
         if form == "grid":
             yield Case("grid_kernel", dtype, form, rng, mechanism)
             yield Case("grid_kernel", "int64", form, rng, mechanism)
@@ -79,8 +86,8 @@ def _noise(needs: Needs) -> Iterator[Case]:
 
 
 def _sums(needs: Needs) -> Iterator[Case]:
-    draws = (needs.dtypes, needs.kinds, needs.forms, needs.votes, needs.sums)
-    for dtype, (mechanism, p), form, votes, sums in product(*draws):
+    draws = (needs.dtypes, _noises(needs), needs.votes, needs.sums)
+    for dtype, ((mechanism, p), form), votes, sums in product(*draws):
         # Norms have no form but the grid's; and there the noise is a kernel of its own.
         grid = form == "grid"
         yield Case("norm_pieces", dtype, "grid" if grid else "wide", p=p, votes=votes)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from aadp_kernels import Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise, warm_up
+from aadp_kernels import (
+    Correlation,
+    Layout,
+    NoiseKey,
+    clip_sum_noise,
+    privatize_,
+    sample_noise,
+    warm_up,
+)
 from aadp_kernels._triton.cases import Case, Needs, cases
 
 pytest.importorskip("triton")
@@ -63,6 +71,8 @@ def call(case):
     ones = torch.ones(2, device=DEVICE)
     common = {"key": NoiseKey.from_seed(1, case.rng), "step": 5, "impl": "triton"}
     common |= {"form": case.form, "mechanism": case.mechanism or "laplace"}
+    if case.mechanism == "correlated":
+        common |= {"mechanism": "gaussian", "correlation": Correlation((1.0, -0.9, 0.2))}
     clipping = {"layout": Layout.build([torch.empty(s) for s in shapes]), "clip": ones, "p": case.p}
     clipping |= {"scale": ones if case.mechanism else 0 * ones}
     clipping |= {"votes_at": ones if case.votes else None}
@@ -83,10 +93,13 @@ def call(case):
         Case("privatize_kernel", "float32", "fast", "philox10", "laplace"),
         Case("privatize_kernel", "bfloat16", "wide", "chacha20", "gaussian", 2, votes=True),
         Case("privatize_kernel", "float64", "grid", "chacha8", "laplace", reference=True),
+        Case("privatize_kernel", "bfloat16", "fast", "chacha20", "correlated", 2),
         Case("noise_kernel", "float16", "wide", "chacha20", "gaussian"),
+        Case("noise_kernel", "float32", "wide", "philox10", "correlated"),
         Case("grid_kernel", "int64", "grid", "chacha20", "laplace"),
         Case("norm_pieces", "float32", "wide", p=2, votes=True),
         Case("sum_tiles", "bfloat16", "fast", "chacha8", "gaussian"),
+        Case("sum_tiles", "float32", "wide", "philox10", "correlated"),
         Case("sum_tiles", "float32", "grid"),
         Case("linear_tiles", shape=(32, 32)),
     ],
@@ -134,6 +147,8 @@ def test_every_kernel_is_listed_once():
     few = cases(FEW)
     assert len(few) == 7
     assert {case.form for case in few if case.mechanism} == {"fast"}
+    correlated = cases(Needs(kinds=(("correlated", 2),)))
+    assert {case.form for case in correlated if case.mechanism} == {"wide", "fast"}
 
 
 def test_shapes_of_a_model():

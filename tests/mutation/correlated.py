@@ -64,6 +64,11 @@ MUTATIONS = [
         ("independent noise", "source_tensors(noise, device, scratch.step)", "source_tensors(noise._replace(again=()), device, scratch.step)"),
     ),
     *group(
+        "aadp_kernels/_triton/ahead.py",
+        "tests/aadp_kernels/test_warm_up.py",
+        ("independent noise is compiled", "1, clients, again)", "1, clients)"),
+    ),
+    *group(
         "aadp_kernels/_triton/clip_sum.py",
         _TRITON,
         ("independent noise", "source_tensors(noise, device)", "source_tensors(noise._replace(again=()), device)"),
