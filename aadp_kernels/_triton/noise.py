@@ -118,7 +118,9 @@ def _several_steps(
     kind: tl.constexpr = tl.float32 if FORM == "fast" else tl.float64
     shape: tl.constexpr = part_index(0, TILE, FORM, CHACHA, BLOCKS).shape
     # Negative zero plus z is z, whatever its sign: the first coefficient is one.
-    total = (tl.full([shape[0]], -0.0, kind),) * (PARTS * shape[1])
+    total = ()
+    for _ in tl.static_range(PARTS * shape[1]):
+        total += (tl.full([shape[0]], -0.0, kind),)
     for term in range(bands):
         key = load_key(keys + term * (8 if CHACHA else 2), CHACHA)
         step, factor = tl.load(steps + term).to(tl.uint32), tl.load(coefficients + term).to(kind)
