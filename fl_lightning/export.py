@@ -24,6 +24,7 @@ from fl_lightning.ledger.client_reports import (
     shared_noise,
     show_number,
 )
+from fl_lightning.ledger.risks import risk_figures, run_risks
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.output.console import say
@@ -157,6 +158,9 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
         "privacy": f"simulated: {reason}, protects nobody" if reason else kind,
         "epsilon": max((r.epsilon for r in active), default=0.0),
         "delta": max((r.delta for r in active), default=0.0),
+        "largest_advantage_of_an_attack": risk_figures(run_risks(header, ledger.releases))[
+            "attack_advantage_max"
+        ],
         "summary": headline(reports),
         "unit": header["privacy_unit"],
         "trust": header["trust"],

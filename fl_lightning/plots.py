@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from `rounds.csv` and `layers.csv` alone.
+"""Pictures of a run, drawn from `rounds.csv`, `layers.csv` and `attacks.csv` alone.
 
 Command: `python -m fl_lightning.plots RUN_DIR` draws them again.
 """
@@ -186,11 +186,43 @@ def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
     return figure
 
 
+def attack_curves(rows: Sequence[dict[str, str]]) -> Figure | None:
+    """Right alarms against false ones: the most that any attack reaches.
+
+    Args:
+        rows: of `attacks.csv`.
+
+    Returns:
+        The figure; None without rows.
+    """
+    if not rows:
+        return None
+    figure = _figure(5.6, 5.0)
+    ax = figure.subplots()
+    rates = _column(rows, "false_positive_rate")
+    lines = (
+        ("epsilon_delta_alone", "(ε, δ) read alone", "--"),
+        ("worst_client", "worst client", "-"),
+        ("median_client", "median client", ":"),
+    )
+    for (column, label, style), colour in zip(lines, _COLOURS[1:4], strict=True):
+        ax.plot(rates, _column(rows, column), style, color=colour, label=label)
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="guessing")
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set_xlabel("false alarms (false positive rate)")
+    ax.set_ylabel("right alarms, at most (true positive rate)")
+    ax.set_title("What an attack can find out about one unit", fontsize="medium")
+    ax.legend(frameon=False, loc="lower right")
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def draw_all(run_path: Path) -> list[Path]:
     """Draw what a run's files have data for.
 
     Args:
-        run_path: folder with `rounds.csv` and `layers.csv`; pictures go to its `plots` folder.
+        run_path: folder with the CSV files; pictures go to its `plots` folder.
 
     Returns:
         The PNG files written.
@@ -200,6 +232,7 @@ def draw_all(run_path: Path) -> list[Path]:
         "convergence": convergence(rounds, _epsilon_label(run_path)),
         "layers": layer_history(layers),
         "clients": client_map(layers),
+        "attacks": attack_curves(read_rows(run_path / "attacks.csv")),
     }
     written = []
     for name, figure in pictures.items():

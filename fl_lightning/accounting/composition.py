@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,8 +28,8 @@ ACCOUNTANTS = ("pld", "rdp")
 # Below this delta the rounding of the FFT inside the PLD is no longer negligible.
 SMALLEST_PLD_DELTA = 1e-10
 # Beyond this epsilon a finer analysis than RDP has no meaning and the PLD grows without bound.
-_LARGEST_PLD_EPSILON = 1e3
-_LARGEST_PLD_STEPS = 10**6
+LARGEST_PLD_EPSILON = 1e3
+LARGEST_PLD_STEPS = 10**6
 _MAX_STEPS = 10**9
 _FRACTIONAL_ORDERS = tuple(2 + i / 8 for i in range(1, 56) if i % 8)
 _INTEGER_ORDERS = (*range(2, 64), *(round(64 * 2 ** (i / 4)) for i in range(21)))
@@ -97,16 +97,17 @@ def _compose(key: tuple[tuple[NoiseEvent, int], ...], delta: float, accountant: 
     if accountant == "rdp":
         return rdp
     if all(e.mechanism == "gaussian" and e.sampling_rate == 1 for e, _ in key):
-        return min(_gaussian_epsilon(_joint_multiplier(key), delta), rdp)
+        return min(_gaussian_epsilon(joint_multiplier(key), delta), rdp)
     steps = sum(count for _, count in key)
-    if delta < SMALLEST_PLD_DELTA or steps > _LARGEST_PLD_STEPS:
+    if delta < SMALLEST_PLD_DELTA or steps > LARGEST_PLD_STEPS:
         return rdp
-    if not 0 < rdp <= _LARGEST_PLD_EPSILON:
+    if not 0 < rdp <= LARGEST_PLD_EPSILON:
         return rdp
-    return min(_pld_epsilon(key, delta, rdp), rdp)
+    with np.errstate(all="ignore"):
+        return min(float(composed_pld(key, rdp).get_epsilon(delta)), rdp)
 
 
-def _joint_multiplier(key: tuple[tuple[NoiseEvent, int], ...]) -> float:
+def joint_multiplier(key: tuple[tuple[NoiseEvent, int], ...]) -> float:
     return 1 / math.sqrt(sum(count / event.noise_multiplier**2 for event, count in key))
 
 
@@ -118,7 +119,8 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
         return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier, delta))
 
 
-def _pld_epsilon(key: tuple[tuple[NoiseEvent, int], ...], delta: float, guess: float) -> float:
+@lru_cache(maxsize=4)
+def composed_pld(key: tuple[tuple[NoiseEvent, int], ...], guess: float) -> Any:
     """Composed pessimistic PLD on a grid of 1e-4 (many steps: 1e-5) of the expected epsilon."""
     import dp_accounting as dpa
     from dp_accounting.pld import pld_privacy_accountant as pld
@@ -134,7 +136,7 @@ def _pld_epsilon(key: tuple[tuple[NoiseEvent, int], ...], delta: float, guess: f
     with np.errstate(all="ignore"):
         for event, count in key:
             accountant.compose(event.dp_event(), count)
-        return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 @lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ from fl_lightning.ledger.client_reports import (
     show_number,
 )
 from fl_lightning.ledger.file import Ledger
+from fl_lightning.ledger.risks import attack_section, run_risks
 from fl_lightning.ledger.statement_assumptions import assumptions
 from fl_lightning.ledger.statement_groups import group_section
 from fl_lightning.privacy.config import SUMMED
@@ -89,6 +90,7 @@ def privacy_statement(ledger: Ledger) -> str:
         parts += [_who(header, releases), assumptions(header, releases)]
     parts.append(_how(header, reports, releases))
     if protected:
+        parts.append(attack_section(header, run_risks(header, releases)))
         parts.append(group_section(header, reports, releases))
         parts.append(_not_covered())
     parts.append(_record(ledger))

@@ -6,6 +6,7 @@ line, and everything else is done all the same.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import traceback
@@ -17,6 +18,7 @@ import pytorch_lightning as pl
 
 from fl_lightning import plots
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.ledger.risks import CURVE_COLUMNS, curve_rows, run_risks
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.console import say, show
 from fl_lightning.output.loggers import hand_over
@@ -58,6 +60,7 @@ def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
     """
     path = pl_module.run_path
     _attempt("privacy_statement.md", lambda: _write_statement(path, pl_module.ledger))
+    _attempt("attacks.csv", lambda: _write_curves(path, pl_module.ledger))
     summary = _attempt("the summary", lambda: run_summary(trainer, pl_module, seconds)) or {}
     plain = {k: v if _is_json(v) else str(v) for k, v in summary.items()}
     if summary:
@@ -89,6 +92,15 @@ def _attempt(what: str, do: Callable[[], T]) -> T | None:
 def _write_statement(path: Path, ledger: Any) -> None:
     text = _NO_PRIVACY if ledger is None else privacy_statement(ledger)
     (path / "privacy_statement.md").write_text(text, encoding="utf-8")
+
+
+def _write_curves(path: Path, ledger: Any) -> None:
+    """`attacks.csv`, which the picture of that name is drawn from."""
+    risks = None if ledger is None else run_risks(ledger.header, ledger.releases)
+    if risks is None:
+        return
+    with (path / "attacks.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([CURVE_COLUMNS, *curve_rows(risks)])
 
 
 def _is_json(value: Any) -> bool:

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 
 from fl_lightning import plots
 from fl_lightning.ledger.client_reports import report_clients, shared_noise, show_number
+from fl_lightning.ledger.risks import risk_figures, run_risks
 from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
     reports = {} if ledger is None else report_clients(facts, ledger.releases)
     active = [r for r in reports.values() if r.releases]
     epsilons = [r.epsilon for r in active]
+    risks = None if ledger is None else run_risks(facts, ledger.releases)
     test = trainer.callback_metrics.get("test/accuracy")
     # The Trainer forgets its metrics when a test begins, and knows no round before a resumption.
     rounds = plots.read_rows(pl_module.run_path / "rounds.csv")
@@ -51,6 +53,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "epsilon_median": statistics.median(epsilons) if epsilons else None,
         "epsilon_max": max(epsilons, default=None),
         "delta_max": max((r.delta for r in active), default=None),
+        **risk_figures(risks),
         "clients_that_released": len(active),
         "releases": sum(r.releases for r in active),
         "ledger_head": None if ledger is None else ledger.head_hash,
@@ -92,6 +95,7 @@ def final_table(summary: dict[str, Any]) -> Table:
         spread = " / ".join(_show(summary[f"epsilon_{n}"]) for n in ("min", "median", "max"))
         table.add_row("ε by client, min / median / max", spread)
         table.add_row("δ (largest)", _show(summary["delta_max"]))
+        table.add_row("advantage of an attack, at most", _show(summary["attack_advantage_max"]))
         names = ("unit", "trust", "adjacency", "mechanism", "thresholds", "allocation")
         names += ("noise",) if summary.get("noise") else ()
         for name in (*names, "releases"):

@@ -352,7 +352,9 @@ def test_the_summary_is_the_ledgers(tmp_path: Path, capsys: Any) -> None:
         "convergence.png",
         "layers.png",
         "clients.png",
+        "attacks.png",
     }
+    assert 0 < summary["attack_advantage_median"] <= summary["attack_advantage_max"] < 1
 
 
 @pytest.mark.parametrize("setting", ["abstract", "none"])
@@ -423,6 +425,7 @@ def test_wandb_never_gets_the_secret_key(tmp_path: Path, monkeypatch: pytest.Mon
         "convergence.png",
         "layers.png",
         "clients.png",
+        "attacks.png",
         "last.ckpt",
     }
     kept = [f for root in (path / "wandb", tmp_path / "home") for f in root.rglob("*")]

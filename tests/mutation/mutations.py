@@ -47,10 +47,11 @@ def all_mutations() -> list[Mutation]:
         ledger,
         packaging,
         releases,
+        risks,
         shared_rounds,
         stopping,
     )
 
     files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
-    files += federated, groups, packaging
+    files += federated, groups, packaging, risks
     return [mutation for file in files for mutation in file.MUTATIONS]
