@@ -37,15 +37,17 @@ _LR, _CLIP = "model.server_optimizer.init_args.lr", "privacy.clip_norm"
 CLIP_NORMS = (0.05, 0.1)
 # Learning rate times clip norm is how far a round moves the model.
 STEPS = {1.0: (0.03, 0.1, 0.3), 3.0: (0.08, 0.2, 0.4), 8.0: (0.15, 0.4, 1.0)}
-RATES_WITHOUT = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# Tried last, by all: of the first three the smallest was best for independent noise.
+SMALLER = {1.0: (0.01,), 3.0: (0.03,), 8.0: (0.06,)}
+RATES_WITHOUT = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 def trials(method: str, epsilon: float | None) -> list[Options]:
-    """What each method tries: clip norms and learning rates, six of them."""
+    """What each method tries: clip norms and learning rates, eight of them."""
     if epsilon is None:
         plain = {"privacy.setting": "none", "privacy.correlation": "none"}
         return [plain | {_LR: lr} for lr in RATES_WITHOUT]
-    pairs = itertools.product(CLIP_NORMS, STEPS[epsilon])
+    pairs = [p for steps in (STEPS, SMALLER) for p in itertools.product(CLIP_NORMS, steps[epsilon])]
     return [METHODS[method] | {_CLIP: c, _LR: round(step / c, 4)} for c, step in pairs]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accuracy, shared_noise
+from bench import accuracy, pages, shared_noise
 from bench.accuracy_runs import build, compose
 from fl_lightning import from_arrays
 
@@ -22,8 +22,8 @@ def arrays():
 def test_a_method_is_a_run_of_the_configuration(method: str, tmp_path: Path) -> None:
     epsilon = None if method == shared_noise.WITHOUT else 3.0
     tried = shared_noise.trials(method, epsilon)
-    assert len(tried) == 6
-    assert len({str(t) for t in tried}) == 6
+    assert len(tried) == 8
+    assert len({str(t) for t in tried}) == 8
     options = tried[0] | ({} if epsilon is None else {"privacy.epsilon": epsilon})
     module, data, trainer = build(compose(shared_noise.FILES, options), arrays(), 1, str(tmp_path))
     privacy = module.privacy
@@ -58,3 +58,8 @@ def test_the_best_trial_by_validation_is_run_with_all_seeds(tmp_path: Path, monk
         assert kept == dict.fromkeys(accuracy.SEEDS, 100.0)
     text = shared_noise.accuracy_table(results.runs)
     assert text.count("100.0 ± 0.0") == 4
+
+
+def test_the_page_shows_the_committed_runs() -> None:
+    runs = accuracy.Results(shared_noise.RESULTS).runs
+    assert pages.written(shared_noise.PAGE, "accuracy") == shared_noise.accuracy_table(runs)
