@@ -18,8 +18,8 @@ read last is in the cache still. bench/cache_model.py computes what that saves.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,19 +217,17 @@ def plan(
     device: torch.device,
 ) -> Plan:
     """The plan of a launch; the layout remembers those that were used last."""
-    cache: OrderedDict = vars(layout).setdefault("_triton_plans", OrderedDict())
+    cache: dict[Any, Plan] = vars(layout).setdefault("_triton_plans", {})
     stream = stream_name(device)
     name = (rows, tile, itemsize, aligned, device, stream)
-    if stream is not None and name in cache:
-        found = cache[name]
-        cache.move_to_end(name)
-        return found
-    window = window_of(device)
-    tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
-    on_device = {key: to_device(table, device) for key, table in tables.items()}
-    made = Plan(**on_device)
+    # Taken out and put back, each in one call of the dict, so that threads can share a layout.
+    found = None if stream is None else cache.pop(name, None)
+    if found is None:
+        window = window_of(device)
+        tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
+        found = Plan(**{key: to_device(table, device) for key, table in tables.items()})
     if stream is not None:
-        cache[name] = made
-        if len(cache) > PLANS:
-            cache.popitem(last=False)
-    return made
+        cache[name] = found
+        for oldest in list(cache)[:-PLANS]:
+            cache.pop(oldest, None)
+    return found

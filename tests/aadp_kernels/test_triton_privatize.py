@@ -1,6 +1,8 @@
 """The single launch against the float64 specification: forms, dtypes, cohorts, edge cases."""
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -328,6 +330,22 @@ class TestPlan:
         remembered = vars(layout)["_triton_plans"]
         assert len(remembered) == plan.PLANS
         assert 2 not in [name[0] for name in remembered]
+
+    def test_a_layout_that_threads_share_remembers_plans(self):
+        layout = Layout.build([torch.empty(9, device="meta")])
+        options = {"tile": 256, "itemsize": 4, "aligned": (True,), "device": torch.device("cpu")}
+
+        def ask(first: int) -> None:
+            for i in range(1500):
+                plan.plan(layout, 1 + (7 * i + first) % (plan.PLANS + 4), **options)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(ask, range(4)))
+        finally:
+            sys.setswitchinterval(before)
 
 
 def test_graphs_of_one_table_keep_it_once(monkeypatch):
