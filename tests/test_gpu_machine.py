@@ -56,6 +56,14 @@ def test_all_gpu_tests_are_collected(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     found = [line for line in done.stdout.splitlines() if "::" in line]
     assert {Path(line.partition("::")[0]).name for line in found} >= GPU_TESTS
+
+
+@pytest.mark.slow
+def test_the_same_gpu_tests_are_collected_as_here(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"
+    )
+    found = [line for line in done.stdout.splitlines() if "::" in line]
     here = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"], cwd=ROOT,
         capture_output=True, text=True, check=True,

@@ -88,7 +88,9 @@ def _read(path: Path) -> dict[str, str]:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ValueError(f"{path} has mode {mode:o}: others can read it; chmod 600 it")
-    parts = [line.split(" ") for line in path.read_text(errors="replace").split("\n")]
+    parts = [
+        line.split(" ") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
+    ]
     return {p[0]: p[1] for p in parts if len(p) == 2 and len(p[1]) == 64}
 
 

@@ -97,7 +97,9 @@ def test_a_closed_stream_is_no_error(monkeypatch):
         quietly(lambda: {}["no"])
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stdout and stderr"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param("stdout", marks=pytest.mark.slow), "stdout and stderr"]
+)
 def test_a_run_whose_reader_leaves(cwd, stream):
     """As `fit | head -1`, in ASCII besides."""
     read, write = os.pipe()

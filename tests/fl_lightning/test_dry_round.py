@@ -122,10 +122,10 @@ WORKING = {
     ("setting", "execution"),
     [
         ("record+local", "vmap"),
-        ("record+local", "loop"),
-        ("client+local", "vmap"),
         ("client+aggregator", "loop"),
-        ("none", "vmap"),
+        pytest.param("record+local", "loop", marks=pytest.mark.slow),
+        pytest.param("client+local", "vmap", marks=pytest.mark.slow),
+        pytest.param("none", "vmap", marks=pytest.mark.slow),
         pytest.param("client+local", "loop", marks=pytest.mark.slow),
         pytest.param("client+aggregator", "vmap", marks=pytest.mark.slow),
         pytest.param("none", "loop", marks=pytest.mark.slow),

@@ -112,7 +112,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_a_run_always_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     first = digests(export(run, tmp_path / "first"))
-    for seed in ("0", "1", "2"):
+    for seed in ("0", "1"):
         out = tmp_path / seed
         subprocess.run(
             [sys.executable, "-m", "fl_lightning.export", str(run), "--out", str(out)],

@@ -108,8 +108,8 @@ def fedavg(data, network, *, rounds, lr, momentum, batches, cohorts=None, weight
 @pytest.mark.parametrize(
     ("make", "execution"),
     [
-        (mlp, "loop"),
         (cnn, "vmap"),
+        pytest.param(mlp, "loop", marks=pytest.mark.slow),
         pytest.param(mlp, "vmap", marks=pytest.mark.slow),
         pytest.param(cnn, "loop", marks=pytest.mark.slow),
     ],
@@ -216,7 +216,7 @@ def test_survivors_of_a_round_are_fedavg(federation, fit, setting):
     assert_same_model(module.network, some(data, cohorts=cohorts))
 
 
-@pytest.mark.parametrize("make", [mlp, cnn, Normalised])
+@pytest.mark.parametrize("make", [pytest.param(mlp, marks=pytest.mark.slow), cnn, Normalised])
 @pytest.mark.parametrize(
     "privacy",
     [
