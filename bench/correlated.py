@@ -112,9 +112,7 @@ def speed() -> list[dict[str, Any]]:
     rows = []
     for name in SPEED_CASES:
         problem = Problem.build(CASES[name], torch.device("cpu"), p=2, mechanism="gaussian")
-        sides = {
-            f"{bands} bands": _release(problem, coefficients(bands, 0.9)) for bands in SPEED_BANDS
-        }
+        sides = {_name(bands): _release(problem, coefficients(bands, 0.9)) for bands in SPEED_BANDS}
         sides["4 bands, stored"] = _stored(problem, coefficients(4, 0.9))
         timers = {
             side: measure.timer(run, problem.device, before=lambda: None)
