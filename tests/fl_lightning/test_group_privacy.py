@@ -232,6 +232,33 @@ def test_many_sums_of_coins_are_rounded_up() -> None:
     assert best.epsilon < found.epsilon < worst.epsilon * 1.02
 
 
+def test_rounded_sums_of_coins_are_no_less_than_the_true_ones() -> None:
+    rate, multipliers, steps = 0.2, [6.0 + k / 10 for k in range(7)], 15
+    clients = [client(NoiseEvent("gaussian", z, rate), steps) for z in multipliers]
+    law = {0.0: 1.0}
+    for z in multipliers:
+        taken = {total + 1 / z: weight * rate for total, weight in law.items()}
+        law = {total: weight * (1 - rate) for total, weight in law.items()} | taken
+    shifts = sorted(law)
+    weights = [law[shift] for shift in shifts]
+    true = max(
+        fft_epsilon("gaussian", shifts, weights, steps, DELTA, forward=f) for f in (True, False)
+    )
+    found = figure(in_one_sum(clients, 7), 7)
+    assert len(shifts) == 2**7
+    assert not found.exact
+    assert true < found.epsilon < 1.1 * true
+
+
+def test_a_record_at_each_of_several_clients_is_in_the_steps_of_all() -> None:
+    event = NoiseEvent("gaussian", 6.0, 0.2)
+    for size in (2, 3):
+        found = figure(apart([client(event, 15)] * 3, size), size)
+        alone = figure(records_of_one_client([client(event, 15 * size)], 1), 1)
+        assert found.exact
+        assert found.epsilon == alone.epsilon
+
+
 def test_clients_that_differ_are_bounded_by_the_worst_of_each() -> None:
     few, loud = NoiseEvent("gaussian", 2.0, 0.1), NoiseEvent("gaussian", 4.0, 0.1)
     mixed = figure(records_of_one_client([client(few, 10), client(loud, 90)], 2), 2)
@@ -273,6 +300,27 @@ def test_a_group_pays_for_the_samplers_reach_with_its_own_shift(
         assert max(extras) < 1e-12
     else:
         assert extras[0] < extras[1] < extras[2] < 1e-3
+
+
+def test_every_sum_of_a_groups_moves_pays_by_its_probability() -> None:
+    """Where outputs without the group's data cost less, those with it are what is paid for."""
+    rate, size, sampler = 0.1, 4, Sampler("gaussian", "wide", (10,))
+    steps = records_of_one_client([client(NoiseEvent("gaussian", 1.0, rate), 1)], size)
+    paid = sum(
+        math.comb(size, k) * rate**k * (1 - rate) ** (size - k) * sampler.leaves(float(k))
+        for k in range(1, size + 1)
+    )
+    extra = group_extra(sampler, steps.counts, 5.0, DELTA)
+    assert extra.delta == pytest.approx(paid, rel=1e-3)
+    assert 0 < extra.epsilon < 1e-3
+
+
+def test_what_only_the_others_can_produce_is_paid_for_whatever_the_coins() -> None:
+    rate, size, sampler = 0.1, 2, Sampler("gaussian", "wide", (10,))
+    steps = records_of_one_client([client(NoiseEvent("gaussian", 2.0, rate), 10)], size)
+    extra = group_extra(sampler, steps.counts, 1.0, DELTA)
+    assert extra.delta == pytest.approx(10 * (sampler.leaves(size / 2.0) + sampler.missing()))
+    assert extra.epsilon == 0
 
 
 @pytest.mark.parametrize(("form", "cutoff"), [("wide", 9.419280180123797), ("grid", 10.0)])

@@ -72,3 +72,15 @@ def test_extras_that_leave_something_are_paid():
         multiplier = calibrate_charged(event, 1, 1.0, 1e-5, lambda _, extra=extra: extra)
         found = NoiseEvent("gaussian", multiplier)
         assert 0.99 < charged_epsilon(found, 1, 1e-5, extra) <= 1.0
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.5])
+def test_extras_never_take_more_than_half(factor):
+    """Less noise could meet the target as well, and leave delta to the sampler alone."""
+    delta, event = 1e-5, NoiseEvent("gaussian", 1.0)
+
+    def extra(tried: NoiseEvent) -> SamplerCost:
+        return SamplerCost(0.0, min(1.0, delta / 2 / tried.noise_multiplier**2))
+
+    epsilon = factor * charged_epsilon(event, 1, delta, extra(event))
+    assert calibrate_charged(event, 1, epsilon, delta, extra) == pytest.approx(1.0, rel=0.01)

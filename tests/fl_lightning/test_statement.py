@@ -278,6 +278,17 @@ def test_a_sum_of_everybody_counts_its_steps_once(tmp_path: Path) -> None:
     assert float(cells[0]) > compose_epsilon({NoiseEvent("gaussian", 2.0, 0.2): 10}, 1e-5)
 
 
+def test_a_group_is_in_every_step_of_a_round(tmp_path: Path) -> None:
+    facts = {**SUM, "delta": [1e-5] * 5, "epsilon": [8.0] * 5}
+    line = {"client": -1, "sampling_rate": 0.2, "noise_multiplier": 2.0}
+    rows = []
+    for rounds, steps in ((10, 1), (5, 2)):
+        sums = [{**line, "steps": steps, "round": r, "digest": str(r)} for r in range(rounds)]
+        text, _ = statement(tmp_path / str(rounds), facts, *sums)
+        rows.append(group_row(text, "2 clients"))
+    assert rows[0] == rows[1]
+
+
 def test_charges_of_a_client_and_of_everybody_add_up(tmp_path: Path) -> None:
     facts = {**SUM, "delta": [1e-5] * 3, "epsilon": [8.0] * 3}
     line = {"sampling_rate": 1.0, "steps": 1, "tail_delta": 1e-9}
