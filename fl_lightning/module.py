@@ -25,9 +25,11 @@ from fl_lightning.preflight.proposed_run import ProposedRun, trained_layers
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes.strategy import processes_of
 from fl_lightning.processes.together import Processes
+from fl_lightning.release.agreement import check_deployable
+from fl_lightning.release.federation import Federation
 from fl_lightning.resumption import check_resumption, promise_of, run_facts, training_facts
 from fl_lightning.rules import Rules
-from fl_lightning.run import Run, Wanted, begin_run, planned_rounds
+from fl_lightning.run import Run, begin_run, planned_rounds
 from fl_lightning.server.add_up import check_agreement
 from fl_lightning.server.aggregate import WeightedMean
 from fl_lightning.server.faults import Faults
@@ -37,6 +39,7 @@ from fl_lightning.server.optimizer import (
     weights_in_last_model,
 )
 from fl_lightning.values.round import RoundResult
+from fl_lightning.wanted import Wanted
 
 
 def server_sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -143,6 +146,7 @@ class FederatedModule(pl.LightningModule):
         self.run_dir = run_dir
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_network(network)
+        self.federation: Federation | None = None  # nodes in place of simulated clients
         self.run: Run | None = None
         self.result: RoundResult | None = None
         self.processes = Processes()
@@ -251,6 +255,9 @@ class FederatedModule(pl.LightningModule):
         Raises:
             ValueError: naming the argument and its value.
         """
+        if self.federation is not None:
+            check_deployable(self.rules)
+            data.announce_sizes([m.records or 2 for m in self.federation.members])
         self._checked = trainer, check_run(self.proposed(data, trainer))
 
     def proposed(self, data: FederatedDataModule, trainer: pl.Trainer) -> ProposedRun:
@@ -286,6 +293,7 @@ class FederatedModule(pl.LightningModule):
             vmaps=self._checked is not None and self._checked[1],
             last_model=partial(weights_in_last_model, self.server_optimizer, self.server_scheduler),
             resumed=self._resumed,
+            federation=self.federation,
         )
         planned = planned_rounds(self.rules, self.trainer.max_epochs, self._resumed)
         self.run = begin_run(wanted, planned)

@@ -5,73 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aadp_kernels import Layout, NoiseKey
+from aadp_kernels import NoiseKey
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.accounting.cohort import cohort_schedule, participations_of
 from fl_lightning.accounting.correlated import CorrelatedPlan, best_for
-from fl_lightning.data import FederatedDataModule
 from fl_lightning.header import correlation_facts, ledger_header
 from fl_lightning.keys import binding, run_key
 from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
 from fl_lightning.local.batches import input_dtype
 from fl_lightning.local.execution import bytes_per_example, faster_execution
-from fl_lightning.local.gradient import Loss
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.named_options import named_options
-from fl_lightning.processes.together import Processes
+from fl_lightning.release.agreement import Agreement, network_digest
 from fl_lightning.release.claim import Books
 from fl_lightning.release.clients import Clients
+from fl_lightning.release.federation import agreements, write_members
 from fl_lightning.release.one_by_one import OneByOne
+from fl_lightning.release.remote import Remote, join
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
 from fl_lightning.rules import Rules
 from fl_lightning.values.plain_json import plain
-from fl_lightning.values.round import Params
+from fl_lightning.wanted import Wanted
 
 _LOG = logging.getLogger("pytorch_lightning")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a run is to be, before anything of it exists.
-
-    Args:
-        rules: of the run.
-        network: the global model, on its device.
-        loss: loss of each record.
-        layout: trained parameters and their layers.
-        data: records and who holds them.
-        folder: of the run.
-        processes: those of the run.
-        vmaps: whether clients can be trained together under vmap.
-        last_model: rounds → what each release is multiplied by in the last model, see
-            `server.optimizer.weights_in_last_model`; called only for noise that rounds share.
-        resumed: state of the checkpoint that the run goes on from, or None.
-    """
-
-    rules: Rules
-    network: nn.Module
-    loss: Loss
-    layout: Layout
-    data: FederatedDataModule
-    folder: Path
-    processes: Processes
-    vmaps: bool
-    last_model: Callable[[int], np.ndarray]
-    resumed: dict[str, Any] | None
-
-    def params(self) -> Params:
-        """The trained parameters."""
-        parameters = dict(self.network.named_parameters())
-        return {name: parameters[name].detach() for name in self.layout.names}
 
 
 @dataclass(frozen=True)
@@ -103,7 +67,7 @@ class Run:
     key: NoiseKey
     run_id: str
     records: str
-    releases: OneByOne | Summed
+    releases: OneByOne | Summed | Remote
     max_examples: int
     process_counts: list[int]
     last_paid_round: int
@@ -183,6 +147,7 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
     budget = _budget(wanted, schedule, rate, plan)
     key = _find_key(wanted)
     run_id = run_key.public_name(key.derive("run"))
+    terms = _join(wanted, budget, run_id)
     records = run_key.public_name(key.derive("records", data.digest()))
     if resumed is not None:
         if resumed["run_id"] != run_id:
@@ -214,7 +179,7 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
         key=key,
         run_id=run_id,
         records=records,
-        releases=_releases(wanted, key, books, max_examples, noise),
+        releases=_releases(wanted, key, books, max_examples, noise, terms),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,
@@ -277,7 +242,7 @@ def _budget(
         noise_parts_needed(rules, everyone),
         plan,
     )
-    if wanted.resumed is None and rules.privacy.private:
+    if wanted.resumed is None and rules.privacy.private and wanted.federation is None:
 
         def calibrated() -> dict[str, object]:
             budget.calibrate(steps)
@@ -285,6 +250,23 @@ def _budget(
 
         budget.load_state_dict(wanted.processes.first(calibrated))
     return budget
+
+
+def _join(wanted: Wanted, budget: Budget, run_id: str) -> list[Agreement]:
+    """What each node is to keep to; a run that begins takes the multipliers that they found."""
+    if wanted.federation is None:
+        return []
+    terms = agreements(
+        wanted.rules,
+        wanted.federation.members,
+        run=run_id,
+        network=network_digest(wanted.network, wanted.loss),
+        steps=budget.planned_steps,
+    )
+    if wanted.resumed is None:
+        join(wanted.federation, terms, budget)
+        write_members(wanted.folder, wanted.federation.members)
+    return terms
 
 
 def _find_key(wanted: Wanted) -> NoiseKey:
@@ -324,6 +306,8 @@ def _open_ledger(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
 def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
     if wanted.resumed is None:
         header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
+        if wanted.federation is not None:
+            header["nodes"] = [member.name for member in wanted.federation.members]
         return Ledger.create(wanted.folder, header)
     ledger = Ledger.open(wanted.folder, wanted.resumed)
     facts = correlation_facts(wanted.rules, budget)
@@ -348,7 +332,8 @@ def _releases(
     books: Books | None,
     max_examples: int,
     noise: ReleasedNoise | None,
-) -> OneByOne | Summed:
+    terms: list[Agreement],
+) -> OneByOne | Summed | Remote:
     """How numbers leave the clients, in the execution that is faster."""
     rules, data = wanted.rules, wanted.data
 
@@ -363,8 +348,12 @@ def _releases(
             vectorize=vectorize,
             max_examples=max_examples,
             at_once=rules.clients_at_once(int(data.client_sizes.max()), max_examples),
+            numbers=None if wanted.number is None else torch.tensor([wanted.number]),
         )
 
+    if wanted.federation is not None:
+        assert books is not None
+        return Remote(clients(False), rules, books, wanted.federation, terms)
     chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
     if rules.privacy.summed:
         assert books is not None

@@ -223,6 +223,31 @@ class FederatedDataModule(pl.LightningDataModule):
         """Whether the source has test records."""
         return len(self._prepared.arrays.x_test) > 0
 
+    def only(self, client: int) -> FederatedDataModule:
+        """The records of one client as a population of one, in the order that they have here.
+
+        Raises:
+            ValueError: there is no such client.
+        """
+        if not 0 <= client < self.num_clients:
+            raise ValueError(f"client={client} must be from 0 to {self.num_clients - 1}")
+        rows = torch.from_numpy(self.partition.client(client))
+        x, y, known = self.x[rows], self.y[rows], self._prepared
+        arrays = Arrays(x, y, x[:0], y[:0], known.arrays.num_classes, known.arrays.name)
+        one = FederatedDataModule(arrays, num_clients=1, val_fraction=0.0, min_client_size=1)
+        one.transform, problem = self.transform, known.transform_problem
+        alone = Partition(np.arange(len(x)), np.array([0, len(x)]))
+        one.__dict__["_prepared"] = _Prepared(arrays, x, y, x[:0], y[:0], alone, problem)
+        return one
+
+    def announce_sizes(self, sizes: list[int]) -> None:
+        """Take the records that clients elsewhere say they have in place of a simulation's.
+
+        Args:
+            sizes: one number a client, public.
+        """
+        self.client_sizes = torch.tensor(sizes, dtype=torch.int64)
+
     def digest(self) -> str:
         """Hex BLAKE2b-256 of the clients' records, labels and partition, bit by bit; cached.
 

@@ -232,7 +232,7 @@ def _round_row(pl_module: Any, validation: dict[str, float]) -> list[Any]:
         *([f"{e:.6g}" for e in spent] if spent else [""] * 3),
         validation.get("sim_only/val_accuracy", ""),
         validation.get("sim_only/val_loss", ""),
-        result.nonfinite,
+        "" if result.nonfinite is None else result.nonfinite,
         f"{result.seconds:.4f}",
     ]
 

@@ -56,6 +56,7 @@ class PrivateRecordGradient:
         key: noise key of this round, bound to everything that the sums depend on.
         clients: ids of the k clients.
         multiplier: total noise multipliers of these clients [k].
+        numbers: what their noise is drawn under [k]; None: their ids.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class PrivateRecordGradient:
         key: NoiseKey,
         clients: Tensor,
         multiplier: Tensor,
+        numbers: Tensor | None = None,
     ) -> None:
         self.clipped_sums = clipped_sums
         self.history = history
@@ -74,6 +76,7 @@ class PrivateRecordGradient:
         self.key = key
         self.clients = clients
         self.multiplier = multiplier
+        self.numbers = clients if numbers is None else numbers
         self.steps = 0
         self.policy: LayerPolicy | None = None
         self.clipped = torch.zeros(len(clients), layout.num_layers)
@@ -87,7 +90,7 @@ class PrivateRecordGradient:
         released = self._noised(sums, policy, step, params, key)
         if policy.votes_at is not None:
             votes = self._votes(counts.double().cpu(), batch)
-            votes = noised_votes(votes, policy, self.history.config, key, step, self.clients)
+            votes = noised_votes(votes, policy, self.history.config, key, step, self.numbers)
             self.history.observe_votes(self.clients, votes, batch.divisor.cpu())
         else:
             _observe(self.history, self.layout, self.clients, released, policy)
@@ -120,7 +123,7 @@ class PrivateRecordGradient:
                 scale=columns(policy.noise_scale[:, layer].to(value.device), value),
                 key=key,
                 step=step,
-                client=self.clients,
+                client=self.numbers,
                 layer=layer,
                 offset=offset,
                 dtype=torch.float64,
@@ -137,7 +140,7 @@ class PrivateRecordGradient:
         """The grid form: sums are whole numbers, one client's at a time."""
         config, layout = self.history.config, self.layout
         rows = []
-        for i, client in enumerate(self.clients.tolist()):
+        for i, client in enumerate(self.numbers.tolist()):
             noised, _ = clip_sum_noise(
                 [
                     sums[n].new_empty((0, *sums[n].shape[1:]), dtype=like[n].dtype)
@@ -234,6 +237,7 @@ def release_updates(
     key: NoiseKey,
     clients: Tensor,
     multiplier: Tensor,
+    numbers: Tensor | None = None,
 ) -> PrivateUpdate:
     """Release whole client updates: clip each layer and add noise to it, in place.
 
@@ -245,6 +249,7 @@ def release_updates(
         key: noise key of this round.
         clients: ids [k].
         multiplier: noise multipliers [k].
+        numbers: what their noise is drawn under [k]; None: their ids.
     """
     config = history.config
     values = [*update.values(), policy.clip_norm, policy.noise_scale]
@@ -257,7 +262,7 @@ def release_updates(
         mechanism=config.mechanism,
         key=binding.step_key(key, 0, values),
         step=0,
-        clients=clients,
+        clients=clients if numbers is None else numbers,
         form=config.noise_form,
     )
     if config.resolved_thresholds == "raw":

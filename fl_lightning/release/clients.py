@@ -34,6 +34,8 @@ class Clients:
         vectorize: train clients under one vmap, or one after another.
         max_examples: records computed at once.
         at_once: clients trained together; None: all of a release.
+        numbers: what the coins and the noise of each client are drawn under [K]; None: its id. At a
+            node, whose one client has id 0, it is the client's number in the federation.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Clients:
         vectorize: bool,
         max_examples: int,
         at_once: int | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         self.data = data
         self.network = network
@@ -56,6 +59,7 @@ class Clients:
         self.training = training
         self.vectorize = vectorize
         self.at_once = at_once or data.num_clients
+        self.numbers = torch.arange(data.num_clients) if numbers is None else numbers
         self.device = next(network.parameters()).device
         self.dtype = input_dtype(network, data.x)
         self._whole: dict[tuple[int, ...], Batch] = {}
@@ -112,7 +116,7 @@ class Clients:
         Returns:
             Local minus global parameters, each [k, ...].
         """
-        stream = coins.derive("torch", int(clients[0]))  # one a group
+        stream = coins.derive("torch", int(self.numbers[clients[0]]))  # one a group
         torch_seed = int(run_key.public_name(stream)[:15], 16)
         with _seeded(torch_seed, self.device), torch.no_grad():
             return train_cohort(
@@ -155,7 +159,7 @@ class Clients:
 
     def _batches(self, clients: list[int], coins: NoiseKey, round: int) -> Iterator[Batch]:
         rows = [self.data.partition.client(k) for k in clients]
-        sizes = [len(r) for r in rows]
+        sizes, numbers = [len(r) for r in rows], self.numbers[clients].tolist()
         rate, divisor = self.training.sampling_rate, None
         if rate == 1:
             for _ in range(self.training.noised_steps):
@@ -163,11 +167,11 @@ class Clients:
             return
         if rate is not None:
             steps = self.training.noised_steps
-            chosen = poisson_rows(sizes, rate, steps, key=coins, clients=clients)
+            chosen = poisson_rows(sizes, rate, steps, key=coins, clients=numbers)
             divisor = torch.tensor([rate * n for n in sizes])
         else:
             assert self.training.batch_size is not None
-            seeds = [[self.training.seed, round, k] for k in clients]
+            seeds = [[self.training.seed, round, k] for k in numbers]
             chosen = shuffled_rows(
                 sizes,
                 self.training.batch_size,

@@ -116,6 +116,7 @@ class OneByOne:
             return PrivateUpdate.nothing(params, policy, layout.num_layers)
         coins, noise = key.derive("coins"), key.derive("noise")
         named = {"key": noise, "clients": clients, "multiplier": multiplier}
+        named["numbers"] = self.clients.numbers[clients]
         privacy = self.rules.privacy
         if privacy.unit == "record":
             hook = PrivateRecordGradient(self.clients.clipped_sums, history, layout, **named)
@@ -175,22 +176,7 @@ class OneByOne:
         """Add what arrives in time to the server's mean, with its weights."""
         late = self.rules.faults.late(update.clients.numpy(), round)
         update = update.select(np.flatnonzero(~late).tolist()) if late.any() else update
-        clients = self.clients
-        expected_batch = clients.expected_batch(update.clients)
-        weights = client_weights(
-            self.rules.weighting,
-            client_sizes=clients.data.client_sizes[update.clients],
-            expected_batch=expected_batch,
-            policy=update.policy,
-            num_layers=clients.layout.num_layers,
-        )
-        variance = None
-        if self.rules.denoise:
-            assert update.policy is not None
-            lr = self.rules.client_lr if self.rules.privacy.unit == "record" else 1.0
-            mechanism = self.rules.privacy.mechanism
-            variance = noise_variance(update.policy, mechanism, lr / expected_batch.double())
-        mean.add(update.update, weights, variance)
+        weigh(mean, update, self.rules, self.clients)
 
     def meet(
         self,
@@ -212,6 +198,25 @@ class OneByOne:
             trained=torch.cat([cohort[:0], *parts]),
             params=params,
         )
+
+
+def weigh(mean: WeightedMean, update: PrivateUpdate, rules: Rules, clients: Clients) -> None:
+    """Add releases of single clients to a mean, with the weights that the rules give them."""
+    expected_batch = clients.expected_batch(update.clients)
+    weights = client_weights(
+        rules.weighting,
+        client_sizes=clients.data.client_sizes[update.clients],
+        expected_batch=expected_batch,
+        policy=update.policy,
+        num_layers=clients.layout.num_layers,
+    )
+    variance = None
+    if rules.denoise:
+        assert update.policy is not None
+        lr = rules.client_lr if rules.privacy.unit == "record" else 1.0
+        mechanism = rules.privacy.mechanism
+        variance = noise_variance(update.policy, mechanism, lr / expected_batch.double())
+    mean.add(update.update, weights, variance)
 
 
 def _own_part(

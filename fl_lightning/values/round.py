@@ -102,7 +102,8 @@ class RoundResult:
         cohort: client ids that took part, [m].
         clip_norm, shares, contribution, noise_scale: policy of the last step, [m, L].
         clipped_fraction: sim_only, fraction of units whose layer was clipped, [m, L].
-        nonfinite: sim_only, number of units or layers zeroed as non-finite.
+        nonfinite: sim_only, number of units or layers zeroed as non-finite; None where clients
+            keep it to themselves.
         participants: clients of the round as far as that is public.
         epsilon_spent: upper bound of ε of every client of the population so far, [K].
         seconds: wall-clock time of the round.
@@ -115,7 +116,7 @@ class RoundResult:
     contribution: np.ndarray
     noise_scale: np.ndarray
     clipped_fraction: np.ndarray
-    nonfinite: int
+    nonfinite: int | None
     participants: int
     epsilon_spent: np.ndarray
     seconds: float
@@ -137,7 +138,11 @@ class RoundResult:
             rows = [getattr(policy, name).numpy() for policy, _ in policies]
             return np.concatenate(rows) if rows else np.zeros((0, 0))
 
-        clipped = [seen["clipped_fraction"].numpy() for _, seen in policies]
+        clipped = [
+            seen["clipped_fraction"].numpy() if seen else np.full(policy.clip_norm.shape, np.nan)
+            for policy, seen in policies
+        ]
+        nonfinite = [float(u.sim_only["nonfinite"].sum()) for u in released if u.sim_only]
         return cls(
             round=round,
             cohort=np.concatenate([np.empty(0, np.int64), *(u.clients.numpy() for u in released)]),
@@ -146,7 +151,7 @@ class RoundResult:
             contribution=column("contribution"),
             noise_scale=column("noise_scale"),
             clipped_fraction=np.concatenate(clipped) if clipped else np.zeros((0, 0)),
-            nonfinite=int(sum(float(u.sim_only["nonfinite"].sum()) for u in released)),
+            nonfinite=int(sum(nonfinite)) if nonfinite or not released else None,
             participants=participants,
             epsilon_spent=epsilon_spent,
             seconds=seconds,

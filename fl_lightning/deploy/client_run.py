@@ -1,0 +1,286 @@
+"""One client's half of one run: train, clip, noise, pay and write; then answer, twice if need be.
+
+It is a run of a population of one: the same code as a simulated run, whose server is elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fl_lightning.deploy.policy import Policy, Refused, check_terms
+from fl_lightning.keys import digests
+from fl_lightning.ledger.statement import privacy_statement
+from fl_lightning.module import FederatedModule
+from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
+from fl_lightning.processes.together import Processes
+from fl_lightning.release.agreement import (
+    Agreement,
+    check_deployable,
+    network_digest,
+    parse_agreement,
+    privacy_of,
+    terms_of,
+    training_of,
+)
+from fl_lightning.resumption import promise_of
+from fl_lightning.run import Run, begin_run
+from fl_lightning.values.message import encode
+from fl_lightning.values.release import release_entry
+from fl_lightning.values.round import Params
+from fl_lightning.wanted import Wanted
+
+TERMS_FILE = "terms.json"
+ME = torch.tensor([0])  # the one client of a node's population
+_POLICY = ("clip_norm", "shares", "contribution", "noise_scale")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a node holds, apart from its folder. Private.
+
+    Args:
+        data: its records, a population of one.
+        network: what it trains; of its own code, never of a server's.
+        loss: of each record, or None: cross entropy.
+        policy: of its holder.
+        memory_budget: GiB for activations.
+    """
+
+    data: Any
+    network: torch.nn.Module
+    loss: torch.nn.Module | None
+    policy: Policy
+    memory_budget: float = 1.0
+
+
+class ClientRun:
+    """One client's part in a run, open for releases.
+
+    Open one with `begin` or `resume`; `close` gives the ledger back.
+
+    Guarantees:
+        A release stands in the ledger, on disk, before its answer exists. The same request gets the
+        same answer again and is charged once; any other request has other noise and is charged.
+    """
+
+    def __init__(self, holding: Holding, terms: Agreement, folder: Path) -> None:
+        self.terms = terms
+        self.folder = folder
+        self._policy = holding.policy
+        privacy = privacy_of(terms, holding.policy.epsilon, holding.policy.delta)
+        training = training_of(terms)
+        check_terms(holding.policy, terms, privacy, training)
+        self._module = FederatedModule(
+            holding.network,
+            privacy,
+            sampling_rate=training.sampling_rate,
+            batch_size=training.batch_size,
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            client_lr=training.lr,
+            client_momentum=training.momentum,
+            planned_rounds=terms.rounds,
+            execution="loop",
+            memory_budget=holding.memory_budget,
+            seed=training.seed,
+            loss=holding.loss,
+            run_dir=str(folder),
+        )
+        check_deployable(self._module.rules)
+        if terms.network != network_digest(holding.network, self._module.loss):
+            raise Refused("policy: network is another one than the node's own")
+        self._data = holding.data
+        self._module.check(holding.data, _no_trainer(terms.rounds))
+        self._run: Run | None = None
+        self._answered: dict[str, Any] = {}
+
+    @classmethod
+    def begin(cls, holding: Holding, terms: Agreement, folder: Path) -> ClientRun:
+        """Agree to a run: secret, ledger and terms in a folder of its own; nothing is released.
+
+        Raises:
+            Refused: the policy does not allow it.
+            ValueError: the terms make no sense, or the records do not fit them.
+        """
+        made = cls(holding, terms, folder)
+        folder.mkdir(parents=True, mode=0o700)
+        made._run = begin_run(made._wanted(None), terms.rounds)
+        made._save()
+        _write_whole(folder / TERMS_FILE, json.dumps(terms_of(terms)))
+        return made
+
+    @classmethod
+    def resume(cls, holding: Holding, folder: Path) -> ClientRun:
+        """Go on with a run of this node, from its ledger and its last state.
+
+        Raises:
+            LedgerError: the ledger is not whole, or not the one of the last state.
+            ValueError: secret or state are missing, or the holder's promise is another one now.
+        """
+        terms = parse_agreement(json.loads((folder / TERMS_FILE).read_text(encoding="utf-8")))
+        made = cls(holding, terms, folder)
+        state = AtomicCheckpointIO().load_checkpoint(
+            folder / CHECKPOINT, map_location="cpu", weights_only=True
+        )
+        made._answered = state.get("answered", {})
+        made._run = begin_run(made._wanted(state["aadp_fl"]), terms.rounds)
+        return made
+
+    @property
+    def run(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    @property
+    def releases(self) -> int:
+        """Lines of its ledger, without the header."""
+        assert self.run.ledger is not None
+        return len(self.run.ledger)
+
+    def facts(self, known: int) -> dict[str, Any]:
+        """What the server learns of the run without a release: budget, ledger head, lines."""
+        return {
+            "noise_multiplier": float(self.run.budget.multiplier[0]),
+            "affordable": int(self.run.budget.affordable[0]),
+            **self._lines(known),
+        }
+
+    def _lines(self, known: int) -> dict[str, Any]:
+        """Ledger lines that the server lacks, that of the last release besides, and the head."""
+        ledger = self.run.ledger
+        assert ledger is not None
+        if known > len(ledger):
+            raise Refused(
+                f"ledger: the server has {known} of its lines, it has {len(ledger)}: lines were "
+                "lost here, and with them what was spent; the holder must put them back"
+            )
+        lines = ledger.releases[min(known, max(len(ledger) - 1, 0)) :]
+        return {"lines": [release_entry(line) for line in lines], "head": ledger.head_hash}
+
+    def release(
+        self, params: Params, round: int, context: str, known: int, *, may_spend: bool
+    ) -> bytes:
+        """A release of one round, as the message that leaves the node.
+
+        Args:
+            params: global model, checked for names, shapes and dtypes.
+            round: round number.
+            context: what noise of a public seed is bound to; ignored otherwise.
+            known: ledger lines that the server has.
+            may_spend: whether the holder's policy lets this run release anything new.
+
+        Raises:
+            Refused: nothing is left to spend, or `may_spend` forbids it.
+            LedgerError: the ledger cannot be written; nothing was released.
+        """
+        run, rules = self.run, self._module.rules
+        secret = rules.privacy.seed is None
+        if secret:
+            context = run.context(torch.tensor([self.terms.client]))
+        request = digests.digest([context, round, *params.values()])
+        if self._answered.get("request") != request:
+            if not may_spend:
+                raise Refused("spent: the holder's runs have begun; this would be another one")
+            if not len(run.releases.cohort(ME.numpy(), round)):
+                raise Refused("spent: nothing is left of the budget of this run")
+            self._release(params, round, context, request)
+        return encode({"did": "release", **self._lines(known)}, self._answered["tensors"])
+
+    def _release(self, params: Params, round: int, context: str, request: str) -> None:
+        update = self.run.releases.release(ME, params, round, context)
+        if not len(update.clients):
+            raise Refused("spent: nothing is left of the budget of this run")
+        assert update.policy is not None
+        policy = {f"policy.{name}": getattr(update.policy, name)[0] for name in _POLICY}
+        released = {f"update.{name}": value[0] for name, value in update.update.items()}
+        history = {"l1_norm": self.run.history.l1_norm[0]}
+        tensors = {n: t.clone() for n, t in (policy | released | history).items()}
+        self._answered = {"request": request, "tensors": tensors}
+        self._save()
+
+    def _save(self) -> None:
+        """State and last answer, durable: after a crash before it, the ledger is one line ahead."""
+        run, module = self.run, self._module
+        state = run.state_dict() | {"promise": promise_of(module.rules, run.records)}
+        kept = {"aadp_fl": state, "answered": self._answered}
+        AtomicCheckpointIO().save_checkpoint(kept, self.folder / CHECKPOINT)
+
+    def write_statement(self) -> None:
+        """`privacy_statement.md` of the run as it stands."""
+        assert self.run.ledger is not None
+        text = privacy_statement(self.run.ledger)
+        _write_whole(self.folder / "privacy_statement.md", text)
+
+    def close(self) -> None:
+        """Give up the lock on the ledger."""
+        if self._run is not None and self._run.ledger is not None:
+            self._run.ledger.close()
+
+    def _wanted(self, resumed: dict[str, Any] | None) -> Wanted:
+        module = self._module
+        return Wanted(
+            module.rules,
+            module.network,
+            module.loss,
+            module.layout,
+            self._data,
+            self.folder,
+            Processes(),
+            vmaps=False,
+            last_model=_never,
+            resumed=resumed,
+            number=self.terms.client,
+        )
+
+    def checked_params(self, tensors: dict[str, Tensor]) -> Params:
+        """The model of a request, if it is one of this run's network.
+
+        Raises:
+            Refused: names, shapes or dtypes are others, or a number is not finite.
+        """
+        wanted = self._wanted(None).params()
+        if sorted(tensors) != sorted(wanted):
+            raise Refused("request: the model has other parameters than the network")
+        for name, like in wanted.items():
+            value = tensors[name]
+            if value.shape != like.shape or value.dtype != like.dtype:
+                raise Refused(f"request: parameter '{name}' is not {like.dtype} {[*like.shape]}")
+            if not bool(value.isfinite().all()):
+                raise Refused(f"request: parameter '{name}' is not finite")
+        return {name: tensors[name].to(like.device) for name, like in wanted.items()}
+
+
+def _never(rounds: int) -> Any:
+    raise AssertionError("noise that rounds share is not for nodes")
+
+
+def _no_trainer(rounds: int) -> pl.Trainer:
+    """A Trainer for the checks of a run; nothing is trained by it."""
+    return pl.Trainer(
+        max_epochs=rounds,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves all of it or none."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
