@@ -48,6 +48,7 @@ from fl_lightning.processes.launching import stop_of, stoppable
 from fl_lightning.processes.stopping import Stop
 from fl_lightning.processes.strategy import ClientParallelStrategy
 from fl_lightning.processes.together import came_from_another
+from fl_lightning.release.federation import Federation
 from fl_lightning.resumption import rounds_done
 
 SUBCOMMANDS = ("fit",)
@@ -86,8 +87,16 @@ class FederatedCLI(LightningCLI):
 
     started = 0.0
 
-    def __init__(self, folder: RunFolder, stop: Stop, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        stop: Stop,
+        federation: Federation | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._folder = folder
+        self._federation = federation
         self._stop = stop
         self._notes: list[str] = []
         super().__init__(*args, **kwargs)
@@ -169,6 +178,7 @@ class FederatedCLI(LightningCLI):
         """Let checkpoints say how the network was made."""
         spec = self.config[str(self.subcommand)].model.network
         plain = spec.as_dict() if hasattr(spec, "as_dict") else {}
+        self.model.federation = self._federation
         self.model.network_spec = json.loads(json.dumps(plain, default=str)) or None
 
     def _parse_ckpt_path(self) -> None:
@@ -295,8 +305,13 @@ def _public_seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; errors of the user's making are one line and exit code 2."""
+def main(args: Sequence[str] | None = None, *, federation: Federation | None = None) -> None:
+    """Run the command line; errors of the user's making are one line and exit code 2.
+
+    Args:
+        args: the options; None: those of the process.
+        federation: nodes that release for themselves; None: all clients are simulated.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] not in SUBCOMMANDS:
         arguments.insert(0, "fit")
@@ -308,7 +323,7 @@ def main(args: Sequence[str] | None = None) -> None:
     folder, stop = RunFolder(), Stop(program=args is None)
     try:
         with stoppable(stop):
-            _run(folder, stop, arguments)
+            _run(folder, stop, arguments, federation)
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
@@ -323,10 +338,13 @@ def main(args: Sequence[str] | None = None) -> None:
         folder.give_up()
 
 
-def _run(folder: RunFolder, stop: Stop, arguments: list[str]) -> None:
+def _run(
+    folder: RunFolder, stop: Stop, arguments: list[str], federation: Federation | None
+) -> None:
     FederatedCLI(
         folder,
         stop,
+        federation,
         FederatedModule,
         FederatedDataModule,
         args=arguments,

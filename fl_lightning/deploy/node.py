@@ -81,7 +81,8 @@ class Node:
         if what == "release":
             return self._release(head, dict(tensors))
         if what == "end":
-            self._run_of(head).write_statement()
+            for run in self._open.values():
+                run.write_statement()
             return encode({"did": "end"})
         raise Refused("request: it must be hello, join, release or end")
 

@@ -68,9 +68,7 @@ class Policy:
             raise ValueError(f"policy: answer_seconds={self.answer_seconds} must be at least 0")
         for digest in self.networks:
             if len(digest) != 64:
-                raise ValueError(
-                    f"policy: networks has {digest!r}, not a digest of 64 digits"
-                )
+                raise ValueError(f"policy: networks has {digest!r}, not a digest of 64 digits")
 
 
 def check_terms(

@@ -52,6 +52,10 @@ class Federation:
     members: Sequence[Member]
     ask: Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
 
+    def end(self) -> None:
+        """Tell the nodes that the run has ended, so that each writes its statement."""
+        self.answers(dict.fromkeys(range(len(self.members)), encode({"do": "end"})))
+
     def answers(self, requests: Mapping[int, bytes]) -> dict[int, Answer]:
         """What the asked nodes say; one that answers nothing that can be read counts as silent."""
         found = {}

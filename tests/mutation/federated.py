@@ -71,7 +71,7 @@ MECHANISM_PLACES = group(
     f"{MECHANISM}::test_other_private_values_never_meet_the_same_noise",
     ("accountant told of less sampling", "sampling_rate=sampling_rate,", "sampling_rate=sampling_rate / 2,"),
     ("noise of the wrong layer", "scale=columns(policy.noise_scale[:, layer].to(value.device), value)", "scale=columns(policy.noise_scale[:, 0].to(value.device), value)"),
-    ("client dropped from the address", "                client=self.clients,\n                layer=layer,", "                client=torch.zeros_like(self.clients),\n                layer=layer,"),
+    ("client dropped from the address", "                client=self.numbers,\n                layer=layer,", "                client=torch.zeros_like(self.clients),\n                layer=layer,"),
     ("tensors of a layer share their noise", "                offset=offset,\n", "                offset=0,\n"),
     ("noise subtracted twice its size", "(value.double() + noise).to(like[name].dtype)", "(value.double() - 2 * noise).to(like[name].dtype)"),
     ("noise not bound to the values", 'key = binding.step_key(self.key, step, [*sums.values(), counts, policy.noise_scale])', 'key = self.key.derive("values", step)'),
