@@ -118,7 +118,7 @@ def interacting_records(
     """`mixed_records` for networks that draw random numbers, the same for equal shapes and seeds.
 
     Where records are added up, what changes with the first record does not change with the last;
-    and with the first record alone counting, nothing changes with the last.
+    and with one record alone counting, nothing changes with all the others.
 
     Args:
         summed: of the run.
@@ -126,21 +126,23 @@ def interacting_records(
         x, y: records that differ, [B, ...], B >= 3.
         seed: sets the random state.
     """
-    everyone = torch.ones(len(x), device=x.device)
-    first, last = [*range(len(x))], [*range(len(x))]
-    first[0], last[-1] = len(x) // 2, len(x) // 2
+    everyone, size = torch.ones(len(x), device=x.device), len(x)
+    first, last = [*range(size)], [*range(size)]
+    first[0], last[-1] = size // 2, size // 2
     both = [first[0], *last[1:]]
-    only = torch.zeros_like(everyone)
-    only[0] = 1
 
     def gradient(rows: Sequence[int], mask: Tensor) -> Params:
         seed()
         case = Case(x[[*rows]], y[[*rows]], mask)
         return _each(summed, values, [case], at_once=1)[0]
 
-    whole, one, other, two = (gradient(r, everyone) for r in (range(len(x)), first, last, both))
+    whole, one, other, two = (gradient(r, everyone) for r in (range(size), first, last, both))
     name = _differing(added_up([whole, two]), added_up([one, other]))
-    name = name or _differing(gradient(range(len(x)), only), gradient(last, only))
+    for i in (0, size // 2, size - 1):
+        only = torch.zeros_like(everyone)
+        only[i] = 1
+        # All the others change: what is taken of the largest may be of any of them.
+        name = name or _differing(gradient(range(size), only), gradient([i] * size, only))
     return _mixed(name) if name else ""
 
 

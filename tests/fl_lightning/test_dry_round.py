@@ -338,6 +338,21 @@ def test_records_that_mix_in_the_backward_pass(tmp_path, how, execution, drop):
     assert not (tmp_path / "run").exists()
 
 
+class MixingInTraining(Mixing):
+    """Mixes records while dropout draws numbers, and never without."""
+
+    def hidden(self, x):
+        return super().hidden(x) if self.drop.training else Body.hidden(self, x)
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+@pytest.mark.parametrize("how", MIXING)
+def test_records_that_mix_while_numbers_are_drawn(tmp_path, how, execution):
+    with pytest.raises(ValueError, match="changes with the records beside it"):
+        train(tmp_path / "run", network=MixingInTraining(MIXING[how], 0.3), execution=execution)
+    assert not (tmp_path / "run").exists()
+
+
 class Paired(nn.Module):
     """Records sorted among each other, and a layer that is called for two of them at a time.
 

@@ -80,6 +80,8 @@ def test_a_few_other_letters_are_counted_and_share_one_code(caplog):
 def test_every_letter_has_its_code_and_all_others_the_last():
     assert encode(VOCABULARY).tolist() == list(range(len(VOCABULARY)))
     assert set(encode("éÿ€日😀\x00\t\x7f\u0000\ud800").tolist()) == {NUM_CODES - 1}
+    # Their numbers are those of letters, but for multiples of 256.
+    assert set(encode("šţ中\U0001f34c").tolist()) == {NUM_CODES - 1}
 
 
 def test_text_files_with_marks_and_other_line_ends(tmp_path):

@@ -182,6 +182,7 @@ INDEPENDENCE = group(
     DRY,
     ("differences not seen", "<= _RTOL * size + floor + 1e-12:", "<= 1e9:"),
     ("records that draw numbers not compared", "return _mixed(name) if name else \"\"", "return \"\""),
+    ("records that draw numbers not tried alone", "for i in (0, size // 2, size - 1):", "for i in ():"),
 )  # fmt: skip
 
 DRY_ROUND = group(
