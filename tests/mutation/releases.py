@@ -22,7 +22,7 @@ LINES = group(
 
 CLAIM = group(
     "fl_lightning/release/claim.py",
-    f"{_MECHANISM} {_SUMS} tests/fl_lightning/test_summed.py",
+    "tests/fl_lightning/test_claim.py",
     ("nothing remembered as spent", "        books.budget.spend(line)\n", "        pass\n"),
     ("a replay is charged again", "fresh = [drawn.lines[i] for i in keep if not paid[i]]", "fresh = [drawn.lines[i] for i in keep]"),
     ("who cannot pay releases", "if paid[i] or books.budget.can_pay(line)", "if True"),
