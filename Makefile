@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: fit test test-slow test-gpu gpu-day lint tables bench bench-peers mutate docs clean
+# Flower pins versions of its own: it has an environment of its own.
+FLOWER_VENV ?= .venv-flower
+
+.PHONY: fit test test-slow test-gpu federation test-federation gpu-day lint tables bench bench-peers mutate docs clean
 
 # A stamp for each set of packages: `fit` needs one, `test` another, `lint` the developers' tools.
 FIT = $(VENV)/installed-federated
@@ -32,6 +35,18 @@ GPU_PYTHON ?= $(shell $(BIN)/python -c 'import pytest, torch' 2>/dev/null && ech
 test-gpu:  ## the tests that need a CUDA device, with the packages that are there
 	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
+$(FLOWER_VENV)/installed: pyproject.toml constraints.txt
+	test -x $(FLOWER_VENV)/bin/python || $(PYTHON) -m venv $(FLOWER_VENV)
+	grep -v '^rich=' constraints.txt > $(FLOWER_VENV)/constraints.txt  # Flower wants an older one
+	$(FLOWER_VENV)/bin/python -m pip install -c $(FLOWER_VENV)/constraints.txt -e '.[flower]' pytest pytest-timeout
+	touch $@
+
+federation: $(FLOWER_VENV)/installed  ## a federation on Flower, all of it on 127.0.0.1; ARGS="--nodes 3 --rounds 5"
+	$(FLOWER_VENV)/bin/python -m fl_lightning.deploy.loopback $(ARGS)
+
+test-federation: $(FLOWER_VENV)/installed  ## real processes, keys, TLS and SIGKILL; half an hour
+	$(FLOWER_VENV)/bin/python -m pytest -m slow tests/deployment $(ARGS)
+
 gpu-day:  ## everything that wants a GPU, nine minutes a call until nothing is left; installs nothing
 	$(PYTHON) -m bench.gpu_day $(ARGS)
 
@@ -57,4 +72,4 @@ mutate: $(TEST)  ## one mistake at a time, and whether the tests notice; minutes
 	$(BIN)/python -m tests.mutation $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOWER_VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
