@@ -75,28 +75,7 @@ class ClientRun:
         self.terms = terms
         self.folder = folder
         self._policy = holding.policy
-        privacy = privacy_of(terms, holding.policy.epsilon, holding.policy.delta)
-        training = training_of(terms)
-        check_terms(holding.policy, terms, privacy, training)
-        self._module = FederatedModule(
-            holding.network,
-            privacy,
-            sampling_rate=training.sampling_rate,
-            batch_size=training.batch_size,
-            local_steps=training.local_steps,
-            local_epochs=training.local_epochs,
-            client_lr=training.lr,
-            client_momentum=training.momentum,
-            planned_rounds=terms.rounds,
-            execution="loop",
-            memory_budget=holding.memory_budget,
-            seed=training.seed,
-            loss=holding.loss,
-            run_dir=str(folder),
-        )
-        check_deployable(self._module.rules)
-        if terms.network != network_digest(holding.network, self._module.loss):
-            raise Refused("policy: network is another one than the node's own")
+        self._module = _module(holding, terms, folder)
         self._data = holding.data
         self._module.check(holding.data, _no_trainer(terms.rounds))
         self._run: Run | None = None
@@ -107,8 +86,8 @@ class ClientRun:
         """Agree to a run: secret, ledger and terms in a folder of its own; nothing is released.
 
         Raises:
-            Refused: the policy does not allow it.
-            ValueError: the terms make no sense, or the records do not fit them.
+            Refused: the policy does not allow it, or the terms make no sense.
+            ValueError: the records do not fit them.
         """
         made = cls(holding, terms, folder)
         folder.mkdir(parents=True, mode=0o700)
@@ -146,22 +125,29 @@ class ClientRun:
         return len(self.run.ledger)
 
     def facts(self, known: int) -> dict[str, Any]:
-        """What the server learns of the run without a release: budget, ledger head, lines."""
+        """What the server learns of the run without a release: budget, ledger head, lines.
+
+        Raises:
+            Refused: the server has more lines than the ledger.
+        """
+        self._check_known(known)
         return {
             "noise_multiplier": float(self.run.budget.multiplier[0]),
             "affordable": int(self.run.budget.affordable[0]),
             **self._lines(known),
         }
 
+    def _check_known(self, known: int) -> None:
+        if known > self.releases:
+            raise Refused(
+                f"ledger: the server has {known} of its lines, it has {self.releases}: lines were "
+                "lost here, and with them what was spent; the holder must put them back"
+            )
+
     def _lines(self, known: int) -> dict[str, Any]:
         """Ledger lines that the server lacks, that of the last release besides, and the head."""
         ledger = self.run.ledger
         assert ledger is not None
-        if known > len(ledger):
-            raise Refused(
-                f"ledger: the server has {known} of its lines, it has {len(ledger)}: lines were "
-                "lost here, and with them what was spent; the holder must put them back"
-            )
         lines = ledger.releases[min(known, max(len(ledger) - 1, 0)) :]
         return {"lines": [release_entry(line) for line in lines], "head": ledger.head_hash}
 
@@ -178,9 +164,11 @@ class ClientRun:
             may_spend: whether the holder's policy lets this run release anything new.
 
         Raises:
-            Refused: nothing is left to spend, or `may_spend` forbids it.
+            Refused: nothing is left to spend, `may_spend` forbids it, or the server has more lines
+                than the ledger.
             LedgerError: the ledger cannot be written; nothing was released.
         """
+        self._check_known(known)
         run, rules = self.run, self._module.rules
         secret = rules.privacy.seed is None
         if secret:
@@ -256,6 +244,42 @@ class ClientRun:
             if not bool(value.isfinite().all()):
                 raise Refused(f"request: parameter '{name}' is not finite")
         return {name: tensors[name].to(like.device) for name, like in wanted.items()}
+
+
+def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule:
+    """The rules of a run around the holder's own network.
+
+    Raises:
+        Refused: the policy does not allow the terms, or they make no sense.
+    """
+    policy = holding.policy
+    try:
+        privacy, training = privacy_of(terms, policy.epsilon, policy.delta), training_of(terms)
+        check_terms(policy, terms, privacy, training)
+        module = FederatedModule(
+            holding.network,
+            privacy,
+            sampling_rate=training.sampling_rate,
+            batch_size=training.batch_size,
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            client_lr=training.lr,
+            client_momentum=training.momentum,
+            planned_rounds=terms.rounds,
+            execution="loop",
+            memory_budget=holding.memory_budget,
+            seed=training.seed,
+            loss=holding.loss,
+            run_dir=str(folder),
+        )
+        check_deployable(module.rules)
+    except Refused:
+        raise
+    except ValueError as error:  # of the terms alone: no record was looked at
+        raise Refused(f"terms: {error}") from error
+    if terms.network != network_digest(holding.network, module.loss):
+        raise Refused("policy: network is another one than the node's own")
+    return module
 
 
 def _never(rounds: int) -> Any:

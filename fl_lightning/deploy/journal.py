@@ -26,10 +26,10 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         path = folder / FILE
-        self._descriptor = chain.open_locked(path, os.O_CREAT)
+        self._descriptor: int | None = chain.open_locked(path, os.O_CREAT)
         found = chain.scan(path, lambda index, entry: dict(entry))
         if found.problems:
-            os.close(self._descriptor)
+            self.close()
             raise chain.LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
         if found.torn:
             os.ftruncate(self._descriptor, found.size)
@@ -44,7 +44,7 @@ class Journal:
             run: the run that it names, "" for none.
             reason: as the server hears it.
         """
-        if self._lines >= MOST_LINES:
+        if self._lines >= MOST_LINES or self._descriptor is None:
             return
         entry: dict[str, Any] = {
             "kind": "refusal",
@@ -61,4 +61,6 @@ class Journal:
 
     def close(self) -> None:
         """Give up the lock."""
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

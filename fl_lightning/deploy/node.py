@@ -164,13 +164,19 @@ class Node:
             shutil.rmtree(folder)
 
     def _refuse(self, what: str, run: str, reason: str) -> bytes:
-        self._journal.refuse(what, run, reason)
+        self._note(what, run, reason)
         return encode({"refused": reason})
+
+    def _note(self, what: str, run: str, reason: str) -> None:
+        try:
+            self._journal.refuse(what, run, reason)
+        except OSError:  # a full disk must not keep others waiting
+            _LOG.exception("a refusal cannot be written down: %s %s", what, reason)
 
     def _stop(self, what: str, run: str, error: Exception) -> bytes:
         """After an error that may depend on records nothing more is answered: one bit, once."""
         self._stopped = "stopped: the node had an error and waits for its holder"
-        self._journal.refuse(what, run, f"error: {type(error).__name__}")
+        self._note(what, run, f"error: {type(error).__name__}")
         return encode({"refused": self._stopped})
 
     def close(self) -> None:

@@ -11,6 +11,9 @@ from fl_lightning.local.rules import LocalTraining
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.release.agreement import Agreement
 
+# Past releases that clip norms may look back on: memory, not privacy.
+_LONGEST_HISTORY = 1000
+
 
 class Refused(ValueError):
     """A request that is not granted. Its words follow from public facts alone."""
@@ -25,7 +28,7 @@ class Policy:
         delta: δ of one run, in [0, 1); below 1 / records where records are protected.
         runs: runs that may release anything, ever, at least 1.
         rounds: most rounds that a run may plan for, at least 1.
-        steps: most noised local steps in one round, at least 1.
+        local_steps: most local steps in one round, or passes where a run counts those; at least 1.
         networks: digests of what may be trained; `python -m fl_lightning.deploy digest` prints that
             of the node's own network.
         settings: what may be protected: one record of the holder (`record+local`), or all of its
@@ -44,7 +47,7 @@ class Policy:
     delta: float
     runs: int = 1
     rounds: int = 100
-    steps: int = 1
+    local_steps: int = 100
     networks: list[str] = field(default_factory=list)
     settings: list[Literal["record+local", "client+local"]] = field(
         default_factory=lambda: ["record+local"]
@@ -61,7 +64,7 @@ class Policy:
             raise ValueError(f"policy: epsilon={self.epsilon} must be positive and finite")
         if not 0 <= self.delta < 1:
             raise ValueError(f"policy: delta={self.delta} must be in [0, 1)")
-        for name in ("runs", "rounds", "steps"):
+        for name in ("runs", "rounds", "local_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy: {name}={getattr(self, name)} must be at least 1")
         if not (self.answer_seconds >= 0 and math.isfinite(self.answer_seconds)):
@@ -84,13 +87,15 @@ def check_terms(
     Raises:
         Refused: naming the term, its value and the limit.
     """
-    steps = training.noised_steps if privacy.unit == "record" else 1
+    steps = training.local_steps or training.local_epochs
+    steps = training.noised_steps if privacy.unit == "record" else steps
     limits: Sequence[tuple[str, object, bool, object]] = (
         ("network", terms.network, terms.network in policy.networks, "one of its networks"),
         ("setting", privacy.setting, privacy.setting in policy.settings, policy.settings),
         ("rng", privacy.rng, privacy.rng in policy.generators, policy.generators),
         ("rounds", terms.rounds, terms.rounds <= policy.rounds, f"at most {policy.rounds}"),
-        ("local steps", steps, steps <= policy.steps, f"at most {policy.steps}"),
+        ("local steps", steps, steps <= policy.local_steps, f"at most {policy.local_steps}"),
+        ("history", privacy.history, privacy.history <= _LONGEST_HISTORY, _LONGEST_HISTORY),
         ("seed", privacy.seed, privacy.seed is None or policy.simulation, "none: secret noise"),
     )
     for name, value, allowed, limit in limits:

@@ -92,7 +92,7 @@ def privacy_statement(ledger: Ledger) -> str:
     if protected:
         parts.append(attack_section(header, run_risks(header, releases)))
         parts.append(group_section(header, reports, releases))
-        parts.append(_not_covered())
+        parts.append(_not_covered(header))
     parts.append(_record(ledger))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -245,7 +245,13 @@ def _span(values: list[float] | list[int]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _not_covered() -> str:
+def _not_covered(header: Mapping[str, Any]) -> str:
+    only_here = (
+        "- The time that rounds took may depend on records, unless the nodes hold their answers."
+        if header.get("nodes")
+        else "- Values named `sim_only` and the time that rounds took are private; they exist "
+        "because one machine simulates all clients, and must not be published."
+    )
     return "\n".join(
         (
             "## What is not covered",
@@ -255,16 +261,22 @@ def _not_covered() -> str:
             "hyperparameter by figures of private, validation or test data.",
             "- Validation and test figures are computed from their own records without noise; "
             "those records are not protected.",
-            "- Values named `sim_only` and the time that rounds took are private; they exist "
-            "because one machine simulates all clients, and must not be published.",
+            only_here,
             "- Facts that are true of the whole population may be learned; that is the purpose.",
         )
     )
 
 
 def _record(ledger: Ledger) -> str:
+    copied = (
+        " Each client released at a node of its own, whose holder keeps the ledger that counts; "
+        "this one is the server's copy of those lines that reached it."
+        if ledger.header.get("nodes")
+        else ""
+    )
     return (
         "## Record\n\n"
         f"Ledger of {len(ledger)} releases, last hash `{ledger.head_hash}`. Check it with "
         "`python -m fl_lightning.ledger verify`, read it with `python -m fl_lightning.ledger show`."
+        + copied
     )

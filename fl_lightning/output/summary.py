@@ -57,6 +57,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "clients_that_released": len(active),
         "releases": sum(r.releases for r in active),
         "ledger_head": None if ledger is None else ledger.head_hash,
+        **_nodes(pl_module),
         "rounds": len(rounds),
         "unit": privacy.unit,
         "trust": facts.get("trust"),
@@ -68,6 +69,15 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "seconds": seconds,
         "versions": _versions(),
     }
+
+
+def _nodes(pl_module: Any) -> dict[str, Any]:
+    """Of a run whose clients are nodes, the name of each and the last head of its own ledger."""
+    if pl_module.federation is None or pl_module.run is None:
+        return {}
+    heads = pl_module.run.releases.heads
+    members = pl_module.federation.members
+    return {"nodes": [{"name": m.name, "ledger_head": heads.get(k)} for k, m in enumerate(members)]}
 
 
 def privacy_kind(privacy: Any) -> str:
