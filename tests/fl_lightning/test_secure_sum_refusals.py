@@ -224,7 +224,7 @@ def test_a_second_set_of_survivors_is_refused() -> None:
 
 def test_survivors_shown_differently_to_two_members_are_found_before_anything_is_revealed() -> None:
     """The attack on one round of consent: member 3 is alive to some and gone to others."""
-    group, server, requests = at("sum-survivors")
+    group, _, requests = at("sum-survivors")
     whole, without = [0, 1, 2, 3, 4], [0, 1, 2, 4]
     shown = {0: whole, 1: whole, 2: without, 3: whole, 4: whole}
     signatures = {
@@ -237,7 +237,7 @@ def test_survivors_shown_differently_to_two_members_are_found_before_anything_is
     message |= {"own_masks": without, "pair_keys": [3]}
     refuses(group, 2, message, "signatures of members that were not there before")
     del message["signatures"]["3"]
-    group, server, requests = at("sum-survivors")
+    group, _, requests = at("sum-survivors")
     group.answer(2, {**requests[2], "survivors": without})
     refuses(group, 2, message, "member 0 signed another set of survivors")
 

@@ -32,7 +32,7 @@ Ask = Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
 
 
 class GivenUp(RuntimeError):
-    """A sum that was not finished: the server has learnt no sum. What nodes charged stays charged."""
+    """A sum that was not finished: the server learnt none. What nodes charged stays charged."""
 
 
 class SumServer:
