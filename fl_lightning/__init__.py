@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fl_lightning.processes import departure as _departure  # noqa: F401 - called last at exit
 from fl_lightning.requirements import ESSENTIAL, check_packages, check_system
 
 if TYPE_CHECKING:

@@ -143,7 +143,8 @@ class StoppableLauncher(_SubprocessScriptLauncher):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             stop.watch_over(self.procs)
-            self._call_children_scripts()
+            with stop.starting():
+                self._call_children_scripts()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

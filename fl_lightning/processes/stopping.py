@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from fl_lightning.processes import slurm
 from fl_lightning.processes.child import outlive_parent, parent
+from fl_lightning.processes.departure import leave_with
 from fl_lightning.processes.lifeline import DONE, Lifeline
 
 PATIENCE = 5.0  # seconds that a round has to finish after a signal
@@ -76,7 +77,7 @@ class Stop:
         self._line: Lifeline | None = None
         self._gone: list[int] = []
         self._since = self._interrupt_at = self._end_at = _NEVER
-        self._leaving = self._said = self._told = False
+        self._leaving = self._starting = self._said = self._told = False
         self._program = program
         self._depth = 0
         self._before: dict[int, Any] = {}
@@ -138,7 +139,8 @@ class Stop:
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         """In the main thread, between two operations of Python."""
         self._ask(signum)
-        if not self._leaving and time.monotonic() >= self._interrupt_at:
+        waits = self._leaving or self._starting
+        if not waits and time.monotonic() >= self._interrupt_at:
             self._interrupt_at = time.monotonic() + 1.0  # should something swallow the exception
             raise Stopped(self.asked or LOST)
 
@@ -157,6 +159,21 @@ class Stop:
     def watch_over(self, children: list[subprocess.Popen[Any]]) -> None:
         """Take processes that this one starts: they end with it, and it ends if one fails."""
         self._children = children
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """While processes are started: `Stopped` waits until each of them is known.
+
+        Raises:
+            Stopped: at the end, a stop was asked for meanwhile.
+        """
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
+        if self.asked is not None and time.monotonic() >= self._interrupt_at:
+            raise Stopped(self.asked)
 
     def settle(self) -> None:
         """Wait a moment for news of the others: after a failed collective, why it failed."""
@@ -291,6 +308,8 @@ class Stop:
         self.leave()
         self.end_children()
         self._say()
+        if self._program:
+            leave_with(self.status)
         return self.status
 
     def end_children(self) -> None:

@@ -108,6 +108,19 @@ def test_a_process_that_begins_while_a_signal_comes_is_ended() -> None:
     assert children[0].wait(5) == -TERM
 
 
+def test_a_process_that_is_started_while_a_signal_comes_is_known() -> None:
+    children: list[subprocess.Popen[bytes]] = []
+    with Stop() as stop:
+        stop.watch_over(children)
+        with pytest.raises(Stopped), stop.starting():  # noqa: PT012
+            os.kill(os.getpid(), TERM)
+            assert asked_by(stop, 5.0) == TERM
+            time.sleep(1.0)  # the main thread is pressed again and again
+            children.append(subprocess.Popen(["sleep", "60"]))
+        stop.finish()
+        assert children[0].poll() == -TERM  # waited for: no process is left, not even a zombie
+
+
 @pytest.mark.parametrize(("command", "asked"), [("false", LOST), ("true", None)])
 def test_a_started_process_that_fails_is_a_loss(command: str, asked: int | None) -> None:
     child = subprocess.Popen([command])
@@ -151,6 +164,37 @@ def test_a_started_process_that_was_stopped_is_a_stop(sent: str, status: int, as
         stop.watch_over([child])
         assert asked_by(stop, 5.0) == asked
         stop.leave()
+
+
+LONG_EXIT = """
+import atexit, os, signal, sys, time
+from fl_lightning.processes.stopping import Stop, Stopped
+from fl_lightning.processes.launching import stoppable
+
+class Slow:
+    def __del__(self):
+        time.sleep(60)
+
+kept = Slow()
+atexit.register(print, "done at exit", end="")
+stop = Stop(program=True)
+try:
+    with stoppable(stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+finally:
+    print("done by the script")
+"""
+
+
+def test_a_run_that_was_stopped_is_not_taken_apart() -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_EXIT], env=env, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 128 + TERM, done.stderr
+    assert done.stdout == "done by the script\ndone at exit"
+    assert done.stderr == "stopped by SIGTERM\n"
 
 
 # A process that still imports --------------------------------------------------------------------

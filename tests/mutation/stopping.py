@@ -51,6 +51,23 @@ ORDERS = [
     ),
     *group(
         "fl_lightning/processes/stopping.py",
+        f"{_ORDERS}::test_a_process_that_is_started_while_a_signal_comes_is_known",
+        ("a start is interrupted", "waits = self._leaving or self._starting", "waits = self._leaving"),
+        ("a start goes on after a stop", "        if self.asked is not None and time.monotonic() >= self._interrupt_at:\n            raise Stopped(self.asked)\n", ""),
+    ),
+    *group(
+        "fl_lightning/processes/stopping.py",
+        f"{_ORDERS}::test_a_run_that_was_stopped_is_not_taken_apart",
+        ("a stopped run is taken apart", "            leave_with(self.status)\n", "            pass\n"),
+    ),
+    *group(
+        "fl_lightning/processes/departure.py",
+        f"{_ORDERS}::test_a_run_that_was_stopped_is_not_taken_apart",
+        ("output is lost at the exit", "            stream.flush()\n", "            pass\n"),
+        ("the status is lost at the exit", "    os._exit(_status)\n", "    os._exit(0)\n"),
+    ),
+    *group(
+        "fl_lightning/processes/stopping.py",
         f"{_ORDERS}::test_a_started_process_that_fails_is_a_loss",
         ("failed processes are no loss", "        if failed:\n", "        if False:\n"),
         ("ended processes are a loss", "if (status := child.poll())]", "if (status := child.poll()) is not None]"),
