@@ -49,9 +49,10 @@ def three() -> Iterator[list[Lifeline]]:
     threads[2].start()
     for thread in threads:
         thread.join(10)
+    sockets = [end for line in lines.values() for end in line.sockets]
     yield [lines[rank] for rank in range(3)]
-    for line in lines.values():
-        line.close()
+    for end in sockets:
+        end.close()
 
 
 def heard(line: Lifeline) -> list[tuple[int, int | None]]:
@@ -161,6 +162,35 @@ def test_a_forked_child_answers_signals_as_before() -> None:
             assert stop.asked is None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_childs_own_signals_are_not_heard_by_the_run() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        with Stop() as stop:
+            child = os.fork()
+            if child == 0:
+                time.sleep(10)
+                os._exit(0)
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            time.sleep(0.3)
+            assert stop.asked is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_only_the_outermost_end_hands_signals_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        stop.training = True
+        with stop:
+            taken = signal.getsignal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == taken != before
+        stop.leave()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_the_main_thread_nothing_is_taken_over() -> None:

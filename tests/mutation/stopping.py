@@ -145,6 +145,8 @@ ORDERS = [
     *group(
         "fl_lightning/processes/stopping.py",
         f"{_LIFELINE}::test_a_forked_child_answers_signals_as_before "
+        f"{_LIFELINE}::test_a_childs_own_signals_are_not_heard_by_the_run "
+        f"{_LIFELINE}::test_only_the_outermost_end_hands_signals_back "
         f"{_LIFELINE}::test_signals_are_handed_back_and_those_ignored_stay_so",
         ("children keep the run's handlers", "        signal.set_wakeup_fd(-1)\n        for signum, handler in self._before.items():\n            signal.signal(signum, handler)", "        signal.set_wakeup_fd(-1)"),
         ("children keep the run's pipe", "        signal.set_wakeup_fd(-1)\n        for signum", "        for signum"),
