@@ -166,9 +166,9 @@ def test_a_forked_child_answers_signals_as_before() -> None:
 
 def test_a_childs_own_signals_are_not_heard_by_the_run() -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         with Stop() as stop:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             child = os.fork()
             if child == 0:
                 time.sleep(10)

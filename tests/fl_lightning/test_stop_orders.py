@@ -178,7 +178,7 @@ from fl_lightning.processes.launching import stoppable
 
 class Slow:
     def __del__(self):
-        time.sleep(60)
+        time.sleep(600)
 
 kept = Slow()
 atexit.register(print, "done at exit", end="")
@@ -194,8 +194,9 @@ finally:
 
 def test_a_run_that_was_stopped_is_not_taken_apart() -> None:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(
-        [sys.executable, "-c", LONG_EXIT], env=env, capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", LONG_EXIT], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 128 + TERM, done.stderr
     assert done.stdout == "done by the script\ndone at exit"
