@@ -93,9 +93,10 @@ def test_the_federation_trains_the_model_of_the_simulation(tmp_path: Path) -> No
     assert want.keys() == have.keys()
     for name, value in want.items():
         torch.testing.assert_close(value, have[name], rtol=1e-5, atol=1e-6)
-    shown = [[(line.client, line.round, line.binding, line.event, line.steps) for line in ledgers.read(path)[1]]
-             for path in (simulated, folder / "run")]  # fmt: skip
+    both = (simulated, folder / "run")
+    facts = ("client", "round", "attempt", "binding", "event", "steps", "first_step", "tail_delta")
+    shown = [[[getattr(line, n) for n in facts] for line in ledgers.read(p)[1]] for p in both]
     assert shown[0] == shown[1]
-    costs = [json.loads((path / "summary.json").read_text()) for path in (simulated, folder / "run")]
+    ends = [json.loads((path / "summary.json").read_text()) for path in both]
     for name in ("epsilon_max", "releases", "rounds", "delta_max"):
-        assert costs[0][name] == costs[1][name]
+        assert ends[0][name] == ends[1][name]
