@@ -205,6 +205,24 @@ class Loopback:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.processes.clear()
+        self._end_detached(time.monotonic() + 15)
+
+    def _end_detached(self, end: float) -> None:
+        """What a SuperLink starts has a session of its own, and ends once it misses its parent."""
+        while (left := self.detached()) and time.monotonic() < end:
+            time.sleep(0.1)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def detached(self) -> list[int]:
+        """Ids of living processes of this federation, where the system has a /proc."""
+        mine, found = f"FLWR_HOME={self.folder / 'flwr'}".encode(), []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mine in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
 
     def _environment(self) -> dict[str, str]:
         path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # Flower starts others by name

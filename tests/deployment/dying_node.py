@@ -1,15 +1,16 @@
-"""A node service that kills itself at a place: `dying_node.py FOLDER PLACE NUMBER SIMULATION`.
+"""Node services that kill themselves at a place; forks of one process that has imported everything.
 
-PLACE names a point between what a node does; it dies when it reaches that for the NUMBER-th time
-(PLACE "" never). Everything else is the service of `fl_lightning.deploy`.
+Reads orders from stdin, one JSON object a line: the `folder` of the node, whether it is a
+`simulation`, and the `place` where it dies when it comes there for the `number`-th time ("": it
+lives). Says the process id, and its exit code once it has ended.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,23 @@ def arm(place: str, number: int) -> None:
     setattr(where, name, call)
 
 
-def main() -> None:
-    """Serve until killed, by its own hand or by others."""
-    folder, place, number, simulation = sys.argv[1:]
-    made = nodes.node(Path(folder), 0, simulation=bool(int(simulation)))
+def serve(folder: str, place: str, number: int, simulation: bool) -> None:
+    """The service of client 0, in a child; it ends by a signal alone."""
+    made = nodes.node(Path(folder), 0, simulation=simulation)
     if place:
-        arm(place, int(number))
-    # Whoever started it holds the other end: it does not outlive that.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+        arm(place, number)
     service.serve(Path(folder) / "node.sock", made.answer, most=1 << 20)
+
+
+def main() -> None:
+    """Fork a service for every order, and wait for its end."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            serve(**json.loads(line))
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
