@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     try:
         config = parser.parse_args(arguments)
-        options, made = config[config.command], parser.instantiate_classes(config)[config.command]
+        options, made = config[config.command], parser.instantiate(config)[config.command]
         holding = _holding(options, made)
         digest = network_digest(holding.network, record_loss(holding.loss or cross_entropy))
         if config.command == "digest":
