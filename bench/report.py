@@ -227,6 +227,7 @@ def report() -> None:
         faults,
         gpu_page,
         headline,
+        nodes,
         processes,
         readme_figures,
         shared_noise,
@@ -240,6 +241,7 @@ def report() -> None:
     accuracy_report.report()
     faults.report()
     processes.report()
+    nodes.report()
     gpu_page.report()
     for part in PARTS:
         pages.put(pages.BENCHMARKS, f"{part} table", table(part))
