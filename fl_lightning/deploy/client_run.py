@@ -151,9 +151,7 @@ class ClientRun:
         lines = ledger.releases[min(known, max(len(ledger) - 1, 0)) :]
         return {"lines": [release_entry(line) for line in lines], "head": ledger.head_hash}
 
-    def release(
-        self, params: Params, round: int, context: str, known: int, *, may_spend: bool
-    ) -> bytes:
+    def release(self, params: Params, round: int, context: str, known: int) -> bytes:
         """A release of one round, as the message that leaves the node.
 
         Args:
@@ -161,11 +159,9 @@ class ClientRun:
             round: round number.
             context: what noise of a public seed is bound to; ignored otherwise.
             known: ledger lines that the server has.
-            may_spend: whether the holder's policy lets this run release anything new.
 
         Raises:
-            Refused: nothing is left to spend, `may_spend` forbids it, or the server has more lines
-                than the ledger.
+            Refused: nothing is left to spend, or the server has more lines than the ledger.
             LedgerError: the ledger cannot be written; nothing was released.
         """
         self._check_known(known)
@@ -175,8 +171,6 @@ class ClientRun:
             context = run.context(torch.tensor([self.terms.client]))
         request = digests.digest([context, round, *params.values()])
         if self._answered.get("request") != request:
-            if not may_spend:
-                raise Refused("spent: the holder's runs have begun; this would be another one")
             if not len(run.releases.cohort(ME.numpy(), round)):
                 raise Refused("spent: nothing is left of the budget of this run")
             self._release(params, round, context, request)

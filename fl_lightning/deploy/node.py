@@ -126,8 +126,7 @@ class Node:
         if not isinstance(context, str) or len(context) > 128:
             raise Refused("request: context must be a short text")
         params = run.checked_params(tensors)
-        may_spend = run.releases > 0 or self._spent_runs() < self._holding.policy.runs
-        return run.release(params, round, context, known, may_spend=may_spend)
+        return run.release(params, round, context, known)
 
     def _run_of(self, head: Mapping[str, Any]) -> ClientRun:
         name = head.get("run")
@@ -153,7 +152,10 @@ class Node:
         return sum(path.read_bytes().count(b"\n") > 1 for path in ledgers)
 
     def _forget_unused(self) -> None:
-        """Remove runs that released nothing: a new one takes their place."""
+        """Remove runs that released nothing: a new one takes their place.
+
+        So a run that is joined is one of those that the holder allows, and may release.
+        """
         runs = self._folder / RUNS
         for folder in sorted(runs.iterdir()) if runs.is_dir() else ():
             ledger = folder / FILE_NAME

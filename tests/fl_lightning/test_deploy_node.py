@@ -70,6 +70,23 @@ def test_the_same_question_gets_the_same_answer_and_is_charged_once(node, tmp_pa
     assert len(read(folder(tmp_path))[1]) == 1
 
 
+def test_a_server_has_no_say_in_what_secret_noise_is_bound_to(node, tmp_path):
+    one = node()
+    n.join(one)
+    head = {"do": "release", "run": n.RUN, "round": 0, "known": 0}
+    for context in ("one", "another"):
+        n.say(one, head | {"context": context}, n.model())
+    assert len(read(folder(tmp_path))[1]) == 1
+
+
+def test_the_terms_of_a_run_do_not_change(node):
+    one = node()
+    n.join(one)
+    n.release(one)
+    assert n.join(one, n.terms(clip_norm=3.0))["refused"].startswith("terms:")
+    assert "refused" not in n.join(one)
+
+
 @pytest.mark.parametrize("change", ["model", "round", "history"])
 def test_another_question_has_other_noise_and_is_charged(change, node, tmp_path):
     one = node()
@@ -182,7 +199,10 @@ def test_requests_that_make_no_sense_are_refused_and_cost_nothing(case, node, tm
     head = {"do": "release", "run": n.RUN, "round": 0, "context": "", "known": 0}
     whole = change if "do" in change or (not change and not tensors) else head | change
     answer = n.say(one, whole, n.model() if tensors is None else tensors)[0]
-    assert "refused" in answer
+    word = (
+        "not joined:" if "does not know" in case else "ledger:" if "lines" in case else "request:"
+    )
+    assert answer["refused"].startswith(word)
     assert refusals(tmp_path)[-1]["reason"] == answer["refused"]
     assert read(folder(tmp_path))[1] == []
     assert "lines" in n.release(one, 1)[0], "and the node goes on"

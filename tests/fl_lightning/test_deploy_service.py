@@ -1,5 +1,6 @@
 """The service as a holder starts it: a process, a socket, a policy of its own."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -131,8 +132,9 @@ def test_messengers_that_hang_up_or_send_too_much_keep_nobody_waiting(served):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
         stream.settimeout(10)
         stream.connect(str(path))
-        with pytest.raises(ConnectionError):
+        with contextlib.suppress(ConnectionError):
             send_frame(stream, b"a" * 1001)
+        with pytest.raises(ConnectionError):
             receive_frame(stream, 1000)
     assert ask(path, b"abc", timeout=10) == b"ABC"
 

@@ -40,6 +40,7 @@ def all_mutations() -> list[Mutation]:
     from tests.mutation import (
         adapters,
         correlated,
+        deploy,
         federated,
         groups,
         kernels,
@@ -53,5 +54,5 @@ def all_mutations() -> list[Mutation]:
     )
 
     files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
-    files += federated, groups, packaging, risks
+    files += deploy, federated, groups, packaging, risks
     return [mutation for file in files for mutation in file.MUTATIONS]
