@@ -219,7 +219,7 @@ def _correlated_plan(wanted: Wanted, schedule: np.ndarray) -> CorrelatedPlan | N
 
 def _released_noise(wanted: Wanted, key: NoiseKey, ledger: Ledger | None) -> ReleasedNoise:
     """What released rounds' noise is drawn again from; all that the ledger has must be there."""
-    noise = ReleasedNoise(key, wanted.folder, writes=wanted.processes.rank == 0)
+    noise = ReleasedNoise(key, wanted.folder, once=wanted.processes.first)
     for release in ledger or ():
         noise.find(release.binding)
     return noise

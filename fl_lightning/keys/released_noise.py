@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from aadp_kernels import NoiseKey
@@ -20,22 +20,29 @@ from fl_lightning.keys.run_key import public_name
 FILE = "secret.rounds"
 
 
+def _here(work: Callable[[], None]) -> None:
+    work()
+
+
 class ReleasedNoise:
     """Keys of the noise of single rounds, each bound to all that its noise hides.
 
     Args:
         key: of the run.
         folder: of the run.
-        writes: whether this process writes the file; others remember.
+        once: does a piece of work in one of the processes that share the run, and raises in all of
+            them what it raised.
 
     Raises:
         ValueError: others can read the file.
     """
 
-    def __init__(self, key: NoiseKey, folder: Path, *, writes: bool = True) -> None:
+    def __init__(
+        self, key: NoiseKey, folder: Path, *, once: Callable[[Callable[[], None]], None] = _here
+    ) -> None:
         self._key = key
         self._path = folder / FILE
-        self._writes = writes
+        self._once = once
         self._known = _read(self._path)
 
     def keep(self, round_key: NoiseKey, values: Iterable[digests.Part]) -> NoiseKey:
@@ -46,7 +53,7 @@ class ReleasedNoise:
             values: all that the noise hides and is scaled by. Ignored under a public seed.
 
         Raises:
-            OSError: the file cannot be written; nothing was drawn.
+            OSError: the file cannot be written; nothing was drawn, in no process.
         """
         of_round = public_name(round_key)
         hidden = [of_round] if round_key.simulated else [of_round, *values]
@@ -54,8 +61,7 @@ class ReleasedNoise:
         key = self._key_of(digest)
         name = public_name(key)
         if name not in self._known:
-            if self._writes:
-                _append(self._path, f"{name} {digest}")
+            self._once(lambda: _append(self._path, f"{name} {digest}"))
             self._known[name] = digest
         return key
 

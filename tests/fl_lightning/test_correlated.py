@@ -394,9 +394,21 @@ def test_noise_is_found_again_and_bound_to_what_it_hides(tmp_path: Path) -> None
         ReleasedNoise(key, tmp_path)
 
 
+def test_noise_that_cannot_be_kept_is_not_drawn(tmp_path: Path) -> None:
+    """By whichever process the file is written: all of them hear of it."""
+
+    def full(work):
+        raise OSError(28, "No space left on device")
+
+    noise = ReleasedNoise(NoiseKey.random(), tmp_path, once=full)
+    for _ in range(2):  # nor is it remembered as if it had been
+        with pytest.raises(OSError, match="No space left"):
+            noise.keep(NoiseKey.random().derive("round", 1), [1.0])
+
+
 def test_noise_of_a_public_seed_is_that_of_the_round_alone(tmp_path: Path) -> None:
     key = NoiseKey.from_seed(3)
-    noise = ReleasedNoise(key, tmp_path, writes=False)
+    noise = ReleasedNoise(key, tmp_path, once=lambda work: None)  # another process writes
     one, other = (noise.keep(key.derive("round", 1), [float(i)]) for i in range(2))
     assert one == other
     assert one.simulated

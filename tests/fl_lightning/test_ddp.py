@@ -101,6 +101,12 @@ def _threads():
 INTERRUPTED = {"privacy": NOISE | {"seed": None}, "rounds": 5}
 
 
+SHARED = {
+    "privacy": AGGREGATOR | {"cohort_sampling": "fixed", "correlation": "banded", "seed": None},
+    "clients_per_round": 2, "rounds": 6,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Folder in which two processes ran every case, and runs that were interrupted."""
@@ -111,6 +117,8 @@ def two(tmp_path_factory):
     jobs += [INTERRUPTED | {"folder": f, "crash": 2} for f in (stopped, again)]
     jobs += [INTERRUPTED | {"folder": again, "resume": True}]
     jobs += [INTERRUPTED | {"folder": str(folder / "short"), "rounds": 2}]
+    shared = SHARED | {"folder": str(folder / "shared noise"), "crash": 3}
+    jobs += [shared, shared | {"crash": None, "resume": True}]
     for name in ("completed", "interrupted"):
         job = INTERRUPTED | {"folder": str(folder / f"one, {name}")}
         go(**(job | ({"crash": 2} if name == "interrupted" else {"rounds": 2})))
@@ -206,6 +214,17 @@ def test_a_round_repeated_by_as_many_processes_is_free_and_exact(two):
     assert stopped == [(k, t, 0) for t in range(3) for k in range(5)]
     assert resumed == [(k, t, 0) for t in range(5) for k in range(5)]
     assert ledgers.verify(two / "stopped and resumed") == []
+
+
+def test_secret_noise_that_rounds_share_goes_on_in_two_processes(two):
+    folder = two / "shared noise"
+    assert charged(folder) == [(-1, t, 0) for t in range(6)], "the interrupted round is free"
+    assert ledgers.verify(folder) == []
+    header, releases = ledgers.read(folder)
+    assert not header["simulated"]
+    assert [r.combined for r in releases[1:]] == [(t,) for t in range(5)]
+    names = [line.split()[0] for line in (folder / "secret.rounds").read_text().split("\n") if line]
+    assert names == [r.binding for r in releases]
 
 
 def test_completed_rounds_go_on_in_another_number_of_processes(two, tmp_path):

@@ -175,6 +175,10 @@ def test_hostile_terms_are_refused_and_the_journal_shows_it(case, node, tmp_path
     assert "refused" not in n.join(one), "and the node goes on"
 
 
+def test_a_network_is_one_that_the_policy_names(node):
+    assert n.join(node(networks=[]))["refused"].startswith("policy: network")
+
+
 REQUESTS = {
     "raw records": ({"do": "records"}, {}),
     "no words": ({}, {}),

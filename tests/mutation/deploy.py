@@ -22,12 +22,12 @@ MUTATIONS = [
     *group(
         "fl_lightning/deploy/policy.py",
         _TERMS,
-        ("any network", "terms.network in policy.networks", "True"),
         ("any generator", "privacy.rng in policy.generators", "True"),
         ("any number of rounds", "terms.rounds <= policy.rounds", "True"),
         ("any number of local steps", "steps <= policy.local_steps", "True"),
         ("public seeds", "privacy.seed is None or policy.simulation", "True"),
     ),
+    _one("fl_lightning/deploy/policy.py", _NODE + "a_network_is_one_that_the_policy_names", "any network", "terms.network in policy.networks", "True"),
     *group(
         _RUN,
         _TERMS,
