@@ -147,6 +147,7 @@ class FederatedModule(pl.LightningModule):
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_network(network)
         self.federation: Federation | None = None  # nodes in place of simulated clients
+        self.member = False  # at a node
         self.run: Run | None = None
         self.result: RoundResult | None = None
         self.processes = Processes()
@@ -271,6 +272,7 @@ class FederatedModule(pl.LightningModule):
             self.server_scheduler,
             data,
             trainer,
+            self.member,
         )
 
     def setup(self, stage: str) -> None:

@@ -29,6 +29,7 @@ from fl_lightning.release.clients import Clients
 from fl_lightning.release.federation import agreements, write_members
 from fl_lightning.release.one_by_one import OneByOne
 from fl_lightning.release.remote import Remote, join
+from fl_lightning.release.remote_sum import RemoteSum
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
 from fl_lightning.rules import Rules
@@ -308,6 +309,8 @@ def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
         header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
         if wanted.federation is not None:
             header["nodes"] = [member.name for member in wanted.federation.members]
+        if wanted.number is not None and wanted.rules.privacy.summed:
+            header["member"] = wanted.number
         return Ledger.create(wanted.folder, header)
     ledger = Ledger.open(wanted.folder, wanted.resumed)
     facts = correlation_facts(wanted.rules, budget)
@@ -353,6 +356,8 @@ def _releases(
 
     if wanted.federation is not None:
         assert books is not None
+        if rules.privacy.summed:
+            return RemoteSum(clients(False), rules, key, books, wanted.federation, terms[0].run)
         return Remote(clients(False), rules, books, wanted.federation, terms)
     chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
     if rules.privacy.summed:

@@ -30,6 +30,8 @@ from fl_lightning.release.agreement import (
     terms_of,
     training_of,
 )
+from fl_lightning.release.sum_part import SumPart
+from fl_lightning.release.summed import Summed
 from fl_lightning.resumption import promise_of
 from fl_lightning.run import Run, begin_run
 from fl_lightning.values.message import encode
@@ -165,6 +167,8 @@ class ClientRun:
             LedgerError: the ledger cannot be written; nothing was released.
         """
         self._check_known(known)
+        if self._module.rules.privacy.summed:
+            raise Refused("request: the run has sums, whose parts are never released alone")
         run, rules = self.run, self._module.rules
         secret = rules.privacy.seed is None
         if secret:
@@ -186,6 +190,44 @@ class ClientRun:
         history = {"l1_norm": self.run.history.l1_norm[0]}
         tensors = {n: t.clone() for n, t in (policy | released | history).items()}
         self._answered = {"request": request, "tensors": tensors}
+        self._save()
+
+    @property
+    def shares(self) -> int | None:
+        """Clients whose shares of noise are the whole in a secure sum, as agreed."""
+        return self._module.rules.privacy.min_survivors
+
+    def sum_part(
+        self, params: Params, history: dict[str, Tensor], *, round: int, **sum: Any
+    ) -> SumPart:
+        """What this client adds to a secure sum; nothing is paid for yet.
+
+        Args:
+            params: global model, checked.
+            history: row of the released history, as the server has it.
+            round: round number.
+            sum: multiplier, asked and context of `SumPart`.
+
+        Raises:
+            Refused: the run has no sums, nothing is left to spend, or the history is none.
+        """
+        releases = self.run.releases
+        if not isinstance(releases, Summed):
+            raise Refused("sum: the run was agreed without sums")
+        rows = releases.books.history.rows(ME)
+        alike = sorted(rows) == sorted(history) and all(
+            v.shape == history[n].shape and v.dtype == history[n].dtype for n, v in rows.items()
+        )
+        if not alike or not all(bool((v.isfinite() & (v >= 0)).all()) for v in history.values()):
+            raise Refused("sum: the history is not of this network and these rules")
+        releases.books.history.restore(ME, history)
+        try:
+            return SumPart(releases, params, round=round, **sum)
+        except ValueError as error:  # of public numbers alone
+            raise Refused(f"spent: {error}") from error
+
+    def keep(self) -> None:
+        """Make the state durable after a line was written."""
         self._save()
 
     def _save(self) -> None:
@@ -266,6 +308,7 @@ def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule
             loss=holding.loss,
             run_dir=str(folder),
         )
+        module.member = True
         check_deployable(module.rules)
     except Refused:
         raise

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ from fl_lightning.ledger import FILE_NAME, LedgerError
 from fl_lightning.release.agreement import PROTOCOL, parse_agreement
 from fl_lightning.release.remote import NOT_JOINED
 from fl_lightning.values.message import decode, encode
+
+if TYPE_CHECKING:
+    from fl_lightning.deploy.secure_sum.node import SumActions
+    from fl_lightning.deploy.secure_sum.terms import SumTerms
 
 _LOG = logging.getLogger("fl_lightning.deploy")
 NAME_FILE, RUNS = "name", "runs"
@@ -49,7 +53,8 @@ class Node:
         self._folder = folder
         self._number = number
         self._journal = Journal(folder)
-        self.name = _name(folder)
+        self._sums = self._secure_sums()
+        self.name = self._sums.name if self._sums else _name(folder)
         self._open: dict[str, ClientRun] = {}
         self._stopped = ""
 
@@ -80,6 +85,8 @@ class Node:
             return encode(self._join(head))
         if what == "release":
             return self._release(head, dict(tensors))
+        if what.startswith("sum-") and self._sums is not None:
+            return self._sums.answer(what, head, tensors)
         if what == "end":
             for run in self._open.values():
                 run.write_statement()
@@ -127,6 +134,24 @@ class Node:
             raise Refused("request: context must be a short text")
         params = run.checked_params(tensors)
         return run.release(params, round, context, known)
+
+    def _secure_sums(self) -> SumActions | None:
+        """The actions of secure sums, where the holder allows any."""
+        policy = self._holding.policy.secure_sum
+        if policy is None:
+            return None
+        from fl_lightning.deploy.secure_sum.federated import RunContribution
+        from fl_lightning.deploy.secure_sum.keys import Identity
+        from fl_lightning.deploy.secure_sum.node import IDENTITY_FILE, SumActions
+
+        def contribute(terms: SumTerms, words: Mapping[str, Any], tensors: Mapping[str, Tensor]):
+            run = self._run_of({"run": terms.run})
+            if run.releases == 0 and self._spent_runs() >= self._holding.policy.runs:
+                raise Refused("spent: the holder's runs have begun; this would be another one")
+            return RunContribution(run, terms, words, tensors)
+
+        identity = Identity.kept_in(self._folder / IDENTITY_FILE)
+        return SumActions(identity, policy, self._folder, contribute)
 
     def _run_of(self, head: Mapping[str, Any]) -> ClientRun:
         name = head.get("run")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fl_lightning.deploy.secure_sum.policy import SumPolicy
 from fl_lightning.local.rules import LocalTraining
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.release.agreement import Agreement
@@ -32,12 +33,13 @@ class Policy:
         networks: digests of what may be trained; `python -m fl_lightning.deploy digest` prints that
             of the node's own network.
         settings: what may be protected: one record of the holder (`record+local`), or all of its
-            records together (`client+local`).
+            records together (`client+local`, or `client+secure_sum` with others' noise).
         generators: generators of noise that may be asked for.
         announce_records: whether the server learns how many records there are.
         answer_seconds: an answer leaves no earlier than so many seconds after its request, so that
             its time does not show how much there was to compute.
         simulation: whether a public seed may be asked for, which protects nobody: for trials.
+        secure_sum: with whom the node takes part in secure sums; None: in none.
 
     Raises:
         ValueError: a value out of range.
@@ -49,7 +51,7 @@ class Policy:
     rounds: int = 100
     local_steps: int = 100
     networks: list[str] = field(default_factory=list)
-    settings: list[Literal["record+local", "client+local"]] = field(
+    settings: list[Literal["record+local", "client+local", "client+secure_sum"]] = field(
         default_factory=lambda: ["record+local"]
     )
     generators: list[Literal["chacha20", "chacha8", "philox10"]] = field(
@@ -58,6 +60,7 @@ class Policy:
     announce_records: bool = True
     answer_seconds: float = 0.0
     simulation: bool = False
+    secure_sum: SumPolicy | None = None
 
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):

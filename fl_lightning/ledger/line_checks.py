@@ -102,7 +102,11 @@ def _calibrated(header: Mapping[str, Any]) -> Callable[[Release], Iterator[str]]
         return len(ids), float(z.min()), float(weight.max())
 
     def check(release: Release) -> Iterator[str]:
-        if release.is_sum:
+        if release.is_sum and header.get("member") is not None:
+            # At a node: z and largest weight are of clients that its header does not know. What it
+            # is charged follows from them by the formulas that weighted it.
+            z = release.noise_multiplier
+        elif release.is_sum:
             count, z, largest = cohort(release.clients)
             if release.largest_weight != largest:
                 yield f"largest_weight is {release.largest_weight}, by the header it is {largest}"

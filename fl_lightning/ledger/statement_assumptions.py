@@ -49,7 +49,7 @@ def assumptions(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
         lines.append(
             f"- Secure aggregation: only sums are seen, and at least {header['min_survivors']} "
             "clients of every round are honest and stay; their shares alone are the whole noise. "
-            "Here the protocol itself is simulated."
+            + _protocol(header)
         )
     if header["setting"] in SUMMED:
         lines.append("- Which clients fail in a round does not depend on their data.")
@@ -65,6 +65,17 @@ def assumptions(header: Mapping[str, Any], releases: Sequence[Release]) -> str:
             "scales; its cut tails are charged."
         )
     return "\n".join(["## Assumptions", "", *(line for line in lines if line)])
+
+
+def _protocol(header: Mapping[str, Any]) -> str:
+    """What shows sums only."""
+    if header.get("nodes") is None and header.get("member") is None:
+        return "Here the protocol itself is simulated."
+    return (
+        "The nodes mask what they send (docs/secure_sum.md). That holds if the identities that "
+        "holders list are those of different organisations, and no more of them than every holder "
+        "fears work with the server."
+    )
 
 
 def _arithmetic(header: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ def check_run(proposed: ProposedRun) -> bool:
     _check_transform(proposed)
     finish_network(proposed.network, data.x[0].to(input_dtype(proposed.network, data.x)))
     _check_privacy(proposed, sizes)
-    _check_survivors(rules, k)
+    if not proposed.member:
+        _check_survivors(rules, k)
     trainer.precision_plugin.convert_module(proposed.module)
     proposed.module.to(trainer.strategy.root_device)
     return dry_round(proposed)

@@ -27,6 +27,7 @@ class ProposedRun:
         server_optimizer, server_scheduler: what makes the server's optimizer and its schedule.
         data: records and who holds them.
         trainer: of the run.
+        member: whether its one client is a node, which adds to sums with others.
     """
 
     rules: Rules
@@ -37,6 +38,7 @@ class ProposedRun:
     server_scheduler: Callable[[Any], Any] | None
     data: FederatedDataModule
     trainer: pl.Trainer
+    member: bool = False
 
     @property
     def layout(self) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -190,7 +190,7 @@ class NoisedSum:
         Returns:
             One row [1, ...]: the mean update.
         """
-        policy, history = self.policy, self.history
+        policy = self.policy
         values = [*self.total, self.votes] if self.processes.size == 1 else self.parts
         hidden = [*values, policy.noise_scale, divisor]
         if self.shared is None:
@@ -198,6 +198,54 @@ class NoisedSum:
         else:
             key = self.key = self.shared.own(hidden)
         sums, votes, count = self._with_noise(key)
+        update = self.released(sums, votes, divisor=divisor, expected_votes=expected_votes)
+        return replace(
+            update,
+            sim_only={
+                "clipped_fraction": (self.clipped / max(1, count))[None],
+                "nonfinite": self.nonfinite.amax()[None],
+            },
+        )
+
+    def blocks(self) -> list[tuple[int, float, float]]:
+        """What `with_shares` is on, public: numbers, bound before noise, scale of the whole noise.
+
+        One block for each parameter, and one for the votes where there are any.
+        """
+        policy, layout = self.policy, self.layout
+        bounds = [v[0].tolist() for v in (policy.clip_norm, policy.noise_scale)]
+        found = [
+            (math.prod(shape), bounds[0][layer], bounds[1][layer])
+            for shape, layer in zip(layout.shapes, layout.layer_of, strict=True)
+        ]
+        if policy.vote_noise_scale is not None:
+            # A vote is 1/2 or -1/2.
+            found.append((layout.num_layers, 0.5, float(policy.vote_noise_scale[0])))
+        return found
+
+    def with_shares(self) -> tuple[list[Tensor], Tensor]:
+        """The clients that were added with their shares of the noise; private, to be masked.
+
+        Returns:
+            Sums by parameter and votes [L], float64: what goes into a secure sum.
+        """
+        assert self.survivors is not None
+        key = binding.step_key(self.key, 0, [*self.total, self.votes, self.policy.noise_scale])
+        self.total = self._noised(key)
+        self._noise_votes(key)
+        return self.total, self.votes
+
+    def released(
+        self, sums: Sequence[Tensor], votes: Tensor, *, divisor: float, expected_votes: float
+    ) -> PrivateUpdate:
+        """A noised sum that anybody may see: the mean update, and the history moves forward.
+
+        Args:
+            sums: by parameter, float64.
+            votes: [1, L], not read where there are none.
+            divisor, expected_votes: as in `release`.
+        """
+        policy, history = self.policy, self.history
         released = {
             name: (value / divisor)[None].to(dtype)
             for name, value, dtype in zip(self.layout.names, sums, self.dtypes, strict=True)
@@ -216,10 +264,6 @@ class NoisedSum:
             events=[],
             steps=1,
             policy=policy,
-            sim_only={
-                "clipped_fraction": (self.clipped / max(1, count))[None],
-                "nonfinite": self.nonfinite.amax()[None],
-            },
         )
 
     def _with_noise(self, key: NoiseKey) -> tuple[list[Tensor], Tensor, int]:

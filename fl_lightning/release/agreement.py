@@ -84,10 +84,12 @@ def check_deployable(rules: Rules) -> None:
         ValueError: naming the option and its value.
     """
     privacy = rules.privacy
-    if privacy.setting not in ("record+local", "client+local"):
+    if privacy.setting == "client+secure_sum":
+        _check_secure(privacy)
+    elif privacy.setting not in ("record+local", "client+local"):
         raise ValueError(
-            f"setting={privacy.setting!r}: nodes noise for themselves, under record+local or "
-            "client+local; other settings are simulated only"
+            f"setting={privacy.setting!r}: nodes noise for themselves, under record+local, "
+            "client+local or client+secure_sum; other settings are simulated only"
         )
     if privacy.comparator != Comparator():
         raise ValueError("comparator: rules of published methods are simulated only")
@@ -100,6 +102,19 @@ def check_deployable(rules: Rules) -> None:
         raise ValueError(
             f"dropout={rules.faults.dropout}, deadline={rules.faults.deadline}: with nodes nothing "
             "fails by chance; leave 0 and null, and give the nodes a timeout"
+        )
+
+
+def _check_secure(privacy: PrivacyConfig) -> None:
+    """Whether nodes can add shares of the noise to a secure sum."""
+    if privacy.mechanism != "gaussian":
+        raise ValueError(
+            f"mechanism={privacy.mechanism!r} with setting='client+secure_sum': what nodes send is "
+            "rounded, and only for Gaussian shares that is shown to cost nothing"
+        )
+    if privacy.min_survivors is None:
+        raise ValueError(
+            "min_survivors=null: nodes need the number whose shares are to be the whole noise"
         )
 
 

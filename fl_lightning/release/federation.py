@@ -41,16 +41,62 @@ class Member:
 
 
 @dataclass(frozen=True)
+class SumProposal:
+    """A sum that the server wants of some nodes. Public.
+
+    Args:
+        run: public name of the run.
+        round: round number.
+        clients: ids of those asked.
+        shares: clients whose shares of the noise are the whole.
+        multiplier: noise multiplier for a client of weight 1.
+        asked: weight of each client over the largest, before its ε lowers it.
+        blocks: (numbers, bound before noise, scale of the whole noise), see `NoisedSum.blocks`.
+        context: what noise of a public seed is bound to.
+        params: global model.
+        history: row of the released history that clip norms and shares follow from.
+    """
+
+    run: str
+    round: int
+    clients: Sequence[int]
+    shares: int
+    multiplier: float
+    asked: Sequence[float]
+    blocks: Sequence[tuple[int, float, float]]
+    context: str
+    params: Mapping[str, Tensor]
+    history: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SumOutcome:
+    """What came of it.
+
+    Args:
+        sums: float64, one tensor of numbers a block; None: the sum was given up.
+        survivors: ids of the clients in it.
+        charged: ids of those that may have charged it, whatever came of it.
+    """
+
+    sums: Sequence[Tensor] | None
+    survivors: Sequence[int]
+    charged: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Federation:
     """Nodes by client number, and what carries messages to them.
 
     Args:
         members: client k is the node `members[k]`.
         ask: messages by client → answers of those that answered in time.
+        sum: the protocol by which nodes add up what nobody may see; None: there is none.
     """
 
     members: Sequence[Member]
     ask: Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
+    sum: Callable[[SumProposal], SumOutcome] | None = None
 
     def end(self) -> None:
         """Tell the nodes that the run has ended, so that each writes its statement."""

@@ -28,7 +28,7 @@ from fl_lightning.rules import Rules
 from fl_lightning.server.aggregate import WeightedMean
 from fl_lightning.values.client_set import encode
 from fl_lightning.values.release import ALL_CLIENTS, Release
-from fl_lightning.values.round import Params, PrivateUpdate
+from fl_lightning.values.round import LayerPolicy, Params, PrivateUpdate
 
 _LOG = logging.getLogger("pytorch_lightning")
 _ROW = torch.zeros(1, dtype=torch.int64)  # the cohort has one released history
@@ -150,7 +150,11 @@ class Summed:
             inputs += [digests.digest(map(repr, earlier))] if earlier else []
             key = binding.round_key(self.key, context, round, redraw, *inputs)
             update, key = self._draw(candidates, params, key, round)
-            return Draw(update, [self._line(update, candidates, weights, z, round, key)])
+            assert update.policy is not None
+            sent = [value[0] for value in update.update.values()]
+            digest = digests.digest([*sent, self.books.history.l1_norm[0]])
+            line = self.line(update.policy, digest, candidates, weights, z=z, round=round, key=key)
+            return Draw(update, [line])
 
         update = claim(self.books, _ROW, draw)
         if len(update.clients):
@@ -218,33 +222,45 @@ class Summed:
         )
         return update, key if total.shared is None else total.key
 
-    def _line(
+    def line(
         self,
-        update: PrivateUpdate,
-        candidates: Tensor,
+        policy: LayerPolicy,
+        digest: str,
+        clients: Tensor,
         weights: Tensor,
+        *,
         z: float,
         round: int,
         key: NoiseKey,
+        largest: float | None = None,
     ) -> Release:
-        """The sum's line; what is a client's own follows from it and the header (see `sums`)."""
-        assert update.policy is not None
+        """The sum's line; what is a client's own follows from it and the header (see `sums`).
+
+        Args:
+            policy: one row.
+            digest: of what is seen.
+            clients: ids that it is charged to [k].
+            weights: theirs [k].
+            z: noise multiplier for a client of weight 1.
+            round: round number.
+            key: of coins and noise.
+            largest: the largest weight asked for in the sum; None: that of `clients`.
+        """
         privacy, budget, asked = self.rules.privacy, self.books.budget, self.sum_rules
-        ids = candidates.numpy()
+        ids = clients.numpy()
         event = noise_event(privacy, z, 1.0 if asked.rate is None else asked.rate)
         own = event_multiplier(weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes)
         plan = budget.plan
         if plan is not None:
             own = own / torch.from_numpy(plan.sizes_of_one.largest[ids])
-        sent = [value[0] for value in update.update.values()]
-        return line_writer(self.books, privacy, update.policy, key, round, 1)(
+        return line_writer(self.books, privacy, policy, key, round, 1)(
             0,
             client=ALL_CLIENTS,
             event=event,
             extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.sampler_cost_at),
             first_step=len(self.books.ledger),
-            digest=digests.digest([*sent, self.books.history.l1_norm[0]]),
-            largest_weight=float(asked.weights[candidates].max()),
+            digest=digest,
+            largest_weight=largest or float(asked.weights[clients].max()),
             clients=None if len(ids) == len(asked.weights) else encode(ids),
             spent=spent_digest(budget.spent),
             combined=None if plan is None else tuple(r for r, _, _ in self._earlier(round)),

@@ -21,7 +21,8 @@ from fl_lightning.deploy.secure_sum.begun import Begun
 from fl_lightning.deploy.secure_sum.grid import LARGEST_DRAW, Block, Grid
 from fl_lightning.deploy.secure_sum.keys import Identity, RoundKeys, agree, seal, signed_by, unseal
 from fl_lightning.deploy.secure_sum.masks import _AT_ONCE, add_mask
-from fl_lightning.deploy.secure_sum.terms import SumPolicy, check_terms, head_of, parse_terms
+from fl_lightning.deploy.secure_sum.policy import SumPolicy
+from fl_lightning.deploy.secure_sum.terms import check_terms, head_of, parse_terms
 from fl_lightning.values.message import decode, encode
 from tests.fl_lightning.secure_sums import IDENTITIES, terms_of
 

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fl_lightning.deploy.policy import Refused
 from fl_lightning.deploy.secure_sum.messages import number_bytes, view_digest
 from fl_lightning.deploy.secure_sum.node import SumNode
+from fl_lightning.deploy.secure_sum.policy import SumPolicy
 from fl_lightning.deploy.secure_sum.server import GivenUp, SumServer
-from fl_lightning.deploy.secure_sum.terms import SumPolicy, head_of
+from fl_lightning.deploy.secure_sum.terms import head_of
 from fl_lightning.ledger import LedgerError
 from fl_lightning.values.message import decode, encode
 from tests.fl_lightning.secure_sums import IDENTITIES, STAGES, Members, Numbers, terms_of, up_to

@@ -14,14 +14,15 @@ from fl_lightning.deploy.policy import Refused
 from fl_lightning.deploy.secure_sum.begun import Begun
 from fl_lightning.deploy.secure_sum.client import Contribution, SumClient
 from fl_lightning.deploy.secure_sum.keys import Identity
-from fl_lightning.deploy.secure_sum.terms import SumPolicy, SumTerms, check_terms, parse_terms
+from fl_lightning.deploy.secure_sum.policy import SumPolicy
+from fl_lightning.deploy.secure_sum.terms import SumTerms, check_terms, parse_terms
 from fl_lightning.ledger import LedgerError
 from fl_lightning.values.message import decode, encode
 
 _LOG = logging.getLogger("fl_lightning.deploy")
 IDENTITY_FILE = "identity.key"
-# (terms, tensors that came with them) → what the node adds; refuses what it cannot take part in.
-Contribute = Callable[[SumTerms, Mapping[str, Tensor]], Contribution]
+# (terms, words and tensors that came with them) → what the node adds; refuses what it cannot.
+Contribute = Callable[[SumTerms, Mapping[str, Any], Mapping[str, Tensor]], Contribution]
 
 
 class SumActions:
@@ -42,6 +43,11 @@ class SumActions:
         self._contribute = contribute
         self._begun = Begun(folder, policy.runs)
         self._now: SumClient | None = None
+
+    @property
+    def name(self) -> str:
+        """Public name of the node's identity, 64 hex digits."""
+        return self._identity.name
 
     def answer(
         self, do: str, head: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
@@ -74,7 +80,7 @@ class SumActions:
         except ValueError as error:
             raise Refused(str(error)) from error
         number = check_terms(terms, self._policy, self._identity.name)
-        contribution = self._contribute(terms, tensors)
+        contribution = self._contribute(terms, head, tensors)
         self._begun.begin(terms.run, terms.round)
         self._now = SumClient(self._identity, number, terms, contribution)
         return self._now.advertise()

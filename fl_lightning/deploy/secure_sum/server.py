@@ -43,13 +43,22 @@ class SumServer:
 
     Args:
         terms: of the sum.
+        words, tensors: what else the members need, sent with the terms to each; by member.
     """
 
-    def __init__(self, terms: SumTerms) -> None:
+    def __init__(
+        self,
+        terms: SumTerms,
+        words: Callable[[int], Mapping[str, Any]] = lambda member: {},
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.terms = terms
+        self._words = words
+        self._tensors = tensors
         self.survivors: list[int] = []
         self._keys: KeyList = {}
         self._sharers: list[int] = []
+        self._asked = False
         self._total = torch.zeros(terms.grid.size, dtype=torch.int64)
 
     def run(self, ask: Ask) -> Tensor:
@@ -63,10 +72,16 @@ class SumServer:
             requests = stage(ask(requests))
         return self.total(ask(requests))
 
+    @property
+    def charged(self) -> list[int]:
+        """Members that may have charged the sum: they were asked for masked numbers."""
+        return list(self._sharers) if self._asked else []
+
     def begin(self) -> dict[int, bytes]:
         """The terms, for every member."""
-        request = encode({"do": "sum-terms", "terms": head_of(self.terms)})
-        return dict.fromkeys(range(len(self.terms.members)), request)
+        head = {"do": "sum-terms", "terms": head_of(self.terms)}
+        members = range(len(self.terms.members))
+        return {k: encode({**head, **self._words(k)}, self._tensors) for k in members}
 
     def keys(self, answers: Mapping[int, bytes]) -> dict[int, bytes]:
         """Keys of the members, handed on to all of them."""
@@ -97,6 +112,7 @@ class SumServer:
 
         self._take(answers, self._keys, shares_of)
         self._enough(self._sharers, "shared their secrets")
+        self._asked = True
         head = {"do": "sum-shares", **self._name()}
         return {k: encode({**head, "sealed": sealed[k]}) for k in self._sharers}
 

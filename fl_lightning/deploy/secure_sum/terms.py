@@ -12,6 +12,7 @@ from fl_lightning.deploy.policy import Refused
 from fl_lightning.deploy.secure_sum.grid import Block, Grid
 from fl_lightning.deploy.secure_sum.keys import digest
 from fl_lightning.deploy.secure_sum.masks import MOST_NUMBERS
+from fl_lightning.deploy.secure_sum.policy import HEX, SumPolicy
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SumTerms:
 
     def __post_init__(self) -> None:
         for name in (self.run, self.context, *self.members):
-            if not (isinstance(name, str) and len(name) == 64 and set(name) <= _HEX):
+            if not (isinstance(name, str) and len(name) == 64 and set(name) <= HEX):
                 raise ValueError("terms: run, context and members must be 64 hex digits")
         for name, least in (("round", 0), ("shares", 1), ("corrupt", 0)):
             value = getattr(self, name)
@@ -79,9 +80,6 @@ class SumTerms:
         return digest(b"terms", text.encode())
 
 
-_HEX = frozenset("0123456789abcdef")
-
-
 def head_of(terms: SumTerms) -> dict[str, Any]:
     """The terms as a message holds them."""
     return asdict(terms)
@@ -111,35 +109,6 @@ def parse_terms(found: Any) -> SumTerms:
 
 def _number(value: Any) -> bool:
     return type(value) in (int, float)
-
-
-@dataclass(frozen=True)
-class SumPolicy:
-    """What a holder insists on in every secure sum; no message widens it.
-
-    Args:
-        identities: names of the nodes that the holder knows to be different organisations: whoever
-            can add names to this list can be most of a sum alone.
-        corrupt: how many of them may work with the server; terms must allow for as many.
-        least: fewest clients in a sum, whatever the noise needs.
-        runs: runs that may begin a sum, ever, at least 1.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    identities: list[str]
-    corrupt: int
-    least: int = 2
-    runs: int = 1
-
-    def __post_init__(self) -> None:
-        for name in self.identities:
-            if not (len(name) == 64 and set(name) <= _HEX):
-                raise ValueError(f"policy: identities has {name!r}, not 64 hex digits")
-        for name, least in (("corrupt", 0), ("least", 2), ("runs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"policy: {name}={getattr(self, name)} must be at least {least}")
 
 
 def check_terms(terms: SumTerms, policy: SumPolicy, name: str) -> int:
