@@ -71,6 +71,7 @@ class FederatedModule(pl.LightningModule):
             sampling); only if local_steps is null.
         client_lr: learning rate of local SGD.
         client_momentum: momentum of local SGD, in [0, 1).
+        client_proximal: μ of FedProx: local steps are drawn back to the global model, at least 0.
         server_optimizer: torch.optim class applied to the mean update as if it were a gradient;
             SGD with lr 1 is FedAvg, with momentum FedAvgM, Adam FedAdam.
         server_scheduler: torch.optim.lr_scheduler class stepped once a round, or null.
@@ -95,6 +96,11 @@ class FederatedModule(pl.LightningModule):
         ValueError: for values out of range, here or, where they need the data, before round 0.
     """
 
+    federation: Federation | None = None  # nodes in place of simulated clients
+    member = False  # at a node
+    run: Run | None = None
+    result: RoundResult | None = None
+
     def __init__(
         self,
         network: nn.Module,
@@ -107,6 +113,7 @@ class FederatedModule(pl.LightningModule):
         local_epochs: int = 1,
         client_lr: float = 0.1,
         client_momentum: float = 0.0,
+        client_proximal: float = 0.0,
         server_optimizer: OptimizerCallable = server_sgd,
         server_scheduler: LRSchedulerCallable | None = None,
         weighting: Literal["records", "uniform", "precision"] = "records",
@@ -132,6 +139,7 @@ class FederatedModule(pl.LightningModule):
             local_epochs=local_epochs,
             client_lr=client_lr,
             client_momentum=client_momentum,
+            client_proximal=client_proximal,
             weighting=weighting,
             denoise=denoise,
             planned_rounds=planned_rounds,
@@ -146,10 +154,6 @@ class FederatedModule(pl.LightningModule):
         self.run_dir = run_dir
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_network(network)
-        self.federation: Federation | None = None  # nodes in place of simulated clients
-        self.member = False  # at a node
-        self.run: Run | None = None
-        self.result: RoundResult | None = None
         self.processes = Processes()
         self._resumed: dict[str, Any] | None = None
         self._checked: tuple[pl.Trainer, bool] | None = None  # and whether clients can be vmapped

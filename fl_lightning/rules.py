@@ -20,8 +20,8 @@ class Rules:
     Args:
         privacy: what is promised to whom.
         clients_per_round, sampling_rate, batch_size, local_steps, local_epochs, client_lr,
-            client_momentum, weighting, denoise, planned_rounds, execution, memory_budget, seed: as
-            in `FederatedModule`.
+            client_momentum, client_proximal, weighting, denoise, planned_rounds, execution,
+            memory_budget, seed: as in `FederatedModule`.
         faults: how often clients fail or come late.
 
     Raises:
@@ -36,6 +36,7 @@ class Rules:
     local_epochs: int = 1
     client_lr: float = 0.1
     client_momentum: float = 0.0
+    client_proximal: float = 0.0
     weighting: str = "records"
     denoise: bool = False
     planned_rounds: int | None = None
@@ -60,6 +61,7 @@ class Rules:
             local_steps=self.local_steps,
             local_epochs=self.local_epochs,
             seed=self.seed,
+            proximal=self.client_proximal,
         )
 
     @property
@@ -107,6 +109,8 @@ def _check_batches(rules: Rules) -> None:
 def _check_ranges(rules: Rules) -> None:
     if not 0 <= rules.client_momentum < 1:
         raise ValueError(f"client_momentum={rules.client_momentum} must be in [0, 1)")
+    if not 0 <= rules.client_proximal < float("inf"):
+        raise ValueError(f"client_proximal={rules.client_proximal} must be at least 0 and finite")
     for name in ("batch_size", "local_steps", "clients_per_round", "planned_rounds"):
         value = getattr(rules, name)
         if value is not None and value < 1:

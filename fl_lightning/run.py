@@ -21,6 +21,7 @@ from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
 from fl_lightning.local.batches import input_dtype
 from fl_lightning.local.execution import bytes_per_example, faster_execution
+from fl_lightning.local.rules import named_rules
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.named_options import named_options
 from fl_lightning.release.agreement import Agreement, network_digest
@@ -84,7 +85,7 @@ class Run:
             wanted.network,
             wanted.loss,
             data=wanted.data.digest(),
-            rules=(named_options(wanted.rules.privacy), clients.training),
+            rules=(named_options(wanted.rules.privacy), named_rules(clients.training)),
             execution=(str(clients.device), int(clients.vectorize), self.max_examples),
             cohort=cohort,
             processes=self.process_counts,

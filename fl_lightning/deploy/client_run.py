@@ -301,6 +301,7 @@ def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule
             local_epochs=training.local_epochs,
             client_lr=training.lr,
             client_momentum=training.momentum,
+            client_proximal=training.proximal,
             planned_rounds=terms.rounds,
             execution="loop",
             memory_budget=holding.memory_budget,

@@ -24,7 +24,7 @@ def round_context(
     loss: object,
     *,
     data: str,
-    rules: tuple[object, ...],
+    rules: tuple[str, ...],
     execution: tuple[str | int, ...],
     cohort: Tensor,
     processes: Sequence[int],
@@ -36,7 +36,7 @@ def round_context(
         network: its structure, source and untrained tensors count; trained ones are not read.
         loss: function or module.
         data: digest of records and partition, private.
-        rules: of privacy, by name, and of local training, a frozen dataclass.
+        rules: of privacy and of local training, by name.
         execution: how clients are computed together.
         cohort: ids of the clients that take part.
         processes: how many the run began with, then how many it went on with wherever that
@@ -50,7 +50,7 @@ def round_context(
     return digests.digest(
         [
             data,
-            *map(str, rules),
+            *rules,
             describe(network),
             describe(loss),
             *([*digests.platform_facts(), *execution, digests.source_digest()] if bits else []),

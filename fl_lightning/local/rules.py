@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains; see `FederatedModule` for the meaning of each rule.
-
-    Its repr is part of what noise is bound to: other fields give other noise.
-    """
+    """How a client trains; see `FederatedModule` for the meaning of each rule."""
 
     lr: float
     momentum: float
@@ -19,6 +16,7 @@ class LocalTraining:
     local_steps: int | None
     local_epochs: int
     seed: int
+    proximal: float = field(default=0.0, repr=False)
 
     @property
     def noised_steps(self) -> int:
@@ -27,3 +25,9 @@ class LocalTraining:
             return self.local_steps
         assert self.sampling_rate is not None
         return self.local_epochs * max(1, round(1 / self.sampling_rate))
+
+
+def named_rules(training: LocalTraining) -> str:
+    """Every rule that noise is bound to; later ones only where they are used, so that it stays."""
+    later = f", proximal={training.proximal!r}" if training.proximal else ""
+    return f"{training!r}{later}"

@@ -20,6 +20,7 @@ def train_cohort(
     *,
     lr: float,
     momentum: float = 0.0,
+    proximal: float = 0.0,
 ) -> Params:
     """Local SGD of k clients from one global model.
 
@@ -29,6 +30,9 @@ def train_cohort(
         gradient: hook (step, params, shared, batch) → descent direction, each [k, ...].
         lr: client learning rate.
         momentum: heavy-ball momentum, 0 for none.
+        proximal: μ of FedProx (Li et al., 2020): each step is drawn back to the global model, as if
+            μ/2·‖w − w₀‖² were part of the loss. Beside a noised gradient it needs no noise of its
+            own: w is public there.
 
     Returns:
         client updates: local minus global parameters, each [k, ...].
@@ -48,6 +52,11 @@ def train_cohort(
                 "network: applying it changes its parameters in place, which nothing clips or "
                 "noises; leave out what does (max_norm of embeddings, for instance)"
             )
+        if proximal and not shared:
+            # In the first step there is nothing to draw back from.
+            direction = {
+                n: g + proximal * (params[n] - global_params[n]) for n, g in direction.items()
+            }
         if momentum:
             if velocity is None:
                 velocity = direction

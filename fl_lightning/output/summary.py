@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from fl_lightning import plots
 from fl_lightning.ledger.client_reports import report_clients, shared_noise, show_number
 from fl_lightning.ledger.risks import risk_figures, run_risks
+from fl_lightning.privacy.allocation import division_ratio
 from fl_lightning.privacy.simulated import simulated_because
 
 if TYPE_CHECKING:
@@ -66,9 +67,18 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "noise": shared_noise(facts),
         "thresholds": privacy.resolved_thresholds if privacy.private else None,
         "allocation": privacy.resolved_allocation if privacy.private else None,
+        "division_ratio": _division_ratio(pl_module),
         "seconds": seconds,
         "versions": _versions(),
     }
+
+
+def _division_ratio(pl_module: Any) -> float | None:
+    """Median over the clients of `division_ratio`, from released history; None of raw history."""
+    if pl_module.run is None or not pl_module.privacy.guarantee:
+        return None
+    history = pl_module.run.history
+    return float(division_ratio(history.l1_norm, history.dims).median())
 
 
 def _nodes(pl_module: Any) -> dict[str, Any]:
@@ -105,6 +115,7 @@ def final_table(summary: dict[str, Any]) -> Table:
         spread = " / ".join(_show(summary[f"epsilon_{n}"]) for n in ("min", "median", "max"))
         table.add_row("ε by client, min / median / max", spread)
         table.add_row("δ (largest)", _show(summary["delta_max"]))
+        table.add_row("layers against flat, noise energy", _show(summary["division_ratio"]))
         table.add_row("advantage of an attack, at most", _show(summary["attack_advantage_max"]))
         names = ("unit", "trust", "adjacency", "mechanism", "thresholds", "allocation")
         names += ("noise",) if summary.get("noise") else ()

@@ -58,7 +58,8 @@ class PrivacyConfig:
             direction of each gradient, and shortens fewer (fl_lightning/privacy/one_factor.py).
         history: Number of released updates that ``released`` looks back on.
         allocation: How the budget is divided over the layers: ``uniform``, ``abstract``,
-            ``mse`` or ``contribution``. ``default``: contribution, or abstract under abstract.
+            ``mse``, ``contribution`` or ``snr`` (equal signal-to-noise, from released history).
+            ``default``: contribution, or abstract under abstract.
         share_floor: Part α of the budget that is divided evenly, in (0, 1].
         cohort_sampling: Who takes part in a round. ``fixed``: a public, balanced schedule.
             ``poisson``: every client by itself with probability clients_per_round over the number
@@ -326,5 +327,7 @@ def _check_thresholds(config: PrivacyConfig) -> None:
             raise ValueError("clip_norm=inf needs noise_multiplier=0: the noise would be infinite")
         if rule != "fixed":
             raise ValueError(f"clip_norm=inf needs thresholds='fixed', not '{rule}'")
-        if config.resolved_allocation == "mse":
-            raise ValueError("clip_norm=inf cannot be used with allocation='mse'")
+        if config.resolved_allocation in ("mse", "snr"):
+            raise ValueError(
+                f"clip_norm=inf cannot be used with allocation={config.resolved_allocation!r}"
+            )

@@ -8,7 +8,7 @@ Setting = Literal[
     "record+local", "client+local", "client+aggregator", "client+secure_sum", "abstract", "none"
 ]
 Thresholds = Literal["default", "quantile", "released", "fixed", "raw"]
-Allocation = Literal["default", "uniform", "abstract", "mse", "contribution"]
+Allocation = Literal["default", "uniform", "abstract", "mse", "contribution", "snr"]
 
 UNIT_OF = {
     "record+local": "record",

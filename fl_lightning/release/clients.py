@@ -125,6 +125,7 @@ class Clients:
                 hook or plain_gradient(self.plain),
                 lr=self.training.lr,
                 momentum=self.training.momentum,
+                proximal=self.training.proximal,
             )
 
     def rehearse(self, params: Params, policy: LayerPolicy | None, examples: int = 1024) -> None:

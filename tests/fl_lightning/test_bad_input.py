@@ -206,6 +206,7 @@ BAD_OPTIONS = [
     ({"client_lr": 0.0}, r"client_lr=0\.0"),
     ({"client_lr": NAN}, "client_lr=nan"),
     ({"client_momentum": 1.0}, r"client_momentum=1\.0"),
+    ({"client_proximal": -0.1}, r"client_proximal=-0\.1"),
     ({"clients_per_round": 0}, "clients_per_round=0"),
     ({"clients_per_round": 4}, "clients_per_round=4 is more than num_clients=3"),
     ({"planned_rounds": 0}, "planned_rounds=0"),

@@ -32,6 +32,9 @@ K, M, L = 5, 3, 2
 class Rounds(pl.LightningModule):
     """Stands in for FederatedModule: results are functions of the round and of `shift`."""
 
+    federation: Any = None
+    run: Any = None
+
     def __init__(self, path: Path, privacy: PrivacyConfig | None = None, shift: float = 0.0):
         super().__init__()
         self.automatic_optimization = False

@@ -176,8 +176,8 @@ def test_a_parameter_without_use_has_a_zero_gradient(vectorize):
     assert grads["used.weight"].any()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_local_training_equals_torch_sgd_and_idle_clients_stay(momentum):
+@pytest.mark.parametrize(("momentum", "proximal"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.7), (0.9, 0.7)])
+def test_local_training_equals_torch_sgd_and_idle_clients_stay(momentum, proximal):
     torch.manual_seed(1)
     network = MLP(hidden=(6,))
     x, y = records(30)
@@ -190,7 +190,7 @@ def test_local_training_equals_torch_sgd_and_idle_clients_stay(momentum):
     )
     start = params_of(network)
     hook = plain_gradient(CohortGradient(network, cross_entropy, vectorize=True))
-    got = train_cohort(start, batches, hook, lr=lr, momentum=momentum)
+    got = train_cohort(start, batches, hook, lr=lr, momentum=momentum, proximal=proximal)
     for k, offset in enumerate(starts):
         local = MLP(hidden=(6,))
         local.load_state_dict(start)
@@ -199,7 +199,9 @@ def test_local_training_equals_torch_sgd_and_idle_clients_stay(momentum):
             if len(step[k]):
                 rows = offset + step[k]
                 optimizer.zero_grad()
-                cross_entropy(local(x[rows]), y[rows]).mean().backward()
+                loss = cross_entropy(local(x[rows]), y[rows]).mean()
+                away = sum((p - start[n]).square().sum() for n, p in local.named_parameters())
+                (loss + proximal / 2 * away).backward()
                 optimizer.step()
         for name, value in local.named_parameters():
             torch.testing.assert_close(

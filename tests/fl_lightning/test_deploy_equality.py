@@ -8,6 +8,7 @@ import torch
 from fl_lightning.ledger import read, report, verify
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.summary import run_summary
+from fl_lightning.privacy.allocation import division_ratio
 from tests.fl_lightning import nodes as n
 
 
@@ -76,7 +77,11 @@ def test_what_a_deployed_run_says_of_itself(holders, tmp_path):
     text = privacy_statement(run.ledger)
     assert "server's copy" in text
     assert "sim_only" not in text
-    found = json.loads(json.dumps(run_summary(run.trainer, run, 1.0)["nodes"]))
+    summary = run_summary(run.trainer, run, 1.0)
+    l1, dims = run.run.history.l1_norm, run.run.history.dims
+    assert summary["division_ratio"] == float(division_ratio(l1, dims).median())
+    assert 0 < summary["division_ratio"] < 1
+    found = json.loads(json.dumps(summary["nodes"]))
     heads = [read_head(tmp_path / f"holder{k}", run.run.run_id) for k in range(n.CLIENTS)]
     assert [one["ledger_head"] for one in found] == heads
     assert run.result.nonfinite is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fl_lightning import PrivacyConfig
 from fl_lightning.models import MLP
-from fl_lightning.privacy.allocation import layer_shares
+from fl_lightning.privacy.allocation import division_ratio, layer_shares
 from fl_lightning.privacy.contribution import MIN_CONTRIBUTION, contribution
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.thresholds import (
@@ -23,7 +23,7 @@ from fl_lightning.privacy.thresholds import (
     released_clip_norms,
 )
 
-RULES = ("uniform", "abstract", "mse", "contribution")
+RULES = ("uniform", "abstract", "mse", "contribution", "snr")
 DIMS = torch.tensor([4000.0, 64.0, 650.0], dtype=torch.float64)
 CLIP = torch.tensor([0.7, 2.0, 0.1], dtype=torch.float64)
 PART = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
@@ -78,6 +78,29 @@ def test_shares_minimise_the_weighted_noise(rule, mechanism):
         assert energy(other) > energy(best)
     others = [r for r in RULES if r != rule]
     assert all(energy(best) < energy(shares(r, mechanism, floor=0.0)) for r in others)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_snr_shares_give_every_layer_the_same_signal_to_noise(mechanism):
+    pi = shares("snr", mechanism, floor=0.0)
+    noise = CLIP / (pi.sqrt() if mechanism == "gaussian" else pi)
+    ratio = (PART.square() / DIMS) / (DIMS * noise.square())
+    torch.testing.assert_close(ratio, ratio[:1].expand(3), rtol=1e-9, atol=0)
+
+
+def test_the_division_ratio_is_that_of_the_energies():
+    """Against the noise that a best division and one clip norm for all really have."""
+    l1 = tensor([[3.0, 8.0, 0.5], [1.0, 1.0, 1.0]])
+    norms = l1 / DIMS.sqrt()
+    for row, ratio in zip(norms, division_ratio(l1, DIMS), strict=True):
+        # C_l = n_l and π_l by mse: Σ d·σ² for z = 1.
+        divided = (DIMS * row.square() / shares("mse", floor=0.0, clip=row)).sum()
+        flat = DIMS.sum() * row.square().sum()
+        torch.testing.assert_close(ratio, divided / flat)
+        assert 0 < ratio < 1
+    even = DIMS * 0.3  # the same norm per coordinate
+    torch.testing.assert_close(division_ratio(even, DIMS), tensor(1.0))
+    assert division_ratio(torch.zeros(3).double(), DIMS).isnan()
 
 
 def test_uniform_and_abstract_shares_and_the_mixture_with_the_floor():

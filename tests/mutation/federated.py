@@ -35,6 +35,13 @@ THRESHOLDS = group(
     ("released clip norm can drop", "previous / MAX_CHANGE)", "previous / 1e9)"),
 )  # fmt: skip
 
+LOCAL = group(
+    "fl_lightning/local/training.py",
+    "tests/fl_lightning/test_client.py::test_local_training_equals_torch_sgd_and_idle_clients_stay",
+    ("drawn away from the global model", "g + proximal * (params[n] - global_params[n])", "g - proximal * (params[n] - global_params[n])"),
+    ("drawn back twice as much", "g + proximal * (params[n] - global_params[n])", "g + 2 * proximal * (params[n] - global_params[n])"),
+)  # fmt: skip
+
 ALLOCATION = group(
     "fl_lightning/privacy/allocation.py",
     POLICY,
@@ -42,6 +49,9 @@ ALLOCATION = group(
     ("contribution without d", '"contribution": dims * contribution', '"contribution": contribution'),
     ("abstract like uniform", '"abstract": contribution', '"abstract": torch.ones_like(contribution)'),
     ("root dropped for Gaussian", "size = size.sqrt() if mechanism", "size = size if mechanism"),
+    ("snr by the noise's scale, not its energy", "        size = size.square()\n", "        pass\n"),
+    ("snr without d", '"snr": clip_norm * dims / contribution', '"snr": clip_norm / contribution'),
+    ("flat noise without d", "return l1_norm.sum(-1).square() / flat", "return l1_norm.sum(-1).square() / (flat / dims.sum())"),
     ("square root for Laplace", "size.pow(1 / 3)", "size.pow(1 / 2)"),
     ("no floor", "(1 - floor) * normalized(size) + floor / size.shape[-1]", "normalized(size)"),
     ("shares sum to more than one", "(1 - floor) * normalized(size)", "normalized(size)"),
@@ -403,7 +413,7 @@ NAMED = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *NAMED, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
+    *NAMED, *LOCAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY, *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES,
     *FLAT, *BUDGET, *DENOISING, *INDEPENDENCE, *DRY_ROUND, *SERVER_STEP, *EVALUATION, *NETWORK_CHECK,
     *TRANSFORM_CHECK, *TRANSFORMED, *TRANSFORM_REFUSED, *CALLBACK_CHECK, *TRAINER_CHECK, *LABELS,
     *RECORDS_ALONE, *COMMAND_LINE, *ONE_USE, *WATCHED,
