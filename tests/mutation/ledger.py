@@ -271,7 +271,7 @@ ACCOUNTING = [
     *group(
         "fl_lightning/release/summed.py",
         _COHORTS,
-        ("largest weight of all clients", "float(asked.weights[candidates].max())", "float(asked.weights.max())"),
+        ("largest weight of all clients", "float(asked.weights[clients].max())", "float(asked.weights.max())"),
         ("sums of everybody", "clients=None if len(ids) == len(asked.weights) else encode(ids),", "clients=None,"),
         ("nobody spent before", "spent=spent_digest(budget.spent),", "spent=spent_digest(0 * budget.spent),"),
         ("the first step of every sum", "first_step=len(self.books.ledger),", "first_step=0,"),
