@@ -37,7 +37,7 @@ def same(found: rows.Row, name: str) -> None:
     """Hold that cells and reasons are those that are kept."""
     want = {**found, **ROWS.get(name, {})}  # not all are made yet
     for column, seen in found.items():
-        assert seen.move <= page.BOUND, column
+        assert seen.move <= page.BOUND or name in page.LOSS_MIXES, column
         assert page.cell(seen) != "fails", (column, seen)
         assert page.cell(seen) == page.cell(want[column]), column
         assert page.reason(name, seen) == page.reason(name, want[column]), column
@@ -91,6 +91,7 @@ def test_a_row_is_what_the_code_does(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # as in the rows: where vmap warns, it is no error
 @pytest.mark.parametrize(
     "block", [block for block in rows.BLOCKS if not block.missing()], ids=lambda block: block.name
 )
