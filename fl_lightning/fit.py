@@ -34,13 +34,14 @@ from fl_lightning.command.run_folder import (
     last_checkpoint,
     run_of_checkpoint,
 )
+from fl_lightning.command.shipped import with_shipped
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import LedgerError
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
 from fl_lightning.output.callbacks import ClientTables, RoundProgress, RoundRecorder
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, RoundCheckpoint
-from fl_lightning.output.console import say, speak_any_encoding
+from fl_lightning.output.console import say, speak_any_encoding, without_advertisements
 from fl_lightning.output.finish import finish_run, test_once
 from fl_lightning.output.loggers import default_logger, tensorboard_logger
 from fl_lightning.privacy.config import PrivacyConfig
@@ -189,7 +190,7 @@ class FederatedCLI(LightningCLI):
         self._arguments = list(args)
         ours = default_experiment()["model.server_optimizer"]
         with arguments_end_with_their_class({ours["class_path"]: ours["init_args"]}) as notes:
-            self.config = parser.parse_args(class_before_its_arguments(args))
+            self.config = parser.parse_args(class_before_its_arguments(with_shipped(args)))
         self._notes = notes
         seed = self.config.fit.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
@@ -320,6 +321,7 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
     speak_any_encoding()
+    without_advertisements()
     folder, stop = RunFolder(), Stop(program=args is None)
     try:
         with stoppable(stop):

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fl_lightning"
 # A room may import what stands below it. A name is a folder, or a module beside the folders.
 ROOMS = (
+    "__main__",
     "deploy",
     "fit",
     "export",

@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("highest")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     speak_any_encoding()
+    # Of Lightning's checks: a line on GPUs, and on other products of its makers, each time.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     parser = _parser()
     try:
         config = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +42,17 @@ def speak_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)
+
+
+def without_advertisements() -> None:
+    """Keep Lightning's lines on other products of its makers to itself."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    text = str(record.msg)
+    return not ("Tip:" in text and ("litlogger" in text or "litmodels" in text))
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

@@ -39,6 +39,7 @@ def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
     from tests.mutation import (
         adapters,
+        commands,
         correlated,
         deploy,
         federated,
@@ -54,5 +55,5 @@ def all_mutations() -> list[Mutation]:
     )
 
     files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
-    files += deploy, federated, groups, packaging, risks
+    files += commands, deploy, federated, groups, packaging, risks
     return [mutation for file in files for mutation in file.MUTATIONS]

@@ -1,0 +1,42 @@
+"""`aadp COMMAND ...`, or `python -m fl_lightning COMMAND ...`: every command under one name."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+
+# Command: module that has its main, arguments put before those given, what it does.
+COMMANDS: dict[str, tuple[str, list[str], str]] = {
+    "fit": ("fl_lightning.fit", [], "train; `aadp fit --help` says all options"),
+    "configs": ("fl_lightning.command.shipped", [], "list the shipped configurations"),
+    "ledger": ("fl_lightning.ledger.__main__", [], "show or verify the ledger of a run"),
+    "export": ("fl_lightning.export", [], "write the model of a run, with a model card"),
+    "node": ("fl_lightning.deploy.__main__", ["node"], "serve the records of a holder"),
+    "digest": ("fl_lightning.deploy.__main__", ["digest"], "name a holder's network for a policy"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its module alone is imported."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: aadp COMMAND ...\n")
+        for name, (_, _, words) in COMMANDS.items():
+            print(f"  {name:9} {words}")
+        return 0
+    if given[0] == "--version":
+        print(metadata.version("aadp-fl"))
+        return 0
+    if given[0] not in COMMANDS:
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(COMMANDS)}"
+        print(f"error: there is no command {given[0]!r}{hint}", file=sys.stderr)
+        return 2
+    module, before, _ = COMMANDS[given[0]]
+    return import_module(module).main([*before, *given[1:]]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
