@@ -42,6 +42,12 @@ def _parser() -> ArgumentParser:
         one.add_argument("--config", action="config", help="YAML file with the options below")
         one.add_argument("--folder", type=Path, required=True, help="private folder of the node")
         one.add_argument("--socket", type=Path, default=None, help="null: node.sock in the folder")
+        one.add_argument(
+            "--socket_group",
+            type=str | None,
+            default=None,
+            help="group whose members may ask at the socket, which then lies in another folder",
+        )
         one.add_class_arguments(Policy, "policy")
         one.add_class_arguments(FederatedDataModule, "data")
         one.add_argument(
@@ -94,17 +100,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _serve(holding: Holding, options: Any) -> None:
     folder = options.folder.expanduser()
+    path = options.socket or folder / "node.sock"
+    if options.socket_group and folder.resolve() in path.resolve().parents:
+        raise ValueError(
+            f"socket_group={options.socket_group} cannot reach {path}, for folder is private: "
+            "give socket=, in a folder that the group can enter"
+        )
     node = Node(holding, folder, options.client)
     asked: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda signum, _: asked.append(signum))
     size = sum(p.numel() * p.element_size() for p in holding.network.parameters())
-    path = options.socket or folder / "node.sock"
     try:
         serve(
             path,
             node.answer,
             most=2 * size + (1 << 20),
+            group=options.socket_group,
             answer_seconds=holding.policy.answer_seconds,
             ready=lambda: say(f"node {node.name[:16]} serves at {path}"),
             stopped=lambda: bool(asked),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import logging
 import os
 import socket
@@ -23,6 +24,7 @@ def serve(
     answer: Callable[[bytes], bytes],
     *,
     most: int,
+    group: str | None = None,
     answer_seconds: float = 0.0,
     ready: Callable[[], None] = lambda: None,
     stopped: Callable[[], bool] = lambda: False,
@@ -33,6 +35,7 @@ def serve(
         path: of the socket; one that a dead process left is replaced.
         answer: message → message; it never raises for what a request holds.
         most: bytes that a request may have.
+        group: whose members may ask besides the owner; None: nobody.
         answer_seconds: an answer leaves no earlier than so long after its request came.
         ready: called once requests are taken.
         stopped: whether to end, asked several times a second.
@@ -40,7 +43,7 @@ def serve(
     Raises:
         OSError: the socket cannot be made, or a living process has it.
     """
-    with listen(path) as door:
+    with listen(path, group) as door:
         ready()
         door.settimeout(0.2)
         while not stopped():
@@ -58,10 +61,11 @@ def serve(
 
 
 @contextlib.contextmanager
-def listen(path: Path):
-    """A listening socket that its owner alone can reach (mode 600).
+def listen(path: Path, group: str | None = None):
+    """A listening socket that its owner alone can reach (mode 600), or a group too (mode 660).
 
-    Give the messenger another user's right to it by the group of the socket's folder, or by an ACL.
+    Raises:
+        OSError: it cannot be made or given to the group, or a living process has it.
     """
     if path.exists():
         if not stat.S_ISSOCK(path.stat().st_mode):
@@ -79,11 +83,22 @@ def listen(path: Path):
     finally:
         os.umask(mask)
     try:
+        if group is not None:
+            _give(path, group)
         door.listen(16)
         yield door
     finally:
         door.close()
         path.unlink(missing_ok=True)
+
+
+def _give(path: Path, group: str) -> None:
+    """Let a group's members ask; nobody can before."""
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        path.chmod(0o660)
+    except (KeyError, OSError) as error:
+        raise OSError(f"socket_group={group} cannot be given {path}: {error}") from error
 
 
 def _alive(path: Path) -> bool:
