@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {given[0]!r}{hint}", file=sys.stderr)
         return 2
     module, before, _ = COMMANDS[given[0]]
-    return import_module(module).main([*before, *given[1:]]) or 0
+    run = import_module(module).main
+    if given[0] == "fit" and arguments is None:
+        return run() or 0  # the process is the run: it is gone in time after a stop
+    return run([*before, *given[1:]]) or 0
 
 
 if __name__ == "__main__":

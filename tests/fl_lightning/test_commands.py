@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fl_lightning import __version__
+from fl_lightning import __version__, fit
 from fl_lightning.__main__ import COMMANDS, main
 from fl_lightning.command import shipped
 from fl_lightning.output.console import without_advertisements
@@ -39,6 +39,18 @@ def test_an_unknown_command_is_one_line(word, hint, capsys):
     error = capsys.readouterr().err
     assert hint in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "program"), [(None, True), (["fit"], False)])
+def test_a_run_by_command_is_its_process_which_is_gone_in_time(monkeypatch, arguments, program):
+    def stop(program):
+        raise LookupError(program)
+
+    monkeypatch.setattr(fit, "Stop", stop)
+    monkeypatch.setattr(sys, "argv", ["aadp", "fit"])
+    with pytest.raises(LookupError) as raised:
+        main(arguments)
+    assert raised.value.args == (program,)
 
 
 def test_the_console_script_is_this_command():
