@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fl_lightning.deploy.secure_sum.federated import with_secure_sums
 from fl_lightning.fit import main
 from fl_lightning.release.agreement import PROTOCOL
 from fl_lightning.release.federation import (
@@ -120,7 +121,7 @@ def fit(grid: Any, options: Mapping[str, Any]) -> None:
 
     Args:
         grid: of the Flower run.
-        options: config, arguments, run-dir, nodes, patience and round-timeout of the app.
+        options: config, arguments, run-dir, nodes, patience, round-timeout and corrupt of the app.
 
     Raises:
         SystemExit: with code 2 where the run is refused; the reason is printed.
@@ -133,7 +134,9 @@ def fit(grid: Any, options: Mapping[str, Any]) -> None:
     came = nodes.wait_for(int(options["nodes"]), float(options["patience"]))
     members = members or number_members(came)
     names = [member.name for member in members]
-    federation = Federation(members, lambda requests: nodes.ask(names, requests))
+    federation = with_secure_sums(
+        Federation(members, lambda requests: nodes.ask(names, requests)), int(options["corrupt"])
+    )
     main(run_arguments(members, folder, options), federation=federation)
     federation.end()
 

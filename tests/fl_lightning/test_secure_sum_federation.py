@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fl_lightning.deploy.secure_sum.policy import SumPolicy
 from fl_lightning.deploy.secure_sum.server import SumServer
 from fl_lightning.deploy.service import serve
 from fl_lightning.ledger import read, verify
-from fl_lightning.release.federation import Federation
+from fl_lightning.release.federation import Federation, SumOutcome, SumProposal
 from fl_lightning.release.sum_part import SumPart
 from fl_lightning.release.summed import Summed
 from fl_lightning.values.message import decode, encode
@@ -33,6 +34,7 @@ from tests.fl_lightning.nodes import (
     CLIENTS,
     DELTA,
     federation,
+    model,
     module,
     network,
     policy,
@@ -217,6 +219,7 @@ def test_secret_noise_is_new_in_every_part_and_nodes_go_on_after_a_restart(tmp_p
             holding = nodes[2]._holding
             nodes[2] = Node(holding, tmp_path / "node2", 2)
             rounds.append(1)
+            same_round_again(nodes[0])
         return {k: nodes[k].answer(data) for k, data in requests.items()}
 
     run_of(tmp_path / "server", nodes, through)
@@ -252,6 +255,43 @@ def test_the_shares_of_as_many_as_are_needed_have_the_noise_of_the_whole(
     fits = [stats.kstest(pairs, stats.norm(scale=s).cdf).pvalue for s in (1.0, 2 / 3, 3 / 2)]
     assert fits[0] > 1e-4
     assert max(fits[1:]) < 1e-4
+
+
+def same_round_again(node: Node) -> None:
+    """Should a round ever begin twice, its noise is other noise."""
+    (run,) = node._open.values()
+    rows = run.run.history.rows(torch.tensor([0]))
+    options = {"round": 7, "multiplier": 1.0, "asked": 1.0, "context": ""}
+    parts = [run.sum_part(model(), rows, **options).values() for _ in range(2)]
+    assert not any(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+def test_a_server_that_asks_for_more_rounds_gets_no_more_than_was_promised(tmp_path: Path) -> None:
+    nodes = summing_nodes(tmp_path)
+    proposals: list[SumProposal] = []
+    made = module(tmp_path / "server", {"local_steps": 2}, **SUM)
+    plain = with_secure_sums(federation(nodes), 0)
+    assert plain.sum is not None
+    of_nodes = plain.sum
+
+    def note(proposal: SumProposal) -> SumOutcome:
+        proposals.append(proposal)
+        return of_nodes(proposal)
+
+    made.federation = Federation(plain.members, plain.ask, note)
+    trainer(2).fit(made, population())
+    more = [of_nodes(replace(proposals[-1], round=2 + k)) for k in range(4)]
+    assert more[-1].sums is None
+    for one in nodes:
+        one.close()
+    for ledger in ledgers(tmp_path):
+        header, lines = read(ledger)
+        assert len(lines) <= header["affordable_steps"]
+        assert verify(ledger) == []
+        assert (
+            '"reason":"spent: nothing is left'
+            in (ledger.parent.parent / "refusals.jsonl").read_text()
+        )
 
 
 # --- what a node refuses of a server ---

@@ -50,10 +50,11 @@ def all_mutations() -> list[Mutation]:
         packaging,
         releases,
         risks,
+        secure_sums,
         shared_rounds,
         stopping,
     )
 
     files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
-    files += commands, deploy, federated, groups, packaging, risks
+    files += commands, deploy, federated, groups, packaging, risks, secure_sums
     return [mutation for file in files for mutation in file.MUTATIONS]

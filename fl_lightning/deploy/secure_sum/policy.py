@@ -16,7 +16,7 @@ class SumPolicy:
             can add names to this list can be most of a sum alone.
         corrupt: how many of them may work with the server; terms must allow for as many.
         least: fewest clients in a sum, whatever the noise needs.
-        runs: runs that may begin a sum, ever, at least 1.
+        runs: runs that may begin a sum, ever, at least 1; what they may spend stands elsewhere.
 
     Raises:
         ValueError: a value out of range.
@@ -25,7 +25,7 @@ class SumPolicy:
     identities: list[str]
     corrupt: int
     least: int = 2
-    runs: int = 1
+    runs: int = 100
 
     def __post_init__(self) -> None:
         for name in self.identities:
