@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,13 @@ class SumOutcome:
         sums: float64, one tensor of numbers a block; None: the sum was given up.
         survivors: ids of the clients in it.
         charged: ids of those that may have charged it, whatever came of it.
+        heads: heads of their ledgers by client, as they say.
     """
 
     sums: Sequence[Tensor] | None
     survivors: Sequence[int]
     charged: Sequence[int]
+    heads: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ class RemoteSum(Summed):
             )
         )
         self._there = len(outcome.survivors)
+        self.heads |= outcome.heads
         update = self._update(noised, outcome, candidates, weights, params)
         if len(outcome.charged):
             sent = [value[0] for value in update.update.values()] if len(update.clients) else []

@@ -87,11 +87,14 @@ class SumPart:
         sums, votes = self._sum.with_shares()
         return [*sums, votes] if self._sum.policy.vote_noise_scale is not None else sums
 
-    def write(self, digest: str) -> None:
+    def write(self, digest: str) -> str:
         """Charge the round and write its line, durably.
 
         Args:
             digest: of what leaves.
+
+        Returns:
+            The head of the ledger.
 
         Raises:
             LedgerError: the line cannot be written; nothing counts.
@@ -109,3 +112,4 @@ class SumPart:
         )
         books.ledger.append([line])
         books.budget.spend(line)
+        return books.ledger.head_hash

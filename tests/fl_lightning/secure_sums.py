@@ -37,8 +37,9 @@ class Numbers:
         self.did.append("values")
         return self.held
 
-    def write(self, digest: str) -> None:
+    def write(self, digest: str) -> str:
         self.did.append(f"write {digest}")
+        return digest
 
 
 class Members:

@@ -146,6 +146,10 @@ def test_masked_numbers_are_uniform_without_either_kind_of_mask(number: int) -> 
 
 
 def test_masks_of_two_rounds_have_nothing_in_common() -> None:
-    first, second = masked_by(1)[0], masked_by(1)[0]
+    (first, _, group), (second, _, other) = masked_by(1), masked_by(1)
     assert uniform(first - second)
     assert not torch.equal(first, second)
+    secrets = [client._secrets for client in (*group.clients, *other.clients)]
+    assert len({one.own_mask for one in secrets}) == 8
+    # A pair has one seed, each other pair another.
+    assert len({seed for one in secrets for seed, _ in one.pair_masks.values()}) == 12

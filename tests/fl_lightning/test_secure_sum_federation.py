@@ -103,6 +103,7 @@ def test_a_run_of_nodes_is_the_simulated_run_up_to_the_grid(tmp_path: Path, opti
     for k, ledger in enumerate(ledgers(tmp_path)):
         header, own = read(ledger)
         assert header["member"] == k
+        assert verify(ledger, found.run.releases.heads[k]) == []
         assert verify(ledger) == []
         assert [line.noise_multiplier for line in own] == [line.noise_multiplier for line in lines]
         statement = (ledger / "privacy_statement.md").read_text()
@@ -365,7 +366,7 @@ def long_context(head: dict, tensors: dict) -> None:
         (another_history, "another model or history"),
         (more_shares, "shares=3, agreed were 2"),
         (no_multiplier, "must be positive numbers"),
-        (heavy, "must be positive numbers"),
+        (heavy, "asked must be at most 1"),
         (long_context, "short text"),
     ],
 )

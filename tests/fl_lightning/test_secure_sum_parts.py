@@ -14,13 +14,18 @@ from scipy import stats
 
 pytest.importorskip("cryptography")
 
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
 from aadp_kernels import tail_cutoff
 from fl_lightning.deploy.policy import Refused
 from fl_lightning.deploy.secure_sum import shamir
+from fl_lightning.deploy.secure_sum.__main__ import main as identity_of
 from fl_lightning.deploy.secure_sum.begun import Begun
 from fl_lightning.deploy.secure_sum.grid import LARGEST_DRAW, Block, Grid
 from fl_lightning.deploy.secure_sum.keys import Identity, RoundKeys, agree, seal, signed_by, unseal
 from fl_lightning.deploy.secure_sum.masks import _AT_ONCE, add_mask
+from fl_lightning.deploy.secure_sum.node import IDENTITY_FILE
 from fl_lightning.deploy.secure_sum.policy import SumPolicy
 from fl_lightning.deploy.secure_sum.terms import check_terms, head_of, parse_terms
 from fl_lightning.values.message import decode, encode
@@ -118,6 +123,10 @@ def test_masks_are_the_key_stream_of_chacha20() -> None:
     stream = total.astype("<u8").tobytes()
     assert stream[:16].hex() == "76b8e0ada0f13d90405d6ae55386bd28"
     assert stream[64:80].hex() == "9f07e7be5551387a98ba977c732d080d"
+    whole = Cipher(ChaCha20(b"s" * 32, bytes(16)), mode=None).encryptor().update
+    total = np.zeros(2 * _AT_ONCE + 3, dtype=np.uint64)
+    add_mask(total, b"s" * 32, sign=1)
+    assert total.astype("<u8").tobytes() == whole(bytes(8 * len(total)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, _AT_ONCE, 2 * _AT_ONCE + 3])
@@ -298,6 +307,7 @@ def test_terms_pass_through_a_message_and_every_part_counts() -> None:
         ({"run": "A" * 64}, "64 hex digits"),
         ({"members": ["a" * 63]}, "64 hex digits"),
         ({"members": ["a" * 64] * 3}, "named twice"),
+        ({"members": ["a" * 64]}, "1 members are fewer than 2"),
         ({"members": "abc"}, "must be lists"),
         ({"round": -1}, "round=-1"),
         ({"round": True}, "round=True"),
@@ -352,3 +362,17 @@ def test_a_round_begins_once_whatever_happens_to_the_process(tmp_path: Path) -> 
     (tmp_path / "sums.json").write_text("[]")
     with pytest.raises(ValueError, match="damaged"):
         Begun(tmp_path, runs=2)
+
+
+def test_the_command_that_prints_an_identity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert identity_of([str(tmp_path / "node")]) == 0
+    name = capsys.readouterr().out.strip()
+    assert name == Identity.kept_in(tmp_path / "node" / IDENTITY_FILE).name
+    (tmp_path / "node" / IDENTITY_FILE).chmod(0o644)
+    for arguments, words in (([str(tmp_path / "node")], "others can read it"), ([], "identity")):
+        assert identity_of(arguments) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err
+        assert not printed.out

@@ -58,7 +58,7 @@ TERMS = group(
     ("corrupt members count for the noise", "max(self.shares + self.corrupt, (", "max(self.shares, ("),
     ("two sets without an honest member in common", "(len(self.members) + self.corrupt) // 2 + 1", "(len(self.members) + self.corrupt) // 2"),
     ("corrupt members that sign twice", "(len(self.members) + self.corrupt) // 2 + 1", "len(self.members) // 2 + 1"),
-    ("a sum of one", "// 2 + 1, 2)", "// 2 + 1, 1)", "a majority of two or more is at least two, and one member alone needs no sum: `SumPolicy.least` is at least 2"),
+    ("a sum of one", "// 2 + 1, 2)", "// 2 + 1, 1)"),
     ("strangers", "    if strangers:", "    if False:"),
     ("less than the holder fears", "if terms.corrupt < policy.corrupt:", "if False:"),
     ("fewer than the holder asks for", "if terms.threshold < policy.least:", "if False:"),
@@ -100,7 +100,7 @@ CLIENT = group(
     ("both ends add their mask", "return seed, 1 if own < other else -1", "return seed, 1"),
     ("masks of any pair alike", 'agree(keys.mask, public, "mask", terms.digest, *ends)', 'agree(keys.mask, public, "mask", *ends)', "keys are fresh in every round, so a mask's seed is new without the terms too; they are a second reason"),
     ("an own mask that all know", "secrets.own_mask = os.urandom(KEY_BYTES)", "secrets.own_mask = bytes(KEY_BYTES)"),
-    ("charged after it left", "        self._contribution.write(digest_of([self.terms.digest.hex(), masked]))\n", ""),
+    ("not charged", "head = self._contribution.write(digest_of([self.terms.digest.hex(), masked]))", 'head = ""'),
     ("the line names what was not masked", "digest_of([self.terms.digest.hex(), masked])", "digest_of([self.terms.digest.hex(), values])"),
     ("values before shares are opened", "        for number, data in sealed.items():\n            secrets.shares[number]", "        self._contribution.values()\n        for number, data in sealed.items():\n            secrets.shares[number]"),
     ("own shares from others", "        if self._number in sealed:", "        if False:"),
@@ -132,8 +132,8 @@ CONTRIBUTION = group(
     ("any number of shares", "        if terms.shares != run.shares:", "        if False:"),
     ("any model", "        if terms.context != _context({", "        if False and terms.context != _context({"),
     ("any noise", "        if [Block(*block) for block in self._part.blocks()] != list(terms.blocks):", "        if False:"),
-    ("any weight", "_positive(asked) and asked <= 1)", "_positive(asked))"),
-    ("nothing charged", "        self._part.write(digest)\n", "        pass\n"),
+    ("any weight", "        if asked > 1:", "        if False:"),
+    ("nothing charged", "        head = self._part.write(digest)\n", '        head = ""\n'),
 )  # fmt: skip
 
 PART = group(

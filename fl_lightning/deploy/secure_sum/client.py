@@ -49,11 +49,14 @@ class Contribution(Protocol):
         """The node's noised update on the grid of the terms: int64 [size], private."""
         ...
 
-    def write(self, digest: str) -> None:
+    def write(self, digest: str) -> str:
         """Charge the sum and write it down, durably; raises where that cannot be.
 
         Args:
             digest: of the masked numbers that leave afterwards.
+
+        Returns:
+            The head of the node's ledger, public.
         """
         ...
 
@@ -185,8 +188,8 @@ class SumClient:
             raise RuntimeError("the contribution does not fit the terms")
         masked = values.clone()
         self._add_masks(masked, secrets)
-        self._contribution.write(digest_of([self.terms.digest.hex(), masked]))
-        return encode({"did": "shares"}, {"masked": masked})
+        head = self._contribution.write(digest_of([self.terms.digest.hex(), masked]))
+        return encode({"did": "shares", "head": head}, {"masked": masked})
 
     @_stage("survivors", "signatures")
     def confirm(self, message: Mapping[str, Any]) -> bytes:

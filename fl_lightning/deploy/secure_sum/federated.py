@@ -64,9 +64,10 @@ def _sum(federation: Federation, proposal: SumProposal, corrupt: int) -> SumOutc
         sums = terms.grid.real(server.run(ask))
     except GivenUp as error:
         _LOG.warning(f"round {proposal.round}: the secure sum is given up: {error}")
-        return SumOutcome(None, [], [clients[k] for k in server.charged])
+        sums = None
+    heads = {clients[k]: head for k, head in server.heads.items()}
     survivors, charged = ([clients[k] for k in m] for m in (server.survivors, server.charged))
-    return SumOutcome(sums, survivors, charged)
+    return SumOutcome(sums, survivors if sums else [], charged, heads)
 
 
 def _context(words: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -96,9 +97,10 @@ class RunContribution:
         words: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
     ) -> None:
-        multiplier, asked, context = (words.get(n) for n in ("multiplier", "asked", "context"))
-        if not (_positive(multiplier) and _positive(asked) and asked <= 1):
-            raise Refused("sum: multiplier and asked must be positive numbers, asked at most 1")
+        multiplier, asked = (_positive(words.get(name)) for name in ("multiplier", "asked"))
+        if asked > 1:
+            raise Refused("sum: asked must be at most 1")
+        context = words.get("context")
         if not isinstance(context, str) or len(context) > _LONGEST_TEXT:
             raise Refused("sum: context must be a short text")
         if terms.shares != run.shares:
@@ -111,8 +113,8 @@ class RunContribution:
             params,
             _named(tensors, _HISTORY),
             round=terms.round,
-            multiplier=float(multiplier),
-            asked=float(asked),
+            multiplier=multiplier,
+            asked=asked,
             context=context,
         )
         if [Block(*block) for block in self._part.blocks()] != list(terms.blocks):
@@ -122,15 +124,18 @@ class RunContribution:
         """The node's noised numbers on the grid: int64 [size], private."""
         return self._grid.whole(self._part.values())
 
-    def write(self, digest: str) -> None:
-        """Charge the sum and write it down, durably."""
-        self._part.write(digest)
+    def write(self, digest: str) -> str:
+        """Charge the sum and write it down, durably; the head of the ledger."""
+        head = self._part.write(digest)
         self._run.keep()
+        return head
 
 
 def _named(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {n.removeprefix(kind): v for n, v in tensors.items() if n.startswith(kind)}
 
 
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0 and math.isfinite(value)
+def _positive(value: Any) -> float:
+    if type(value) not in (int, float) or not (value > 0 and math.isfinite(value)):
+        raise Refused("sum: multiplier and asked must be positive numbers")
+    return float(value)

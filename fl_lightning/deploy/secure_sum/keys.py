@@ -100,7 +100,8 @@ class RoundKeys:
     @property
     def public(self) -> tuple[bytes, bytes]:
         """Public keys for sealing and for masks, 32 bytes each."""
-        return tuple(key.public_key().public_bytes_raw() for key in (self.seal, self.mask))
+        seal, mask = (key.public_key().public_bytes_raw() for key in (self.seal, self.mask))
+        return seal, mask
 
 
 def public_of(mask: bytes) -> bytes:

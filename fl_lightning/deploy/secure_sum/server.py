@@ -56,6 +56,7 @@ class SumServer:
         self._words = words
         self._tensors = tensors
         self.survivors: list[int] = []
+        self.heads: dict[int, str] = {}  # of the members' ledgers, as they say
         self._keys: KeyList = {}
         self._sharers: list[int] = []
         self._asked = False
@@ -119,12 +120,13 @@ class SumServer:
     def masked(self, answers: Mapping[int, bytes]) -> dict[int, bytes]:
         """Masked numbers are added up; the members hear whose."""
 
-        def add(number: int, _: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        def add(number: int, head: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             found = tensors["masked"]
             if found.dtype != torch.int64 or found.shape != self._total.shape:
                 raise ValueError("its numbers do not fit the terms")
             self._total += found
             self.survivors.append(number)
+            self.heads[number] = str(head.get("head", ""))[:64]
 
         self._take(answers, self._sharers, add)
         self._enough(self.survivors, "sent masked numbers")
