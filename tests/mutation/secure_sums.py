@@ -7,6 +7,10 @@ from tests.mutation.mutations import group
 _HERE = "tests/fl_lightning/test_secure_sum"
 _PARTS, _SUMS, _REFUSALS = f"{_HERE}_parts.py", f"{_HERE}.py", f"{_HERE}_refusals.py"
 _RUNS = f"{_HERE}_federation.py"
+_GIVEN_UP = "test_a_sum_that_is_given_up_is_charged_and_moves_nothing"
+_RESTART = "test_secret_noise_is_new_in_every_part_and_nodes_go_on_after_a_restart"
+_MORE = "test_a_server_that_asks_for_more_rounds_gets_no_more_than_was_promised"
+_NOISE = "test_the_shares_of_as_many_as_are_needed_have_the_noise_of_the_whole"
 _FILE = "fl_lightning/deploy/secure_sum/"
 
 SHAMIR = group(
@@ -128,7 +132,7 @@ SERVER = group(
 
 CONTRIBUTION = group(
     f"{_FILE}federated.py",
-    _RUNS,
+    f"{_RUNS}::test_terms_of_a_lying_server_are_refused {_RUNS}::{_GIVEN_UP}",
     ("any number of shares", "        if terms.shares != run.shares:", "        if False:"),
     ("any model", "        if terms.context != _context({", "        if False and terms.context != _context({"),
     ("any noise", "        if [Block(*block) for block in self._part.blocks()] != list(terms.blocks):", "        if False:"),
@@ -138,7 +142,7 @@ CONTRIBUTION = group(
 
 PART = group(
     "fl_lightning/release/sum_part.py",
-    _RUNS,
+    f"{_RUNS}::{_RESTART} {_RUNS}::{_MORE} {_RUNS}::{_NOISE}",
     ("parts of one run share noise", "releases.key if releases.key.simulated else NoiseKey.random(rules.rng)", "releases.key if True else NoiseKey.random(rules.rng)"),
     ("budget not spent", "        books.budget.spend(line)\n", ""),
     ("no noise", "sums, votes = self._sum.with_shares()", "sums, votes = self._sum.total, self._sum.votes"),
@@ -146,14 +150,14 @@ PART = group(
 
 SHARES = group(
     "fl_lightning/privacy/noised_sum.py",
-    f"{_RUNS}::test_the_shares_of_as_many_as_are_needed_have_the_noise_of_the_whole",
+    f"{_RUNS}::{_NOISE}",
     ("two thirds of a node's share", "        self.total = self._noised(key)\n        self._noise_votes(key)\n        return", "        self.total = [2 / 3 * value for value in self._noised(key)]\n        self._noise_votes(key)\n        return"),
     ("three halves of a node's share", "        self.total = self._noised(key)\n        self._noise_votes(key)\n        return", "        self.total = [1.5 * value for value in self._noised(key)]\n        self._noise_votes(key)\n        return"),
 )  # fmt: skip
 
 REMOTE = group(
     "fl_lightning/release/remote_sum.py",
-    _RUNS,
+    f"{_RUNS}::{_GIVEN_UP} {_RUNS}::test_a_node_that_goes_away_at_any_stage",
     ("a sum given up is free", "        if len(outcome.charged):", "        if outcome.sums is not None:"),
     ("divided by who was asked", "divisor=float(weights[there].sum())", "divisor=float(weights.sum())"),
 )  # fmt: skip
