@@ -92,7 +92,8 @@ def test_a_service_answers_until_it_is_stopped(short, capsys):
         ({"answer_seconds": -1.0}, "answer_seconds=-1.0"),
     ],
 )
-def test_a_wrong_policy_is_one_line(change, words, short, capsys):
+def test_a_wrong_policy_is_one_line(change, words, short, capsys, monkeypatch):
+    monkeypatch.setattr("fl_lightning.deploy.__main__._serve", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         main(["node", "--config", str(write_config(short, **change))])
     assert stopped.value.code == 2
