@@ -11,6 +11,7 @@ from importlib import import_module, metadata
 COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "fit": ("fl_lightning.fit", [], "train; `aadp fit --help` says all options"),
     "configs": ("fl_lightning.command.shipped", [], "list the shipped configurations"),
+    "compare": ("fl_lightning.compare", [], "a table and curves of several runs"),
     "ledger": ("fl_lightning.ledger.__main__", [], "show or verify the ledger of a run"),
     "export": ("fl_lightning.export", [], "write the model of a run, with a model card"),
     "node": ("fl_lightning.deploy.__main__", ["node"], "serve the records of a holder"),

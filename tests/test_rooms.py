@@ -16,6 +16,7 @@ ROOMS = (
     "deploy",
     "fit",
     "export",
+    "compare",
     "command",
     "output",
     "plots",

@@ -114,11 +114,10 @@ class ClientTables(pl.Callback):
         if not due or not pl_module.privacy.private or not len(pl_module.result.cohort):
             return
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_metrics(_for_wandb(pl_module), step=done - 1)
-            elif isinstance(logger, TensorBoardLogger):
-                for name, values in client_distributions(pl_module).items():
-                    logger.experiment.add_histogram(name, values, done - 1)
+            try:
+                _show_clients(logger, pl_module, done - 1)
+            except Exception as error:  # a picture must not end a run whose privacy is paid
+                say(f"note: no tables of clients in round {done}: {' '.join(str(error).split())}")
 
 
 class RoundProgress(pl.Callback):
@@ -179,6 +178,14 @@ class RoundProgress(pl.Callback):
         if self._bar is not None:
             quietly(self._bar.stop)
             self._bar = None
+
+
+def _show_clients(logger: Any, pl_module: Any, step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.log_metrics(_for_wandb(pl_module), step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        for name, values in client_distributions(pl_module).items():
+            logger.experiment.add_histogram(name, values, step)
 
 
 def _for_wandb(pl_module: Any) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.values.release import ALL_CLIENTS
 
 MOST_ROWS = 1000
+# Floating-point numbers between two values that a histogram's bins can lie between.
+_BINS = 1024
 Table = tuple[list[str], list[list[Any]]]
 
 
@@ -70,6 +72,8 @@ def client_tables(pl_module: Any) -> dict[str, Table]:
 def client_distributions(pl_module: Any) -> dict[str, np.ndarray]:
     """Finite values over the clients of the last round, and ε over all clients, by name.
 
+    Values that differ in their last bits alone are given as equal: no histogram has bins for them.
+
     Args:
         pl_module: a private FederatedModule after a round.
     """
@@ -79,4 +83,11 @@ def client_distributions(pl_module: Any) -> dict[str, np.ndarray]:
         for layer, column in zip(pl_module.layout.layer_names, values.T, strict=False):
             found[f"{name}/{layer}"] = column
     finite = {name: values[np.isfinite(values)] for name, values in found.items()}
-    return {f"{name}/by_client": values for name, values in finite.items() if len(values)}
+    return {f"{name}/by_client": _told_apart(v) for name, v in finite.items() if len(v)}
+
+
+def _told_apart(values: np.ndarray) -> np.ndarray:
+    """The values, or the first of them for all where fewer than `_BINS` lie between them."""
+    values = np.asarray(values, dtype=np.float64)
+    steps = np.ptp(values) / np.spacing(np.abs(values).max())
+    return values if steps == 0 or steps > _BINS else np.full_like(values, values[0])

@@ -32,7 +32,7 @@ def test_every_command_has_a_main_and_help(capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("leger", "did you mean ledger?"), ("zzz", "fit, configs")]
+    ("word", "hint"), [("leger", "did you mean ledger?"), ("zzz", "fit, configs, compare")]
 )
 def test_an_unknown_command_is_one_line(word, hint, capsys):
     assert main([word]) == 2
@@ -105,4 +105,6 @@ def test_advertisements_are_kept_back_and_nothing_else(caplog):
     with caplog.at_level(logging.INFO, logger=log.name):
         log.info("Tip: For seamless cloud logging, try installing litlogger")
         log.info("GPU available: False, used: False")
-    assert [r.getMessage() for r in caplog.records] == ["GPU available: False, used: False"]
+        log.info("the logger litlogger failed")
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ["GPU available: False, used: False", "the logger litlogger failed"]

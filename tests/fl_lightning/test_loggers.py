@@ -18,7 +18,7 @@ from fl_lightning import fit
 from fl_lightning.models import MLP
 from fl_lightning.output import callbacks, loggers
 from fl_lightning.output.callbacks import ClientTables
-from fl_lightning.output.client_tables import client_distributions, client_tables
+from fl_lightning.output.client_tables import _told_apart, client_distributions, client_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -255,3 +255,15 @@ def test_a_sweep_runs_as_the_agent_would_and_never_reads_the_test_set(
 
 def test_there_is_a_sweep() -> None:
     assert SWEEPS
+
+
+def test_values_that_no_bin_can_tell_apart_are_given_as_equal():
+    """As happens where all clients have one noise scale but for its last bits."""
+    values = np.array([1.0, 1.0 + 2**-52, 1.0 + 2**-50])
+    with pytest.raises(ValueError, match="bins"):
+        np.histogram(values, 64)
+    np.histogram(_told_apart(values), 64)
+    assert (_told_apart(values) == 1.0).all()
+    apart = np.array([0.0, 1e-9, 2.0])
+    assert (_told_apart(apart) == apart).all()
+    assert (_told_apart(np.zeros(3)) == 0).all()

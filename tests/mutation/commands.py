@@ -20,4 +20,13 @@ MUTATIONS = [
         ("advertisements are shown", 'return not ("Tip:" in text', 'return True or not ("Tip:" in text'),
         ("everything is kept back", 'return not ("Tip:" in text and', 'return not ("" in text and'),
     ),
+    *group(
+        "fl_lightning/compare.py",
+        "tests/fl_lightning/test_compare.py",
+        ("seeds tell runs apart", "if name not in SEEDS}", "}"),
+        ("folders tell runs apart", "if name not in _PLACES}", "}"),
+        ("an interval of the values, not of their mean", "statistics.stdev(values) / math.sqrt(len(values))", "statistics.stdev(values)"),
+        ("epsilon rounded down", "math.ceil(max(values) * 1000 - 1e-9)", "math.floor(max(values) * 1000)"),
+        ("words that are code", "html.escape(', '.join(str(run.folder) for run in group.runs))", "', '.join(str(run.folder) for run in group.runs)"),
+    ),
 ]  # fmt: skip
