@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class FlowerNodes:
     Args:
         grid: of the run.
         timeout: seconds that a question waits for its answers, and that it is worth answering.
+        patience: seconds to wait for nodes where there are too few, or none of those asked.
     """
 
-    def __init__(self, grid: Any, timeout: float) -> None:
+    def __init__(self, grid: Any, timeout: float, patience: float) -> None:
         self._grid = grid
         self._timeout = timeout
+        self._patience = patience
         self._members: dict[int, Member] = {}  # by the id of the SuperNode
         self._silent: dict[int, float] = {}
 
@@ -63,28 +65,38 @@ class FlowerNodes:
                 self._silent[node_id] = now + 60.0
         return {k: m for k, m in self._members.items() if k in there}
 
-    def wait_for(self, count: int, patience: float) -> list[Member]:
-        """At least so many nodes.
+    def wait_for(self, count: int, names: Collection[str] | None = None) -> list[Member]:
+        """At least so many nodes, of these names or of any.
 
         Raises:
             ValueError: they do not come in time.
         """
-        end = time.monotonic() + patience
-        while len(known := self.known()) < count:
+        end = time.monotonic() + self._patience
+        while True:
+            known = [m for m in self.known().values() if names is None or m.name in names]
+            if len(known) >= count:
+                return known
             if time.monotonic() > end:
                 raise ValueError(
-                    f"nodes={count}: only {len(known)} came within patience={patience:g} seconds"
+                    f"nodes={count}: only {len(known)} came within "
+                    f"patience={self._patience:g} seconds"
                 )
             time.sleep(1.0)
-        return list(known.values())
 
     def ask(self, names: Sequence[str], requests: Mapping[int, bytes]) -> dict[int, bytes]:
         """Messages by client number → answers of those that are there and answer in time.
 
+        While nobody is there, it waits: rounds must not go by without any node.
+
         Args:
             names: of the clients' nodes, by client number.
             requests: by client number.
+
+        Raises:
+            ValueError: none of the nodes comes back in time.
         """
+        if requests:
+            self.wait_for(1, {names[k] for k in requests})
         at = {member.name: node_id for node_id, member in self.known().items()}
         ids = {at[names[k]]: k for k in requests if names[k] in at}
         found = self._send({node_id: requests[k] for node_id, k in ids.items()}, self._timeout)
@@ -126,19 +138,22 @@ def fit(grid: Any, options: Mapping[str, Any]) -> None:
     Raises:
         SystemExit: with code 2 where the run is refused; the reason is printed.
     """
-    nodes = FlowerNodes(grid, float(options["round-timeout"]))
+    nodes = FlowerNodes(grid, float(options["round-timeout"]), float(options["patience"]))
     folder = Path(str(options["run-dir"])).expanduser()
     if not str(options["run-dir"]):
         raise ValueError("run-dir must name the folder of the run on the server")
     members = read_members(folder) if folder.is_dir() else None
-    came = nodes.wait_for(int(options["nodes"]), float(options["patience"]))
+    came = nodes.wait_for(int(options["nodes"]))
     members = members or number_members(came)
     names = [member.name for member in members]
     federation = with_secure_sums(
         Federation(members, lambda requests: nodes.ask(names, requests)), int(options["corrupt"])
     )
     main(run_arguments(members, folder, options), federation=federation)
-    federation.end()
+    try:
+        federation.end()
+    except ValueError as error:
+        _LOG.warning(f"the run has ended, and no node has heard of it: {error}")
 
 
 def run_arguments(members: Sequence[Member], folder: Path, options: Mapping[str, Any]) -> list[str]:

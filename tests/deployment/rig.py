@@ -57,6 +57,7 @@ class Rig:
         checkpoint = self.run / CHECKPOINT
         return {
             "folder": float(self.run.exists()),
+            "begun": float(sum(len(ledgers_of(holder)) for holder in self.holders)),
             "copied": float(len(raw_lines(self.run))),
             "paid": float(self.holder_lines()),
             "kept": checkpoint.stat().st_mtime if checkpoint.exists() else 0.0,
@@ -88,6 +89,11 @@ class Rig:
             return bool(since) and time.monotonic() >= since[0] + delay
 
         return there
+
+    def after(self, most: float) -> Callable[[], bool]:
+        """Up to so many seconds from now."""
+        end = time.monotonic() + self._random.uniform(0.0, most)
+        return lambda: time.monotonic() >= end
 
     def until(self, there: Callable[[], bool], seconds: float = 240.0) -> bool:
         """Wait for something; whether it came."""
