@@ -44,7 +44,7 @@ $(FLOWER_VENV)/installed: pyproject.toml constraints.txt
 federation: $(FLOWER_VENV)/installed  ## a federation on Flower, all of it on 127.0.0.1; ARGS="--nodes 3 --rounds 5"
 	$(FLOWER_VENV)/bin/python -m fl_lightning.deploy.loopback $(ARGS)
 
-test-federation: $(FLOWER_VENV)/installed  ## real processes, keys, TLS and SIGKILL; half an hour
+test-federation: $(FLOWER_VENV)/installed  ## real processes, keys, TLS and SIGKILL; an hour
 	$(FLOWER_VENV)/bin/python -m pytest -m slow tests/deployment $(ARGS)
 
 gpu-day:  ## everything that wants a GPU, nine minutes a call until nothing is left; installs nothing

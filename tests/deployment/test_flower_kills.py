@@ -13,7 +13,7 @@ from tests.deployment.books import check_books, lines_of, processes_of
 pytest.importorskip("flwr")
 rigs = pytest.importorskip("tests.deployment.rig")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-ROUNDS = 24
+ROUNDS = 16
 Places = list[tuple[str, Callable[[], bool]]]
 
 
