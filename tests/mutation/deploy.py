@@ -7,6 +7,7 @@ from tests.mutation.mutations import Mutation, group
 _NODE = "tests/fl_lightning/test_deploy_node.py::test_"
 _EQUALITY = "tests/fl_lightning/test_deploy_equality.py::test_"
 _SERVICE = "tests/fl_lightning/test_deploy_service.py::test_"
+_SOCKET = "tests/fl_lightning/test_deploy_socket.py::test_"
 _TERMS = _NODE + "hostile_terms_are_refused_and_the_journal_shows_it"
 _REQUESTS = _NODE + "requests_that_make_no_sense_are_refused_and_cost_nothing"
 _ASKED = _NODE + "another_question_has_other_noise_and_is_charged"
@@ -68,6 +69,9 @@ MUTATIONS = [
     _one(_ANSWERS, _REQUESTS, "a run of any name", "not isinstance(name, str) or len(name) != 64 or not name.isalnum()", "not isinstance(name, str)"),
     _one(_ANSWERS, _NODE + "a_folder_that_others_can_enter_is_refused", "a folder for everybody", "if folder.stat().st_mode & 0o077:", "if False:"),
     _one("fl_lightning/deploy/service.py", _SERVICE + "a_service_answers_until_it_is_stopped", "a socket for everybody", "mask = os.umask(0o177)", "mask = os.umask(0o000)"),
+    _one("fl_lightning/deploy/service.py", _SOCKET + "a_group_reaches_it_where_it_is_named", "a socket for everybody beside the group", "path.chmod(0o660)", "path.chmod(0o666)"),
+    _one("fl_lightning/deploy/service.py", _SOCKET + "a_group_reaches_it_where_it_is_named", "a socket keeps its group", "os.chown(path, -1, grp.getgrnam(group).gr_gid)", "grp.getgrnam(group)"),
+    _one("fl_lightning/deploy/__main__.py", _SOCKET + "a_socket_in_the_private_folder_is_for_no_group", "a group is named for a socket that it cannot reach", "if options.socket_group and folder.resolve() in path.resolve().parents:", "if False:"),
     _one("fl_lightning/deploy/service.py", _SERVICE + "answers_leave_at_a_time_that_shows_no_work", "answers as soon as they are there", "time.sleep(max(0.0, begun + answer_seconds - time.monotonic()))", "pass"),
     _one("fl_lightning/deploy/service.py", _SERVICE + "a_socket_has_one_service_and_a_dead_one_leaves_none", "two services on one socket", "if _alive(path):", "if False:"),
     _one("fl_lightning/deploy/frames.py", _SERVICE + "messengers_that_hang_up_or_send_too_much_keep_nobody_waiting", "messages of any length", "if size > most:", "if False:"),
