@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -136,8 +137,10 @@ def fit(grid: Any, options: Mapping[str, Any]) -> None:
         options: config, arguments, run-dir, nodes, patience, round-timeout and corrupt of the app.
 
     Raises:
-        SystemExit: with code 2 where the run is refused; the reason is printed.
+        Exception: the run is refused, or cannot go on; Flower logs why.
     """
+    # By a SystemExit the process would end before Flower has sent its log, and with it the reason.
+    os.environ["AADP_FL_TRACEBACK"] = "1"
     nodes = FlowerNodes(grid, float(options["round-timeout"]), float(options["patience"]))
     folder = Path(str(options["run-dir"])).expanduser()
     if not str(options["run-dir"]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +62,15 @@ class Grid:
         return SimpleNamespace(metadata=metadata, content=content, has_content=lambda: True)
 
 
+@pytest.fixture
+def _environment_as_before() -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning uses what is deprecated
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 NAMES = ["a" * 64, "b" * 64]
 BOTH = dict.fromkeys(range(2), encode({"do": "release"}))
 
@@ -106,3 +118,12 @@ def test_a_node_of_another_protocol_is_none() -> None:
     grid.protocol = PROTOCOL + 1
     with pytest.raises(ValueError, match="only 0 came"):
         FlowerNodes(grid, 5.0, 0.5).wait_for(1)
+
+
+@pytest.mark.usefixtures("_environment_as_before")
+def test_why_a_run_is_refused_reaches_the_log_of_flower(tmp_path: Path) -> None:
+    """Flower logs an exception; a SystemExit ends its process before the log is sent."""
+    options = {"run-dir": str(tmp_path / "run"), "nodes": 2, "patience": 5.0, "corrupt": 0}
+    options |= {"round-timeout": 5.0, "config": "", "arguments": "--trainer.max_epochs=-7"}
+    with pytest.raises(Exception, match="max_epochs"):
+        flower.fit(Grid(n7="a", n8="b"), options)
