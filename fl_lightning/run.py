@@ -358,7 +358,7 @@ def _releases(
     if wanted.federation is not None:
         assert books is not None
         if rules.privacy.summed:
-            return RemoteSum(clients(False), rules, key, books, wanted.federation, terms[0].run)
+            return RemoteSum(clients(False), rules, key, books, wanted.federation, terms)
         return Remote(clients(False), rules, books, wanted.federation, terms)
     chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
     if rules.privacy.summed:

@@ -17,9 +17,15 @@ from torch import Tensor
 from aadp_kernels import NoiseKey
 from fl_lightning.keys import digests
 from fl_lightning.privacy.noised_sum import NoisedSum
+from fl_lightning.release.agreement import Agreement
 from fl_lightning.release.claim import Books
 from fl_lightning.release.clients import Clients
-from fl_lightning.release.federation import Federation, SumOutcome, SumProposal
+from fl_lightning.release.federation import (
+    Federation,
+    SumOutcome,
+    SumProposal,
+    join_request,
+)
 from fl_lightning.release.summed import Summed
 from fl_lightning.rules import Rules
 from fl_lightning.values.round import LayerPolicy, Params, PrivateUpdate
@@ -37,7 +43,7 @@ class RemoteSum(Summed):
         key: names the lines of the copy; it hides nothing.
         books: the copy of the ledger, and what it says of budgets.
         federation: the nodes, with a protocol for sums.
-        run: public name of the run.
+        terms: what was proposed to each.
 
     Raises:
         ValueError: the federation has no protocol for sums.
@@ -50,7 +56,7 @@ class RemoteSum(Summed):
         key: NoiseKey,
         books: Books,
         federation: Federation,
-        run: str,
+        terms: Sequence[Agreement],
     ) -> None:
         super().__init__(clients, rules, key, books)
         if federation.sum is None:
@@ -58,7 +64,9 @@ class RemoteSum(Summed):
                 "setting='client+secure_sum': this federation has no protocol for secure sums"
             )
         self._propose = federation.sum
-        self._run = run
+        self._federation = federation
+        self._terms = terms
+        self._whole = False  # whether all of the last cohort were in its sum
         self.heads: dict[int, str] = {}
         self._there = 0
 
@@ -87,6 +95,8 @@ class RemoteSum(Summed):
         assert survivors is not None
         if len(candidates) < max(survivors, 2):
             return self._nothing(params)
+        if not self._whole:
+            self._remind(candidates.tolist())
         z, weights = self._weights(candidates)
         history = self.books.history
         noised = NoisedSum(
@@ -100,7 +110,7 @@ class RemoteSum(Summed):
         base = self.sum_rules.weights[candidates]
         outcome = self._propose(
             SumProposal(
-                run=self._run,
+                run=self._terms[0].run,
                 round=round,
                 clients=candidates.tolist(),
                 shares=survivors,
@@ -113,6 +123,7 @@ class RemoteSum(Summed):
             )
         )
         self._there = len(outcome.survivors)
+        self._whole = self._there == len(candidates)
         self.heads |= outcome.heads
         update = self._update(noised, outcome, candidates, weights, params)
         if len(outcome.charged):
@@ -120,6 +131,10 @@ class RemoteSum(Summed):
             digest = digests.digest([*sent, history.l1_norm[0]])
             self._write(noised.policy, digest, candidates, weights, outcome, z=z, round=round)
         return update
+
+    def _remind(self, clients: list[int]) -> None:
+        """Join again, for nodes that forgot a run before it released anything."""
+        self._federation.answers({k: join_request(self._terms[k], 0) for k in clients})
 
     def _update(
         self,

@@ -258,6 +258,30 @@ def test_the_shares_of_as_many_as_are_needed_have_the_noise_of_the_whole(
     assert max(fits[1:]) < 1e-4
 
 
+def test_a_node_that_forgot_the_run_is_reminded(tmp_path: Path) -> None:
+    nodes = summing_nodes(tmp_path)
+
+    def through(requests: Mapping[int, bytes]) -> dict[int, bytes]:
+        head, _ = decode(next(iter(requests.values())))
+        if head["do"] == "sum-terms" and head["terms"]["round"] == 0:
+            nodes[1]._forget_unused()
+        return {k: nodes[k].answer(data) for k, data in requests.items()}
+
+    run_of(tmp_path / "server", nodes, through)
+    for one in nodes:
+        one.close()
+    assert [[line.round for line in read(one)[1]] for one in ledgers(tmp_path)] == [
+        [0, 1, 2],
+        [1, 2],
+        [0, 1, 2],
+    ]
+    assert [line.members(3).tolist() for line in read(tmp_path / "server")[1]] == [
+        [0, 2],
+        [0, 1, 2],
+        [0, 1, 2],
+    ]
+
+
 def same_round_again(node: Node) -> None:
     """Should a round ever begin twice, its noise is other noise."""
     (run,) = node._open.values()

@@ -8,6 +8,7 @@ _HERE = "tests/fl_lightning/test_secure_sum"
 _PARTS, _SUMS, _REFUSALS = f"{_HERE}_parts.py", f"{_HERE}.py", f"{_HERE}_refusals.py"
 _RUNS = f"{_HERE}_federation.py"
 _GIVEN_UP = "test_a_sum_that_is_given_up_is_charged_and_moves_nothing"
+_FORGOT = "test_a_node_that_forgot_the_run_is_reminded"
 _RESTART = "test_secret_noise_is_new_in_every_part_and_nodes_go_on_after_a_restart"
 _MORE = "test_a_server_that_asks_for_more_rounds_gets_no_more_than_was_promised"
 _NOISE = "test_the_shares_of_as_many_as_are_needed_have_the_noise_of_the_whole"
@@ -157,8 +158,9 @@ SHARES = group(
 
 REMOTE = group(
     "fl_lightning/release/remote_sum.py",
-    f"{_RUNS}::{_GIVEN_UP} {_RUNS}::test_a_node_that_goes_away_at_any_stage",
+    f"{_RUNS}::{_GIVEN_UP} {_RUNS}::{_FORGOT} {_RUNS}::test_a_node_that_goes_away_at_any_stage",
     ("a sum given up is free", "        if len(outcome.charged):", "        if outcome.sums is not None:"),
+    ("forgetful nodes stay away", "        if not self._whole:", "        if False:"),
     ("divided by who was asked", "divisor=float(weights[there].sum())", "divisor=float(weights.sum())"),
 )  # fmt: skip
 
