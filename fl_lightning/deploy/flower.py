@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict  # pyright: ignore[reportMissingImports]
 
 from fl_lightning.deploy.secure_sum.federated import with_secure_sums
 from fl_lightning.fit import main

@@ -6,8 +6,8 @@ It needs Flower alone. It sees no record: the service behind the socket decides 
 import socket
 import struct
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # pyright: ignore[reportMissingImports]
+from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
 
 app = ClientApp()
 

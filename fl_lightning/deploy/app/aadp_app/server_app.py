@@ -1,7 +1,7 @@
 """The server's half: `fl_lightning.fit`, whose clients are the nodes of this federation."""
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import Context  # pyright: ignore[reportMissingImports]
+from flwr.serverapp import Grid, ServerApp  # pyright: ignore[reportMissingImports]
 
 app = ServerApp()
 
