@@ -9,15 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fl_lightning.deploy.journal import Journal
 from fl_lightning.deploy.policy import Refused
 from fl_lightning.deploy.secure_sum.begun import Begun
 from fl_lightning.deploy.secure_sum.client import Contribution, SumClient
 from fl_lightning.deploy.secure_sum.keys import Identity
 from fl_lightning.deploy.secure_sum.policy import SumPolicy
 from fl_lightning.deploy.secure_sum.terms import SumTerms, check_terms, parse_terms
-from fl_lightning.ledger import LedgerError
-from fl_lightning.values.message import decode, encode
 
 _LOG = logging.getLogger("fl_lightning.deploy")
 IDENTITY_FILE = "identity.key"
@@ -84,63 +81,3 @@ class SumActions:
         self._begun.begin(terms.run, terms.round)
         self._now = SumClient(self._identity, number, terms, contribution)
         return self._now.advertise()
-
-
-class SumNode:
-    """A node for secure sums alone, to stand behind `serve`.
-
-    Args:
-        policy: of the holder.
-        folder: private folder: identity, rounds begun, journal; made if missing.
-        contribute: see `SumActions`.
-        identity: None: the one in the folder, made if missing.
-
-    Raises:
-        ValueError: others can enter the folder.
-        LedgerError: another process has it open.
-    """
-
-    def __init__(
-        self,
-        policy: SumPolicy,
-        folder: Path,
-        contribute: Contribute,
-        identity: Identity | None = None,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_mode & 0o077:
-            raise ValueError(f"folder={folder}: others can enter it; chmod 700 it")
-        self._journal = Journal(folder)
-        self.identity = identity or Identity.kept_in(folder / IDENTITY_FILE)
-        self._actions = SumActions(self.identity, policy, folder, contribute)
-        self._stopped = ""
-
-    def answer(self, request: bytes) -> bytes:
-        """The answer to one message; never raises. Refusals stand in the journal."""
-        do, run = "unreadable", ""
-        try:
-            head, tensors = decode(request)
-            do, run = str(head.get("do")), str(head.get("run", ""))
-            if self._stopped:
-                raise Refused(self._stopped)
-            return self._actions.answer(do, head, tensors)
-        except Refused as refusal:
-            return self._refuse(do, run, str(refusal))
-        except LedgerError:
-            _LOG.exception("the ledger failed")
-            return self._refuse(do, run, "ledger: it cannot be used; the holder's log says why")
-        except Exception:
-            if do == "unreadable":
-                return self._refuse(do, run, "request: it cannot be read")
-            # It may depend on records: after it nothing more is answered.
-            _LOG.exception("a request failed")
-            self._stopped = "stopped: the node had an error and waits for its holder"
-            return self._refuse(do, run, self._stopped)
-
-    def _refuse(self, do: str, run: str, reason: str) -> bytes:
-        self._journal.refuse(do, run, reason)
-        return encode({"refused": reason})
-
-    def close(self) -> None:
-        """Give up the lock on the folder."""
-        self._journal.close()
