@@ -10,6 +10,7 @@ import pytest
 from bench import gpu_overhead, gpu_page, machine, pages
 
 
+@pytest.mark.slow
 def test_two_trees_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     for name, value in (("TENSORS", {"small": 3}), ("TURNS", 2), ("WARM_UP", 5), ("CALLS", 20)):

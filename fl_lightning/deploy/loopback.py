@@ -26,6 +26,8 @@ from typing import Any
 import yaml
 
 from fl_lightning.deploy.credentials import write_node_key, write_tls
+from fl_lightning.deploy.secure_sum.keys import Identity
+from fl_lightning.deploy.secure_sum.node import IDENTITY_FILE
 
 APP = Path(__file__).parent / "app"
 BIN = Path(sys.executable).parent
@@ -46,7 +48,8 @@ class Loopback:
         folder: for everything that it writes, private; new.
         nodes: how many.
         node: options of every node service, see `fl_lightning.deploy node`; `client` is added.
-        policy: of every holder, without its networks.
+        policy: of every holder, without its networks; where it has `secure_sum`, the identities of
+            all nodes are added to that.
     """
 
     folder: Path
@@ -70,16 +73,26 @@ class Loopback:
         for k in range(self.nodes):
             write_node_key(self.folder / f"node{k}.key")
             options = {**self.node, "folder": str(self.holder(k)), "client": k}
-            (self.folder / f"policy{k}.yaml").write_text(
-                yaml.safe_dump({**self.policy, "networks": []}), encoding="utf-8"
-            )
             options["policy"] = str(self.folder / f"policy{k}.yaml")
             self._config(k).write_text(yaml.safe_dump(options), encoding="utf-8")
+        self._write_policies([])
         digest = self._output([sys.executable, "-m", "fl_lightning.deploy", "digest",
                                "--config", str(self._config(0))]).split()[-1]  # fmt: skip
+        self._write_policies([digest])
+
+    def _write_policies(self, networks: list[str]) -> None:
+        policy: dict[str, Any] = {**self.policy, "networks": networks}
+        if "secure_sum" in policy:
+            names = [self._identity(k) for k in range(self.nodes)]
+            policy["secure_sum"] = {**policy["secure_sum"], "identities": names}
         for k in range(self.nodes):
-            text = yaml.safe_dump({**self.policy, "networks": [digest]})
-            (self.folder / f"policy{k}.yaml").write_text(text, encoding="utf-8")
+            path = self.folder / f"policy{k}.yaml"
+            path.write_text(yaml.safe_dump(policy), encoding="utf-8")
+
+    def _identity(self, k: int) -> str:
+        """What the other holders know the node of client k by; made where there is none."""
+        self.holder(k).mkdir(exist_ok=True, mode=0o700)
+        return Identity.kept_in(self.holder(k) / IDENTITY_FILE).name
 
     def holder(self, k: int) -> Path:
         """Private folder of the node service of client k."""
@@ -258,23 +271,33 @@ def running(loopback: Loopback) -> Iterator[Loopback]:
 
 # Height and width of the pictures of each source.
 _SIZES = {"digits": 8, "fashion_mnist": 28}
+SUM = "client+secure_sum"
+# Of secure sums: nodes that may work with the server, and whose shares are the whole noise.
+_CORRUPT, _SURVIVORS = 1, 2
 
 
-def demonstration(nodes: int, rounds: int, source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def demonstration(
+    nodes: int, rounds: int, source: str, setting: str = "record+local"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Node options and policy of the default experiment, divided over the nodes."""
     data = {"source": source, "num_clients": nodes, "val_fraction": 0.1, "seed": 1}
     network = {
         "class_path": "fl_lightning.models.CNN",
         "init_args": {"image_size": _SIZES[source]},
     }
-    return {"data": data, "network": network}, {"epsilon": 8.0, "delta": 1e-5, "rounds": rounds}
+    policy: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "rounds": rounds}
+    policy["settings"] = [setting]
+    if setting == SUM:
+        policy["secure_sum"] = {"corrupt": _CORRUPT, "least": _SURVIVORS + _CORRUPT}
+    return {"data": data, "network": network}, policy
 
 
-def server_arguments(rounds: int, source: str) -> str:
+def server_arguments(rounds: int, source: str, setting: str = "record+local") -> str:
     """Options of the server's half of the demonstration."""
+    sums = f" --privacy.min_survivors={_SURVIVORS}" if setting == SUM else ""
     return (
         f"--data.source={source} --model.network.image_size={_SIZES[source]} "
-        f"--trainer.max_epochs={rounds} --model.execution=loop"
+        f"--trainer.max_epochs={rounds} --model.execution=loop --privacy.setting={setting}{sums}"
     )
 
 
@@ -284,19 +307,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, default=5, help="node services (default 5)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds (default 10)")
     parser.add_argument("--source", choices=tuple(_SIZES), default="digits")
+    settings = "record+local", "client+local", SUM
+    parser.add_argument("--setting", choices=settings, default=settings[0])
     parser.add_argument("--folder", type=Path, help="new folder for everything; default: in runs/")
     options = parser.parse_args(arguments)
     stamp = time.strftime("federation-%Y%m%d-%H%M%S")
     folder = (options.folder or Path("runs") / stamp).absolute()
-    node, policy = demonstration(options.nodes, options.rounds, options.source)
+    node, policy = demonstration(options.nodes, options.rounds, options.source, options.setting)
     begun = time.monotonic()
     with running(Loopback(folder, options.nodes, node, policy)) as loopback:
         print(f"{options.nodes} nodes are up after {time.monotonic() - begun:.0f} s: {folder}")
         loopback.submit(
             {
-                "arguments": server_arguments(options.rounds, options.source),
+                "arguments": server_arguments(options.rounds, options.source, options.setting),
                 "run-dir": str(folder / "run"),
                 "nodes": options.nodes,
+                "corrupt": _CORRUPT if options.setting == SUM else 0,
             }
         )
     print(f"everything is shut down after {time.monotonic() - begun:.0f} s")

@@ -43,7 +43,7 @@ def check(members: int, shares: int, corrupt: int, silent_at: dict[int, str]) ->
     assert torch.equal(total, group.plain_sum(server.survivors))
 
 
-@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_pattern_of_silence(members: int) -> None:
     for places in itertools.product(PLACES, repeat=members):
         check(members, 1, 0, {k: s for k, s in enumerate(places) if s is not None})

@@ -119,6 +119,7 @@ def named(value: Any) -> str:
     return value.name if isinstance(value, signal.Signals) else str(value)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_that_is_stopped_again_and_again(
     nursery: Nursery, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
