@@ -10,7 +10,6 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fl_lightning.values.plain_json import plain
@@ -27,10 +26,9 @@ def encode(head: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None)
     """
     from safetensors.torch import save
 
-    # A file without a tensor is read back without its metadata by some versions.
-    plain_tensors = {n: t.detach().cpu().contiguous() for n, t in (tensors or {}).items()}
+    held = {n: t.detach().cpu().contiguous() for n, t in (tensors or {}).items()}
     text = json.dumps(plain(head), allow_nan=False, separators=(",", ":"))
-    return save(plain_tensors or {"": torch.empty(0)}, metadata={_HEAD: text})
+    return save(held, metadata={_HEAD: text})
 
 
 def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -50,5 +48,4 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"message of {len(data)} bytes cannot be read: {error}") from error
     if not isinstance(head, dict):
         raise ValueError(f"message has {type(head).__name__} for its words, not an object")
-    tensors.pop("", None)
     return head, tensors
