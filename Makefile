@@ -23,7 +23,7 @@ fit: $(FIT)  ## the default experiment; ARGS="--config ..." for another
 	$(BIN)/python -m fl_lightning.fit $(ARGS)
 
 test: $(TEST)  ## all quick tests
-	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder --timeout 600 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope --timeout 600 -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(TEST)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
