@@ -83,7 +83,8 @@ def test_a_sum_that_is_none_is_refused(changes: dict, words: str) -> None:
 
 def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:
     first, _, last = grown(tmp_path, header_of(2000, 100), 100)
-    assert (last - first) / 90 < 150, "bytes a round; a line in memory takes 900"
+    # Bytes a round. A line in memory would take 900; what other tests left behind moves it a little.
+    assert (last - first) / 90 < 300
 
 
 def test_past_rounds_are_found_in_the_file(tmp_path: Path) -> None:
