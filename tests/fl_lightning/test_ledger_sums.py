@@ -83,7 +83,7 @@ def test_a_sum_that_is_none_is_refused(changes: dict, words: str) -> None:
 
 def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:
     first, _, last = grown(tmp_path, header_of(2000, 100), 100)
-    # Bytes a round. A line in memory would take 900; what other tests left behind moves it a little.
+    # Bytes a round. A line in memory would take 900; what other tests left moves it a little.
     assert (last - first) / 90 < 300
 
 
