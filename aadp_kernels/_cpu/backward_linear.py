@@ -16,8 +16,8 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
-from aadp_kernels._cpu.pieces import address
-from aadp_kernels._cpu.rows import absolute, bytes_of, jit_sums, memory, square
+from aadp_kernels._cpu.row_sums import absolute, bytes_of, jit_sums, memory, square
+from aadp_kernels._cpu.tensor_table import address
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule, GradientsNeeded
 from aadp_kernels.threads import spread

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
-from aadp_kernels._cpu.backward_products import SLACK, rows_of, share, total_of
-from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, square
+from aadp_kernels._cpu.backward_products import SLACK, rows_of, split_records, total_of
+from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, square
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule
 from aadp_kernels.threads import spread
@@ -75,7 +75,7 @@ def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tenso
     needed, mask = rule.needed, rule.mask
     clients, batch = mask.shape
     rows_a, rows_g = (rows_of(t) for t in (a, g))
-    per_client, each = share(clients, batch)
+    per_client, each = split_records(clients, batch)
     sums = np.zeros((clients * per_client, 2, n), rows_g.dtype)
     counts = np.zeros((clients * per_client, 3))
 

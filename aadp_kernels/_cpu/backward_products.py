@@ -18,8 +18,8 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
-from aadp_kernels._cpu.rows import absolute, add_scaled, jit_sums, memory, square
-from aadp_kernels._cpu.tile import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
+from aadp_kernels._cpu.gather_gemm import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
+from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule, Geometry
 from aadp_kernels.threads import spread
@@ -268,7 +268,7 @@ def rows_of(x: Tensor) -> np.ndarray:
     return x.detach().reshape(x.shape[0] * x.shape[1], size).numpy()
 
 
-def share(clients: int, batch: int) -> tuple[int, int]:
+def split_records(clients: int, batch: int) -> tuple[int, int]:
     """Units a client and records a unit, whatever the number of threads."""
     units = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
     return units, -(-batch // units)
@@ -303,7 +303,7 @@ def product_sums(
     clients, batch = mask.shape
     rows_a, rows_g = (rows_of(t) for t in (a, g))
     dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
-    per_client, each = share(clients, batch)
+    per_client, each = split_records(clients, batch)
     units = clients * per_client
     size = plan.groups * plan.rows * plan.width if weight else 0
     sum_w, sum_b, counts = (

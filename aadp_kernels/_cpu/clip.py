@@ -17,7 +17,9 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, pointer
 from aadp_kernels._cpu._parallel import parallel, region_for
-from aadp_kernels._cpu.passes import (
+from aadp_kernels._cpu.noise_plan import NoiseKind, NoisePlan
+from aadp_kernels._cpu.rng import STATE_WORDS
+from aadp_kernels._cpu.sum_and_write import (
     NOISE_COST,
     SCRATCH,
     sum_part,
@@ -25,9 +27,7 @@ from aadp_kernels._cpu.passes import (
     write_part,
     write_units,
 )
-from aadp_kernels._cpu.pieces import Frame, frame_of
-from aadp_kernels._cpu.plan import Kind, Plan
-from aadp_kernels._cpu.rng import STATE_WORDS
+from aadp_kernels._cpu.tensor_table import LayerCuts, cuts_of
 from aadp_kernels.contract import ClipStats, Precision
 from aadp_kernels.layout import Layout
 from aadp_kernels.threads import spread
@@ -35,12 +35,12 @@ from aadp_kernels.threads import spread
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)
 
-# Planes of the tables of a `Cells`.
+# Planes of the tables of a `Decisions`.
 NORM1, VOTES, FACTOR = range(3)
 CLIPPED, DEAD = range(2)
 
 
-class Cells(NamedTuple):
+class Decisions(NamedTuple):
     """What is decided for every row and layer.
 
     Attributes:
@@ -63,12 +63,12 @@ class Cells(NamedTuple):
     @classmethod
     def build(
         cls, layout: Layout, dtypes: Precision, clip: Tensor, votes_at: Tensor | None
-    ) -> Cells:
+    ) -> Decisions:
         """Nothing decided yet; `clip` and `votes_at` are [K, L], `dtypes` that or [1, L]."""
         eps, smallest, limit = (each.contiguous().numpy() for each in (*dtypes, clip))
         levels = np.empty((0, 0)) if votes_at is None else votes_at.contiguous().numpy()
         numbers, flags = np.empty((3, *clip.shape)), np.empty((2, *clip.shape), np.int64)
-        return cls(frame_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
+        return cls(cuts_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
 
     def stats(self) -> ClipStats:
         """As tensors."""
@@ -76,7 +76,7 @@ class Cells(NamedTuple):
 
 
 @jit
-def decide(sums, units, p, cells, row, layer):
+def decide(sums, units, p, decisions, row, layer):
     """`certified.clip_factors` and `ballots` of one row's layer, operation by operation."""
     norm1, norm = 0.0, 0.0
     for unit in range(units[layer], units[layer + 1]):
@@ -85,52 +85,52 @@ def decide(sums, units, p, cells, row, layer):
             norm += sums[1, row, unit]
     norm = math.sqrt(norm) if p == 2 else norm1
     finite = math.isfinite(norm) and math.isfinite(norm1)
-    clip, count = cells.clip[row, layer], cells.elements[layer]
-    of = row if len(cells.eps) > 1 else 0
-    eps, smallest = cells.eps[of, layer], cells.smallest[of, layer]
+    clip, count = decisions.clip[row, layer], decisions.elements[layer]
+    of = row if len(decisions.eps) > 1 else 0
+    eps, smallest = decisions.eps[of, layer], decisions.smallest[of, layer]
     bound = norm * (1 + (count + 16) * 2.0**-52)
     clipped = bound > clip and finite
     factor = 1.0
     if clipped:
         factor = max(clip - count * smallest * eps, 0.0) / (bound * (1 + eps))
-    cells.numbers[FACTOR, row, layer] = factor if finite and factor >= _TINY else 0.0
-    cells.flags[CLIPPED, row, layer], cells.flags[DEAD, row, layer] = clipped, not finite
+    decisions.numbers[FACTOR, row, layer] = factor if finite and factor >= _TINY else 0.0
+    decisions.flags[CLIPPED, row, layer], decisions.flags[DEAD, row, layer] = clipped, not finite
     threshold, vote = np.nan, 0.0
-    if len(cells.votes_at) > 0:
-        threshold = cells.votes_at[row, layer]
+    if len(decisions.votes_at) > 0:
+        threshold = decisions.votes_at[row, layer]
     if finite and not math.isnan(threshold):
         vote = 0.5 if norm1 <= threshold else -0.5
-    cells.numbers[NORM1, row, layer], cells.numbers[VOTES, row, layer] = norm1, vote
+    decisions.numbers[NORM1, row, layer], decisions.numbers[VOTES, row, layer] = norm1, vote
 
 
 @jit
-def decide_all(sums, units, p, cells):
+def decide_all(sums, units, p, decisions):
     """`decide` for every cell."""
-    for row in range(len(cells.clip)):
+    for row in range(len(decisions.clip)):
         for layer in range(len(units) - 1):
-            decide(sums, units, p, cells, row, layer)
+            decide(sums, units, p, decisions, row, layer)
 
 
-class Job(NamedTuple):
-    """A release as one call takes it: few arrays, since each costs time to hand over.
+class ReleaseCall(NamedTuple):
+    """A release as compiled code takes it: few arrays, since each costs time to hand over.
 
     Attributes:
-        table: int64, the rows of `Pieces.table`, then the words of `plan.words_of`, then the bits
-            of its coefficients.
-        tensors: rows of that table.
-        frame: layers.
-        kind: noise.
-        eps, smallest: see `Cells`.
+        packed: int64, `TensorTable.entries` row after row, then the words of
+            `noise_plan.words_of`, then the bits of its coefficients.
+        tensors: number of rows of `TensorTable.entries`.
+        cuts: where walks over the layers are cut.
+        kind: what noise is written.
+        eps, smallest: see `Decisions`.
         p: norm of the clipping.
         clip, scale, clients: addresses of float64 [K, L] (twice) and int64 [K].
         votes_at: address of float64 [K, L], or 0.
-        numbers, flags: see `Cells`.
+        numbers, flags: see `Decisions`.
     """
 
-    table: np.ndarray
+    packed: np.ndarray
     tensors: int
-    frame: Frame
-    kind: Kind
+    cuts: LayerCuts
+    kind: NoiseKind
     eps: np.ndarray
     smallest: np.ndarray
     p: int
@@ -143,95 +143,96 @@ class Job(NamedTuple):
 
 
 @jit
-def _opened(job):
-    """The pieces, cells and plan of a job."""
-    shape, width = job.numbers.shape[1:], 8 * job.tensors
-    bands = (len(job.table) - width) // (STATE_WORDS + 1)
-    words = job.table[width : width + bands * STATE_WORDS].astype(np.uint32)
-    pieces = job.table[:width].reshape((job.tensors, 8))
+def _opened(call):
+    """The tensors, decisions and noise of a call."""
+    shape, width = call.numbers.shape[1:], 8 * call.tensors
+    bands = (len(call.packed) - width) // (STATE_WORDS + 1)
+    words = call.packed[width : width + bands * STATE_WORDS].astype(np.uint32)
+    table = call.packed[:width].reshape((call.tensors, 8))
     votes_at = carray(
-        pointer(job.votes_at, np.float64), (shape[0] if job.votes_at else 0, shape[1])
+        pointer(call.votes_at, np.float64), (shape[0] if call.votes_at else 0, shape[1])
     )
-    cells = Cells(
-        job.frame.ends, job.eps, job.smallest, carray(pointer(job.clip, np.float64), shape),
-        votes_at, job.numbers, job.flags,
+    decisions = Decisions(
+        call.cuts.ends, call.eps, call.smallest, carray(pointer(call.clip, np.float64), shape),
+        votes_at, call.numbers, call.flags,
     )  # fmt: skip
-    plan = Plan(
-        carray(pointer(job.scale, np.float64), shape),
-        carray(pointer(job.clients, np.int64), (shape[0],)),
-        words.reshape((bands, STATE_WORDS)), job.table[width + len(words) :].view(np.float64),
-        job.kind,
+    plan = NoisePlan(
+        carray(pointer(call.scale, np.float64), shape),
+        carray(pointer(call.clients, np.int64), (shape[0],)),
+        words.reshape((bands, STATE_WORDS)), call.packed[width + len(words) :].view(np.float64),
+        call.kind,
     )  # fmt: skip
-    return pieces, cells, plan
+    return table, decisions, plan
 
 
 @jit
-def _privatize_rows(job, sums, begin, end):
+def _privatize_rows(call, sums, begin, end):
     """Sum, decide and write the layers of rows begin .. end - 1, one after another."""
-    frame, (pieces, cells, plan) = job.frame, _opened(job)
-    scratch, dead, factor = np.empty(SCRATCH, np.uint8), cells.flags[DEAD], cells.numbers[FACTOR]
-    units, tiles, layers = frame.chunks, frame.tiles, len(frame.ends)
+    cuts, (table, decisions, plan) = call.cuts, _opened(call)
+    dead, factor = decisions.flags[DEAD], decisions.numbers[FACTOR]
+    scratch = np.empty(SCRATCH, np.uint8)
+    units, tiles, layers = cuts.chunks, cuts.tiles, len(cuts.ends)
     for row in range(begin, end):
         start, tile = row * units[layers], row * tiles[layers]
         for layer in range(layers):
             low, high = start + units[layer], start + units[layer + 1]
-            sum_units(pieces, frame.bounds, units, job.p, sums, scratch, low, high)
-            decide(sums, units, job.p, cells, row, layer)
+            sum_units(table, cuts.bounds, units, call.p, sums, scratch, low, high)
+            decide(sums, units, call.p, decisions, row, layer)
             low, high = tile + tiles[layer], tile + tiles[layer + 1]
-            write_units(pieces, frame, dead, factor, plan, scratch, low, high)
+            write_units(table, cuts, dead, factor, plan, scratch, low, high)
 
 
 @jit
-def _sums_of(job):
-    return np.zeros((2, job.numbers.shape[1], job.frame.chunks[-1]))
+def _sums_of(call):
+    return np.zeros((2, call.numbers.shape[1], call.cuts.chunks[-1]))
 
 
 @jit
-def _sum_some(job, sums, begin, end):
+def _sum_some(call, sums, begin, end):
     """Sums of some units of all rows."""
-    sum_part(_opened(job)[0], job.frame.bounds, job.frame.chunks, job.p, sums, begin, end)
+    sum_part(_opened(call)[0], call.cuts.bounds, call.cuts.chunks, call.p, sums, begin, end)
 
 
 @jit
-def _decide(job, sums):
-    decide_all(sums, job.frame.chunks, job.p, _opened(job)[1])
+def _decide(call, sums):
+    decide_all(sums, call.cuts.chunks, call.p, _opened(call)[1])
 
 
 @jit
-def _write_some(job, begin, end):
+def _write_some(call, begin, end):
     """Write some tiles of all rows."""
-    pieces, cells, plan = _opened(job)
-    write_part(pieces, job.frame, cells.flags[DEAD], cells.numbers[FACTOR], plan, begin, end)
+    table, decisions, plan = _opened(call)
+    write_part(table, call.cuts, decisions.flags[DEAD], decisions.numbers[FACTOR], plan, begin, end)
 
 
 @jit
-def _privatize(job, beside, threads, region):
+def _privatize(call, beside, threads, region):
     """Sum, decide and write: rows beside each other, or one after another on all threads."""
-    rows, sums = job.numbers.shape[1], _sums_of(job)
+    rows, sums = call.numbers.shape[1], _sums_of(call)
     if threads == 1:
-        _privatize_rows(job, sums, 0, rows)
+        _privatize_rows(call, sums, 0, rows)
     elif beside:
-        parallel(_privatize_rows, (job, sums), rows, threads, region)
+        parallel(_privatize_rows, (call, sums), rows, threads, region)
     else:
-        parallel(_sum_some, (job, sums), sums[0].size, threads, region)
-        _decide(job, sums)
-        parallel(_write_some, (job,), rows * job.frame.tiles[-1], threads, region)
+        parallel(_sum_some, (call, sums), sums[0].size, threads, region)
+        _decide(call, sums)
+        parallel(_write_some, (call,), rows * call.cuts.tiles[-1], threads, region)
 
 
-def privatize(job: Job) -> None:
+def privatize(call: ReleaseCall) -> None:
     """Clip all rows and write them with noise; fills `numbers` and `flags`."""
-    rows = job.numbers.shape[1]
-    elements = NOISE_COST * rows * job.frame.elements
+    rows = call.numbers.shape[1]
+    elements = NOISE_COST * rows * call.cuts.elements
     threads, region = region_for(elements)
     beside = rows // _ROWS_PER_THREAD >= threads
     if threads == 1 or region:
-        _privatize(job, beside, threads, region)
+        _privatize(call, beside, threads, region)
         return
     # The same on threads that are not OpenMP's.
-    sums = _sums_of(job)
+    sums = _sums_of(call)
     if beside:
-        spread(partial(_privatize_rows, job, sums), rows, elements=elements)
+        spread(partial(_privatize_rows, call, sums), rows, elements=elements)
         return
-    spread(partial(_sum_some, job, sums), sums[0].size, elements=elements)
-    _decide(job, sums)
-    spread(partial(_write_some, job), rows * int(job.frame.tiles[-1]), elements=elements)
+    spread(partial(_sum_some, call, sums), sums[0].size, elements=elements)
+    _decide(call, sums)
+    spread(partial(_write_some, call), rows * int(call.cuts.tiles[-1]), elements=elements)

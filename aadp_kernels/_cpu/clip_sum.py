@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu.clip import FACTOR, Cells, decide
-from aadp_kernels._cpu.passes import Plan, clipped_sums, write
-from aadp_kernels._cpu.pieces import Pieces, native, target
+from aadp_kernels._cpu.clip import FACTOR, Decisions, decide
+from aadp_kernels._cpu.noise_plan import NoisePlan
 from aadp_kernels._cpu.privatize import norms
-from aadp_kernels._cpu.rows import absolute, add_scaled, memory, square
+from aadp_kernels._cpu.row_sums import absolute, add_scaled, memory, square
+from aadp_kernels._cpu.sum_and_write import add_clipped, write_table
+from aadp_kernels._cpu.tensor_table import TensorTable, native, target
 from aadp_kernels.certified import ballots, clip_factors
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
@@ -49,13 +50,13 @@ def _sums(address, bytes_each, count, l1, l2):
 
 @jit
 def clip_records(
-    places, sizes, bytes_each, bounds, units, p, l1, mask, sums, cells, each, totals, begin, end
+    places, sizes, bytes_each, bounds, units, p, l1, mask, sums, decisions, each, totals, begin, end
 ):
     """Norms, decisions and sums of units of `each` records, record by record.
 
     `places`, `sizes` (elements a record) and `bytes_each` are [T], tensors in the order of the
-    layers, which begin at `bounds` [L + 1]; `units` is 0 .. L. `sums` [2, B, L] and `cells` [B, L]
-    are filled; totals [units, elements] are added to.
+    layers, which begin at `bounds` [L + 1]; `units` is 0 .. L. `sums` [2, B, L] and `decisions`
+    [B, L] are filled; totals [units, elements] are added to.
     """
     for unit in range(begin, end):
         for row in range(unit * each, min(len(mask), (unit + 1) * each)):
@@ -66,8 +67,8 @@ def clip_records(
                     norm1, total = _sums(address, bytes_each[k], sizes[k], l1, p == 2)
                     sums[0, row, layer] += norm1
                     sums[1, row, layer] += total
-                decide(sums, units, p, cells, row, layer)
-                factor = cells.numbers[FACTOR, row, layer] if mask[row] else 0.0
+                decide(sums, units, p, decisions, row, layer)
+                factor = decisions.numbers[FACTOR, row, layer] if mask[row] else 0.0
                 for k in range(bounds[layer], bounds[layer + 1]):
                     part = totals[unit, start : start + sizes[k]]
                     start += sizes[k]
@@ -96,7 +97,7 @@ def _clip_records(
     exact = torch.finfo(torch.float64)
     precision = Precision(*(torch.full((1, layers), n).double() for n in (exact.eps, exact.tiny)))
     spot = None if votes_at is None else votes_at.expand(batch, layers)
-    cells = Cells.build(layout, precision, clip.expand(batch, layers), spot)
+    decisions = Decisions.build(layout, precision, clip.expand(batch, layers), spot)
     units = max(1, min(_UNITS, batch // _SMALLEST_UNIT))
     each = -(-batch // units)
     totals, norms = np.zeros((units, sum(layout.sizes))), np.zeros((2, batch, layers))
@@ -105,14 +106,14 @@ def _clip_records(
     def work(begin: int, end: int) -> None:
         clip_records(
             *(np.array(column, np.int64) for column in table), edges, np.arange(layers + 1), p,
-            seen, mask.numpy(), norms, cells, each, totals, begin, end,
+            seen, mask.numpy(), norms, decisions, each, totals, begin, end,
         )  # fmt: skip
 
     spread(work, units, elements=batch * totals.shape[1])
     whole = torch.from_numpy(totals).sum(0).split([layout.sizes[i] for i in order])
     for i, part in zip(order, whole, strict=True):
         sums[i].add_(part.view_as(sums[i]))
-    norm1, votes, clipped, dead = cells.stats()
+    norm1, votes, clipped, dead = decisions.stats()
     live = mask[:, None]
     return ClipStats(
         norm1 if seen else None, (votes * live).sum(0), (clipped.bool() & live).sum(0),
@@ -135,13 +136,13 @@ def clip_sum(
     totals = list(sums or (torch.zeros(s, dtype=torch.float64) for s in layout.shapes))
     if sum(layout.sizes) <= MOST:
         return totals, _clip_records(per_sample, layout, bounds, mask, totals)
-    pieces = Pieces.of_layout(layout, [native(t) for t in per_sample], None, totals)
-    norm1, norm = norms(pieces, len(mask), p)
+    table = TensorTable.of_layout(layout, [native(t) for t in per_sample], None, totals)
+    norm1, norm = norms(table, len(mask), p)
     finite = torch.isfinite(norm)
     live = finite & mask[:, None]
     dims = torch.tensor(layout.dims, dtype=torch.float64)
     factor, clipped = clip_factors(norm, clip, live, dims, torch.float64)
-    clipped_sums(pieces, live.numpy(), factor.numpy())
+    add_clipped(table, live.numpy(), factor.numpy())
     seen = p == 1 or votes_at is not None
     return totals, ClipStats(
         norm1 if seen else None, ballots(norm1, votes_at, live).sum(0), clipped.sum(0),
@@ -167,7 +168,7 @@ def clip_sum_noise(
         return [out.copy_(total) for out, total in zip(results, totals, strict=True)], stats
     targets = [target(t) for t in results]
     one = np.ones((1, layout.num_layers))
-    pieces = Pieces.of_layout(layout, totals, None, targets)
-    plan = Plan.build(noise, scale[None].contiguous().numpy())
-    write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
+    table = TensorTable.of_layout(layout, totals, None, targets)
+    plan = NoisePlan.build(noise, scale[None].contiguous().numpy())
+    write_table(table, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return [made.to(dtype) for made, dtype in zip(targets, dtypes, strict=True)], stats

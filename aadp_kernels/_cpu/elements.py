@@ -1,4 +1,4 @@
-"""Elements of a table of pieces, to and from a thread's working memory in float64."""
+"""Elements of a table of tensors, to and from a thread's working memory in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from aadp_kernels._cpu._jit import jit, jit_inline, pointer, wide_vectors
-from aadp_kernels._cpu.pieces import (
+from aadp_kernels._cpu.tensor_table import (
     MINUS,
     MINUS_BYTES,
     OUT,
@@ -43,21 +43,21 @@ def load(x, address, bytes_each, start, count):
 
 
 @jit_inline
-def load_difference(x, minus, pieces, k, row, start, count):
+def load_difference(x, minus, table, k, row, start, count):
     """x = value - reference of the elements start .. start + count - 1 of a row."""
-    at = row * pieces[k, SIZE] + start
-    load(x, pieces[k, VALUE], pieces[k, VALUE_BYTES], at, count)
-    if pieces[k, MINUS] != 0:
-        load(minus, pieces[k, MINUS], pieces[k, MINUS_BYTES], start, count)
+    at = row * table[k, SIZE] + start
+    load(x, table[k, VALUE], table[k, VALUE_BYTES], at, count)
+    if table[k, MINUS] != 0:
+        load(minus, table[k, MINUS], table[k, MINUS_BYTES], start, count)
         for i in range(count):
             x[i] -= minus[i]
 
 
 @jit_inline
-def store(x, pieces, k, row, start, count):
+def store(x, table, k, row, start, count):
     """The elements start .. start + count - 1 of a row's output = x, rounded."""
-    bytes_each = pieces[k, OUT_BYTES]
-    address = pieces[k, OUT] + (row * pieces[k, SIZE] + start) * bytes_each
+    bytes_each = table[k, OUT_BYTES]
+    address = table[k, OUT] + (row * table[k, SIZE] + start) * bytes_each
     if bytes_each == 4:
         single = array_at(address, np.float32, count)
         for i in range(count):

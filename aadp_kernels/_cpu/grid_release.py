@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu.clip import DEAD, FACTOR, Cells, decide_all
+from aadp_kernels._cpu.clip import DEAD, FACTOR, Decisions, decide_all
 from aadp_kernels._cpu.elements import load_difference, store
 from aadp_kernels._cpu.grid import Scratch, Source, draw_tile
-from aadp_kernels._cpu.passes import unit_sums
-from aadp_kernels._cpu.pieces import FIRST, SIZE, Pieces
+from aadp_kernels._cpu.sum_and_write import unit_sums
+from aadp_kernels._cpu.tensor_table import FIRST, SIZE, TensorTable
 from aadp_kernels.certified import by_rows, noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision, Segment
 from aadp_kernels.grid import LIMIT, MAX_WEIGHT, OFFSETS, quantum
@@ -84,7 +84,7 @@ def _release(x, count, weight, values, at, quantum, offset):
 
 
 @jit
-def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin, end):
+def write_units(table, bounds, units, decisions, quanta, offset, source, own, begin, end):
     """Clipped rows on the grid with integer noise, in tiles of a layer; quanta are [K, L].
 
     A quantum of zero stands for no grid and no noise.
@@ -101,21 +101,21 @@ def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin
         if quantum > 0:
             draw_tile(own, source, row, layer, tile)
         for k in range(bounds[layer], bounds[layer + 1]):
-            first, size = pieces[k, FIRST], pieces[k, SIZE]
+            first, size = table[k, FIRST], table[k, SIZE]
             start, end_of = max(0, low - first), min(size, low + per_tile - first)
             count = end_of - start
             if count <= 0:
                 continue
-            if cells.flags[DEAD, row, layer]:
+            if decisions.flags[DEAD, row, layer]:
                 x[:count] = 0.0
             else:
-                load_difference(x, minus, pieces, k, row, start, count)
+                load_difference(x, minus, table, k, row, start, count)
             if quantum > 0:
-                weight = min(cells.numbers[FACTOR, row, layer] / quantum, MAX_WEIGHT)
+                weight = min(decisions.numbers[FACTOR, row, layer] / quantum, MAX_WEIGHT)
                 _release(x, count, weight, own.values, first + start - low, quantum, offset)
             else:
-                x[:count] *= cells.numbers[FACTOR, row, layer]
-            store(x, pieces, k, row, start, count)
+                x[:count] *= decisions.numbers[FACTOR, row, layer]
+            store(x, table, k, row, start, count)
         column += 1
         if column == per_row:
             row, column, layer = row + 1, 0, 0
@@ -123,7 +123,7 @@ def write_units(pieces, bounds, units, cells, quanta, offset, source, own, begin
 
 @by_rows
 def privatize(
-    pieces: Pieces, layout: Layout, dtypes: Precision, noise: Noise, *, bounds: Bounds,
+    table: TensorTable, layout: Layout, dtypes: Precision, noise: Noise, *, bounds: Bounds,
     scale: Tensor,
 ) -> ClipStats:  # fmt: skip
     """`_cpu.privatize.privatize` on the grid: exactly the specification but for the norms."""
@@ -134,19 +134,19 @@ def privatize(
         torch.where(scale == 0, dtypes.eps, exact.eps),
         torch.where(scale == 0, dtypes.smallest_normal, exact.smallest_normal),
     )
-    frame, cells = pieces.frame, Cells.build(layout, dtypes, clip, votes_at)
-    decide_all(unit_sums(pieces, rows, p), frame.chunks, p, cells)
+    cuts, decisions = table.cuts, Decisions.build(layout, dtypes, clip, votes_at)
+    decide_all(unit_sums(table, rows, p), cuts.chunks, p, decisions)
     source = Source.build(noise, range(layout.num_layers))
     units = np.zeros(layout.num_layers + 1, np.int64)
-    np.cumsum(-(-frame.ends // source.per_tile), out=units[1:])
+    np.cumsum(-(-cuts.ends // source.per_tile), out=units[1:])
     quanta = quantum(scale, noise.mechanism).contiguous().numpy()
     offset = OFFSETS[noise.mechanism]
 
     def work(begin: int, end: int) -> None:
         write_units(
-            pieces.table, frame.bounds, units, cells, quanta, offset, source.own(),
+            table.entries, cuts.bounds, units, decisions, quanta, offset, source.own(),
             Scratch.build(source.per_tile), begin, end,
         )  # fmt: skip
 
     spread(work, rows * int(units[-1]), elements=8 * elements)
-    return cells.stats()
+    return decisions.stats()

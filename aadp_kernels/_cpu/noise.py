@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu.passes import write
-from aadp_kernels._cpu.pieces import Frame, Pieces
-from aadp_kernels._cpu.plan import Plan
+from aadp_kernels._cpu.noise_plan import NoisePlan
 from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
+from aadp_kernels._cpu.sum_and_write import write_table
+from aadp_kernels._cpu.tensor_table import LayerCuts, TensorTable
 from aadp_kernels._cpu.transform import TILE
 from aadp_kernels.addresses import DOMAINS, LAYER_BITS
 from aadp_kernels.contract import Noise, Segment
@@ -55,10 +55,10 @@ def scaled_noise(
         return out.to(dtype)
     row = [first, count, 0, 0, 0, 0, out.data_ptr(), out.element_size()]
     one = np.ones((rows, 1))
-    frame = Frame.build([0, 1], [first + count], first // TILE)
-    pieces = Pieces(np.array([row]), frame, [out])
-    plan = Plan.build(noise, one * scale, layer)
-    write(pieces, plan, factor=one, dead=np.zeros_like(one, np.int64))
+    cuts = LayerCuts.build([0, 1], [first + count], first // TILE)
+    table = TensorTable(np.array([row]), cuts, [out])
+    plan = NoisePlan.build(noise, one * scale, layer)
+    write_table(table, plan, factor=one, dead=np.zeros_like(one, np.int64))
     return out.to(dtype)
 
 

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu import grid_release
-from aadp_kernels._cpu.clip import FACTOR, Job
+from aadp_kernels._cpu.clip import FACTOR, ReleaseCall
 from aadp_kernels._cpu.clip import privatize as run
-from aadp_kernels._cpu.passes import layer_sums
-from aadp_kernels._cpu.pieces import Pieces, address, deliver, frame_of, native, rows_of, target
-from aadp_kernels._cpu.plan import Kind, words_of
+from aadp_kernels._cpu.noise_plan import NoiseKind, words_of
+from aadp_kernels._cpu.sum_and_write import layer_sums
+from aadp_kernels._cpu.tensor_table import (
+    TensorTable,
+    address,
+    copy_back,
+    cuts_of,
+    entries_of,
+    native,
+    target,
+)
 from aadp_kernels.certified import coarsest
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
@@ -32,9 +40,9 @@ def _precision(dtypes: tuple[torch.dtype, ...], layout: Layout) -> tuple[np.ndar
     return np.array([[i.eps for i in infos]]), np.array([[i.smallest_normal for i in infos]])
 
 
-def norms(pieces: Pieces, rows: int, p: int) -> tuple[Tensor, Tensor]:
+def norms(table: TensorTable, rows: int, p: int) -> tuple[Tensor, Tensor]:
     """L1 norms, and norms of order p, of the layers of every row: float64 [K, L]."""
-    sums = torch.from_numpy(layer_sums(pieces, rows, p))
+    sums = torch.from_numpy(layer_sums(table, rows, p))
     return sums[0], sums[0] if p == 1 else sums[1].sqrt()
 
 
@@ -44,7 +52,7 @@ def layer_norms(
     """`HostBackend.layer_norms`."""
     minus = None if reference is None else [native(t) for t in reference]
     rows = tensors[0].shape[0] if tensors[0].dim() > len(layout.shapes[0]) else 1
-    return norms(Pieces.of_layout(layout, [native(t) for t in tensors], minus), rows, p)[1]
+    return norms(TensorTable.of_layout(layout, [native(t) for t in tensors], minus), rows, p)[1]
 
 
 def privatize(
@@ -64,13 +72,13 @@ def privatize(
     targets = values if out is tensors else [target(t) for t in out]
     eps, smallest = _precision(tuple([t.dtype for t in out]), layout)
     if noise is not None and noise.form == "grid":
-        pieces = Pieces.of_layout(layout, values, minus, targets)
+        table = TensorTable.of_layout(layout, values, minus, targets)
         dtypes = Precision(torch.from_numpy(eps), torch.from_numpy(smallest))
-        stats = grid_release.privatize(pieces, layout, dtypes, noise, bounds=bounds, scale=scale)
-        deliver(targets, out)
+        stats = grid_release.privatize(table, layout, dtypes, noise, bounds=bounds, scale=scale)
+        copy_back(targets, out)
         return stats
-    layers, alone = layout.num_layers, clip.dim() == 1
-    rows = 1 if alone else len(clip)
+    layers, one_update = layout.num_layers, clip.dim() == 1
+    rows = 1 if one_update else len(clip)
     if noise is None:
         noise = Noise(
             "philox10", (0, 0), "laplace", "wide", 0, torch.zeros(rows, dtype=torch.int64)
@@ -80,14 +88,14 @@ def privatize(
     numbers, flags = np.empty((3, rows, layers)), np.empty((2, rows, layers), np.int64)
     clip, scale, clients = clip.contiguous(), scale.contiguous(), noise.clients.contiguous()
     levels = None if votes_at is None else votes_at.contiguous()
-    job = Job(
-        np.array(rows_of(layout, values, minus, targets) + words, np.int64), len(values),
-        frame_of(layout), Kind.of(noise.rng, noise.mechanism, noise.form, 0, layers), eps, smallest,
-        p, address(clip), address(scale), address(clients),
+    call = ReleaseCall(
+        np.array(entries_of(layout, values, minus, targets) + words, np.int64), len(values),
+        cuts_of(layout), NoiseKind.of(noise.rng, noise.mechanism, noise.form, 0, layers), eps,
+        smallest, p, address(clip), address(scale), address(clients),
         0 if levels is None else address(levels), numbers, flags,
     )  # fmt: skip
-    run(job)
-    deliver(targets, out)
-    if alone:
+    run(call)
+    copy_back(targets, out)
+    if one_update:
         numbers, flags = numbers[:, 0], flags[:, 0]
     return ClipStats(*map(torch.from_numpy, (*numbers[:FACTOR], *flags)))

@@ -475,7 +475,7 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
 
 
 def test_no_wide_kernel_contracts_floating_point():
-    from aadp_kernels._cpu import passes, transform
+    from aadp_kernels._cpu import sum_and_write, transform
 
     lines = numba.float64[::1]
     small = (numba.int32[::1], lines)
@@ -484,7 +484,7 @@ def test_no_wide_kernel_contracts_floating_point():
              numba.float64)  # fmt: skip
     for kernel, signature in (
         (transform._wide_gaussian, small), (transform._wide_laplace, small),
-        (passes._write_piece, piece),
+        (sum_and_write._write_tensor, piece),
     ):  # fmt: skip
         assert not kernel.targetoptions.get("fastmath")
         fresh = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)

@@ -41,15 +41,15 @@ def test_decisions_are_those_of_the_specification(cases, dtype, count, p):
     precision = Precision(*(torch.tensor([[v]], dtype=torch.float64) for v in
                             (info.eps, info.smallest_normal)))  # fmt: skip
     layout = Layout.build([torch.empty(count, device="meta")])
-    cells = clip.Cells.build(layout, precision, limit[:, None], at[:, None])
+    decisions = clip.Decisions.build(layout, precision, limit[:, None], at[:, None])
     sums = torch.stack([total, total]).view(2, rows, 1).numpy()
-    clip.decide_all(sums, np.array([0, 1]), p, cells)
+    clip.decide_all(sums, np.array([0, 1]), p, decisions)
 
     norm = total if p == 1 else torch.from_numpy(np.sqrt(total.numpy()))
     finite = torch.isfinite(norm) & torch.isfinite(total)
     factor, clipped = clip_factors(norm, limit, finite, count, dtype)
-    stats = cells.stats()
-    assert torch.equal(torch.from_numpy(cells.numbers)[clip.FACTOR, :, 0], factor)
+    stats = decisions.stats()
+    assert torch.equal(torch.from_numpy(decisions.numbers)[clip.FACTOR, :, 0], factor)
     assert torch.equal(stats.clipped[:, 0], clipped.long())
     assert torch.equal(stats.nonfinite[:, 0], (~finite).long())
     assert torch.equal(stats.votes[:, 0], ballots(total, at, finite))
@@ -61,11 +61,11 @@ def test_every_row_has_the_precision_of_its_own_dtype():
     columns = [i.eps for i in infos], [i.smallest_normal for i in infos]
     precision = Precision(*(torch.tensor(c, dtype=torch.float64)[:, None] for c in columns))
     layout = Layout.build([torch.empty(3, device="meta")])
-    cells = clip.Cells.build(layout, precision, limit[:, None], None)
-    clip.decide_all(torch.stack([norm, norm]).view(2, 4, 1).numpy(), np.array([0, 1]), 1, cells)
+    decisions = clip.Decisions.build(layout, precision, limit[:, None], None)
+    clip.decide_all(torch.stack([norm, norm]).view(2, 4, 1).numpy(), np.array([0, 1]), 1, decisions)
     finite = torch.tensor(True)
     factors = [clip_factors(norm[0], limit[0], finite, 3, dtype)[0] for dtype in DTYPES]
-    assert torch.equal(torch.from_numpy(cells.numbers)[clip.FACTOR, :, 0], torch.stack(factors))
+    assert torch.equal(torch.from_numpy(decisions.numbers)[clip.FACTOR, :, 0], torch.stack(factors))
     assert len(set(map(float, factors))) == 4
 
 

@@ -17,13 +17,13 @@ import torch
 
 numba = pytest.importorskip("numba")
 from aadp_kernels import _cpu  # noqa: E402
-from aadp_kernels._cpu import _fence, _jit, _parallel, rows, tile  # noqa: E402
+from aadp_kernels._cpu import _fence, _jit, _parallel, gather_gemm, row_sums  # noqa: E402
 
 NAMES = [(feature, name) for feature, (_, names) in _fence.FEATURES.items() for name in names]
 OF_FILE = {
     "_jit": ("addresses", "a cache on disk", "wide vectors", "counting zeros"),
     "_parallel": ("loops on torch's threads",),
-    "tile": ("a register tile",),
+    "gather_gemm": ("a register tile",),
 }
 PLACES = {"inner": "builder", "llvm": "llvmlite.binding"}
 
@@ -133,12 +133,13 @@ def test_a_plain_loop_covers_its_range():
 def test_a_plain_tile_sums_the_same_products(dtype):
     generator = np.random.default_rng(0)
     count, bytes_each = 7, np.dtype(dtype).itemsize
-    lanes = tile.VECTOR // bytes_each
+    lanes = gather_gemm.VECTOR // bytes_each
     a, g = (generator.standard_normal(n).astype(dtype) for n in (60, count * 2 * lanes))
-    base, starts = np.arange(count) * 3 * bytes_each, np.arange(tile.COLUMNS2) * 2 * bytes_each
+    base = np.arange(count) * 3 * bytes_each
+    starts = np.arange(gather_gemm.COLUMNS2) * 2 * bytes_each
     found = []
-    for make in (tile._plain_tile(tile.COLUMNS2, 2), tile.tile2):
-        out = np.zeros((tile.COLUMNS2, 2 * lanes), dtype)
+    for make in (gather_gemm._plain_tile(gather_gemm.COLUMNS2, 2), gather_gemm.tile2):
+        out = np.zeros((gather_gemm.COLUMNS2, 2 * lanes), dtype)
 
         @numba.njit
         def run(out, a, base, starts, g, step, count, kind, make=make):
@@ -187,7 +188,7 @@ def test_memory_is_addressed_in_place():
 
     @numba.njit
     def double(address, count):
-        part = rows.memory(address, count, np.float64)
+        part = row_sums.memory(address, count, np.float64)
         for i in range(count):
             part[i] *= 2
 

@@ -31,7 +31,7 @@ MUTATIONS = [
         ("a coefficient is missing", "value.add_(drawn.mul_(term.coefficient))", "value.add_(drawn)"),
     ),
     *group(
-        "aadp_kernels/_cpu/passes.py",
+        "aadp_kernels/_cpu/sum_and_write.py",
         _NOISE,
         ("nothing is drawn again", "for term in range(len(plan.states)):", "for term in range(1):"),
         ("coefficients are those before", "_add_multiple(drawn, plan.coefficients[term], again)", "_add_multiple(drawn, plan.coefficients[term - 1], again)"),

@@ -175,7 +175,7 @@ _BOTH_PASSES = (
     "tests/aadp_kernels/test_cpu_clip.py::test_fast_factors_cover_the_rounding_of_a_difference"
 )
 PASSES = group(
-    "aadp_kernels/_cpu/passes.py",
+    "aadp_kernels/_cpu/sum_and_write.py",
     _BOTH_PASSES,
     ("noise 2/3", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor + noise[i] * scale * 2 / 3\n"),
     ("noise subtracted", "            out[i] = x[i] * factor + noise[i] * scale\n", "            out[i] = x[i] * factor - noise[i] * scale\n"),
@@ -214,7 +214,7 @@ GRID_RELEASES = group(
     f"{_CPU_GRID}integers_equal_the_specification {_CPU_GRID}rows_without_noise_dead_rows_and_references",
     ("quantum 2/3", "(np.float64(noised) + offset) * quantum", "(np.float64(noised) + offset) * quantum * 2 / 3"),
     ("noise missing", "cut + values[at + i]", "cut"),
-    ("clip dropped", "cells.numbers[FACTOR, row, layer] / quantum", "1.0 / quantum"),
+    ("clip dropped", "decisions.numbers[FACTOR, row, layer] / quantum", "1.0 / quantum"),
 )  # fmt: skip
 
 TRANSFORMS = group(
@@ -246,7 +246,7 @@ DECISIONS = group(
     ("only the first unit of a layer", "for unit in range(units[layer], units[layer + 1]):", "for unit in range(units[layer], units[layer] + 1):"),
     ("L2 votes with the L2 norm", "norm1 <= threshold", "norm <= threshold"),
     ("norms of the first layer's units", "low, high = start + units[layer], start + units[layer + 1]", "low, high = start, start + units[1]"),
-    ("precision of the first row", "of = row if len(cells.eps) > 1 else 0", "of = 0"),
+    ("precision of the first row", "of = row if len(decisions.eps) > 1 else 0", "of = 0"),
 )  # fmt: skip
 
 CLIP_IN_BACKWARD = group(
@@ -274,7 +274,7 @@ _PRODUCTS = (
 )
 
 TILES = group(
-    "aadp_kernels/_cpu/tile.py",
+    "aadp_kernels/_cpu/gather_gemm.py",
     _PRODUCTS,
     ("every column is the first", "load_long(columns, long(j))", "load_long(columns, long(0))"),
     ("the second vector is the first", "_address(builder, builder.add(row, long(VECTOR * v)), vector), align=bytes_each", "_address(builder, row, vector), align=bytes_each"),
@@ -282,7 +282,7 @@ TILES = group(
 )  # fmt: skip
 
 ROWS = group(
-    "aadp_kernels/_cpu/rows.py",
+    "aadp_kernels/_cpu/row_sums.py",
     f"{_PRODUCTS} {_CPU_BACKWARD}::test_a_record_alone_never_passes_the_clip_norm_in_float32",
     ("L2 norm 2/3", "        total += value * value\n", "        total += value * value * 4 / 9\n"),
     ("squares in float32", "value = np.float64(x[i])", "value = x[i]"),

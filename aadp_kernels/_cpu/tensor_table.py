@@ -16,18 +16,18 @@ from aadp_kernels.layout import Layout
 CHUNK = 1 << 16
 NATIVE = (torch.float32, torch.float64)
 
-# Columns of the table of pieces: the layer's element that it begins with, its elements, then the
+# Columns of the table of tensors: the layer's element that it begins with, its elements, then the
 # address and the bytes an element of the value, of what is subtracted and of the output.
 FIRST, SIZE, VALUE, VALUE_BYTES, MINUS, MINUS_BYTES, OUT, OUT_BYTES = range(8)
 
 
-class Frame(NamedTuple):
+class LayerCuts(NamedTuple):
     """Where walks over layers are cut: their sizes decide it, so that it is made once a layout.
 
     Attributes:
         bounds: int64 [L + 1], the rows of the table that belong to each layer.
         ends: int64 [L], one past the last element of each layer that is in the table.
-        skip: int64 [L], tiles of each layer that come before its pieces.
+        skip: int64 [L], tiles of each layer that come before what is in the table.
         tiles: int64 [L + 1], where the tiles of each layer begin.
         chunks: int64 [L + 1], where its units of CHUNK elements begin; at least one each.
         elements: of all layers.
@@ -41,8 +41,8 @@ class Frame(NamedTuple):
     elements: int
 
     @classmethod
-    def build(cls, bounds: Sequence[int], ends: Sequence[int], first_tile: int = 0) -> Frame:
-        """For layers whose pieces begin in the tile `first_tile`."""
+    def build(cls, bounds: Sequence[int], ends: Sequence[int], first_tile: int = 0) -> LayerCuts:
+        """For layers whose tensors begin in the tile `first_tile`."""
         stops = np.array(ends, np.int64)
         skip = np.full_like(stops, first_tile)
         tiles, chunks = np.zeros((2, len(stops) + 1), np.int64)
@@ -52,22 +52,22 @@ class Frame(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def frame_of(layout: Layout) -> Frame:
-    """The frame of whole layers."""
-    return Frame.build(layout.bounds, layout.dims)
+def cuts_of(layout: Layout) -> LayerCuts:
+    """The cuts of whole layers."""
+    return LayerCuts.build(layout.bounds, layout.dims)
 
 
-class Pieces(NamedTuple):
+class TensorTable(NamedTuple):
     """The tensors of a call, sorted by layer, as the kernels take them.
 
     Attributes:
-        table: int64 [T, 8], one row a tensor; its addresses are those of `keep`.
-        frame: Their layers.
+        entries: int64 [T, 8], one row a tensor; its addresses are those of `keep`.
+        cuts: Their layers.
         keep: Tensors that must live while the table is in use.
     """
 
-    table: np.ndarray
-    frame: Frame
+    entries: np.ndarray
+    cuts: LayerCuts
     keep: list[Tensor]
 
     @classmethod
@@ -77,20 +77,20 @@ class Pieces(NamedTuple):
         values: Sequence[Tensor],
         minus: Sequence[Tensor] | None = None,
         out: Sequence[Tensor] | None = None,
-    ) -> Pieces:
-        """Pieces of native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
-        rows = rows_of(layout, values, minus, out)
+    ) -> TensorTable:
+        """For native tensors [K, *shape] (`minus`: [*shape]); without `out` only to read."""
+        rows = entries_of(layout, values, minus, out)
         keep = [*values, *(minus or ()), *(out or ())]
-        return cls(np.array(rows, np.int64).reshape(-1, 8), frame_of(layout), keep)
+        return cls(np.array(rows, np.int64).reshape(-1, 8), cuts_of(layout), keep)
 
 
-def rows_of(
+def entries_of(
     layout: Layout,
     values: Sequence[Tensor],
     minus: Sequence[Tensor] | None,
     out: Sequence[Tensor] | None,
 ) -> list[int]:
-    """The table of `Pieces.of_layout`, row after row."""
+    """`entries` of `TensorTable.of_layout`, row after row."""
     rows: list[int] = []
     for first, size, i in _extents(layout):
         value = values[i]
@@ -135,7 +135,7 @@ def target(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype)
 
 
-def deliver(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def copy_back(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy what was not written to `out` itself; autograd learns of what was."""
     written = []
     for made, tensor in zip(targets, out, strict=True):

@@ -1,6 +1,6 @@
 """The two passes over memory: norms, then clipped values plus noise, each in one compiled call.
 
-Both walk over a table of pieces (tensors) of all layers and rows of a call in units of a fixed
+Both walk over a table of the tensors of all layers and rows of a call in units of a fixed
 size, so that any thread may take any range of units and the result does not change.
 """
 
@@ -13,7 +13,9 @@ import numpy as np
 from aadp_kernels._cpu._jit import jit, jit_inline, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
 from aadp_kernels._cpu.elements import array_at, first_line, load, load_difference
-from aadp_kernels._cpu.pieces import (
+from aadp_kernels._cpu.noise_plan import NoisePlan
+from aadp_kernels._cpu.rng import WORDS
+from aadp_kernels._cpu.tensor_table import (
     CHUNK,
     FIRST,
     MINUS,
@@ -23,10 +25,8 @@ from aadp_kernels._cpu.pieces import (
     SIZE,
     VALUE,
     VALUE_BYTES,
-    Pieces,
+    TensorTable,
 )
-from aadp_kernels._cpu.plan import Plan
-from aadp_kernels._cpu.rng import WORDS
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
 from aadp_kernels.threads import spread
 
@@ -67,30 +67,30 @@ def _combine(out, count, x, factor, noise, scale, mode):
 
 
 @jit
-def _write_piece(pieces, k, row, low, x, minus, dead, dtype, factor, noise, scale):
-    """The elements low .. low + 511 of the layer, as far as the piece has them.
+def _write_tensor(table, k, row, low, x, minus, dead, dtype, factor, noise, scale):
+    """The elements low .. low + 511 of the layer, as far as the tensor has them.
 
     `x`, `minus` (scratch) and `noise` are addresses of 512 numbers of `dtype`.
     """
     wide_vectors()
-    first, size = pieces[k, FIRST], pieces[k, SIZE]
+    first, size = table[k, FIRST], table[k, SIZE]
     start, stop = max(0, low - first), min(low + TILE - first, size)
-    count, bytes_each = stop - start, pieces[k, OUT_BYTES]
+    count, bytes_each = stop - start, table[k, OUT_BYTES]
     value = array_at(x, dtype, count)
     drawn = array_at(noise + (first + start - low) * value.itemsize, dtype, count)
-    address = pieces[k, OUT] + (row * size + start) * bytes_each
-    same = pieces[k, VALUE] == pieces[k, OUT] and pieces[k, MINUS] == 0 and not dead
+    address = table[k, OUT] + (row * size + start) * bytes_each
+    same = table[k, VALUE] == table[k, OUT] and table[k, MINUS] == 0 and not dead
     if same and bytes_each == value.itemsize:
         _in_place(array_at(address, dtype, count), count, factor, drawn, scale)
         return
     mode = 1 if scale > 0 else 0
-    if pieces[k, VALUE] == 0:
+    if table[k, VALUE] == 0:
         mode = 2
     elif dead:
         for i in range(count):
             value[i] = 0
     else:
-        load_difference(value, array_at(minus, dtype, count), pieces, k, row, start, count)
+        load_difference(value, array_at(minus, dtype, count), table, k, row, start, count)
     if bytes_each == 4:
         _combine(array_at(address, np.float32, count), count, value, factor, drawn, scale, mode)
     else:
@@ -113,7 +113,7 @@ def _add_up(address, dtype, count, p, lanes):
 
 
 @jit
-def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
+def sum_units(table, bounds, units, p, sums, scratch, begin, end):
     """Sums of |x| (and of x^2 for p = 2) of units of CHUNK elements of a layer: sums [2, K, units].
 
     32 running sums a unit, added up in order. `scratch` has SCRATCH bytes.
@@ -130,16 +130,16 @@ def sum_units(pieces, bounds, units, p, sums, scratch, begin, end):
         for j in range(64):
             lanes[j] = 0.0
         for k in range(bounds[layer], bounds[layer + 1]):
-            stop = min(low + CHUNK - pieces[k, FIRST], pieces[k, SIZE])
-            start = max(0, low - pieces[k, FIRST])
-            if pieces[k, MINUS] == 0 and pieces[k, VALUE_BYTES] == 4 and start < stop:
+            stop = min(low + CHUNK - table[k, FIRST], table[k, SIZE])
+            start = max(0, low - table[k, FIRST])
+            if table[k, MINUS] == 0 and table[k, VALUE_BYTES] == 4 and start < stop:
                 whole = (stop - start) // 128 * 128
-                at = pieces[k, VALUE] + 4 * (row * pieces[k, SIZE] + start)
+                at = table[k, VALUE] + 4 * (row * table[k, SIZE] + start)
                 _add_up(at, np.float32, whole, p, lanes)
                 start += whole
             while start < stop:
                 count = min(TILE, stop - start)
-                load_difference(x, minus, pieces, k, row, start, count)
+                load_difference(x, minus, table, k, row, start, count)
                 start += count
                 while count % 128:
                     x[count] = 0.0
@@ -208,7 +208,7 @@ def _draw_tile(place, plan, row, layer, tile):
 
 
 @jit
-def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
+def write_units(table, cuts, dead, factor, plan, scratch, begin, end):
     """out = factor * (value - reference) + scale * noise, in units of a tile of a layer.
 
     Unit u of a layer holds its elements 512 (skip + u) .. 512 (skip + u) + 511. Arithmetic is
@@ -216,9 +216,9 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
     Where `dead`, the value counts as zero; a scale of zero draws nothing. `scratch` has
     SCRATCH bytes.
     """
-    bounds, units, skip = frame.bounds, frame.tiles, frame.skip
+    bounds, units, skip = cuts.bounds, cuts.tiles, cuts.skip
     # The counters in the states are a thread's own.
-    plan = Plan(plan.scale, plan.clients, plan.states.copy(), plan.coefficients, plan.kind)
+    plan = NoisePlan(plan.scale, plan.clients, plan.states.copy(), plan.coefficients, plan.kind)
     scale, fast = plan.scale, plan.kind.fast
     x = first_line(scratch)
     minus, noise, noise32 = x + 4096, x + 12288, x + 16384
@@ -236,24 +236,24 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
         if size > 0:
             _draw_tile(x, plan, row, layer, tile)
         converted = not fast
-        while nearest < stop and pieces[nearest, FIRST] + pieces[nearest, SIZE] <= low:
+        while nearest < stop and table[nearest, FIRST] + table[nearest, SIZE] <= low:
             nearest += 1
         for k in range(nearest, stop):
-            if pieces[k, FIRST] >= low + TILE:
+            if table[k, FIRST] >= low + TILE:
                 break
-            widest = max(pieces[k, VALUE_BYTES], pieces[k, MINUS_BYTES], pieces[k, OUT_BYTES])
+            widest = max(table[k, VALUE_BYTES], table[k, MINUS_BYTES], table[k, OUT_BYTES])
             if fast and widest == 4 and weight >= SMALLEST_FACTOR:
                 lowered = np.float32(weight * LOWER if weight < 1 else weight)
                 raised = np.float32(size * RAISE)
-                _write_piece(
-                    pieces, k, row, low, x, minus, zero, np.float32, lowered, noise32, raised
+                _write_tensor(
+                    table, k, row, low, x, minus, zero, np.float32, lowered, noise32, raised
                 )
                 continue
             if not converted:
                 converted = True
                 for i in range(TILE):
                     drawn[i] = drawn32[i]
-            _write_piece(pieces, k, row, low, x, minus, zero, np.float64, weight, noise, size)
+            _write_tensor(table, k, row, low, x, minus, zero, np.float64, weight, noise, size)
         column += 1
         if column == per_row:
             row, column, layer = row + 1, 0, 0
@@ -261,33 +261,33 @@ def write_units(pieces, frame, dead, factor, plan, scratch, begin, end):
 
 
 @jit
-def sum_part(pieces, bounds, units, p, sums, begin, end):
+def sum_part(table, bounds, units, p, sums, begin, end):
     """`sum_units` with memory of its own."""
     # The array, not its address: numba frees an array after the last line that names it.
-    sum_units(pieces, bounds, units, p, sums, np.empty(SCRATCH, np.uint8), begin, end)
+    sum_units(table, bounds, units, p, sums, np.empty(SCRATCH, np.uint8), begin, end)
 
 
 @jit
-def _sum_parallel(pieces, bounds, units, p, sums, threads, region):
-    parallel(sum_part, (pieces, bounds, units, p, sums), sums[0].size, threads, region)
+def _sum_parallel(table, bounds, units, p, sums, threads, region):
+    parallel(sum_part, (table, bounds, units, p, sums), sums[0].size, threads, region)
 
 
 @jit
-def write_part(pieces, frame, dead, factor, plan, begin, end):
+def write_part(table, cuts, dead, factor, plan, begin, end):
     """`write_units` with memory of its own."""
-    write_units(pieces, frame, dead, factor, plan, np.empty(SCRATCH, np.uint8), begin, end)
+    write_units(table, cuts, dead, factor, plan, np.empty(SCRATCH, np.uint8), begin, end)
 
 
 @jit
-def _write_parallel(pieces, frame, dead, factor, plan, count, threads, region):
-    parallel(write_part, (pieces, frame, dead, factor, plan), count, threads, region)
+def _write_parallel(table, cuts, dead, factor, plan, count, threads, region):
+    parallel(write_part, (table, cuts, dead, factor, plan), count, threads, region)
 
 
 @jit
-def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
+def add_records(table, bounds, units, live, factor, scratch, begin, end):
     """Add factor * record, where `live`, to the float64 outputs, in units of a tile of a layer.
 
-    Rows of the pieces are records; live and factor are [B, L]. Records are added in order.
+    Rows are records; live and factor are [B, L]. Records are added in order.
     """
     layer = 0
     for unit in range(begin, end):
@@ -295,26 +295,26 @@ def add_records(pieces, bounds, units, live, factor, scratch, begin, end):
             layer += 1
         low = (unit - units[layer]) * TILE
         for k in range(bounds[layer], bounds[layer + 1]):
-            first, size = pieces[k, FIRST], pieces[k, SIZE]
+            first, size = table[k, FIRST], table[k, SIZE]
             start, stop = max(0, low - first), min(low + TILE - first, size)
             if start >= stop:
                 continue
-            count, bytes_each = stop - start, pieces[k, VALUE_BYTES]
+            count, bytes_each = stop - start, table[k, VALUE_BYTES]
             x = array_at(first_line(scratch), np.float64, count)
-            total = array_at(pieces[k, OUT] + 8 * start, np.float64, count)
+            total = array_at(table[k, OUT] + 8 * start, np.float64, count)
             for row in range(len(live)):
                 if live[row, layer]:
-                    load(x, pieces[k, VALUE], bytes_each, row * size + start, count)
+                    load(x, table[k, VALUE], bytes_each, row * size + start, count)
                     weight = factor[row, layer]
                     for i in range(count):
                         total[i] += x[i] * weight
 
 
-def unit_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
+def unit_sums(table: TensorTable, rows: int, p: int) -> np.ndarray:
     """Sums of |x| (and of x^2 for p = 2) of the chunks of every row: float64 [2, K, chunks]."""
-    bounds, units = pieces.frame.bounds, pieces.frame.chunks
-    sums, elements = np.zeros((2, rows, int(units[-1]))), rows * pieces.frame.elements
-    given = (pieces.table, bounds, units, p, sums)
+    bounds, units = table.cuts.bounds, table.cuts.chunks
+    sums, elements = np.zeros((2, rows, int(units[-1]))), rows * table.cuts.elements
+    given = (table.entries, bounds, units, p, sums)
     threads, region = region_for(elements)
     if region:
         _sum_parallel(*given, threads, region)
@@ -323,31 +323,31 @@ def unit_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
     return sums
 
 
-def layer_sums(pieces: Pieces, rows: int, p: int) -> np.ndarray:
+def layer_sums(table: TensorTable, rows: int, p: int) -> np.ndarray:
     """Sums of |x| (and of x^2 for p = 2) of the layers of every row: float64 [2, K, L]."""
-    totals = np.empty((2, rows, len(pieces.frame.ends)))
-    add_units(unit_sums(pieces, rows, p), pieces.frame.chunks, totals)
+    totals = np.empty((2, rows, len(table.cuts.ends)))
+    add_units(unit_sums(table, rows, p), table.cuts.chunks, totals)
     return totals
 
 
-def clipped_sums(pieces: Pieces, live: np.ndarray, factor: np.ndarray) -> None:
-    """Add the clipped records to the float64 outputs of `pieces`; live and factor are [B, L]."""
-    bounds, units = pieces.frame.bounds, pieces.frame.tiles
+def add_clipped(table: TensorTable, live: np.ndarray, factor: np.ndarray) -> None:
+    """Add the clipped records to the float64 outputs of `table`; live and factor are [B, L]."""
+    bounds, units = table.cuts.bounds, table.cuts.tiles
 
     def work(begin: int, end: int) -> None:
         scratch = np.empty(SCRATCH, np.uint8)
-        add_records(pieces.table, bounds, units, live, factor, scratch, begin, end)
+        add_records(table.entries, bounds, units, live, factor, scratch, begin, end)
 
-    spread(work, int(units[-1]), elements=len(live) * pieces.frame.elements)
+    spread(work, int(units[-1]), elements=len(live) * table.cuts.elements)
 
 
-def write(pieces: Pieces, plan: Plan, factor: np.ndarray, dead: np.ndarray) -> None:
-    """Write all pieces: factor * (value - reference) + scale * noise, or scale * noise.
+def write_table(table: TensorTable, plan: NoisePlan, factor: np.ndarray, dead: np.ndarray) -> None:
+    """Write all tensors: factor * (value - reference) + scale * noise, or scale * noise.
 
     `factor` and `dead` (int64, the value counts as zero where it is 1) are [K, L].
     """
-    given = (pieces.table, pieces.frame, dead, factor, plan)
-    units = len(plan.clients) * int(pieces.frame.tiles[-1])
+    given = (table.entries, table.cuts, dead, factor, plan)
+    units = len(plan.clients) * int(table.cuts.tiles[-1])
     threads, region = region_for(NOISE_COST * units * TILE)
     if region:
         _write_parallel(*given, units, threads, region)

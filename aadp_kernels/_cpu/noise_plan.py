@@ -12,7 +12,7 @@ from aadp_kernels.addresses import DOMAINS, LAYER_BITS
 from aadp_kernels.contract import Noise
 
 
-class Kind(NamedTuple):
+class NoiseKind(NamedTuple):
     """What is the same for all releases of one kind.
 
     Attributes:
@@ -31,16 +31,16 @@ class Kind(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def of(rng: str, mechanism: str, form: str, first: int, layers: int) -> Kind:
+    def of(rng: str, mechanism: str, form: str, first: int, layers: int) -> NoiseKind:
         """For `layers` layers, of which the first has the number `first`."""
         fast = form == "fast"
         domain = DOMAINS[f"fast_{mechanism}" if fast else mechanism] << LAYER_BITS
         words = np.arange(first, first + layers) + domain
-        return Kind(words, *rounds_and_blocks(rng), fast, mechanism == "gaussian")
+        return NoiseKind(words, *rounds_and_blocks(rng), fast, mechanism == "gaussian")
 
 
-class Plan(NamedTuple):
-    """What `passes.write_units` writes beside the clipped values.
+class NoisePlan(NamedTuple):
+    """What `sum_and_write.write_units` writes beside the clipped values.
 
     Attributes:
         scale: float64 [K, L] noise scales.
@@ -54,19 +54,19 @@ class Plan(NamedTuple):
     clients: np.ndarray
     states: np.ndarray
     coefficients: np.ndarray
-    kind: Kind
+    kind: NoiseKind
 
     @classmethod
-    def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> Plan:
+    def build(cls, noise: Noise, scale: np.ndarray, first: int = 0) -> NoisePlan:
         """For L layers from `first` on; `scale` is [K, L]."""
-        kind = Kind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
+        kind = NoiseKind.of(noise.rng, noise.mechanism, noise.form, first, scale.shape[1])
         words, coefficients = words_of(noise)
         states = np.array(words, np.uint32).reshape(-1, STATE_WORDS)
         return cls(scale, noise.clients.numpy(), states, np.array(coefficients), kind)
 
 
 def words_of(noise: Noise) -> tuple[list[int], list[float]]:
-    """`states` one after another, and `coefficients`, of a `Plan`."""
+    """`states` one after another, and `coefficients`, of a `NoisePlan`."""
     words = first_words(noise.rng, noise.key_words, int(noise.step))
     coefficients = [1.0]
     for term in noise.again:

@@ -13,7 +13,7 @@ import numpy as np
 
 from aadp_kernels._cpu._fence import has
 from aadp_kernels._cpu._jit import jit
-from aadp_kernels._cpu.rows import bytes_of, memory
+from aadp_kernels._cpu.row_sums import bytes_of, memory
 
 
 def _has_avx512() -> bool:
