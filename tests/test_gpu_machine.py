@@ -31,7 +31,8 @@ class Without:
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 GPU_TESTS = {
-    "test_triton_gpu.py", "test_triton_clip_sum.py", "test_triton_product_norms.py", "test_bench.py"
+    "test_triton_gpu.py", "test_triton_clip_sum_edges.py", "test_triton_product_norms.py",
+    "test_bench.py",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a private optimizer sees in every forward and every backward pass of its model."""
+"""What a private optimizer sees in every forward pass of its model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aadp_kernels import NoiseKey, UnsupportedLayerError, with_clipping
 from aadp_kernels.integrations.optim import PrivateOptimizer, records
+from tests.aadp_kernels.watched_networks import FOREIGN, Net, data, private
 
 Way = Callable[[Any, Tensor], Tensor]
 # torch.compile itself makes an instance of an autograd.Function, reads gradients, and warns of it.
@@ -22,49 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated.*"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
 ]
-
-
-class Net(nn.Module):
-    """Two layers; what happens to the first is given."""
-
-    def __init__(self, way: Way) -> None:
-        super().__init__()
-        self.fc, self.out, self.way = nn.Linear(4, 4), nn.Linear(4, 2), way
-
-    def forward(self, x: Tensor | None = None, other: Any = None, **named: Any) -> Tensor:
-        first = next(v for v in (x, *named.values()) if v is not None)
-        if isinstance(first, dict):
-            first = first["x"]
-        return self.out(self.way(self, first))
-
-
-def private(way: Way = lambda self, x: self.fc(x), **options: Any) -> tuple[Any, PrivateOptimizer]:
-    torch.manual_seed(0)
-    model = with_clipping(Net(way), p=2)
-    arguments = {
-        "clip_norm": 0.1, "noise_multiplier": 0.0, "expected_batch_size": 1.0,
-        "key": NoiseKey.from_seed(0),
-    }  # fmt: skip
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    return model, PrivateOptimizer(sgd, model, **(arguments | options))
-
-
-def data(n: int = 6) -> Tensor:
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
-
-
-FOREIGN: dict[str, Way] = {
-    "attribute": lambda self, x: self.fc(x) @ self.fc.weight,
-    "F.linear": lambda self, x: self.fc(x) + F.linear(x, self.fc.weight),
-    "parameters": lambda self, x: self.fc(x) + sum(p.sum() for p in self.parameters()),
-    "captured": lambda self, x: self.fc(x) + x @ next(self.fc.parameters()),
-    "of the other layer": lambda self, x: self.fc(x) + x @ self.out.weight.T @ self.out.weight,
-    "bias": lambda self, x: self.fc(x) + self.fc.bias,
-    "functional_call": lambda self, x: (
-        self.fc(x)
-        + torch.func.functional_call(nn.Linear(4, 4), dict(self.fc.named_parameters()), (x,))
-    ),
-}
 CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "by position": lambda model, x: model(x),
     "by keyword": lambda model, x: model(x=x),
@@ -280,146 +236,3 @@ def test_copies_are_run_once() -> None:
     assert {*seen[4:]} == {5, 1}  # compared once
     model(data())
     assert seen[-1] == 6
-
-
-def test_the_gradient_is_that_of_the_clipped_records() -> None:
-    model, optimizer = private()
-    twin = copy.deepcopy(model)
-    F.cross_entropy(model(data()), torch.arange(6) % 2, reduction="sum").backward()
-    F.cross_entropy(twin(data()), torch.arange(6) % 2, reduction="sum").backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-        assert float(p.grad.abs().sum()) > 0
-    optimizer.step()
-
-
-def test_two_backward_passes_before_a_step() -> None:
-    model, optimizer = private()
-    x = data()
-    model(x).sum().backward()
-    with pytest.raises(ValueError, match="micro_batches"):
-        model(x).sum().backward()
-    optimizer.zero_grad()
-    first, second = model(x), model(x)
-    with pytest.raises(ValueError, match="micro_batches"):
-        (first.sum() + second.sum()).backward()
-    with pytest.raises(RuntimeError, match="half-way"):
-        optimizer.step()
-    for zero in (optimizer.zero_grad, model.zero_grad, lambda: optimizer.zero_grad(False)):
-        zero()
-        model(x).sum().backward()
-    optimizer.step()
-
-
-@pytest.mark.parametrize("micro_batches", [False, True])
-def test_two_backward_passes_of_one_forward_always_raise(micro_batches: bool) -> None:
-    model, optimizer = private(micro_batches=micro_batches)
-    output = model(data())
-    output.sum().backward(retain_graph=True)
-    with pytest.raises(UnsupportedLayerError, match="second gradient"):
-        output.square().sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="zero_grad"):
-        optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(UnsupportedLayerError, match="second gradient"):
-        output.sum().backward()
-
-
-def test_a_backward_pass_that_failed_is_not_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer = private(lambda self, x: Fails.apply(self.fc(x)), micro_batches=True)
-    output = model(data())
-    monkeypatch.setattr(Fails, "armed", True)
-    with pytest.raises(MemoryError):
-        output.sum().backward()
-    assert model.out.weight.grad is not None
-    with pytest.raises(RuntimeError, match="half-way"):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="half-way"):
-        model(data()).sum().backward()
-
-
-class Fails(torch.autograd.Function):
-    """No memory in backward, once it is armed."""
-
-    armed = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if Fails.armed:
-            raise MemoryError
-        return grad
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_checkpointed_activations(whole: bool) -> None:
-    def way(self: Any, x: Tensor) -> Tensor:
-        return checkpoint(self.fc, x, use_reentrant=False)
-
-    plain, _plain_optimizer = private()
-    model, optimizer = private((lambda self, x: self.fc(x)) if whole else way)
-    plain(data()).sum().backward()
-    output = checkpoint(model, data(), use_reentrant=False) if whole else model(data())
-    output.sum().backward()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-    optimizer.step()
-
-
-def test_reentrant_checkpoints_raise() -> None:
-    model, _optimizer = private(lambda self, x: checkpoint(self.fc, x, use_reentrant=True))
-    x = data().requires_grad_()
-    with pytest.raises(UnsupportedLayerError, match="use_reentrant=False"):
-        model(x).sum().backward()
-
-
-def test_second_derivatives_raise() -> None:
-    model, _optimizer = private()
-    x = data().requires_grad_()
-    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        slope.square().sum().backward()
-
-
-@pytest.mark.parametrize("compiled", ["model", "layer", "method"])
-def test_compiled_code_is_watched(compiled: str) -> None:
-    torch._dynamo.reset()
-
-    def build(way: Way) -> tuple[Any, Any]:
-        model, optimizer = private(way)
-        if compiled == "method":
-            model.compile(backend="aot_eager")
-        elif compiled == "layer":
-            model.fc.compile(backend="aot_eager")
-        return (
-            torch.compile(model, backend="aot_eager") if compiled == "model" else model,
-            optimizer,
-        )
-
-    plain, _plain_optimizer = private()
-    plain(data()).sum().backward()
-    model, optimizer = build(lambda self, x: self.fc(x))
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(data()).sum().backward()
-        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-    model, optimizer = build(FOREIGN["attribute"])
-    with pytest.raises(UnsupportedLayerError, match="outside of its layer"):
-        model(data()).sum().backward()
-    model, optimizer = build(lambda self, x: self.fc(x) + self.fc(-x))
-    with pytest.raises(UnsupportedLayerError, match="more than once"):
-        model(data()).sum().backward()
-
-
-def test_other_tensors_in_the_place_of_parameters_raise() -> None:
-    model, _optimizer = private()
-    others = {k: v.detach().clone().requires_grad_() for k, v in model.named_parameters()}
-    with pytest.raises(UnsupportedLayerError, match="another tensor"):
-        torch.func.functional_call(model, others, (data(),))
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    with pytest.raises(UnsupportedLayerError, match="another tensor"):
-        model(data())

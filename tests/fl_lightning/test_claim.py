@@ -19,7 +19,7 @@ from fl_lightning.release.claim import Books, Draw, claim
 from fl_lightning.values.client_set import encode
 from fl_lightning.values.release import ALL_CLIENTS, Release
 from fl_lightning.values.round import PrivateUpdate
-from tests.fl_lightning.test_ledger import HEADER, release
+from tests.fl_lightning.filled_ledger import HEADER, release
 
 ROWS = torch.arange(3)
 

@@ -15,7 +15,7 @@ from fl_lightning.module import cross_entropy
 from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.one_factor import dense_layers
 from fl_lightning.values.round import LayerPolicy
-from tests.fl_lightning.test_flat import (
+from tests.fl_lightning.flat_networks import (
     by_layer,
     flat_layout,
     make_network,

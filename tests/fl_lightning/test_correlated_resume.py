@@ -10,8 +10,8 @@ from fl_lightning.ledger import LedgerError, read, report, verify
 from fl_lightning.output.checkpoint import CHECKPOINT
 from fl_lightning.resumption import check_promise, promise_of
 from fl_lightning.rules import Rules
+from tests.fl_lightning.correlated_values import BANDED
 from tests.fl_lightning.resuming import charged, crash, go, same_optimizers, same_tensors
-from tests.fl_lightning.test_correlated import BANDED
 
 OPTIONS = {"clients_per_round": 1, "planned_rounds": 8}
 PRIVACY = BANDED | {"epsilon": 4.0, "bands": 3}

@@ -12,7 +12,7 @@ from fl_lightning import FederatedDataModule, from_arrays
 from fl_lightning.models import MLP
 from fl_lightning.networks.outputs import OneLogit, predictions, record_loss
 from fl_lightning.networks.state import left_as_it_was
-from tests.fl_lightning.test_bad_input import train
+from tests.fl_lightning.tried_runs import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found 1 module.*eval mode"),

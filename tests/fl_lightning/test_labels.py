@@ -6,7 +6,7 @@ import torch
 
 from fl_lightning import FederatedDataModule, from_arrays
 from fl_lightning.models import MLP
-from tests.fl_lightning.test_bad_input import train
+from tests.fl_lightning.tried_runs import train
 
 EYE = np.eye(3)[np.arange(12) % 3]
 

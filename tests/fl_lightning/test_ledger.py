@@ -1,13 +1,11 @@
-"""The ledger: durability, torn writes, tampering, locking, and the report from the file alone."""
+"""The ledger: tampering, locking, and the report from the file alone."""
 
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -18,50 +16,9 @@ import pytest
 
 from fl_lightning import ledger as ledger_module
 from fl_lightning.accounting.composition import compose_epsilon
-from fl_lightning.ledger import Ledger, LedgerError, LedgerWarning, Release, report, verify
+from fl_lightning.ledger import Ledger, LedgerError, report, verify
 from fl_lightning.values.event import NoiseEvent
-
-HEADER = {
-    "setting": "record+local",
-    "privacy_unit": "one record of one client",
-    "trust": "client",
-    "adjacency": "zero_out",
-    "mechanism": "gaussian",
-    "delta": [1e-5, 1e-5],
-    "epsilon": [1.0, math.inf],
-    "simulated": True,
-}
-
-
-def release(client: int = 0, round: int = 0, **changes: Any) -> Release:
-    values = {
-        "client": client,
-        "round": round,
-        "steps": 5,
-        "mechanism": "gaussian",
-        "noise_multiplier": 3.0,
-        "sampling_rate": 0.1,
-        "adjacency": "zero_out",
-        "num_layers": 2,
-        "clip_norm": (1.0, math.inf),
-        "shares": (0.25, 0.75),
-        "binding": "ab",
-        "digest": f"{client}-{round}",
-    }
-    return Release(**{**values, **changes})
-
-
-def filled(path: Path, rounds: int = 3, **facts: Any) -> Path:
-    """A closed ledger of two clients; its file."""
-    with Ledger.create(path, {**HEADER, **facts}) as ledger:
-        for round in range(rounds):
-            ledger.append([release(0, round), release(1, round)])
-    return path / "ledger.jsonl"
-
-
-def reopen(path: Path) -> list[Release]:
-    with Ledger.open(path) as ledger:
-        return list(ledger)
+from tests.fl_lightning.filled_ledger import HEADER, filled, release, reopen
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -148,40 +105,6 @@ def test_one_attempt_is_recorded_once(tmp_path: Path) -> None:
                 ledger.append(batch)
         assert len(ledger) == 1
     assert len(reopen(tmp_path)) == 1
-
-
-def test_torn_last_line_at_every_byte(tmp_path: Path) -> None:
-    """Whatever part of an append reached the disk: complete lines count, the rest is set aside."""
-    file = filled(tmp_path, 1)
-    whole, head = file.read_bytes(), file.with_suffix(".head").read_bytes()
-    with Ledger.open(tmp_path) as ledger:
-        ledger.append([release(0, 1), release(1, 1)])
-    longer = file.read_bytes()
-    first_line_end = longer.index(b"\n", len(whole)) + 1
-    for cut in range(len(whole), len(longer)):
-        file.write_bytes(longer[:cut])
-        file.with_suffix(".head").write_bytes(head)
-        torn = file.with_name("ledger.jsonl.torn")
-        torn.unlink(missing_ok=True)
-        assert verify(file) == []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            releases = reopen(tmp_path)
-        assert len(releases) == (2 if cut < first_line_end else 3)
-        complete = cut in (len(whole), first_line_end)
-        assert [w.category for w in caught] == ([] if complete else [LedgerWarning])
-        if not complete:
-            start = len(whole) if cut < first_line_end else first_line_end
-            assert torn.read_bytes() == longer[start:cut] + b"\n"
-        assert reopen(tmp_path) == releases
-
-
-def test_a_torn_line_that_was_acknowledged_is_an_error(tmp_path: Path) -> None:
-    file = filled(tmp_path)
-    for cut in (1, 2, 100):
-        file.write_bytes(file.read_bytes()[:-cut])
-        with pytest.raises(LedgerError, match="line 7 is missing"):
-            Ledger.open(tmp_path)
 
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
@@ -291,94 +214,6 @@ def test_closed_and_copied(tmp_path: Path) -> None:
     ledger.close()
     with pytest.raises(LedgerError, match="closed"):
         ledger.append([release()])
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("nth", [1, 2])
-def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int) -> None:
-    """Whichever call of an append fails: nothing counts, and the file is as before."""
-    file = filled(tmp_path)
-    before = file.read_bytes(), file.with_suffix(".head").read_bytes()
-    original, seen = getattr(os, call), 0
-
-    def failing(*arguments: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen != (1 if call == "replace" else nth):
-            return original(*arguments)
-        if call == "write":
-            original(arguments[0], arguments[1][:7])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with Ledger.open(tmp_path) as ledger:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, failing)
-            with pytest.raises(LedgerError, match="No space left"):
-                ledger.append([release(0, 9), release(1, 9)])
-        assert (file.read_bytes(), file.with_suffix(".head").read_bytes()) == before
-        assert len(ledger) == 6
-        assert ledger.find(0, 9) == []
-        ledger.append([release(0, 9)])
-        assert len(ledger) == 7
-    assert len(reopen(tmp_path)) == 7
-
-
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, data[:11]))
-    filled(tmp_path)
-    assert len(reopen(tmp_path)) == 6
-
-
-def test_interrupted_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between the file and the head: the ledger is to be opened again, the lines count."""
-    filled(tmp_path)
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with Ledger.open(tmp_path) as ledger:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                ledger.append([release(0, 9)])
-        with pytest.raises(LedgerError, match="open the ledger again"):
-            ledger.append([release(0, 10)])
-    assert len(reopen(tmp_path)) == 7
-
-
-CHILD = """
-import os, sys
-from fl_lightning.ledger import Ledger, Release
-ledger = Ledger.open(sys.argv[1])
-for number in range(10**6):
-    ledger.append([Release(client=c, round=number, steps=1, mechanism="gaussian",
-        noise_multiplier=1.0, sampling_rate=1.0, adjacency="zero_out", num_layers=1,
-        clip_norm=(1.0,), shares=(1.0,), binding="", digest=str(number)) for c in range(3)])
-    os.write(1, b"%d\\n" % number)
-"""
-
-
-def test_killed_while_appending(tmp_path: Path) -> None:
-    """SIGKILL at several moments: every acknowledged release is there, and at most one more."""
-    for acknowledged_before_kill in (1, 7, 40):
-        run = tmp_path / str(acknowledged_before_kill)
-        Ledger.create(run, HEADER).close()
-        command = [sys.executable, "-c", CHILD, str(run)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None
-            for _ in range(acknowledged_before_kill):
-                assert child.stdout.readline()
-            child.send_signal(signal.SIGKILL)
-            rest = child.stdout.read().split(b"\n")
-        acknowledged = acknowledged_before_kill + sum(1 for line in rest[:-1] if line)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LedgerWarning)
-            releases = reopen(run)
-        rounds = [r.round for r in releases]
-        assert {r for r in range(acknowledged)} <= set(rounds)
-        assert all(rounds.count(r) == 3 for r in range(acknowledged))
-        assert max(rounds) <= acknowledged
 
 
 def test_report(tmp_path: Path) -> None:

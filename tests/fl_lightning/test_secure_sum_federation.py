@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +13,20 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-pytest.importorskip("cryptography")
-
-from fl_lightning.deploy.client_run import Holding
 from fl_lightning.deploy.frames import ask
 from fl_lightning.deploy.node import Node
-from fl_lightning.deploy.secure_sum.federated import RunContribution, with_secure_sums
-from fl_lightning.deploy.secure_sum.keys import Identity
-from fl_lightning.deploy.secure_sum.node import IDENTITY_FILE
-from fl_lightning.deploy.secure_sum.policy import SumPolicy
+from fl_lightning.deploy.secure_sum.federated import RunContribution
 from fl_lightning.deploy.secure_sum.server import SumServer
 from fl_lightning.deploy.service import serve
 from fl_lightning.ledger import read, verify
-from fl_lightning.release.federation import Federation, SumOutcome, SumProposal
 from fl_lightning.release.sum_part import SumPart
 from fl_lightning.release.summed import Summed
-from fl_lightning.values.message import decode, encode
-from tests.fl_lightning.nodes import (
-    CLIENTS,
-    DELTA,
-    federation,
-    model,
-    module,
-    network,
-    policy,
-    population,
-    release,
-    say,
-    trainer,
-)
+from fl_lightning.values.message import decode
+from tests.fl_lightning.nodes import model, network
 from tests.fl_lightning.secure_sums import STAGES
+from tests.fl_lightning.summing_nodes import ledgers, run_of, summing_nodes
 
-SUM = {"setting": "client+secure_sum", "min_survivors": 2, "delta": DELTA, "epsilon": 50.0}
-Ask = Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
-
-
-def summing_nodes(folder: Path, *, corrupt: int = 0, **options: Any) -> list[Node]:
-    folders = [folder / f"node{k}" for k in range(CLIENTS)]
-    for one in folders:
-        one.mkdir(mode=0o700)
-    names = [Identity.kept_in(one / IDENTITY_FILE).name for one in folders]
-    known = {"settings": ["client+secure_sum"], "epsilon": 50.0, "simulation": True}
-    known |= {"rounds": 20} | options
-    allowed = policy(secure_sum=SumPolicy(names, corrupt=corrupt), **known)
-    return [
-        Node(Holding(population().only(k), network(), None, allowed), one, k)
-        for k, one in enumerate(folders)
-    ]
-
-
-def run_of(folder: Path, nodes: list[Node] | None, through: Ask | None = None, **options: Any):
-    """A run with nodes, or the simulated one."""
-    rounds, lr = options.pop("rounds", 3), options.pop("client_lr", 0.1)
-    made = module(folder, {"local_steps": 2, "client_lr": lr}, **(SUM | options))
-    if nodes is not None:
-        plain = federation(nodes)
-        made.federation = with_secure_sums(Federation(plain.members, through or plain.ask), 0)
-    trainer(rounds).fit(made, population())
-    return made
-
-
-def ledgers(folder: Path) -> list[Path]:
-    return [next((folder / f"node{k}" / "runs").iterdir()) for k in range(CLIENTS)]
+pytest.importorskip("cryptography")
 
 
 def alike(one: Any, other: Any, step: float = 1e-6) -> bool:
@@ -289,132 +240,3 @@ def same_round_again(node: Node) -> None:
     options = {"round": 7, "multiplier": 1.0, "asked": 1.0, "context": ""}
     parts = [run.sum_part(model(), rows, **options).values() for _ in range(2)]
     assert not any(torch.equal(a, b) for a, b in zip(*parts, strict=True))
-
-
-def test_a_server_that_asks_for_more_rounds_gets_no_more_than_was_promised(tmp_path: Path) -> None:
-    nodes = summing_nodes(tmp_path)
-    proposals: list[SumProposal] = []
-    made = module(tmp_path / "server", {"local_steps": 2}, **SUM)
-    plain = with_secure_sums(federation(nodes), 0)
-    assert plain.sum is not None
-    of_nodes = plain.sum
-
-    def note(proposal: SumProposal) -> SumOutcome:
-        proposals.append(proposal)
-        return of_nodes(proposal)
-
-    made.federation = Federation(plain.members, plain.ask, note)
-    trainer(2).fit(made, population())
-    more = [of_nodes(replace(proposals[-1], round=2 + k)) for k in range(4)]
-    assert more[-1].sums is None
-    for one in nodes:
-        one.close()
-    for ledger in ledgers(tmp_path):
-        header, lines = read(ledger)
-        assert len(lines) <= header["affordable_steps"]
-        assert verify(ledger) == []
-        assert (
-            '"reason":"spent: nothing is left'
-            in (ledger.parent.parent / "refusals.jsonl").read_text()
-        )
-
-
-# --- what a node refuses of a server ---
-
-
-def asked(tmp_path: Path, change: Callable[[dict, dict], None], **options: Any) -> list[str]:
-    """Why nodes refuse the first terms of a run, changed by the server."""
-    nodes = summing_nodes(tmp_path, **options)
-    reasons: list[str] = []
-
-    def through(requests: Mapping[int, bytes]) -> dict[int, bytes]:
-        answers = {}
-        for k, data in requests.items():
-            head, tensors = decode(data)
-            if head["do"] == "sum-terms":
-                change(head, tensors)
-            answers[k] = nodes[k].answer(encode(head, tensors))
-            reasons.append(decode(answers[k])[0].get("refused", ""))
-        return answers
-
-    run_of(tmp_path / "server", nodes, through, rounds=1)
-    assert all(len(read(ledger)[1]) == 0 for ledger in ledgers(tmp_path))
-    for one in nodes:
-        one.close()
-    return [reason for reason in reasons if reason]
-
-
-def less_noise(head: dict, tensors: dict) -> None:
-    head["terms"]["blocks"][0]["scale"] *= 0.5
-
-
-def wider_clip(head: dict, tensors: dict) -> None:
-    head["terms"]["blocks"][1]["reach"] *= 2
-
-
-def smaller_multiplier(head: dict, tensors: dict) -> None:
-    head["multiplier"] *= 0.5
-
-
-def another_model(head: dict, tensors: dict) -> None:
-    tensors["params.0.bias"] += 1
-
-
-def another_history(head: dict, tensors: dict) -> None:
-    tensors["history.l1_norm"] *= 2
-
-
-def more_shares(head: dict, tensors: dict) -> None:
-    head["terms"]["shares"] = 3
-
-
-def no_multiplier(head: dict, tensors: dict) -> None:
-    head["multiplier"] = -1
-
-
-def heavy(head: dict, tensors: dict) -> None:
-    head["asked"] = 1.5
-
-
-def long_context(head: dict, tensors: dict) -> None:
-    head["context"] = "x" * 1000
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (less_noise, "clip norms or noise are not those"),
-        (wider_clip, "clip norms or noise are not those"),
-        (smaller_multiplier, "another model or history"),
-        (another_model, "another model or history"),
-        (another_history, "another model or history"),
-        (more_shares, "shares=3, agreed were 2"),
-        (no_multiplier, "must be positive numbers"),
-        (heavy, "asked must be at most 1"),
-        (long_context, "short text"),
-    ],
-)
-def test_terms_of_a_lying_server_are_refused(
-    tmp_path: Path, change: Callable[[dict, dict], None], words: str
-) -> None:
-    reasons = asked(tmp_path, change)
-    assert len(reasons) == 3
-    assert all(words in reason for reason in reasons)
-
-
-def test_a_holder_that_fears_more_refuses(tmp_path: Path) -> None:
-    reasons = asked(tmp_path, lambda *_: None, corrupt=1)
-    assert all("corrupt=0, the holder allows for 1" in reason for reason in reasons)
-
-
-def test_a_part_is_never_released_alone(tmp_path: Path) -> None:
-    nodes = summing_nodes(tmp_path)
-    run = run_of(tmp_path / "server", nodes, seed=5, rounds=1).run
-    reason = release(nodes[0], 1, known=1, run=run.run_id)[0]["refused"]
-    assert "never released alone" in reason
-    assert (
-        say(nodes[0], {"do": "hello"})[0]["name"]
-        == Identity.kept_in(tmp_path / "node0" / IDENTITY_FILE).name
-    )
-    for one in nodes:
-        one.close()

@@ -8,7 +8,7 @@ from pytorch_lightning import callbacks
 from fl_lightning.fit import main
 from fl_lightning.output.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fl_lightning.preflight.trainer_check import check_options
-from tests.fl_lightning.test_bad_input import data, train
+from tests.fl_lightning.tried_runs import data, train
 
 LOSS = "sim_only/val_loss"
 

@@ -12,7 +12,7 @@ from fl_lightning.data.transform_check import why_not_alone
 from fl_lightning.header import ledger_header
 from fl_lightning.ledger import Ledger
 from fl_lightning.ledger.statement import privacy_statement
-from tests.fl_lightning.test_bad_input import train
+from tests.fl_lightning.tried_runs import train
 
 CALLS = []
 PUBLIC = torch.linspace(-1, 1, 6)

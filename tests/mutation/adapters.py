@@ -5,10 +5,12 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _LIFE = "tests/aadp_kernels/test_integrations_life.py"
+_STATES = "tests/aadp_kernels/test_integrations_states.py"
 _MIXING = "tests/aadp_kernels/test_integrations_mixing.py"
 _OPACUS = "tests/aadp_kernels/test_integrations_opacus.py"
 _SAMPLES = "tests/aadp_kernels/test_integrations_per_sample.py"
 _SEEN = "tests/aadp_kernels/test_integrations_watch.py"
+_BACKWARD = "tests/aadp_kernels/test_integrations_backward.py"
 
 WATCH = group(
     "aadp_kernels/integrations/_watch.py",
@@ -22,12 +24,12 @@ WATCH = group(
     f"{_SEEN}::test_parts_of_a_model_are_called_within_records "
     f"{_SEEN}::test_every_signature_is_tried_with_two_numbers_of_records "
     f"{_SEEN}::test_copies_are_run_once "
-    f"{_SEEN}::test_two_backward_passes_of_one_forward_always_raise "
-    f"{_SEEN}::test_checkpointed_activations {_SEEN}::test_reentrant_checkpoints_raise "
-    f"{_SEEN}::test_other_tensors_in_the_place_of_parameters_raise "
+    f"{_BACKWARD}::test_two_backward_passes_of_one_forward_always_raise "
+    f"{_BACKWARD}::test_checkpointed_activations {_BACKWARD}::test_reentrant_checkpoints_raise "
+    f"{_BACKWARD}::test_other_tensors_in_the_place_of_parameters_raise "
     f"{_LIFE}::test_a_second_optimizer_retires_the_first "
     f"{_LIFE}::test_the_watch_ends_with_the_optimizer "
-    f"{_LIFE}::test_copies_and_files_of_the_model",
+    f"{_STATES}::test_copies_and_files_of_the_model",
     ("a foreign gradient is let through", '        """Autograd has a gradient for a parameter itself."""\n', '        """Autograd has a gradient for a parameter itself."""\n        return\n'),
     ("layers get their own parameters", "        alias = own.detach().requires_grad_()\n", "        return own\n"),
     ("a second call passes", "if layer in forward.called:", "if layer in forward.given:"),
@@ -49,8 +51,8 @@ WATCH = group(
 
 SUMS = group(
     "aadp_kernels/integrations/_gradients.py",
-    f"{_SEEN}::test_two_backward_passes_before_a_step "
-    f"{_SEEN}::test_a_backward_pass_that_failed_is_not_released "
+    f"{_BACKWARD}::test_two_backward_passes_before_a_step "
+    f"{_BACKWARD}::test_a_backward_pass_that_failed_is_not_released "
     f"{_LIFE}::test_what_has_changed_is_refused_before_anything_moves "
     f"{_LIFE}::test_gradients_from_before_are_forgotten "
     f"{_LIFE}::test_a_failing_step_moves_nothing_and_draws_no_noise_twice "
@@ -69,7 +71,7 @@ SUMS = group(
 
 OPTIMIZER = group(
     "aadp_kernels/integrations/optim.py",
-    _LIFE,
+    f"{_LIFE} {_STATES}",
     ("parameters are not compared", "if self._trained_now() == self._trained and all(", "if self._trained and all("),
     ("gradients of frozen ones pass", "all(p.grad is None for p in self._frozen)", "self._frozen is not None"),
     ("noise is drawn before it is counted", "step, self.next_step = self.next_step, self.next_step + 1", "step = self.next_step"),
@@ -83,14 +85,14 @@ OPTIMIZER = group(
 
 WRAPPED = group(
     "aadp_kernels/integrations/_wrapped.py",
-    _LIFE,
+    f"{_LIFE} {_STATES}",
     ("frozen ones have a part", "for name, p in found.items() if p.requires_grad}", "for name, p in found.items()}"),
     ("LBFGS passes", "if isinstance(optimizer, torch.optim.LBFGS):", "if optimizer is None:"),
 )  # fmt: skip
 
 STATES = group(
     "aadp_kernels/integrations/_public_state.py",
-    f"{_LIFE}::test_states_of_something_else_are_refused",
+    f"{_STATES}::test_states_of_something_else_are_refused",
     ("multipliers are not compared", '"mechanism", "noise_multiplier", "p",', '"mechanism", "p",'),
     ("layers are not compared", '("layers", "mechanism"', '("mechanism"'),
     ("other runs after own steps", 'facts["run"] != own["run"]', 'facts["run"] == "no"'),

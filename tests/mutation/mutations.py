@@ -45,9 +45,11 @@ def all_mutations() -> list[Mutation]:
         federated,
         groups,
         kernels,
+        kernels_triton,
         launches,
         ledger,
         packaging,
+        preflight,
         releases,
         risks,
         secure_sums,
@@ -55,6 +57,7 @@ def all_mutations() -> list[Mutation]:
         stopping,
     )
 
-    files = kernels, launches, adapters, correlated, shared_rounds, ledger, releases, stopping
-    files += commands, deploy, federated, groups, packaging, risks, secure_sums
+    files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
+    files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
+    files += risks, secure_sums
     return [mutation for file in files for mutation in file.MUTATIONS]

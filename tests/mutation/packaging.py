@@ -5,8 +5,10 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 PACKAGING = "tests/test_packaging.py"
-ONE_SIDE = "tests/test_bench.py::test_a_table_names_one_configuration_and_never_the_best_of_a_row"
-ONE_PLACE = "tests/test_bench.py::test_a_generated_part_has_one_place"
+ONE_SIDE = (
+    "tests/test_bench_report.py::test_a_table_names_one_configuration_and_never_the_best_of_a_row"
+)
+ONE_PLACE = "tests/test_bench_report.py::test_a_generated_part_has_one_place"
 
 REQUIREMENTS = group(
     "fl_lightning/requirements.py",

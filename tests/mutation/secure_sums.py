@@ -5,8 +5,10 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _HERE = "tests/fl_lightning/test_secure_sum"
-_PARTS, _SUMS, _REFUSALS = f"{_HERE}_parts.py", f"{_HERE}.py", f"{_HERE}_refusals.py"
+_PARTS, _SUMS = f"{_HERE}_parts.py", f"{_HERE}.py"
+_REFUSALS = f"{_HERE}_refusals.py {_HERE}_reveals.py"
 _RUNS = f"{_HERE}_federation.py"
+_LIES = f"{_HERE}_lies.py"
 _GIVEN_UP = "test_a_sum_that_is_given_up_is_charged_and_moves_nothing"
 _FORGOT = "test_a_node_that_forgot_the_run_is_reminded"
 _RESTART = "test_secret_noise_is_new_in_every_part_and_nodes_go_on_after_a_restart"
@@ -133,7 +135,7 @@ SERVER = group(
 
 CONTRIBUTION = group(
     f"{_FILE}federated.py",
-    f"{_RUNS}::test_terms_of_a_lying_server_are_refused {_RUNS}::{_GIVEN_UP}",
+    f"{_LIES}::test_terms_of_a_lying_server_are_refused {_RUNS}::{_GIVEN_UP}",
     ("any number of shares", "        if terms.shares != run.shares:", "        if False:"),
     ("any model", "        if terms.context != _context({", "        if False and terms.context != _context({"),
     ("any noise", "        if [Block(*block) for block in self._part.blocks()] != list(terms.blocks):", "        if False:"),
@@ -143,7 +145,7 @@ CONTRIBUTION = group(
 
 PART = group(
     "fl_lightning/release/sum_part.py",
-    f"{_RUNS}::{_RESTART} {_RUNS}::{_MORE} {_RUNS}::{_NOISE}",
+    f"{_RUNS}::{_RESTART} {_LIES}::{_MORE} {_RUNS}::{_NOISE}",
     ("parts of one run share noise", "releases.key if releases.key.simulated else NoiseKey.random(rules.rng)", "releases.key if True else NoiseKey.random(rules.rng)"),
     ("budget not spent", "        books.budget.spend(line)\n", ""),
     ("no noise", "sums, votes = self._sum.with_shares()", "sums, votes = self._sum.total, self._sum.votes"),
@@ -166,7 +168,7 @@ REMOTE = group(
 
 NODE = group(
     "fl_lightning/deploy/client_run.py",
-    f"{_RUNS}::test_a_part_is_never_released_alone",
+    f"{_LIES}::test_a_part_is_never_released_alone",
     ("a part is released alone", "        if self._module.rules.privacy.summed:\n", "        if False:\n"),
 )  # fmt: skip
 

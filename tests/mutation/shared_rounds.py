@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _RUNS = "tests/fl_lightning/test_correlated.py"
+_RELEASED = "tests/fl_lightning/test_correlated_runs.py"
+_BOTH = f"{_RUNS} {_RELEASED}"
 _RESUME = "tests/fl_lightning/test_correlated_resume.py"
 _EDITS = "tests/fl_lightning/test_ledger_edits.py::test_an_edit_of_shared_noise_is_found"
 _NO_PLAN = (
@@ -14,7 +16,7 @@ _NO_PLAN = (
 MUTATIONS = [
     *group(
         "fl_lightning/accounting/correlated.py",
-        _RUNS,
+        _BOTH,
         ("charged up to the last participation", "np.sqrt((v**2).sum(0))", "np.sqrt((v[: rounds.max(initial=0) + 1] ** 2).sum(0))"),
         ("a band is missing", "for j in range(1, min(len(d), t + 1)):", "for j in range(1, min(len(d) - 1, t + 1)):"),
         ("another column", "np.add.at(v, (rounds[mine], clients[mine] - start), sizes[mine])", "np.add.at(v, (np.minimum(rounds[mine] + 1, horizon - 1), clients[mine] - start), sizes[mine])"),
@@ -28,18 +30,18 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/accounting/cohort.py",
-        _RUNS,
+        _BOTH,
         ("another order in each pass", "0 if one_order else passes", "passes"),
     ),
     *group(
         "fl_lightning/server/optimizer.py",
-        _RUNS,
+        _BOTH,
         ("the schedule is not looked at", "rates.append(float(group[\"lr\"]))", "rates.append(1.0)"),
         ("momentum of Adam", "group.get(\"betas\", [0.0])[0]", "0.0"),
     ),
     *group(
         "fl_lightning/keys/released_noise.py",
-        _RUNS,
+        _BOTH,
         ("noise bound to the round alone", "hidden = [of_round] if round_key.simulated else [of_round, *values]", "hidden = [of_round]"),
         ("noise not bound to the round", "else [of_round, *values]", "else list(values)"),
         ("a changed file", "if public_name(key) != name:", "if False:"),
@@ -49,7 +51,7 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/privacy/noised_sum.py",
-        _RUNS,
+        _BOTH,
         ("a round that shares nothing", "Correlation((1.0, *self.coefficients), tuple((key, 0) for key in self.earlier))", "Correlation((1.0,), ())"),
         ("one band less", "tuple((key, 0) for key in self.earlier)", "tuple((key, 0) for key in self.earlier[:1])"),
         ("noise of release norms", "return math.hypot(1.0, *self.coefficients)", "return 1.0"),
@@ -57,12 +59,12 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/privacy/mechanism.py",
-        f"{_RUNS}::test_votes_share_noise_as_layers_do",
+        f"{_RELEASED}::test_votes_share_noise_as_layers_do",
         ("independent noise in votes", "correlation=correlation,", "correlation=None,"),
     ),
     *group(
         "fl_lightning/release/summed.py",
-        f"{_RUNS} {_RESUME}",
+        f"{_BOTH} {_RESUME}",
         ("keys of the round alone", "return update, key if total.shared is None else total.key", "return update, key"),
         ("rounds that were combined are not said", "combined=None if plan is None else tuple(r for r, _, _ in self._earlier(round)),", "combined=None,"),
         ("a round is released twice", "        if self.noise is not None:\n            _LOG", "        if False:\n            _LOG"),
@@ -70,7 +72,7 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/accounting/budget.py",
-        f"{_RUNS} {_RESUME}",
+        f"{_BOTH} {_RESUME}",
         ("a round is paid for twice", "if self.plan is not None and not self._is_new(release.round):", "if False:"),
         ("ε of a run is not shown", "return self._epsilon_of_plan(self.plan)", "return self._epsilon"),
         ("coefficients are not kept", "state[\"coefficients\"] = list(self.plan.coefficients)", "pass"),
@@ -89,18 +91,18 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/ledger/statement.py",
-        f"{_RUNS}::test_the_statement_says_what_is_charged_and_how_groups_fare",
+        f"{_RELEASED}::test_the_statement_says_what_is_charged_and_how_groups_fare",
         ("shared noise composed round by round", "    if header.get(\"coefficients\") is None:\n        return \"privacy loss", "    if True:\n        return \"privacy loss"),
         ("sensitivity of a round as that of the run", "        weight += (", "        str("),
     ),
     *group(
         "fl_lightning/ledger/statement_assumptions.py",
-        f"{_RUNS}::test_the_statement_says_what_is_charged_and_how_groups_fare",
+        f"{_RELEASED}::test_the_statement_says_what_is_charged_and_how_groups_fare",
         ("rounds that were fixed beforehand", "if header.get(\"coefficients\") is not None:", "if False:"),
     ),
     *group(
         "fl_lightning/values/release.py",
-        f"{_RUNS}::test_a_line_says_which_rounds_it_combined",
+        f"{_RELEASED}::test_a_line_says_which_rounds_it_combined",
         ("combined rounds in any order", "if not all(0 <= b < a for a, b in itertools.pairwise(later)):", "if not all(0 <= b for b in later):"),
         ("combined rounds are not written", "names = names if release.combined is None else (*names, _OF_CORRELATED)", "pass"),
         ("combined rounds are not read", "if entry.get(_OF_CORRELATED) is not None:", "if False:"),
@@ -108,7 +110,7 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/ledger/accounts.py",
-        _RUNS,
+        _BOTH,
         ("a client's weight of every round", "sizes=np.concatenate(sizes),", "sizes=None,"),
         ("all rounds as the first", "rounds=np.repeat([r.round for r in releases]", "rounds=np.repeat([0 for r in releases]"),
         ("rounds are not counted", "account.rounds, account.largest = times, largest", "account.largest = largest"),
@@ -116,7 +118,7 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/accounting/group_privacy.py",
-        _RUNS,
+        _BOTH,
         ("one client for a group of sums", "joint=math.fsum(_joint(a.counts) for a in members)", "joint=_joint(members[0].counts)"),
         ("one client's largest round", "reverse=True)[:size])\n    exact", "reverse=True)[:1])\n    exact"),
     ),
@@ -156,7 +158,7 @@ MUTATIONS = [
     ),
     *group(
         "fl_lightning/privacy/combinations.py",
-        _RUNS,
+        _BOTH,
         ("settings without a proof", "config.setting != \"client+aggregator\",\n            \"only the trusted", "False,\n            \"only the trusted"),
         ("mechanisms without a proof", "config.mechanism != \"gaussian\", \"only Gaussian", "False, \"only Gaussian"),
         ("the grid form", "config.noise_form == \"grid\",\n            \"its multiples", "False,\n            \"its multiples"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutations import group
 
 _ORDERS = "tests/fl_lightning/test_stop_orders.py"
+_STARTED = "tests/fl_lightning/test_started_processes.py"
 _LIFELINE = "tests/fl_lightning/test_lifeline.py"
 _STOPPING = "tests/fl_lightning/test_stopping.py"
 _AUTO = f"{_STOPPING}::test_auto_starts_and_goes_on_and_refuses_releases_without_a_checkpoint"
@@ -44,20 +45,20 @@ ORDERS = [
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_signal_before_all_are_connected_ends_the_processes_that_were_started "
-        f"{_ORDERS}::test_a_process_that_begins_while_a_signal_comes_is_ended",
+        f"{_STARTED}::test_a_signal_before_all_are_connected_ends_the_processes_that_were_started "
+        f"{_STARTED}::test_a_process_that_begins_while_a_signal_comes_is_ended",
         ("processes that were started go on", "            child.terminate()\n", "            pass\n"),
         ("processes that begin are missed", "        self._end_unconnected()\n        until", "        until"),
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_process_that_is_started_while_a_signal_comes_is_known",
+        f"{_STARTED}::test_a_process_that_is_started_while_a_signal_comes_is_known",
         ("a start is interrupted", "waits = self._leaving or self._starting", "waits = self._leaving"),
         ("a start goes on after a stop", "        if self.asked is not None and time.monotonic() >= self._interrupt_at:\n            raise Stopped(self.asked)\n", ""),
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_run_that_was_stopped_is_not_taken_apart",
+        f"{_STARTED}::test_a_run_that_was_stopped_is_not_taken_apart",
         ("a stopped run is taken apart", "            leave_with(self.status)\n", "            pass\n"),
     ),
     *group(
@@ -67,26 +68,26 @@ ORDERS = [
     ),
     *group(
         "fl_lightning/processes/departure.py",
-        f"{_ORDERS}::test_a_run_that_was_stopped_is_not_taken_apart",
+        f"{_STARTED}::test_a_run_that_was_stopped_is_not_taken_apart",
         ("output is lost at the exit", "            stream.flush()\n", "            pass\n"),
         ("the status is lost at the exit", "    os._exit(_status)\n", "    os._exit(0)\n"),
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_started_process_that_fails_is_a_loss",
+        f"{_STARTED}::test_a_started_process_that_fails_is_a_loss",
         ("failed processes are no loss", "        if failed:\n", "        if False:\n"),
         ("ended processes are a loss", "if (status := child.poll())]", "if (status := child.poll()) is not None]"),
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_started_process_ends_when_its_parent_is_gone",
+        f"{_STARTED}::test_a_started_process_ends_when_its_parent_is_gone",
         ("a lost parent is no loss", "elif self._parent and os.getppid() != self._parent:", "elif False:"),
         ("a parent that is there is a loss", "os.getppid() != self._parent:", "os.getppid() == self._parent:"),
     ),
     *group(
         "fl_lightning/processes/stopping.py",
-        f"{_ORDERS}::test_a_started_process_that_was_stopped_is_a_stop "
-        f"{_ORDERS}::test_a_stop_notices_itself_that_its_parent_is_gone",
+        f"{_STARTED}::test_a_started_process_that_was_stopped_is_a_stop "
+        f"{_STARTED}::test_a_stop_notices_itself_that_its_parent_is_gone",
         ("a process that was stopped is lost", "    return signum if signum in _signals() else LOST", "    return LOST"),
         ("statuses of a shell are none", "-status if status < 0 else status - 128", "-status"),
         ("the kernel ends who can say why", "        if self._parent:\n            outlive_parent()\n", ""),
@@ -94,9 +95,9 @@ ORDERS = [
     ),
     *group(
         "fl_lightning/processes/child.py",
-        f"{_ORDERS}::test_a_process_that_imports_ends_with_its_parent "
-        f"{_ORDERS}::test_a_process_that_a_started_process_starts_has_another_parent "
-        f"{_ORDERS}::test_a_process_whose_parent_is_gone_before_it_begins_ends",
+        f"{_STARTED}::test_a_process_that_imports_ends_with_its_parent "
+        f"{_STARTED}::test_a_process_that_a_started_process_starts_has_another_parent "
+        f"{_STARTED}::test_a_process_whose_parent_is_gone_before_it_begins_ends",
         ("the kernel is not asked", "    _end_with_parent(signal.SIGKILL)\n", ""),
         ("the kernel is asked for good", "    _end_with_parent(0)\n", "    pass\n"),
         ("a parent that is gone is not noticed", "if os.getppid() != int(first):", "if False:"),
