@@ -139,6 +139,16 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert body <= MOST_OF_A_FUNCTION, f"{node.name} has {body} lines"
 
 
+def test_files_of_tests_are_short() -> None:
+    here = Path(__file__).parent
+    long = {
+        path.relative_to(here).as_posix(): lines
+        for path in sorted(here.rglob("*.py"))
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert long == {}
+
+
 @pytest.mark.parametrize("path", modules().values(), ids=short)
 def test_few_arguments_go_by_their_place(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
