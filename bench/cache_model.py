@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aadp_kernels import Layout
-from aadp_kernels._triton import plan
+from aadp_kernels._triton import launch_plan
 from bench.cases import CASES
 from bench.machine import ROOT, git
 
@@ -81,7 +81,7 @@ def traffic(
     """Model a launch over the tables of a plan.
 
     Args:
-        tables: What `plan.make` gives.
+        tables: What `launch_plan.make` gives.
         capacity: Bytes of the cache.
         itemsize: Bytes of an element.
         in_place: Whether outputs overwrite inputs.
@@ -92,7 +92,7 @@ def traffic(
     """
     chunks, cache = tables["chunks"], Cache(capacity)
     sizes = chunks[:, 4] - chunks[:, 3]
-    step = plan.CHUNK if piece is None else piece
+    step = launch_plan.CHUNK if piece is None else piece
     missing = np.diff(tables["units"].astype(np.int64)).ravel().tolist()
     unit_of, kept, dropped = (
         chunks[:, 6].tolist(),
@@ -104,17 +104,17 @@ def traffic(
     def run(code: int) -> Iterator[bool]:
         """A ticket, a turn at a time; False for a turn that waits."""
         nonlocal missed
-        chunk, kind = code >> plan.KIND_BITS, code & 3
+        chunk, kind = code >> launch_plan.KIND_BITS, code & 3
         starts = range(0, max(int(sizes[chunk]), 1), step)
         bytes_of = [itemsize * min(step, int(sizes[chunk]) - start) for start in starts]
-        if kind & plan.NORM:
+        if kind & launch_plan.NORM:
             for start, size in zip(starts, bytes_of, strict=True):
                 missed += 0 if cache.touch((chunk, start), size, kept) else size
                 yield True
             missing[unit_of[chunk]] -= 1
-        while kind == plan.APPLY and missing[unit_of[chunk]]:
+        while kind == launch_plan.APPLY and missing[unit_of[chunk]]:
             yield False
-        for start, size in zip(starts, bytes_of, strict=True) if kind & plan.APPLY else ():
+        for start, size in zip(starts, bytes_of, strict=True) if kind & launch_plan.APPLY else ():
             missed += 0 if cache.touch((chunk, start), size, dropped) else size
             if not in_place:
                 cache.touch((chunk, start, "out"), size, dropped)
@@ -147,13 +147,13 @@ def least(layout: Layout, capacity: int, itemsize: int = 4) -> float:
 def tables_of(layout: Layout, window: int) -> dict[str, np.ndarray]:
     """The plan of one float32 update."""
     aligned = (True,) * len(layout.sizes)
-    return plan.make(layout, 1, tile=PIECE, itemsize=4, aligned=aligned, window=window)
+    return launch_plan.make(layout, 1, tile=PIECE, itemsize=4, aligned=aligned, window=window)
 
 
 def forward(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The plan with every unit applied from its beginning."""
     tickets, unit_of = tables["tickets"].copy(), tables["chunks"][:, 6]
-    (places,) = np.nonzero(tickets & 3 == plan.APPLY)
+    (places,) = np.nonzero(tickets & 3 == launch_plan.APPLY)
     by_unit = places[np.argsort(unit_of[tickets[places] >> 2], kind="stable")]
     in_order = tickets[places]
     tickets[by_unit] = in_order[np.lexsort((in_order, unit_of[in_order >> 2]))]
@@ -162,11 +162,11 @@ def forward(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _chunks_of(elements: int) -> Iterator[None]:
-    before, plan.CHUNK = plan.CHUNK, elements
+    before, launch_plan.CHUNK = launch_plan.CHUNK, elements
     try:
         yield
     finally:
-        plan.CHUNK = before
+        launch_plan.CHUNK = before
 
 
 def _row(name: str, megabytes: int) -> dict[str, object]:
@@ -175,7 +175,7 @@ def _row(name: str, megabytes: int) -> dict[str, object]:
     with _chunks_of(1 << 14):
         old = forward(tables_of(layout, 32 << 20))
         before = [traffic(old, capacity, in_place=i, hints=False) for i in (True, False)]
-    new = tables_of(layout, capacity // plan.WINDOWS_IN_L2)
+    new = tables_of(layout, capacity // launch_plan.WINDOWS_IN_L2)
     row: dict[str, object] = {"case": name, "l2_mb": megabytes, "least": least(layout, capacity)}
     for i, in_place in enumerate((True, False)):
         now = {
@@ -192,8 +192,8 @@ def _row(name: str, megabytes: int) -> dict[str, object]:
 def _crowd(megabytes: int, programs: int) -> dict[str, object]:
     """GPT-2 on an L2 cache of 50 MB of which some may be usable, by so many programs in turns."""
     row: dict[str, object] = {"l2_mb": megabytes, "programs": programs}
-    layout, window = CASES["gpt2"].layout(), (50 << 20) // plan.WINDOWS_IN_L2
-    for elements in (plan.CHUNK, 1 << 14):
+    layout, window = CASES["gpt2"].layout(), (50 << 20) // launch_plan.WINDOWS_IN_L2
+    for elements in (launch_plan.CHUNK, 1 << 14):
         with _chunks_of(elements):
             found = traffic(
                 tables_of(layout, window), megabytes << 20, programs=programs, piece=PIECE

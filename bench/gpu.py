@@ -33,7 +33,7 @@ def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 def _window(problem: Problem, megabytes: int) -> Runner:
     """One launch whose second read trails the first by so much at most."""
-    plan = import_module("aadp_kernels._triton.plan")
+    plan = import_module("aadp_kernels._triton.launch_plan")
     # A layout remembers its plan, so another window needs another layout.
     own = copy.copy(problem)
     own.layout = copy.deepcopy(problem.layout)

@@ -8,7 +8,7 @@ import torch
 from aadp_kernels import Layout
 
 pytest.importorskip("triton")
-from aadp_kernels._triton import plan
+from aadp_kernels._triton import launch_plan
 from bench.cache_model import (
     CAPACITIES,
     FIRST,
@@ -27,7 +27,7 @@ MB = 1 << 20
 LARGE = ("gpt2", "bert_base", "llama_slice")
 
 
-def modelled(name, megabytes, share=plan.WINDOWS_IN_L2, **options):
+def modelled(name, megabytes, share=launch_plan.WINDOWS_IN_L2, **options):
     layout = CASES[name].layout()
     return layout, traffic(tables_of(layout, megabytes * MB // share), megabytes * MB, **options)
 
@@ -62,7 +62,7 @@ def test_gpt2_moves_less_than_nine_bytes_an_element():
     wide = forward(tables_of(layout, 32 * MB))
     assert traffic(wide, 50 * MB, hints=False).bytes_per_element > 11.8
     # Half a cache that holds everything twice still does most of it.
-    narrow = tables_of(layout, 50 * MB // plan.WINDOWS_IN_L2)
+    narrow = tables_of(layout, 50 * MB // launch_plan.WINDOWS_IN_L2)
     assert traffic(narrow, 25 * MB).bytes_per_element <= least(layout, 25 * MB) + 0.01
 
 
@@ -76,19 +76,18 @@ def test_many_programs_at_once_seldom_wait(programs):
 
 def test_all_programs_hold_less_than_a_window():
     """Of a GPU with 50 MB of cache, 132 multiprocessors and 8 programs on each, in float32."""
-    assert 2 * 50 * MB // plan.WINDOWS_IN_L2 > 132 * 8 * plan.CHUNK * 4
+    assert 2 * 50 * MB // launch_plan.WINDOWS_IN_L2 > 132 * 8 * launch_plan.CHUNK * 4
 
 
 def test_units_larger_than_the_window_are_applied_from_their_end():
-    layout = Layout.build([torch.empty(n * plan.CHUNK, device="meta") for n in (9, 2, 5)])
-    tables = tables_of(layout, 4 * plan.CHUNK * 4)
-    applied = [c >> 2 for c in tables["tickets"].tolist() if c & 3 == plan.APPLY]
+    layout = Layout.build([torch.empty(n * launch_plan.CHUNK, device="meta") for n in (9, 2, 5)])
+    tables = tables_of(layout, 4 * launch_plan.CHUNK * 4)
+    applied = [c >> 2 for c in tables["tickets"].tolist() if c & 3 == launch_plan.APPLY]
     assert [c for c in applied if c < 9] == [*range(8, -1, -1)]
     assert [c for c in applied if 9 <= c < 11] == [9, 10]
     assert [c for c in applied if c >= 11] == [15, 14, 13, 12, 11]
-    assert [c >> 2 for c in forward(tables)["tickets"].tolist() if c & 3 == plan.APPLY][:9] == [
-        *range(9)
-    ]
+    codes = forward(tables)["tickets"].tolist()
+    assert [c >> 2 for c in codes if c & 3 == launch_plan.APPLY][:9] == [*range(9)]
 
 
 def test_the_window_is_a_share_of_the_cache_of_the_device(monkeypatch):
@@ -97,8 +96,8 @@ def test_the_window_is_a_share_of_the_cache_of_the_device(monkeypatch):
 
     device = torch.device("cuda", 63)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    assert plan.window_of(device) == 50 * MB // 4
-    assert plan.window_of(torch.device("cpu")) == plan.WINDOW
+    assert launch_plan.window_of(device) == 50 * MB // 4
+    assert launch_plan.window_of(torch.device("cpu")) == launch_plan.WINDOW
 
 
 def test_the_model_of_the_cache():

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aadp_kernels._seen import Checked
+from aadp_kernels._triton import launch_plan
 from aadp_kernels._triton import noise as _noise
-from aadp_kernels._triton import plan as _plan
 from aadp_kernels._triton._device import (
     key_tensor,
     launch,
@@ -121,7 +121,7 @@ def privatize(
     lists = [tensors] if out is tensors else [tensors, out]
     if reference is not None:
         lists.append(reference)
-    kind = Kind.of(bounds, noise, in_place=out is tensors, minus=reference is not None)
+    kind = LaunchKind.of(bounds, noise, in_place=out is tensors, minus=reference is not None)
     call = _known_call(lists, layout, kind, tensors[0].device)
     if call is None:
         values, given, targets = _addressable(tensors), None, [t.detach() for t in out]
@@ -142,7 +142,7 @@ def privatize(
     return stats
 
 
-class Kind(NamedTuple):
+class LaunchKind(NamedTuple):
     """What of a call, beside its tensors, decides about tables and constants; no values.
 
     Attributes:
@@ -160,7 +160,7 @@ class Kind(NamedTuple):
     minus: bool
 
     @classmethod
-    def of(cls, bounds: Bounds, noise: Noise | None, *, in_place: bool, minus: bool) -> Kind:
+    def of(cls, bounds: Bounds, noise: Noise | None, *, in_place: bool, minus: bool) -> LaunchKind:
         draw = None if noise is None else (noise.rng, noise.mechanism, noise.form)
         return cls(tuple(bounds.clip.shape[:-1]), bounds.p, draw, in_place, minus)
 
@@ -174,12 +174,12 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class PreparedCall:
     """Everything of a launch that is the same for the same places of memory; no tensor of a user.
 
     Attributes:
         guards: That each list of tensors had passed; empty for a call that is not kept.
-        tables: The plan.
+        tables: The plan of the launch.
         layers: See `_layer_table`.
         addresses: int64 [lists, T].
         kind: What it was made for.
@@ -190,10 +190,10 @@ class Call:
     """
 
     guards: tuple[Any, ...]
-    tables: _plan.Plan
+    tables: launch_plan.LaunchPlan
     layers: Tensor
     addresses: Tensor
-    kind: Kind
+    kind: LaunchKind
     num_layers: int
     num_tensors: int
     num_tickets: int
@@ -203,8 +203,8 @@ class Call:
 
 
 def _known_call(
-    lists: list[Sequence[Tensor]], layout: Layout, kind: Kind, device: torch.device
-) -> Call | None:
+    lists: list[Sequence[Tensor]], layout: Layout, kind: LaunchKind, device: torch.device
+) -> PreparedCall | None:
     """The call over these places of memory, which the layout remembers; None if it must be copied.
 
     An address that was freed may come again under other tensors: a call is taken only if all have
@@ -217,7 +217,7 @@ def _known_call(
         return None
     name = (stream, kind, _addresses(lists))
     guards = tuple(tensors.guard for tensors in lists)
-    calls: dict[tuple, Call] = vars(layout).setdefault("_triton_calls", {})
+    calls: dict[tuple, PreparedCall] = vars(layout).setdefault("_triton_calls", {})
     found = calls.get(name)
     if found is not None and found.guards == guards:
         return found
@@ -255,8 +255,8 @@ def _call(
     reference: Sequence[Tensor] | None,
     layout: Layout,
     eps_of: tuple[torch.dtype, ...],
-    kind: Kind,
-) -> Call:
+    kind: LaunchKind,
+) -> PreparedCall:
     """Tables and constants for contiguous tensors of one dtype each."""
     lists = (tensors, out) if reference is None else (tensors, out, reference)
     rows, device = kind.lead[0] if kind.lead else 1, tensors[0].device
@@ -267,7 +267,9 @@ def _call(
     tile, width = tile_size(form, secure, itemsize), 16 // itemsize
     pointers = np.array(_addresses(lists), dtype=np.int64).reshape(len(lists), -1)
     aligned = tuple((pointers % 16 == 0).all(0).tolist())
-    tables = _plan.plan(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, device=device)
+    tables = launch_plan.plan_launch(
+        layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, device=device
+    )
     error = 0.0 if wide or kind.p == 2 else width * 2.0**-24
     constants = {
         "X": _DTYPES[dtypes[0]], "OUT": _DTYPES[dtypes[1]],
@@ -280,14 +282,14 @@ def _call(
         "PARTS": _noise.parts(form, secure), "LANES": warp_size(device) * WARPS, "num_warps": WARPS,
         "enable_fp_fusion": form == "fast", "maxnreg": REGISTERS[form, secure],
     }  # fmt: skip
-    return Call(
+    return PreparedCall(
         (), tables, _layer_table(layout.dims, eps_of, error, device), to_device(pointers, device),
         kind, layout.num_layers, len(tensors), len(tables.tickets), len(tables.chunks),
         min(len(tables.tickets), sm_count(device) * _PROGRAMS_PER_SM), constants,
     )  # fmt: skip
 
 
-def _launch(call: Call, bounds: Bounds, scale: Tensor, noise: Noise | None) -> ClipStats:
+def _launch(call: PreparedCall, bounds: Bounds, scale: Tensor, noise: Noise | None) -> ClipStats:
     """Launch a call with its values; statistics are new every time."""
     (clip, _, votes_at), kind, tables = bounds, call.kind, call.tables
     device, shape = call.addresses.device, (*kind.lead, call.num_layers)
@@ -300,7 +302,7 @@ def _launch(call: Call, bounds: Bounds, scale: Tensor, noise: Noise | None) -> C
     try:
         scratch = tables.free.pop()
     except IndexError:
-        scratch = _plan.Scratch.new(rows * call.num_layers, call.num_chunks, device)
+        scratch = launch_plan.Scratch.new(rows * call.num_layers, call.num_chunks, device)
     scratch.counters.zero_()
     (clip, clip_stride), (scale, scale_stride) = _row_major(clip), _row_major(scale)
     votes_stride = 0

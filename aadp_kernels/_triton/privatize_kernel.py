@@ -276,11 +276,12 @@ def privatize_kernel(
 ):  # fmt: skip
     """out = (x - reference) * factor(norm) + scale * noise, for every unit of a plan.
 
-    Persistent programs take tickets (see `plan`). A norm ticket adds |x| (and x^2) of its chunk,
-    in the dtype `DTYPE` over `WIDTH` neighbours and in float64 beyond, into a slot of its own; the
-    program that ends a unit adds its slots in order and publishes the factor, which apply tickets
-    wait for. Products and sums are of the dtype `DTYPE`. A program takes its next ticket before it
-    works on the one it has, so that it need not wait for it; `plan` says why none waits for ever.
+    Persistent programs take tickets, of which `launch_plan` says the order and why no program waits
+    for ever. A norm ticket adds |x| (and x^2) of its chunk into a slot of its own, in the dtype
+    `DTYPE` over `WIDTH` neighbours and in float64 beyond. The program that ends a unit adds its
+    slots in order and publishes the factor. Apply tickets wait for that factor. Products and sums
+    are of the dtype `DTYPE`. A program asks for its next ticket before it works on the one it has,
+    so that it need not wait for the answer.
 
     The factor is published and read without an order of memory: it is all that is read of another
     program. An element is written after it was read for the norm, since what is written depends on

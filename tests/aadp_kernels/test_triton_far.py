@@ -14,7 +14,7 @@ from aadp_kernels import Layout, NoiseKey, clip_sum_noise, max_elements, privati
 pytest.importorskip("triton")
 from triton.runtime.interpreter import interpreter_builder
 
-from aadp_kernels._triton import clip_sum, grid, noise, plan, privatize, product_norms
+from aadp_kernels._triton import clip_sum, grid, launch_plan, noise, privatize, product_norms
 from aadp_kernels.addresses import rounds_of, signed32
 from aadp_kernels.grid import quantum
 
@@ -188,7 +188,7 @@ def some_chunks(monkeypatch):
         end = (offset + size - 1) // tile * tile
         return np.array([max(end - tile, offset), end, offset + size])
 
-    monkeypatch.setattr(plan, "_pieces", last)
+    monkeypatch.setattr(launch_plan, "_pieces", last)
 
 
 @pytest.mark.parametrize("form", ["wide", "fast", "grid"])
@@ -232,9 +232,10 @@ def test_privatize_of_far_rows(sparse, some_chunks, monkeypatch):
 
 def test_a_plan_of_more_chunks_than_tickets_can_name_is_refused():
     layout = Layout.build([torch.empty(1)] * 4)
+    rows = launch_plan.MAX_CHUNKS // 4
     with pytest.raises(ValueError, match="pieces"):
-        plan.make(layout, plan.MAX_CHUNKS // 4, tile=1024, itemsize=4, aligned=(True,) * 4)
-    assert (plan.MAX_CHUNKS - 1) << plan.KIND_BITS | 3 == 2**31 - 1
+        launch_plan.make(layout, rows, tile=1024, itemsize=4, aligned=(True,) * 4)
+    assert (launch_plan.MAX_CHUNKS - 1) << launch_plan.KIND_BITS | 3 == 2**31 - 1
 
 
 @pytest.mark.parametrize("form", ["wide", "fast", "grid"])

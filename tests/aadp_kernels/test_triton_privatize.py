@@ -11,7 +11,7 @@ import torch
 from aadp_kernels import Layout, NoiseKey, privatize_
 
 pytest.importorskip("triton")
-from aadp_kernels._triton import _device, plan, privatize
+from aadp_kernels._triton import _device, launch_plan, privatize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 5, 7), (7,), (0,), (), (1700,), (13,)]
@@ -249,12 +249,12 @@ class TestPlan:
     @pytest.mark.parametrize("window", [0, 1 << 16, 32 << 20])
     @pytest.mark.parametrize("rows", [1, 3])
     def test_every_ticket_waits_for_earlier_ones_only(self, rows, window, monkeypatch):
-        monkeypatch.setattr(plan, "WINDOW", window)
+        monkeypatch.setattr(launch_plan, "WINDOW", window)
         layout = Layout.build(
             [torch.empty(n, device="meta") for n in (70000, 3, 0, 33333, 2048, 5)],
             [0, 0, 1, 2, 3, 4],
         )
-        tables = plan.make(layout, rows, tile=1024, itemsize=4, aligned=(True,) * 6)
+        tables = launch_plan.make(layout, rows, tile=1024, itemsize=4, aligned=(True,) * 6)
         chunks, units = tables["chunks"], tables["units"]
         normed, applied = set(), set()
         for ticket in tables["tickets"].tolist():
@@ -273,7 +273,7 @@ class TestPlan:
     def test_chunks_cover_every_element_once_inside_their_tensor(self):
         sizes, groups = (70000, 3, 33333, 2047, 4096), [0, 0, 0, 1, 2]
         layout = Layout.build([torch.empty(n, device="meta") for n in sizes], groups)
-        tables = plan.make(layout, 2, tile=1024, itemsize=4, aligned=(True,) * 5)
+        tables = launch_plan.make(layout, 2, tile=1024, itemsize=4, aligned=(True,) * 5)
         covered = torch.zeros(2, sum(sizes), dtype=torch.int64)
         start = torch.tensor([0, *sizes]).cumsum(0)
         for tensor, shift, first, low, high, whole, unit, shift0 in tables["chunks"].tolist():
@@ -284,7 +284,7 @@ class TestPlan:
             assert shift == shift0 + row * sizes[tensor]
             assert first % 1024 == 0
             assert first <= low < first + 1024
-            assert high - low <= plan.CHUNK
+            assert high - low <= launch_plan.CHUNK
             if whole:
                 assert low == first
                 assert (whole - low) % 1024 == 0
@@ -296,39 +296,39 @@ class TestPlan:
 
     def test_large_aligned_tensors_are_mostly_whole_tiles(self):
         layout = Layout.build([torch.empty(10**6, device="meta")])
-        chunks = plan.make(layout, 1, tile=1024, itemsize=4, aligned=(True,))["chunks"]
+        chunks = launch_plan.make(layout, 1, tile=1024, itemsize=4, aligned=(True,))["chunks"]
         whole = (chunks[:, 5] - chunks[:, 2]).clip(0).sum()
         assert whole >= 10**6 - 1024
-        chunks = plan.make(layout, 1, tile=1024, itemsize=4, aligned=(False,))["chunks"]
+        chunks = launch_plan.make(layout, 1, tile=1024, itemsize=4, aligned=(False,))["chunks"]
         assert not chunks[:, 5].any()
 
     def test_addresses_past_two_to_the_31(self):
         layout = Layout.build([torch.empty(5 * 10**9, device="meta")])
-        chunks = plan.make(layout, 1, tile=1024, itemsize=2, aligned=(True,))["chunks"]
+        chunks = launch_plan.make(layout, 1, tile=1024, itemsize=2, aligned=(True,))["chunks"]
         assert chunks[-1, 4] == 5 * 10**9
         assert (chunks[1:, 3] == chunks[:-1, 4]).all()
 
     def test_apply_trails_by_the_window(self):
         layout = Layout.build([torch.empty(1 << 20, device="meta") for _ in range(40)])
-        tables = plan.make(layout, 1, tile=1024, itemsize=4, aligned=(True,) * 40)
+        tables = launch_plan.make(layout, 1, tile=1024, itemsize=4, aligned=(True,) * 40)
         ahead = worst = 0
         for ticket in tables["tickets"].tolist():
             _, _, _, low, high, *_ = tables["chunks"][ticket >> 2]
             ahead += (high - low) * 4 * (1 if ticket & 3 == 1 else -1)
             worst = max(worst, ahead)
-        assert 0.9 * plan.WINDOW <= worst <= plan.WINDOW + (1 << 20) * 4
+        assert 0.9 * launch_plan.WINDOW <= worst <= launch_plan.WINDOW + (1 << 20) * 4
 
     def test_a_layout_remembers_the_plans_that_were_used_last(self):
         layout = Layout.build([torch.empty(9, device="meta")])
         options = {"tile": 256, "itemsize": 4, "aligned": (True,), "device": torch.device("cpu")}
-        first = plan.plan(layout, 1, **options)
-        for rows in range(2, plan.PLANS + 1):
-            plan.plan(layout, rows, **options)
-        assert plan.plan(layout, 1, **options) is first
-        plan.plan(layout, plan.PLANS + 1, **options)
-        assert plan.plan(layout, 1, **options) is first
+        first = launch_plan.plan_launch(layout, 1, **options)
+        for rows in range(2, launch_plan.PLANS + 1):
+            launch_plan.plan_launch(layout, rows, **options)
+        assert launch_plan.plan_launch(layout, 1, **options) is first
+        launch_plan.plan_launch(layout, launch_plan.PLANS + 1, **options)
+        assert launch_plan.plan_launch(layout, 1, **options) is first
         remembered = vars(layout)["_triton_plans"]
-        assert len(remembered) == plan.PLANS
+        assert len(remembered) == launch_plan.PLANS
         assert 2 not in [name[0] for name in remembered]
 
     def test_a_layout_that_threads_share_remembers_plans(self):
@@ -337,7 +337,8 @@ class TestPlan:
 
         def ask(first: int) -> None:
             for i in range(1500):
-                plan.plan(layout, 1 + (7 * i + first) % (plan.PLANS + 4), **options)
+                rows = 1 + (7 * i + first) % (launch_plan.PLANS + 4)
+                launch_plan.plan_launch(layout, rows, **options)
 
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)

@@ -18,7 +18,7 @@ import torch
 from aadp_kernels import Layout, NoiseKey, privatize_
 
 pytest.importorskip("triton")
-from aadp_kernels._triton import plan, privatize
+from aadp_kernels._triton import launch_plan, privatize
 
 # What a program does next.
 START, AHEAD, NORM, COUNT, PUBLISH, APPLY, END = range(7)
@@ -60,7 +60,7 @@ class Model:
         chunk, kind = self.tickets[ticket]
         unit, alone = self.unit_of[chunk], kind == 3
         if at == AHEAD:
-            then = APPLY if kind == plan.APPLY else NORM
+            then = APPLY if kind == launch_plan.APPLY else NORM
             return (counter + 1, *state[1:5]), (then, ticket, counter)
         if at == NORM:
             assert chunk not in stored, "summed twice"
@@ -105,10 +105,12 @@ def explore(tables, programs):
 
 def tables_of(chunks, window, monkeypatch, rows=1):
     """A plan whose layers have so many chunks each."""
-    monkeypatch.setattr(plan, "CHUNK", 256)
+    monkeypatch.setattr(launch_plan, "CHUNK", 256)
     layout = Layout.build([torch.empty(n * 256, device="meta") for n in chunks])
     aligned = (True,) * len(chunks)
-    return plan.make(layout, rows, tile=256, itemsize=4, aligned=aligned, window=window * 1024)
+    return launch_plan.make(
+        layout, rows, tile=256, itemsize=4, aligned=aligned, window=window * 1024
+    )
 
 
 class TestEveryOrder:
@@ -237,8 +239,8 @@ class TestRandomOrders:
     def test_give_the_bits_of_one_program_after_another(self, seed, window, monkeypatch):
         from triton.runtime.interpreter import interpreter_builder
 
-        monkeypatch.setattr(plan, "CHUNK", 512)
-        monkeypatch.setattr(plan, "WINDOW", window)
+        monkeypatch.setattr(launch_plan, "CHUNK", 512)
+        monkeypatch.setattr(launch_plan, "WINDOW", window)
         monkeypatch.setattr(privatize, "TILES", dict.fromkeys(privatize.TILES, 512))
         monkeypatch.setattr(privatize, "_PROGRAMS_PER_SM", 4)
         baton, builder = Baton(seed), type(interpreter_builder)

@@ -52,7 +52,7 @@ TRITON_FAR = [
         ("clients of the first rows for all", "some = clients[rows].contiguous()", "some = clients[: len(clients[rows])].contiguous()"),
     ),
     *group(
-        "aadp_kernels/_triton/plan.py",
+        "aadp_kernels/_triton/launch_plan.py",
         f"{FAR}a_plan_of_more_chunks_than_tickets_can_name_is_refused",
         ("any number of chunks", "if len(row) * rows >= MAX_CHUNKS:", "if False:"),
     ),
@@ -90,7 +90,7 @@ TRITON_CALLS = [
         ("step of the launch before", "return place.fill_(step), key", "return place, key"),
     ),
     *group(
-        "aadp_kernels/_triton/plan.py",
+        "aadp_kernels/_triton/launch_plan.py",
         CALLS,
         ("scratch of inference mode", "torch.inference_mode(False)", "torch.inference_mode(torch.is_inference_mode_enabled())"),
     ),

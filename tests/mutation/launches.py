@@ -22,7 +22,7 @@ WORDS = group(
 )  # fmt: skip
 
 PLANS = group(
-    "aadp_kernels/_triton/plan.py",
+    "aadp_kernels/_triton/launch_plan.py",
     f"{PROTOCOL} {MODEL}",
     ("applied before the norm is known", "apply_at = np.maximum(read + window, unit_end)", "apply_at = read + window"),
     ("large layers applied from their beginning", "np.where(large, begins + ends - 1 - index, index)", "np.where(large, index, index)"),
@@ -32,7 +32,7 @@ PLANS = group(
 )  # fmt: skip
 
 MEMORY = group(
-    "aadp_kernels/_triton/plan.py",
+    "aadp_kernels/_triton/launch_plan.py",
     "tests/aadp_kernels/test_triton_privatize.py -k remembers",
     ("the plan used last is forgotten", "list(cache)[:-PLANS]", "list(cache)[PLANS:]"),
     ("plans are forgotten in the order in which they were made", "cache.pop(name, None)", "cache.get(name)"),

@@ -47,7 +47,7 @@ COLUMNS = 8  # int64 of a chunk: tensor, shift, first, low, high, whole, unit, s
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The tables of a launch, on its device.
 
     Attributes:
@@ -171,7 +171,7 @@ def make(
     aligned: tuple[bool, ...],
     window: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The tables of a `Plan` as arrays.
+    """The tables of a `LaunchPlan` as arrays.
 
     Args:
         layout: The layers.
@@ -207,7 +207,7 @@ def make(
     }
 
 
-def plan(
+def plan_launch(
     layout: Layout,
     rows: int,
     *,
@@ -215,9 +215,9 @@ def plan(
     itemsize: int,
     aligned: tuple[bool, ...],
     device: torch.device,
-) -> Plan:
+) -> LaunchPlan:
     """The plan of a launch; the layout remembers those that were used last."""
-    cache: dict[Any, Plan] = vars(layout).setdefault("_triton_plans", {})
+    cache: dict[Any, LaunchPlan] = vars(layout).setdefault("_triton_plans", {})
     stream = stream_name(device)
     name = (rows, tile, itemsize, aligned, device, stream)
     # Taken out and put back, each in one call of the dict, so that threads can share a layout.
@@ -225,7 +225,7 @@ def plan(
     if found is None:
         window = window_of(device)
         tables = make(layout, rows, tile=tile, itemsize=itemsize, aligned=aligned, window=window)
-        found = Plan(**{key: to_device(table, device) for key, table in tables.items()})
+        found = LaunchPlan(**{key: to_device(table, device) for key, table in tables.items()})
     if stream is not None:
         cache[name] = found
         for oldest in list(cache)[:-PLANS]:
