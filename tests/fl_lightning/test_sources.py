@@ -167,6 +167,18 @@ def test_csv(tmp_path: Path) -> None:
         (TABLE + "1,2\n", {"client": "site"}, "row 5: 2 cells for 4 columns"),
         (TABLE, {"client": "site", "ranges": {"x": (0, 1)}}, "ranges: 'x' is not a column"),
         (TABLE, {"client": "site", "ranges": {"age": (1, 1)}}, "'age' must be finite, low"),
+        (TABLE, {"columns": ["age", "size"]}, "columns='size' is not a column"),
+        (TABLE, {"columns": ["age", "ill"]}, "different ones without label='ill'"),
+        (TABLE, {"columns": ["age"], "ranges": {"income": (0, 1)}}, "'income' is not a col.*: age"),
+        (TABLE, {"columns": []}, "no columns of numbers"),
+        (TABLE, {"categories": {"site": ["a"]}}, "'site' must be two different values or more"),
+        (TABLE, {"categories": {"site": ["a", "c"]}}, "3, column 'site': 'b' is none of a, c"),
+        (TABLE, {"categories": {"age": "ab"}, "ranges": {"age": (0, 1)}}, "'age' has categories"),
+        (TABLE, {"client": "site", "classes": [0, 2]}, "row 3, column 'ill': '1' is none of 0, 2"),
+        (TABLE, {"client": "site", "classes": [0, 0]}, "classes must be two different values"),
+        (TABLE, {"classes": [0, 1], "num_classes": 2}, "num_classes=2 has no meaning with classes"),
+        (TABLE, {"test_fraction": 1.0}, "test_fraction=1.0 must lie in"),
+        (TABLE, {"test_fraction": 0.5, "test_path": "t"}, "no meaning with test_path"),
     ],
 )
 def test_csv_refuses(tmp_path: Path, text: str, options: dict, message: str) -> None:
@@ -174,6 +186,38 @@ def test_csv_refuses(tmp_path: Path, text: str, options: dict, message: str) -> 
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         csv(str(path), **{"label": "ill", **options})
+
+
+def test_csv_takes_columns_categories_and_classes_by_public_values(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("id,site,sex,age,score\n7,b,F,30,10\n8,a, M ,60,0\n9,b,M,0,2\n")
+    data = csv(
+        str(path), "score", client="site", columns=["age", "sex"], classes=[0, 2, 4, 10],
+        categories={"sex": ["F", "M"]}, ranges={"age": (0, 60)},
+    )  # fmt: skip
+    assert data.x_train.tolist() == [[0, 1, 0], [1, 0, 1], [-1, 0, 1]]
+    assert data.y_train.tolist() == [3, 0, 1]
+    assert data.num_classes == 4
+    assert data.client_train is not None
+    assert data.client_train.tolist() == [0, 1, 0]
+
+
+def test_csv_holds_rows_for_the_test_the_same_in_every_run(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("x,who,y\n" + "".join(f"{i},{i % 7},{i % 2}\n" for i in range(100)))
+    data = csv(str(path), "y", client="who", test_fraction=0.3)
+    train, test = data.x_train[:, 0], data.x_test[:, 0]
+    assert (len(train), len(test)) == (70, 30)
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(100))
+    assert train.tolist() == sorted(train.tolist())
+    assert test.tolist() != list(range(70, 100))
+    assert data.y_test.tolist() == [int(v) % 2 for v in test]
+    assert data.client_train is not None
+    first = {int(v) % 7: int(c) for v, c in zip(train, data.client_train, strict=True)}
+    assert [first[int(v) % 7] for v in train] == data.client_train.tolist()
+    again = csv(str(path), "y", client="who", test_fraction=0.3)
+    assert torch.equal(again.x_test, data.x_test)
+    assert len(csv(str(path), "y", client="who").x_test) == 0
 
 
 # --- text ---
