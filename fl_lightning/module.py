@@ -17,8 +17,8 @@ from aadp_kernels import Layout
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import Ledger
-from fl_lightning.local.batches import input_dtype
 from fl_lightning.networks.check import check_network
+from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.networks.outputs import batch_sums, class_scores, record_loss
 from fl_lightning.preflight.checks import check_run
 from fl_lightning.preflight.proposed_run import ProposedRun, trained_layers

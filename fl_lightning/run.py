@@ -19,9 +19,9 @@ from fl_lightning.header import correlation_facts, ledger_header
 from fl_lightning.keys import binding, run_key
 from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.local.batches import input_dtype
 from fl_lightning.local.execution import bytes_per_example, faster_execution
 from fl_lightning.local.rules import named_rules
+from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.named_options import named_options
 from fl_lightning.release.agreement import Agreement, network_digest

@@ -14,7 +14,7 @@ def different_records(x: Tensor, y: Tensor, most: int = MOST_RECORDS) -> list[in
 
     Args:
         x: finite records [N, ...].
-        y: their labels [N].
+        y: their targets [N, ...].
         most: rows that are wanted; fewer where there are fewer records.
     """
     step = max(1, len(x) // _LOOKED_THROUGH)
@@ -24,7 +24,8 @@ def different_records(x: Tensor, y: Tensor, most: int = MOST_RECORDS) -> list[in
     last = flat.flip(1).ne(0).int().argmax(1)  # trailing zeros: padding
     found = [norms.argmax(), norms.argmin(), far, filled.argmin(), filled.argmax(), last.argmax()]
     rows = [int(at) * step for at in found]
-    rows += [int((y == label).int().argmax()) for label in y[::step].unique().tolist()[:most]]
+    if y.ndim == 1:
+        rows += [int((y == label).int().argmax()) for label in y[::step].unique().tolist()[:most]]
     rows += torch.linspace(0, len(x) - 1, min(most, len(x))).long().tolist()
     rows += range(min(len(x), 2 * most))
     return list(dict.fromkeys(rows))[:most]

@@ -64,6 +64,44 @@ def check_labels(name: str, y: Tensor, num_classes: int) -> None:
     )
 
 
+def real_values(name: str, value: ArrayLike | Tensor) -> Tensor:
+    """Targets that are no classes, on the CPU: float32, or int64 where they are integers.
+
+    Args:
+        name: of the argument, for errors.
+        value: the targets [N, ...].
+
+    Raises:
+        ValueError: they are no numbers, complex, or one number for all records.
+    """
+    try:
+        y = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must hold numbers, got {_shown(value)}: {error}") from error
+    y = y if y.is_complex() else y.to(torch.float32 if _is_real(y) else torch.int64)
+    check_values(name, y)
+    return y
+
+
+def _is_real(y: Tensor) -> bool:
+    return y.is_floating_point() or y.dtype == torch.bool
+
+
+def check_values(name: str, y: Tensor) -> None:
+    """Refuse targets of another kind than float32 or int64 [N, ...], and numbers that are none.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if y.dtype not in (torch.float32, torch.int64) or not y.ndim:
+        raise ValueError(f"{name} must be float32 or int64 [N, ...], got {y.dtype} {list(y.shape)}")
+    bad = int((~y.isfinite()).reshape(len(y), -1).any(1).sum()) if len(y) else 0
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, but {bad} of {len(y)} records have NaN or infinity"
+        )
+
+
 def _check_shape(name: str, y: Tensor) -> None:
     if y.ndim == 1:
         return
@@ -86,7 +124,7 @@ def _advice(y: Tensor) -> str:
         return f"; {int(y.isnan().sum())} of {len(y)} are NaN: give every record a label"
     if bool((y == y.round()).all()):
         return "; they are whole numbers: give y.astype(int)"
-    return "; classes are numbered from 0, and targets that are no classes are not supported"
+    return "; classes are numbered from 0; give targets='values' for targets that are no classes"
 
 
 def _shown(value: object) -> str:

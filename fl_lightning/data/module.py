@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fl_lightning.data.arrays import Arrays
+from fl_lightning.data.fields import Fields
 from fl_lightning.data.partition import (
     Partition,
     dirichlet_partition,
@@ -135,9 +136,9 @@ class FederatedDataModule(pl.LightningDataModule):
         )
         problem = ""
         if self.transform is not None:
-            x, y, how = arrays.x_train, arrays.y_train, (self.transform, self.transform_args)
-            arrays = transformed(arrays, *how)
-            problem = why_not_alone(x, y, arrays.x_train, *how)
+            raw, how = arrays, (self.transform, self.transform_args)
+            arrays = transformed(raw, *how)
+            problem = why_not_alone(raw, arrays.x_train, *how)
         num_records = len(arrays.x_train)
         # A stream of its own: the partition draws from default_rng(seed).
         order = np.random.default_rng([self.seed, _HOLDOUT_STREAM]).permutation(num_records)
@@ -155,6 +156,11 @@ class FederatedDataModule(pl.LightningDataModule):
     def _split(self, labels: Tensor, owners: Tensor | None) -> Partition:
         clients, seed, least = self.num_clients, self.seed, self.min_client_size
         y = labels.numpy()
+        if self.partition_name in ("dirichlet", "shards") and y.ndim != 1:
+            raise ValueError(
+                f"partition={self.partition_name!r} divides records by their class, but targets of "
+                f"shape {list(y.shape[1:])} are no classes; use iid, quantity or natural"
+            )
         match self.partition_name:
             case "iid":
                 return iid_partition(len(y), clients, seed, min_size=least)
@@ -185,7 +191,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @property
     def y(self) -> Tensor:
-        """int64 [N], their labels. Private."""
+        """int64 [N], their labels, or targets [N, ...] that are no classes. Private."""
         return self._prepared.y
 
     @property
@@ -200,8 +206,13 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Public number of classes."""
+        """Public number of classes; 0 where targets are no classes."""
         return self._prepared.arrays.num_classes
+
+    @property
+    def fields(self) -> Fields | None:
+        """The named inputs that a record is packed from; None where it is one array."""
+        return self._prepared.arrays.fields
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -233,7 +244,8 @@ class FederatedDataModule(pl.LightningDataModule):
             raise ValueError(f"client={client} must be from 0 to {self.num_clients - 1}")
         rows = torch.from_numpy(self.partition.client(client))
         x, y, known = self.x[rows], self.y[rows], self._prepared
-        arrays = Arrays(x, y, x[:0], y[:0], known.arrays.num_classes, known.arrays.name)
+        whole = known.arrays
+        arrays = Arrays(x, y, x[:0], y[:0], whole.num_classes, whole.name, fields=whole.fields)
         one = FederatedDataModule(arrays, num_clients=1, val_fraction=0.0, min_client_size=1)
         one.transform, problem = self.transform, known.transform_problem
         alone = Partition(np.arange(len(x)), np.array([0, len(x)]))
@@ -264,6 +276,8 @@ class FederatedDataModule(pl.LightningDataModule):
             contiguous = np.ascontiguousarray(array)
             state.update(f"{contiguous.dtype.str}{contiguous.shape}".encode())
             state.update(contiguous.data)
+        if self.fields is not None:  # the same numbers, given to other inputs, are other records
+            state.update(repr(self.fields).encode())
         return state.hexdigest()
 
     def train_dataloader(self) -> DataLoader:

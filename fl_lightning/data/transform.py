@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fl_lightning.data.arrays import Arrays
 from fl_lightning.data.download import cache_folder
+from fl_lightning.data.fields import Fields
 from fl_lightning.data.leaves import whitened_scattering
 from fl_lightning.data.scattering import scattering
 from fl_lightning.data.sources import resolve
@@ -43,8 +44,8 @@ def transformed(
     Args:
         arrays: the records; labels and owners stay.
         transform: a name in TRANSFORMS, or the import path of a function (x [N, ...], **arguments)
-            → [N, ...]. It must treat each record by itself (see `why_not_alone`): what it learns
-            from the others would be a release.
+            → [N, ...]; x is a mapping where a record has named inputs. It must treat each record by
+            itself (see `why_not_alone`): what it learns from the others would be a release.
         arguments: its further arguments.
 
     Guarantees:
@@ -63,12 +64,15 @@ def transformed(
     for split in ("x_train", "x_test"):
         x = getattr(arrays, split)
         # An empty split has no records to apply the function to: its shape is the others'.
-        parts[split] = None if len(x) == 0 else _kept(x, function, transform, arguments)
+        parts[split] = (
+            None if len(x) == 0 else _kept(x, arrays.fields, function, transform, arguments)
+        )
     known = next((part for part in parts.values() if part is not None), None)
     if known is None:
         return arrays
     empty = known.new_empty((0, *known.shape[1:]))
-    return replace(arrays, **{n: empty if part is None else part for n, part in parts.items()})
+    values = {n: empty if part is None else part for n, part in parts.items()}
+    return replace(arrays, fields=None, **values)
 
 
 def _check_arguments(name: str, function: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
@@ -81,19 +85,32 @@ def _check_arguments(name: str, function: Callable[..., Tensor], arguments: dict
 
 
 def kept_in(
-    x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]
+    x: Tensor,
+    fields: Fields | None,
+    function: Callable[..., Tensor],
+    name: str,
+    arguments: dict[str, Any],
 ) -> Path:
     """File that holds the function's values of the records x."""
-    return cache_folder("features") / f"{_key(x, function, name, arguments)}.npy"
+    return cache_folder("features") / f"{_key(x, fields, function, name, arguments)}.npy"
 
 
-def applied(function: Callable[..., Tensor], x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """The function's values of a copy of the records, with random numbers from one public seed."""
+def applied(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    arguments: Mapping[str, Any],
+    fields: Fields | None = None,
+) -> Tensor:
+    """The function's values of a copy of the records, with random numbers from one public seed.
+
+    Packed records are given as a mapping from the names of their inputs.
+    """
     with torch.no_grad(), isolate_rng(include_cuda=False):
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - what the function may draw from
         random.seed(0)
-        return function(x.clone(), **arguments)
+        given = x.clone() if fields is None else fields.unpack(x)
+        return function(given, **arguments)
 
 
 def _meet_drawn_records(function: Callable[..., Tensor], x: Tensor, arguments: Any) -> None:
@@ -107,14 +124,18 @@ def _meet_drawn_records(function: Callable[..., Tensor], x: Tensor, arguments: A
 
 
 def _kept(
-    x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]
+    x: Tensor,
+    fields: Fields | None,
+    function: Callable[..., Tensor],
+    name: str,
+    arguments: dict[str, Any],
 ) -> Tensor:
-    path = kept_in(x, function, name, arguments)
+    path = kept_in(x, fields, function, name, arguments)
     if path.is_file():
         return torch.from_numpy(np.load(path))
-    if function not in TRANSFORMS.values():
+    if function not in TRANSFORMS.values() and fields is None:
         _meet_drawn_records(function, x, arguments)
-    result = applied(function, x, arguments)
+    result = applied(function, x, arguments, fields)
     if not isinstance(result, Tensor) or not result.ndim:
         raise ValueError(f"transform={name!r} must give a tensor [N, ...], got {result!r:.80}")
     result = result.contiguous()
@@ -125,13 +146,19 @@ def _kept(
     return result
 
 
-def _key(x: Tensor, function: Callable[..., Tensor], name: str, arguments: dict[str, Any]) -> str:
+def _key(
+    x: Tensor,
+    fields: Fields | None,
+    function: Callable[..., Tensor],
+    name: str,
+    arguments: dict[str, Any],
+) -> str:
     state = hashlib.blake2b(digest_size=16)
     # The project's own functions use one another's modules.
     modules = {inspect.getmodule(each) for each in (function, *TRANSFORMS.values())}
     source = sorted(map(_source, modules))
     facts = (name, sorted(arguments.items()), source, str(x.dtype), tuple(x.shape))
-    state.update(repr(facts).encode())
+    state.update(repr(facts if fields is None else (*facts, fields)).encode())
     state.update(np.ascontiguousarray(x.numpy()).data)
     return state.hexdigest()
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl_lightning.data.arrays import Arrays
 from fl_lightning.data.differences import different_records
+from fl_lightning.data.fields import Fields
 from fl_lightning.data.sources import resolve
 from fl_lightning.data.transform import ALONE, TRANSFORMS, applied, kept_in
 
@@ -24,7 +26,7 @@ Apply = Callable[[Tensor], Tensor]
 
 
 def why_not_alone(
-    x: Tensor, y: Tensor, used: Tensor, transform: str, arguments: Mapping[str, Any] | None = None
+    arrays: Arrays, used: Tensor, transform: str, arguments: Mapping[str, Any] | None = None
 ) -> str:
     """Why a transform's values are not each of one record alone; "" if they are.
 
@@ -33,8 +35,7 @@ def why_not_alone(
     of a record are compared under other records beside it.
 
     Args:
-        x: records before the transform [N, ...].
-        y: their labels [N].
+        arrays: before the transform; their N training records are looked at.
         used: what the transform made of all of them at once [N, ...].
         transform: name or import path.
         arguments: its further arguments.
@@ -43,17 +44,18 @@ def why_not_alone(
         The check of a transform, its arguments and its records is made once: that they passed is
         kept beside the transform's values in the cache.
     """
+    x, y, fields = arrays.x_train, arrays.y_train, arrays.fields
     if not len(x):
         return ""
     arguments = dict(arguments or {})
     function = resolve(transform, TRANSFORMS, argument="transform")
-    passed = kept_in(x, function, transform, arguments).with_suffix(ALONE)
+    passed = kept_in(x, fields, function, transform, arguments).with_suffix(ALONE)
     if passed.is_file():
         return ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that of the deviation of one number
-            problem = _problem(partial(_apply, function, arguments), x, y, used)
+            problem = _problem(partial(_apply, function, arguments, fields), x, y, used)
     except Exception as error:
         text = str(error).strip().splitlines() or [repr(error)]
         problem = f"it cannot be applied to a record alone ({text[0][:120]})"
@@ -63,8 +65,10 @@ def why_not_alone(
     return problem
 
 
-def _apply(function: Apply, arguments: Mapping[str, Any], x: Tensor) -> Tensor:
-    return applied(function, x, arguments)
+def _apply(
+    function: Apply, arguments: Mapping[str, Any], fields: Fields | None, x: Tensor
+) -> Tensor:
+    return applied(function, x, arguments, fields)
 
 
 def _problem(apply: Apply, x: Tensor, y: Tensor, used: Tensor) -> str:

@@ -23,9 +23,8 @@ from fl_lightning.deploy.node import Node
 from fl_lightning.deploy.policy import Policy
 from fl_lightning.deploy.service import serve
 from fl_lightning.ledger import LedgerError
-from fl_lightning.local.batches import input_dtype
 from fl_lightning.module import cross_entropy
-from fl_lightning.networks.check import finish_network
+from fl_lightning.networks.inputs import meet_records
 from fl_lightning.networks.outputs import record_loss
 from fl_lightning.output.console import say, speak_any_encoding
 from fl_lightning.release.agreement import network_digest
@@ -66,7 +65,7 @@ def _parser() -> ArgumentParser:
 
 def _holding(options: Any, made: Any) -> Holding:
     data = made.data.only(options.client or 0)
-    finish_network(made.network, data.x[0].to(input_dtype(made.network, data.x)))
+    meet_records(made.network, data)
     loss = getattr(made, "loss", None)
     return Holding(data, made.network, loss, made.policy, options.memory_budget)
 

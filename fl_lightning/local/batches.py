@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aadp_kernels import NoiseKey, poisson_mask
 
@@ -100,9 +100,3 @@ def gather(
         divisor.to(device, torch.float32),
         active.to(device),
     )
-
-
-def input_dtype(network: nn.Module, x: Tensor) -> torch.dtype:
-    """What a network takes real records in: float64 if that is what its parameters are."""
-    double = next(network.parameters()).dtype == torch.float64 and x.is_floating_point()
-    return torch.float64 if double else x.dtype

@@ -6,8 +6,7 @@ import logging
 
 from torch import Tensor
 
-from fl_lightning.local.batches import input_dtype
-from fl_lightning.networks.check import finish_network
+from fl_lightning.networks.inputs import meet_records
 from fl_lightning.preflight.dry_round import dry_round
 from fl_lightning.preflight.proposed_run import ProposedRun
 from fl_lightning.preflight.trainer_check import check_trainer
@@ -44,7 +43,7 @@ def check_run(proposed: ProposedRun) -> bool:
             f"clients_per_round={rules.clients_per_round} is more than num_clients={k}"
         )
     _check_transform(proposed)
-    finish_network(proposed.network, data.x[0].to(input_dtype(proposed.network, data.x)))
+    meet_records(proposed.network, data)
     _check_privacy(proposed, sizes)
     if not proposed.member:
         _check_survivors(rules, k)

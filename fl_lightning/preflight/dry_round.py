@@ -21,8 +21,9 @@ from aadp_kernels import NoiseKey
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import Arrays, FederatedDataModule
 from fl_lightning.data.differences import different_records
-from fl_lightning.local.batches import Batch, input_dtype
+from fl_lightning.local.batches import Batch
 from fl_lightning.local.execution import bytes_per_example
+from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.networks.state import left_as_it_was, moved_parameters
 from fl_lightning.preflight.forward_check import (
     check_forward,
@@ -90,7 +91,7 @@ def dry_round(proposed: ProposedRun) -> bool:
             few.x,
             few.y,
             num_classes=data.num_classes,
-            smallest_label=int(data.y.min()),
+            smallest_label=int(data.y.min()) if data.num_classes else 0,
             inference_mode=trainer.test_loop.inference_mode,
             source=data.dataset_name,
         )
@@ -114,7 +115,8 @@ def few_records(proposed: ProposedRun) -> Few:
     x, y = data.x[rows], data.y[rows]
     if x.is_floating_point():
         x = x.nan_to_num(0.0, 0.0, 0.0)
-    arrays = Arrays(x, y, x[:0], y[:0], data.num_classes, data.dataset_name)
+    empty = (x[:0], y[:0])
+    arrays = Arrays(x, y, *empty, data.num_classes, data.dataset_name, fields=data.fields)
     clients = min(2, len(x))
     two = FederatedDataModule(arrays, num_clients=clients, val_fraction=0.0, min_client_size=1)
     device = next(network.parameters()).device

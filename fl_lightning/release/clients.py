@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.keys import run_key
-from fl_lightning.local.batches import Batch, gather, input_dtype, poisson_rows, shuffled_rows
+from fl_lightning.local.batches import Batch, gather, poisson_rows, shuffled_rows
 from fl_lightning.local.gradient import CohortGradient, GradientHook, Loss, plain_gradient
 from fl_lightning.local.rules import LocalTraining
 from fl_lightning.local.training import train_cohort
+from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.privacy.clipping import clipped_sums
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.values.round import LayerPolicy, Params

@@ -20,7 +20,7 @@ EYE = np.eye(3)[np.arange(12) % 3]
         (np.arange(12) % 5 - 2, None, r"labels go from -2 to 2; number classes from 0$"),
         (np.arange(12) % 4, 3, r"labels go from 0 to 3; give num_classes=4"),
         (np.arange(12.0) % 3, 3, r"torch.float64; they are whole numbers: give y.astype\(int\)"),
-        (np.arange(12) / 3, 4, r"targets that are no classes are not supported"),
+        (np.arange(12) / 3, 4, r"give targets=.values. for targets that are no classes"),
         (np.array([0.0, np.nan, *range(10)]), 10, r"1 of 12 are NaN"),
         (np.arange(12) % 2 == 0, 2, r"torch.bool; give y.astype\(int\)"),
         (EYE, 3, r"\[12, 3\]; .*one-hot, give y_train.argmax\(1\)"),

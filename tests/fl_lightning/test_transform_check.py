@@ -268,11 +268,11 @@ def test_records_that_are_like_the_others_are_compared_in_part():
     x[row, 0] = MARK
     assert row not in different_records(x, y, 16)
     whole = marked_by_the_sum(x)
-    assert "beside it" in why_not_alone(x, y, whole, f"{__name__}.marked_by_the_sum")
+    assert "beside it" in why_not_alone(from_arrays(x, y), whole, f"{__name__}.marked_by_the_sum")
 
 
 def test_random_numbers_are_no_excuse_for_a_mean():
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     y = torch.arange(40) % 2
     whole = applied(noisy_centred, x, {})
-    assert "beside it" in why_not_alone(x, y, whole, f"{__name__}.noisy_centred")
+    assert "beside it" in why_not_alone(from_arrays(x, y), whole, f"{__name__}.noisy_centred")

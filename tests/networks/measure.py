@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fl_lightning import FederatedModule
-from fl_lightning.local.batches import Batch, input_dtype
+from fl_lightning.local.batches import Batch
 from fl_lightning.networks.check import finish_network
+from fl_lightning.networks.inputs import input_dtype
 from tests.networks.blocks import Block
 from tests.networks.oracle import (
     Gradients,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from aadp_kernels import Layout, grid
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
-from fl_lightning.local.batches import Batch, input_dtype
+from fl_lightning.local.batches import Batch
 from fl_lightning.local.gradient import CohortGradient
+from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.preflight.checks import check_run
 from fl_lightning.privacy import clipping as rules
 from fl_lightning.privacy.clipping import clipped_sums
