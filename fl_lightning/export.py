@@ -144,6 +144,8 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
         "test_accuracy": found.get("test_accuracy") if finished else None,
         "setting": known["setting"],
     }
+    if finished and found.get("test_metrics"):
+        facts["test_metrics"] = ", ".join(f"{n} {v:.4g}" for n, v in found["test_metrics"].items())
     if ledger is None:
         return {**facts, "privacy": "none: updates were released without noise"}
     header = ledger.header

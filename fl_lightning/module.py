@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from aadp_kernels import Layout
 from fl_lightning.accounting.budget import Budget
@@ -19,6 +20,7 @@ from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import Ledger
 from fl_lightning.networks.check import check_network
 from fl_lightning.networks.inputs import input_dtype
+from fl_lightning.networks.metrics import computed, named_metrics, update_metrics
 from fl_lightning.networks.outputs import batch_sums, class_scores, record_loss
 from fl_lightning.preflight.checks import check_run
 from fl_lightning.preflight.proposed_run import ProposedRun, trained_layers
@@ -88,7 +90,10 @@ class FederatedModule(pl.LightningModule):
         deadline: virtual time after which an upload is not used, in medians of the clients' times;
             null: none. A late upload was released all the same and is charged.
         seed: public seed of the cohort schedule, of shuffled minibatches and of faults.
-        loss: loss of each record, (outputs, labels) → [B]; null: cross entropy.
+        loss: loss of each record, (outputs, labels) → [B]; null: cross entropy. Of torch's losses
+            (reduction='none') several numbers a record are averaged; see `PerRecord`.
+        metrics: torchmetrics Metric or MetricCollection, or metrics by name: further figures of
+            held-out and test records, each one number. Null: none.
         run_dir: folder of the run: ledger, secret, statement. Null: the Trainer's
             default_root_dir.
 
@@ -125,6 +130,7 @@ class FederatedModule(pl.LightningModule):
         deadline: float | None = None,
         seed: int = 0,
         loss: nn.Module | None = None,
+        metrics: Metric | MetricCollection | dict[str, Metric] | None = None,
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -151,6 +157,7 @@ class FederatedModule(pl.LightningModule):
         self.server_optimizer = server_optimizer
         self.server_scheduler = server_scheduler
         self.loss: Callable[[Tensor, Tensor], Tensor] = record_loss(loss or cross_entropy)
+        self.metrics = named_metrics(metrics)
         self.run_dir = run_dir
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         check_network(network)
@@ -277,6 +284,7 @@ class FederatedModule(pl.LightningModule):
             data,
             trainer,
             self.member,
+            self.metrics,
         )
 
     def setup(self, stage: str) -> None:
@@ -371,6 +379,8 @@ class FederatedModule(pl.LightningModule):
             return  # fewer records than processes
         outputs = self.network(x.to(input_dtype(self.network, x)))
         self._evaluated += batch_sums(outputs, y, self.loss, self.data.num_classes)
+        if self.metrics is not None:
+            update_metrics(self.metrics, outputs, y, self.loss)
 
     def _log_evaluation(self, prefix: str) -> None:
         (sums,) = self.processes.sum([self._evaluated])
@@ -379,5 +389,7 @@ class FederatedModule(pl.LightningModule):
         values = {"loss": sums[1] / sums[0]}
         if sums[3]:  # some outputs say nothing of a class
             values["accuracy"] = sums[2] / sums[0]
+        if self.metrics is not None:
+            values |= computed(self.metrics)
         for name, value in values.items():
             self.log(f"{prefix}{name}", value.float(), sync_dist=several, reduce_fx="max")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +11,52 @@ from torch import Tensor, nn
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class OneLogit(nn.Module):
-    """torch's binary cross entropies for labels 0 and 1: (outputs [B] or [B, 1], int64 [B]) → [B].
+class PerRecord(nn.Module):
+    """A loss of torch as the round calls it: one number a record, whatever its targets look like.
 
     Args:
-        loss: `BCEWithLogitsLoss` or `BCELoss`, which by themselves want float labels and equal
-            shapes.
+        loss: of torch, made with reduction='none'.
+
+    Edge cases:
+        | targets | outputs | loss of a record |
+        |---|---|---|
+        | int64 [B], classes | [B, C] | as torch |
+        | int64 [B], 0 and 1 | [B] or [B, 1] | binary cross entropy of one number |
+        | [B, ...], numbers or several labels | as many numbers | mean over the record's numbers |
+        | int64 [B, T], tokens | [B, T, C] | mean over tokens that are not `ignore_index`; 0 if \
+          there is none |
     """
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each record, if the loss was made with reduction='none'."""
-        return self.loss(outputs.reshape(labels.shape), labels.to(outputs.dtype))
+    def forward(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The loss of each record [B] of `outputs`, which may hold their scores as `logits`."""
+        scores = class_scores(outputs)
+        if scores is None:
+            return self.loss(outputs, targets)
+        if isinstance(self.loss, _OF_CLASSES):
+            if scores.ndim == 3 and scores.shape[:2] == targets.shape:
+                scores = scores.movedim(-1, 1)  # torch has classes before places
+            losses = self.loss(scores, targets)
+            if losses.ndim == 1:
+                return losses
+            counted = targets != self.loss.ignore_index
+            return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        losses = self.loss(scores.reshape(targets.shape), targets.to(scores.dtype))
+        return losses if losses.ndim < 2 else losses.flatten(1).mean(1)
+
+
+_OF_CLASSES = nn.CrossEntropyLoss | nn.NLLLoss
+_OF_NUMBERS = (
+    nn.BCEWithLogitsLoss | nn.BCELoss | nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss
+)
 
 
 def record_loss(loss: Loss) -> Loss:
-    """The loss as the round calls it: torch's binary cross entropies take labels as they are."""
-    return OneLogit(loss) if isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss) else loss
+    """The loss as the round calls it: torch's own take outputs and targets as they come."""
+    return PerRecord(loss) if isinstance(loss, _OF_CLASSES | _OF_NUMBERS) else loss
 
 
 def class_scores(outputs: object) -> Tensor | None:
@@ -57,7 +84,7 @@ def check_outputs(
         network: for its name.
         outputs: of `records` records.
         records: their number B.
-        num_classes: of the data.
+        num_classes: of the data; 0 where targets are no classes.
         smallest: label of the data.
 
     Raises:
@@ -85,7 +112,7 @@ def predictions(outputs: object, labels: Tensor, loss: Loss, num_classes: int) -
         outputs: of the network.
         labels: int64 [B].
         loss: of each record; it tells logits from probabilities.
-        num_classes: of the data.
+        num_classes: of the data; 0 where targets are no classes.
 
     Edge cases:
         | scores | class |
@@ -95,7 +122,7 @@ def predictions(outputs: object, labels: Tensor, loss: Loss, num_classes: int) -
         | anything else | None |
     """
     scores = class_scores(outputs)
-    if scores is None or scores.ndim not in (1, 2) or len(scores) != len(labels):
+    if not num_classes or scores is None or scores.ndim not in (1, 2) or len(scores) != len(labels):
         return None
     if scores.ndim == 2 and scores.shape[1] > 1:
         return scores.argmax(1) if scores.shape[1] >= num_classes else None
@@ -120,7 +147,7 @@ def batch_sums(outputs: object, labels: Tensor, loss: Loss, num_classes: int) ->
         outputs: of the network, for B > 0 records.
         labels: int64 [B].
         loss: of each record.
-        num_classes: of the data.
+        num_classes: of the data; 0 where targets are no classes.
     """
     value = loss(outputs, labels).mean()  # pyright: ignore[reportArgumentType]
     predicted = predictions(outputs, labels, loss, num_classes)

@@ -45,6 +45,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
     validated = [r["sim_only_val_accuracy"] for r in rounds if r["sim_only_val_accuracy"]]
     return {
         "test_accuracy": None if test is None else float(test),
+        "test_metrics": _test_metrics(trainer),
         "sim_only_val_accuracy": float(validated[-1]) if validated else None,
         "setting": privacy.setting,
         "privacy": privacy_kind(privacy),
@@ -100,6 +101,16 @@ def privacy_kind(privacy: Any) -> str:
     return "proven" if simulated_because(privacy) is None else "simulated"
 
 
+def _test_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """What the metrics of the run found in the test records, by name."""
+    found = {
+        name.removeprefix("test/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("test/")
+    }
+    return {name: value for name, value in found.items() if name not in ("loss", "accuracy")}
+
+
 def final_table(summary: dict[str, Any]) -> Table:
     """The figures of `run_summary` for people."""
     from rich.table import Table
@@ -109,6 +120,8 @@ def final_table(summary: dict[str, Any]) -> Table:
         reason = summary["simulated_because"]
         table.add_row(f"SIMULATED ({reason})", "protects nobody", style="bold")
     table.add_row("test accuracy", _show(summary["test_accuracy"]))
+    for name, value in summary["test_metrics"].items():
+        table.add_row(f"test {name}", _show(value))
     table.add_row("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"]))
     table.add_row("privacy", summary["privacy"])
     if summary["privacy"] != "none":

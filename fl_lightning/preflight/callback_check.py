@@ -73,5 +73,5 @@ def _is_logged(monitor: str, proposed: ProposedRun) -> bool:
     kinds = [type(proposed.module), *map(type, trainer.callbacks)]  # pyright: ignore[reportAttributeAccessIssue]
     if any(kind.__module__.split(".")[0] not in _KNOWN for kind in kinds):
         return True  # what others log is not known
-    figures = (f"{_PRIVATE}val_loss", f"{_PRIVATE}val_accuracy")
+    figures = [f"{_PRIVATE}val_{name}" for name in ("loss", "accuracy", *(proposed.metrics or ()))]
     return monitor in figures and bool(proposed.data.val_fraction and trainer.limit_val_batches)

@@ -94,6 +94,7 @@ def dry_round(proposed: ProposedRun) -> bool:
             smallest_label=int(data.y.min()) if data.num_classes else 0,
             inference_mode=trainer.test_loop.inference_mode,
             source=data.dataset_name,
+            metrics=proposed.metrics,
         )
         values = moved_parameters(network)
         if rules.privacy.private:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from fl_lightning.networks.functional import apply_with
+from fl_lightning.networks.metrics import computed, update_metrics
 from fl_lightning.networks.outputs import batch_sums, check_outputs
 from fl_lightning.networks.state import held, left_as_it_was
 from fl_lightning.values.round import Params
@@ -32,6 +35,7 @@ def check_forward(
     smallest_label: int,
     inference_mode: bool,
     source: str,
+    metrics: MetricCollection | None = None,
 ) -> None:
     """Apply network, loss and metric to a few records: shapes, and what is written.
 
@@ -42,6 +46,7 @@ def check_forward(
         smallest_label: of the data.
         inference_mode: whether evaluation runs in torch's inference mode.
         source: name of the data.
+        metrics: of the run, forgetting what they have seen.
 
     Raises:
         ValueError: saying which.
@@ -74,6 +79,24 @@ def check_forward(
             )
         check_outputs(network, outputs, len(x), num_classes, smallest_label)
         _check_loss(loss, outputs, y, num_classes)
+        if metrics is not None:
+            _check_metrics(metrics, outputs, y, loss)
+
+
+def _check_metrics(metrics: MetricCollection, outputs: Tensor, y: Tensor, loss: Loss) -> None:
+    """Try the metrics on a few records, of which some may lack what a metric needs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class without a record, among so few
+            update_metrics(metrics, outputs, y, loss)
+            computed(metrics)
+    except Exception as error:
+        words = first_line(error).removeprefix("metrics: ")
+        raise ValueError(
+            f"metrics={', '.join(metrics)}: they cannot take what the network gives: {words}"
+        ) from error
+    finally:
+        metrics.reset()
 
 
 def _check_loss(loss: Loss, outputs: Tensor, y: Tensor, num_classes: int) -> None:
@@ -90,13 +113,19 @@ def _check_loss(loss: Loss, outputs: Tensor, y: Tensor, num_classes: int) -> Non
     except Exception as error:
         raise ValueError(
             f"loss={name}: it cannot take the network's outputs ({kind}) for {len(y)} records with "
-            f"labels of {num_classes} classes: {first_line(error)}"
+            f"{_targets(y, num_classes)}: {first_line(error)}"
         ) from error
     if shape != (len(y),):
         raise ValueError(
             f"loss={name}: it gave shape {shape} for {len(y)} records; it must give one "
             "number a record (reduction='none')"
         )
+
+
+def _targets(y: Tensor, num_classes: int) -> str:
+    if num_classes:
+        return f"labels of {num_classes} classes"
+    return f"{str(y.dtype).removeprefix('torch.')} targets of shape {tuple(y.shape[1:])}"
 
 
 def draws_numbers(network: nn.Module, loss: Loss, values: Params, x: Tensor, y: Tensor) -> bool:

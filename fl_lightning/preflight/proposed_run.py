@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
+from torchmetrics import MetricCollection
 
 from aadp_kernels import Layout
 from fl_lightning.data import FederatedDataModule
@@ -28,6 +29,7 @@ class ProposedRun:
         data: records and who holds them.
         trainer: of the run.
         member: whether its one client is a node, which adds to sums with others.
+        metrics: further figures of held-out records.
     """
 
     rules: Rules
@@ -39,6 +41,7 @@ class ProposedRun:
     data: FederatedDataModule
     trainer: pl.Trainer
     member: bool = False
+    metrics: MetricCollection | None = None
 
     @property
     def layout(self) -> Layout:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fl_lightning import FederatedDataModule, from_arrays
 from fl_lightning.models import MLP
-from fl_lightning.networks.outputs import OneLogit, predictions, record_loss
+from fl_lightning.networks.outputs import PerRecord, predictions, record_loss
 from fl_lightning.networks.state import left_as_it_was
 from tests.fl_lightning.tried_runs import train
 
@@ -252,7 +252,7 @@ def test_one_output_for_two_classes(tmp_path, shape, loss):
     y = (x[:, 0] > 0).long()
     records = FederatedDataModule(from_arrays(x, y), num_clients=3, val_fraction=0.0)
     module = train(tmp_path, network=Body(1, make), records=records, loss=loss(reduction="none"))
-    assert isinstance(module.loss, OneLogit)
+    assert isinstance(module.loss, PerRecord)
     found = predictions(module.network(x), y, module.loss, 2)
     threshold = 0.5 if loss is nn.BCELoss else 0.0
     assert torch.equal(found, (module.network(x).view(-1) > threshold).long())
