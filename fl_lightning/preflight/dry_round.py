@@ -179,7 +179,10 @@ def _try_clients(
         raise
     except Exception as error:
         raise _CannotTrain(f"network={type(network).__name__}: {first_line(error)}") from error
-    _check_gradients(proposed, few, values, releases.clients)
+    clients = releases.clients
+    if proposed.rules.privacy.comparator.clip_function != "clip":  # scales short gradients too
+        clients = few_clients(_clipping(proposed), few.data, vectorize).clients
+    _check_gradients(proposed, few, values, clients)
     with _named(network, "a round of two clients"):
         params = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
         everyone = torch.arange(few.data.num_clients)
@@ -193,6 +196,14 @@ def _try_clients(
             assert p.grad is not None
             gradients[p] = p.grad
     return gradients
+
+
+def _clipping(proposed: ProposedRun) -> ProposedRun:
+    """The run with a clip function that leaves short gradients as they are."""
+    privacy = proposed.rules.privacy
+    comparator = replace(privacy.comparator, clip_function="clip")
+    rules = replace(proposed.rules, privacy=replace(privacy, comparator=comparator))
+    return replace(proposed, rules=rules)
 
 
 def few_clients(
@@ -260,7 +271,7 @@ def _check_gradients(proposed: ProposedRun, few: Few, values: Params, clients: C
     modes = [(layer, layer.training) for layer in network.modules()]
     if drawing:
         _hold_still(network, lambda: draws_numbers(network, loss, values, few.x, few.y))
-        calm = few_clients(proposed, few.data, clients.vectorize).clients
+        calm = few_clients(_clipping(proposed), few.data, clients.vectorize).clients
     with _named(network, "its gradient"):
         x, y, want = _finite(network, loss, values, few, record)
         summed = unclipped(calm)
