@@ -32,6 +32,7 @@ from fl_lightning.release.federation import Federation
 from fl_lightning.resumption import check_resumption, promise_of, run_facts, training_facts
 from fl_lightning.rules import Rules
 from fl_lightning.run import Run, begin_run, planned_rounds
+from fl_lightning.run_spec import RunSpec
 from fl_lightning.server.add_up import check_agreement
 from fl_lightning.server.aggregate import WeightedMean
 from fl_lightning.server.faults import Faults
@@ -41,7 +42,6 @@ from fl_lightning.server.optimizer import (
     weights_in_last_model,
 )
 from fl_lightning.values.round import RoundResult
-from fl_lightning.wanted import Wanted
 
 
 def server_sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -173,7 +173,7 @@ class FederatedModule(pl.LightningModule):
         """One round: every client of the cohort releases; the server adds the mean."""
         assert self.run is not None
         started, run, round = time.perf_counter(), self.run, self.current_epoch
-        cohort, params = run.cohort(round), run.wanted.params()
+        cohort, params = run.cohort(round), run.spec.params()
         context = run.context(cohort)
         check_agreement(self.processes, [*params.values(), *run.history.state_dict().values()])
         mean, released = WeightedMean(self.layout), []
@@ -296,7 +296,7 @@ class FederatedModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Settle what the rounds share; see `begin_run`."""
         self._training_facts = training_facts(self.network, self.configure_optimizers())
-        wanted = Wanted(
+        spec = RunSpec(
             self.rules,
             self.network,
             self.loss,
@@ -310,7 +310,7 @@ class FederatedModule(pl.LightningModule):
             federation=self.federation,
         )
         planned = planned_rounds(self.rules, self.trainer.max_epochs, self._resumed)
-        self.run = begin_run(wanted, planned)
+        self.run = begin_run(spec, planned)
         self._checked = None
 
     # What a checkpoint keeps --------------------------------------------------------------------

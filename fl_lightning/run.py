@@ -34,8 +34,8 @@ from fl_lightning.release.remote_sum import RemoteSum
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
 from fl_lightning.rules import Rules
+from fl_lightning.run_spec import RunSpec
 from fl_lightning.values.plain_json import plain
-from fl_lightning.wanted import Wanted
 
 _LOG = logging.getLogger("pytorch_lightning")
 
@@ -45,7 +45,7 @@ class Run:
     """What the rounds of a run share.
 
     Args:
-        wanted: what was asked for.
+        spec: what was asked for.
         planned_rounds: rounds that cohorts and noise are planned for.
         schedule: clients of every planned round, int64 [rounds, m].
         history: what releases showed.
@@ -60,7 +60,7 @@ class Run:
         last_paid_round: last round in the ledger when the run began, -1 if none.
     """
 
-    wanted: Wanted
+    spec: RunSpec
     planned_rounds: int
     schedule: np.ndarray
     history: ReleasedHistory
@@ -80,22 +80,22 @@ class Run:
 
     def context(self, cohort: Tensor) -> str:
         """Digest of all that a round's updates depend on and that the round does not hold."""
-        wanted, clients = self.wanted, self.releases.clients
+        spec, clients = self.spec, self.releases.clients
         return binding.round_context(
-            wanted.network,
-            wanted.loss,
-            data=wanted.data.digest(),
-            rules=(named_options(wanted.rules.privacy), named_rules(clients.training)),
+            spec.network,
+            spec.loss,
+            data=spec.data.digest(),
+            rules=(named_options(spec.rules.privacy), named_rules(clients.training)),
             execution=(str(clients.device), int(clients.vectorize), self.max_examples),
             cohort=cohort,
             processes=self.process_counts,
-            bits=wanted.rules.privacy.seed is None,
+            bits=spec.rules.privacy.seed is None,
         )
 
     def epsilon_spent(self) -> np.ndarray:
         """Upper bound of ε so far of every client, [K]; infinite without privacy."""
         if self.ledger is None:
-            return np.full(self.wanted.data.num_clients, np.inf)
+            return np.full(self.spec.data.num_clients, np.inf)
         return self.budget.epsilon_spent()
 
     def nobody_is_left(self, round: int) -> bool:
@@ -105,7 +105,7 @@ class Run:
         """
         if self.ledger is None or round < self.last_paid_round:
             return False
-        return self.budget.nobody_can_pay(self.wanted.rules.steps_a_release)
+        return self.budget.nobody_can_pay(self.spec.rules.steps_a_release)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: everything but the secret, which stays in its private file."""
@@ -129,50 +129,50 @@ def planned_rounds(rules: Rules, max_epochs: int | None, resumed: dict[str, Any]
     return planned
 
 
-def begin_run(wanted: Wanted, planned: int) -> Run:
+def begin_run(spec: RunSpec, planned: int) -> Run:
     """Calibrate or restore the noise, open the ledger, choose how clients train together.
 
     Raises:
         ValueError: naming the argument and its value.
         LedgerError: the ledger is not that of the run.
     """
-    rules, data, resumed = wanted.rules, wanted.data, wanted.resumed
-    counts = _share_start(wanted)
+    rules, data, resumed = spec.rules, spec.data, spec.resumed
+    counts = _agree_on_start(spec)
     everyone = data.num_clients
     rate = rules.cohort_rate(everyone)
     size = everyone if rate else rules.cohort_size(everyone)
     one_order = rules.privacy.correlated
     schedule = cohort_schedule(everyone, size, planned, rules.seed, one_order=one_order)
     histories = 1 if rules.privacy.summed else everyone
-    history = ReleasedHistory(rules.privacy, histories, wanted.layout.dims)
-    plan = _correlated_plan(wanted, schedule)
-    budget = _budget(wanted, schedule, rate, plan)
-    key = _find_key(wanted)
+    history = ReleasedHistory(rules.privacy, histories, spec.layout.dims)
+    plan = _correlated_plan(spec, schedule)
+    budget = _budget(spec, schedule, rate, plan)
+    key = _find_key(spec)
     run_id = run_key.public_name(key.derive("run"))
-    terms = _join(wanted, budget, run_id)
+    terms = _join(spec, budget, run_id)
     records = run_key.public_name(key.derive("records", data.digest()))
     if resumed is not None:
         if resumed["run_id"] != run_id:
             raise LedgerError(
-                f"{wanted.folder}: the checkpoint is of another run than the secret there"
+                f"{spec.folder}: the checkpoint is of another run than the secret there"
             )
         check_promise(rules, resumed["promise"], records)
         history.load_checkpoint(resumed["history"])
         budget.load_state_dict(resumed["budget"])
-    ledger = _open_ledger(wanted, budget, run_id) if rules.privacy.private else None
+    ledger = _open_ledger(spec, budget, run_id) if rules.privacy.private else None
     last_paid_round = -1
     for release in ledger or ():
         budget.spend(release)
         last_paid_round = max(last_paid_round, release.round)
     example = data.x[0].to(
-        next(wanted.network.parameters()).device, input_dtype(wanted.network, data.x)
+        next(spec.network.parameters()).device, input_dtype(spec.network, data.x)
     )
     memory = rules.memory_budget * 2**30
-    max_examples = max(1, int(memory / bytes_per_example(wanted.network, example)))
-    books = None if ledger is None else Books(history, budget, ledger, wanted.processes)
-    noise = _released_noise(wanted, key, ledger) if plan is not None else None
+    max_examples = max(1, int(memory / bytes_per_example(spec.network, example)))
+    books = None if ledger is None else Books(history, budget, ledger, spec.processes)
+    noise = _released_noise(spec, key, ledger) if plan is not None else None
     return Run(
-        wanted=wanted,
+        spec=spec,
         planned_rounds=planned,
         schedule=schedule,
         history=history,
@@ -181,34 +181,34 @@ def begin_run(wanted: Wanted, planned: int) -> Run:
         key=key,
         run_id=run_id,
         records=records,
-        releases=_releases(wanted, key, books, max_examples, noise, terms),
+        releases=_releases(spec, key, books, max_examples, noise, terms),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,
     )
 
 
-def _share_start(wanted: Wanted) -> list[int]:
+def _agree_on_start(spec: RunSpec) -> list[int]:
     """One model in all processes; how many there were and are."""
-    processes = wanted.processes
+    processes = spec.processes
     if processes.size > 1:
-        state = wanted.network.state_dict
+        state = spec.network.state_dict
         known = processes.first(lambda: {n: v.cpu() for n, v in state().items()})
-        wanted.network.load_state_dict(known)
-    counts = [] if wanted.resumed is None else list(wanted.resumed.get("processes", [1]))
+        spec.network.load_state_dict(known)
+    counts = [] if spec.resumed is None else list(spec.resumed.get("processes", [1]))
     return counts if counts[-1:] == [processes.size] else [*counts, processes.size]
 
 
-def _correlated_plan(wanted: Wanted, schedule: np.ndarray) -> CorrelatedPlan | None:
+def _correlated_plan(spec: RunSpec, schedule: np.ndarray) -> CorrelatedPlan | None:
     """The coefficients of noise that rounds share, chosen once, and what they cost each client."""
-    privacy, everyone = wanted.rules.privacy, wanted.data.num_clients
+    privacy, everyone = spec.rules.privacy, spec.data.num_clients
     if not privacy.correlated or not len(schedule):
         return None
 
     def chosen() -> tuple[float, ...]:
-        if wanted.resumed is not None:
-            return tuple(wanted.resumed["budget"].get("coefficients", (1.0,)))
-        found = best_for(privacy.bands, wanted.last_model(len(schedule)), schedule, everyone)
+        if spec.resumed is not None:
+            return tuple(spec.resumed["budget"].get("coefficients", (1.0,)))
+        found = best_for(privacy.bands, spec.last_model(len(schedule)), schedule, everyone)
         if len(found) == 1:
             _LOG.info(
                 "correlation='banded' has nothing to gain with these cohorts: the noise of each "
@@ -216,64 +216,64 @@ def _correlated_plan(wanted: Wanted, schedule: np.ndarray) -> CorrelatedPlan | N
             )
         return found
 
-    return CorrelatedPlan.of(wanted.processes.first(chosen), schedule, everyone)
+    return CorrelatedPlan.of(spec.processes.first(chosen), schedule, everyone)
 
 
-def _released_noise(wanted: Wanted, key: NoiseKey, ledger: Ledger | None) -> ReleasedNoise:
+def _released_noise(spec: RunSpec, key: NoiseKey, ledger: Ledger | None) -> ReleasedNoise:
     """What released rounds' noise is drawn again from; all that the ledger has must be there."""
-    noise = ReleasedNoise(key, wanted.folder, once=wanted.processes.first)
+    noise = ReleasedNoise(key, spec.folder, once=spec.processes.first)
     for release in ledger or ():
         noise.find(release.binding)
     return noise
 
 
 def _budget(
-    wanted: Wanted,
+    spec: RunSpec,
     schedule: np.ndarray,
     cohort_rate: float | None,
     plan: CorrelatedPlan | None,
 ) -> Budget:
     """Multipliers for the schedule, calibrated unless a checkpoint has them."""
-    rules, everyone = wanted.rules, wanted.data.num_clients
+    rules, everyone = spec.rules, spec.data.num_clients
     steps = rules.steps_a_release
     budget = Budget(
         rules.privacy,
         (participations_of(schedule, everyone) * steps).tolist(),
         (rules.sampling_rate if rules.privacy.unit == "record" else cohort_rate) or 1.0,
-        wanted.layout.dims,
+        spec.layout.dims,
         noise_parts_needed(rules, everyone),
         plan,
     )
-    if wanted.resumed is None and rules.privacy.private and wanted.federation is None:
+    if spec.resumed is None and rules.privacy.private and spec.federation is None:
 
         def calibrated() -> dict[str, object]:
             budget.calibrate(steps)
             return budget.state_dict()
 
-        budget.load_state_dict(wanted.processes.first(calibrated))
+        budget.load_state_dict(spec.processes.first(calibrated))
     return budget
 
 
-def _join(wanted: Wanted, budget: Budget, run_id: str) -> list[Agreement]:
+def _join(spec: RunSpec, budget: Budget, run_id: str) -> list[Agreement]:
     """What each node is to keep to; a run that begins takes the multipliers that they found."""
-    if wanted.federation is None:
+    if spec.federation is None:
         return []
     terms = agreements(
-        wanted.rules,
-        wanted.federation.members,
+        spec.rules,
+        spec.federation.members,
         run=run_id,
-        network=network_digest(wanted.network, wanted.loss),
+        network=network_digest(spec.network, spec.loss),
         steps=budget.planned_steps,
     )
-    if wanted.resumed is None:
-        join(wanted.federation, terms, budget)
-        write_members(wanted.folder, wanted.federation.members)
+    if spec.resumed is None:
+        join(spec.federation, terms, budget)
+        write_members(spec.folder, spec.federation.members)
     return terms
 
 
-def _find_key(wanted: Wanted) -> NoiseKey:
+def _find_key(spec: RunSpec) -> NoiseKey:
     """The key of the run, which process 0 makes and the others read in the same folder."""
-    rules, folder, processes = wanted.rules, wanted.folder, wanted.processes
+    rules, folder, processes = spec.rules, spec.folder, spec.processes
     if len(set(processes.together(lambda: str(folder.absolute())))) > 1:
         raise ValueError(
             f"run_dir={folder}: the processes of the run have different folders; give --run_dir, "
@@ -287,51 +287,51 @@ def _find_key(wanted: Wanted) -> NoiseKey:
 
     def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        key(wanted.resumed is not None)
+        key(spec.resumed is not None)
 
     processes.first(make)
     return key(True)
 
 
-def _open_ledger(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
+def _open_ledger(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
     """The ledger: the file itself in process 0, a copy elsewhere."""
     opened: list[Ledger] = []
 
     def facts() -> tuple[Any, ...]:
-        opened.append(ledger := _ledger_file(wanted, budget, run_id))
+        opened.append(ledger := _ledger_file(spec, budget, run_id))
         return ledger.header, ledger.releases, ledger.head_hash
 
-    known = wanted.processes.first(facts)
-    return opened[0] if opened else Ledger.copy_of(wanted.folder, *known)
+    known = spec.processes.first(facts)
+    return opened[0] if opened else Ledger.copy_of(spec.folder, *known)
 
 
-def _ledger_file(wanted: Wanted, budget: Budget, run_id: str) -> Ledger:
-    if wanted.resumed is None:
-        header = ledger_header(wanted.rules, wanted.data, wanted.layout, budget, run_id)
-        if wanted.federation is not None:
-            header["nodes"] = [member.name for member in wanted.federation.members]
-        if wanted.number is not None and wanted.rules.privacy.summed:
-            header["member"] = wanted.number
-        return Ledger.create(wanted.folder, header)
-    ledger = Ledger.open(wanted.folder, wanted.resumed)
-    facts = correlation_facts(wanted.rules, budget)
+def _ledger_file(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
+    if spec.resumed is None:
+        header = ledger_header(spec.rules, spec.data, spec.layout, budget, run_id)
+        if spec.federation is not None:
+            header["nodes"] = [member.name for member in spec.federation.members]
+        if spec.number is not None and spec.rules.privacy.summed:
+            header["member"] = spec.number
+        return Ledger.create(spec.folder, header)
+    ledger = Ledger.open(spec.folder, spec.resumed)
+    facts = correlation_facts(spec.rules, budget)
     if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):
         ledger.close()
         raise LedgerError(
-            f"{wanted.folder}: the ledger has other coefficients, rounds or sensitivities than the "
+            f"{spec.folder}: the ledger has other coefficients, rounds or sensitivities than the "
             "run now has; noise that rounds share is planned once"
         )
-    if wanted.rules.privacy.summed and not ledger.header.get("schema"):
+    if spec.rules.privacy.summed and not ledger.header.get("schema"):
         ledger.close()
         raise LedgerError(
-            f"{wanted.folder}: the ledger is of schema 0, which had a line for every client of "
+            f"{spec.folder}: the ledger is of schema 0, which had a line for every client of "
             "a sum: go on with the version that began the run, or start a new one"
         )
     return ledger
 
 
 def _releases(
-    wanted: Wanted,
+    spec: RunSpec,
     key: NoiseKey,
     books: Books | None,
     max_examples: int,
@@ -339,46 +339,46 @@ def _releases(
     terms: list[Agreement],
 ) -> OneByOne | Summed | Remote:
     """How numbers leave the clients, in the execution that is faster."""
-    rules, data = wanted.rules, wanted.data
+    rules, data = spec.rules, spec.data
 
     def clients(vectorize: bool) -> Clients:
         return Clients(
             data,
-            wanted.network,
-            wanted.loss,
-            wanted.layout,
+            spec.network,
+            spec.loss,
+            spec.layout,
             privacy=rules.privacy,
             training=rules.training,
             vectorize=vectorize,
             max_examples=max_examples,
             at_once=rules.clients_at_once(int(data.client_sizes.max()), max_examples),
-            numbers=None if wanted.number is None else torch.tensor([wanted.number]),
+            numbers=None if spec.number is None else torch.tensor([spec.number]),
         )
 
-    if wanted.federation is not None:
+    if spec.federation is not None:
         assert books is not None
         if rules.privacy.summed:
-            return RemoteSum(clients(False), rules, key, books, wanted.federation, terms)
-        return Remote(clients(False), rules, books, wanted.federation, terms)
-    chosen = clients(wanted.processes.first(lambda: _choose_execution(wanted, clients, books)))
+            return RemoteSum(clients(False), rules, key, books, spec.federation, terms)
+        return Remote(clients(False), rules, books, spec.federation, terms)
+    chosen = clients(spec.processes.first(lambda: _choose_execution(spec, clients, books)))
     if rules.privacy.summed:
         assert books is not None
         return Summed(chosen, rules, key, books, noise)
-    return OneByOne(chosen, rules, key, books, wanted.processes)
+    return OneByOne(chosen, rules, key, books, spec.processes)
 
 
 def _choose_execution(
-    wanted: Wanted, clients: Callable[[bool], Clients], books: Books | None
+    spec: RunSpec, clients: Callable[[bool], Clients], books: Books | None
 ) -> bool:
     """Whether clients train together under vmap."""
-    if wanted.resumed is not None:
-        return bool(wanted.resumed["vectorize"])
-    if wanted.rules.execution != "auto" or not wanted.vmaps:
-        return wanted.vmaps
-    params, policy = wanted.params(), None
-    if wanted.rules.privacy.unit == "record":
+    if spec.resumed is not None:
+        return bool(spec.resumed["vectorize"])
+    if spec.rules.execution != "auto" or not spec.vmaps:
+        return spec.vmaps
+    params, policy = spec.params(), None
+    if spec.rules.privacy.unit == "record":
         assert books is not None
-        few = torch.arange(min(wanted.data.num_clients, 1024))
+        few = torch.arange(min(spec.data.num_clients, 1024))
         policy = books.history.policy(few, books.budget.multiplier[few])
     vectorize, reason = faster_execution(lambda v: clients(v).rehearse(params, policy))
     _LOG.info(reason)

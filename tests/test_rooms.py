@@ -22,7 +22,7 @@ ROOMS = (
     "plots",
     "module",
     "run",
-    "wanted",
+    "run_spec",
     "header",
     "resumption",
     "preflight",

@@ -36,7 +36,7 @@ class Budget:
         planned_steps: noised steps that the schedule plans for each client, [K].
         sampling_rate: Poisson rate q of a record in a step; 1 for whole updates.
         dims: number of parameters of each layer.
-        shares: how many clients' shares make the whole noise; None: it is from one hand.
+        noise_parts: how many clients' parts make the whole noise; None: it is from one hand.
         plan: of a run whose rounds share noise, which is charged as a whole; None: they do not.
 
     Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
@@ -49,7 +49,7 @@ class Budget:
         planned_steps: Sequence[int],
         sampling_rate: float,
         dims: Sequence[int],
-        shares: int | None = None,
+        noise_parts: int | None = None,
         plan: CorrelatedPlan | None = None,
     ) -> None:
         self.config = config
@@ -58,7 +58,7 @@ class Budget:
         self._rounds: dict[int, np.ndarray] = {}
         self._unread: list[np.ndarray] = []
         self.sampling_rate = sampling_rate
-        self.shares = shares
+        self.noise_parts = noise_parts
         self.streams = noise_streams(dims, votes=config.resolved_thresholds == "quantile")
         k = len(planned_steps)
         self.planned_steps = np.asarray(planned_steps, dtype=np.int64)
@@ -134,7 +134,9 @@ class Budget:
     def sampler_cost_at(self, event: NoiseEvent, delta: float) -> SamplerCost:
         """What a noised step costs beyond the given event at a δ."""
         form = self.config.noise_form
-        return inexact_noise(event, form, streams=self.streams, delta=delta, shares=self.shares)
+        return inexact_noise(
+            event, form, streams=self.streams, delta=delta, noise_parts=self.noise_parts
+        )
 
     def extra(self, client: int) -> SamplerCost:
         """What each noised step of a client costs beyond its event."""

@@ -41,7 +41,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fl_lightning.accounting.composition import affordable_steps, calibrate, compose_epsilon
-from fl_lightning.accounting.noise_part_tails import cut_share_tails
+from fl_lightning.accounting.noise_part_tails import cut_part_tails
 from fl_lightning.values.event import NoiseEvent
 
 _MOST_NOISE = 2.0**40
@@ -72,7 +72,7 @@ def inexact_noise(
     *,
     streams: tuple[int, ...],
     delta: float,
-    shares: int | None = None,
+    noise_parts: int | None = None,
 ) -> SamplerCost:
     """What a step costs beyond its event.
 
@@ -81,18 +81,19 @@ def inexact_noise(
         form: form of the noise, "wide", "fast" or "grid".
         streams: see `noise_streams`.
         delta: the client's delta.
-        shares: how many shares of different hands make the whole noise; None: it is one noise.
+        noise_parts: how many parts of different hands make the whole noise; None: it is one noise.
     """
     from aadp_kernels import grid, tail_cutoff
 
     cutoff = tail_cutoff(event.mechanism, form)
-    if shares is not None and event.mechanism == "laplace":
+    if noise_parts is not None and event.mechanism == "laplace":
         gaussian, elements = tail_cutoff("gaussian", form), sum(streams)
-        tails = cut_share_tails(
-            event, gaussian=gaussian, laplace=cutoff, shares=shares, elements=elements, delta=delta
-        )
+        tails = cut_part_tails(
+            event, gaussian=gaussian, laplace=cutoff, noise_parts=noise_parts, elements=elements,
+            delta=delta,
+        )  # fmt: skip
         return SamplerCost(0.0, tails)
-    streams *= shares or 1
+    streams *= noise_parts or 1
     if form != "grid":
         return cut_tails(event, cutoff=cutoff, streams=streams, delta=delta)
     inflation, tail = grid.inexactness(event.mechanism, sum(streams))

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fl_lightning.accounting.exactness import SamplerCost, noise_streams
-from fl_lightning.accounting.noise_part_tails import missing_shares
+from fl_lightning.accounting.noise_part_tails import missing_parts
 from fl_lightning.accounting.shift_mixtures import ShiftMixture
 
 # Part of epsilon that may be given away for outputs which the group's data can hardly produce.
@@ -42,17 +42,17 @@ class Sampler:
     Args:
         mechanism, form: of the noise.
         streams: elements of each layer (and of the votes).
-        shares: how many shares make the whole noise; None: it is one noise.
+        noise_parts: how many parts make the whole noise; None: it is one noise.
     """
 
     mechanism: str
     form: str
     streams: tuple[int, ...]
-    shares: int | None = None
+    noise_parts: int | None = None
 
     @property
     def _split(self) -> tuple[int, ...]:
-        return self.streams * (self.shares or 1)
+        return self.streams * (self.noise_parts or 1)
 
     @property
     def inflation(self) -> float:
@@ -73,9 +73,9 @@ class Sampler:
         """1 - m: probability that ideal noise of a step cannot be drawn."""
         if self.form == "grid":
             return self._grid()[1]
-        if self.mechanism == "laplace" and self.shares is not None:
+        if self.mechanism == "laplace" and self.noise_parts is not None:
             cutoffs = {"gaussian": self._cutoff("gaussian"), "laplace": self._cutoff()}
-            return missing_shares(self.shares, sum(self.streams), **cutoffs)
+            return missing_parts(self.noise_parts, sum(self.streams), **cutoffs)
         if self.mechanism == "laplace":
             return sum(self.streams) * math.exp(-self._cutoff())
         return self._pairs() * math.exp(-(self._cutoff() ** 2) / 2)
@@ -91,7 +91,7 @@ class Sampler:
             single = self.form == "grid"
             count = sum(self._split) if single else self._pairs()
             return _gaussian_leaves(shift, self._cutoff(), count, single=single)
-        if self.shares is not None:
+        if self.noise_parts is not None:
             return min(1.0, math.exp(min(shift, 700.0)) * self.missing())
         cutoff = self._cutoff()
         if math.isinf(cutoff):
@@ -119,9 +119,9 @@ def sampler_of(header: Mapping[str, Any], *, votes: bool) -> Sampler | None:
     """The sampler of a run by its ledger's header; None where the header does not say."""
     if "noise_form" not in header or "dims" not in header:
         return None
-    shares = header["min_survivors"] if header["setting"] == "client+secure_sum" else None
+    noise_parts = header["min_survivors"] if header["setting"] == "client+secure_sum" else None
     streams = noise_streams(header["dims"], votes=votes)
-    return Sampler(header["mechanism"], header["noise_form"], streams, shares)
+    return Sampler(header["mechanism"], header["noise_form"], streams, noise_parts)
 
 
 def group_extra(

@@ -94,11 +94,11 @@ def extra_of(
     from fl_lightning.accounting.exactness import inexact_noise, noise_streams
 
     streams = noise_streams(header["dims"], votes=votes)
-    shares = header["min_survivors"] if header["setting"] == "client+secure_sum" else None
+    noise_parts = header["min_survivors"] if header["setting"] == "client+secure_sum" else None
     form = header["noise_form"]
 
     def extra(event: NoiseEvent, delta: float) -> SamplerCost:
-        return inexact_noise(event, form, streams=streams, delta=delta, shares=shares)
+        return inexact_noise(event, form, streams=streams, delta=delta, noise_parts=noise_parts)
 
     return extra
 

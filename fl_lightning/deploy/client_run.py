@@ -34,10 +34,10 @@ from fl_lightning.release.sum_part import SumPart
 from fl_lightning.release.summed import Summed
 from fl_lightning.resumption import promise_of
 from fl_lightning.run import Run, begin_run
+from fl_lightning.run_spec import RunSpec
 from fl_lightning.values.message import encode
 from fl_lightning.values.release import release_entry
 from fl_lightning.values.round import Params
-from fl_lightning.wanted import Wanted
 
 TERMS_FILE = "terms.json"
 ME = torch.tensor([0])  # the one client of a node's population
@@ -93,7 +93,7 @@ class ClientRun:
         """
         made = cls(holding, terms, folder)
         folder.mkdir(parents=True, mode=0o700)
-        made._run = begin_run(made._wanted(None), terms.rounds)
+        made._run = begin_run(made._spec(None), terms.rounds)
         made._save()
         _write_whole(folder / TERMS_FILE, json.dumps(terms_of(terms)))
         return made
@@ -112,7 +112,7 @@ class ClientRun:
             folder / CHECKPOINT, map_location="cpu", weights_only=True
         )
         made._answered = state.get("answered", {})
-        made._run = begin_run(made._wanted(state["aadp_fl"]), terms.rounds)
+        made._run = begin_run(made._spec(state["aadp_fl"]), terms.rounds)
         return made
 
     @property
@@ -193,8 +193,8 @@ class ClientRun:
         self._save()
 
     @property
-    def shares(self) -> int | None:
-        """Clients whose shares of noise are the whole in a secure sum, as agreed."""
+    def noise_parts(self) -> int | None:
+        """Clients whose parts of the noise are the whole in a secure sum, as agreed."""
         return self._module.rules.privacy.min_survivors
 
     def sum_part(
@@ -248,9 +248,9 @@ class ClientRun:
         if self._run is not None and self._run.ledger is not None:
             self._run.ledger.close()
 
-    def _wanted(self, resumed: dict[str, Any] | None) -> Wanted:
+    def _spec(self, resumed: dict[str, Any] | None) -> RunSpec:
         module = self._module
-        return Wanted(
+        return RunSpec(
             module.rules,
             module.network,
             module.loss,
@@ -270,7 +270,7 @@ class ClientRun:
         Raises:
             Refused: names, shapes or dtypes are others, or a number is not finite.
         """
-        wanted = self._wanted(None).params()
+        wanted = self._spec(None).params()
         if sorted(tensors) != sorted(wanted):
             raise Refused("request: the model has other parameters than the network")
         for name, like in wanted.items():

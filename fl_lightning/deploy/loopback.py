@@ -272,7 +272,7 @@ def running(loopback: Loopback) -> Iterator[Loopback]:
 # Height and width of the pictures of each source.
 _SIZES = {"digits": 8, "fashion_mnist": 28}
 SUM = "client+secure_sum"
-# Of secure sums: nodes that may work with the server, and whose shares are the whole noise.
+# Of secure sums: nodes that may work with the server, and whose parts are the whole noise.
 _CORRUPT, _SURVIVORS = 1, 2
 
 

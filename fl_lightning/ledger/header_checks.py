@@ -76,8 +76,8 @@ def _setting(header: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {header[name]!r}, with setting {setting} it is {value!r}"
     if header["adjacency"] not in adjacencies:
         yield f"adjacency {header['adjacency']!r} is not one of setting {setting}"
-    shares = header.get("min_survivors") is not None
-    if shares != (setting == "client+secure_sum"):
+    in_parts = header.get("min_survivors") is not None
+    if in_parts != (setting == "client+secure_sum"):
         yield f"min_survivors is {header.get('min_survivors')} with setting {setting}"
     if header.get("cohort_rate") is not None and setting != "client+aggregator":
         yield f"cohort_rate is {header['cohort_rate']} with setting {setting}"

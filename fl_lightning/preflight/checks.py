@@ -85,7 +85,7 @@ def _check_privacy(proposed: ProposedRun, sizes: Tensor) -> None:
 
 
 def _check_survivors(rules: Rules, num_clients: int) -> None:
-    """Whether enough clients stay for their shares to be the whole noise."""
+    """Whether enough clients stay for their parts to be the whole noise."""
     if rules.privacy.setting != "client+secure_sum":
         return
     size, least = rules.cohort_size(num_clients), rules.privacy.min_survivors
@@ -95,5 +95,5 @@ def _check_survivors(rules: Rules, num_clients: int) -> None:
     if least is None and (faults.dropout or faults.deadline is not None):
         raise ValueError(
             f"min_survivors=null needs the whole cohort, but dropout={faults.dropout} and deadline="
-            f"{faults.deadline} make clients fail: give the number whose shares are to be enough"
+            f"{faults.deadline} make clients fail: give the number whose parts are to be enough"
         )

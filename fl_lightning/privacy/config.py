@@ -234,7 +234,7 @@ def _check_setting(config: PrivacyConfig) -> None:
     if config.min_survivors is not None and config.setting != "client+secure_sum":
         raise ValueError(
             f"min_survivors={config.min_survivors} with setting='{config.setting}': only "
-            "'client+secure_sum' has shares of noise"
+            "'client+secure_sum' has parts of noise"
         )
     if config.min_survivors is not None and config.min_survivors < 1:
         raise ValueError(f"min_survivors={config.min_survivors} must be at least 1")

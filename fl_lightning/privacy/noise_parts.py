@@ -1,4 +1,4 @@
-"""Noise in shares: what each client adds so that the sum of enough of them has the full noise."""
+"""Noise in parts: what each client adds so that the sum of enough of them has the full noise."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def noise_part(
     offset: int = 0,
     form: str = "wide",
 ) -> Tensor:
-    """Each client's share of one noise: float64 [k, *shape].
+    """Each client's part of one noise: float64 [k, *shape].
 
-    The sum of `survivors` shares is distributed as one Gaussian or Laplace of the given scale; with
-    more shares it is that plus independent noise. Gaussian: standard deviation scale / √survivors.
+    The sum of `survivors` parts is distributed as one Gaussian or Laplace of the given scale; with
+    more parts it is that plus independent noise. Gaussian: standard deviation scale / √survivors.
     Laplace: the difference of two gamma variables of shape 1 / survivors and the given scale.
 
     Args:
-        shape: shape of one share.
+        shape: shape of one part.
         mechanism: "gaussian" or "laplace".
         scale: standard deviation or b of the whole noise, >= 0.
-        survivors: fewest shares that must be enough, >= 1.
+        survivors: fewest parts that must be enough, >= 1.
         key: secret; the same address must not be drawn from twice.
         clients: ids [k], below 2^31.
         layer: layer of the address, below 2^14.

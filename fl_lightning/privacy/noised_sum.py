@@ -1,4 +1,4 @@
-"""The sum of a cohort's clipped updates, and its noise: from one hand or in shares."""
+"""The sum of a cohort's clipped updates, and its noise: from one hand or in parts."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class NoisedSum:
         history: released history of the cohort, one row; moved forward by the release.
         layout: layers of the network.
         multiplier: noise multiplier for a client of weight 1, votes included.
-        survivors: None: one noise for the sum. A number: every client adds a share, and so many
-            shares make the whole noise.
+        survivors: None: one noise for the sum. A number: every client adds a part, and so many
+            parts make the whole noise.
         key: noise key of this round.
         dtypes: of the released tensors; None: those of the updates that are added.
         processes: those that clients are added in; None: this one.
@@ -208,7 +208,7 @@ class NoisedSum:
         )
 
     def blocks(self) -> list[tuple[int, float, float]]:
-        """What `with_shares` is on, public: numbers, bound before noise, scale of the whole noise.
+        """Of `with_noise_parts`, public: how many numbers, bound before noise, scale of all noise.
 
         One block for each parameter, and one for the votes where there are any.
         """
@@ -223,8 +223,8 @@ class NoisedSum:
             found.append((layout.num_layers, 0.5, float(policy.vote_noise_scale[0])))
         return found
 
-    def with_shares(self) -> tuple[list[Tensor], Tensor]:
-        """The clients that were added with their shares of the noise; private, to be masked.
+    def with_noise_parts(self) -> tuple[list[Tensor], Tensor]:
+        """The clients that were added with their parts of the noise; private, to be masked.
 
         Returns:
             Sums by parameter and votes [L], float64: what goes into a secure sum.
@@ -269,7 +269,7 @@ class NoisedSum:
     def _with_noise(self, key: NoiseKey) -> tuple[list[Tensor], Tensor, int]:
         """Noised sums and votes [1, L] of all processes, and how many clients are in them.
 
-        A process adds the shares of its own clients before the sums meet; the noise of one hand
+        A process adds the parts of its own clients before the sums meet; the noise of one hand
         is the same in every process and added after that.
         """
         if self.survivors is not None:
@@ -325,7 +325,7 @@ class NoisedSum:
         return noised
 
     def _noise_votes(self, key: NoiseKey) -> None:
-        """Add the shares of noise on votes, where there are votes."""
+        """Add the parts of noise on votes, where there are votes."""
         if self.policy.vote_noise_scale is not None:
             layers, scale = self.layout.num_layers, float(self.policy.vote_noise_scale[0])
             self.votes = self.votes + self._noise((layers,), scale, key, layers, 0)

@@ -106,15 +106,15 @@ def check_deployable(rules: Rules) -> None:
 
 
 def _check_secure(privacy: PrivacyConfig) -> None:
-    """Whether nodes can add shares of the noise to a secure sum."""
+    """Whether nodes can add parts of the noise to a secure sum."""
     if privacy.mechanism != "gaussian":
         raise ValueError(
             f"mechanism={privacy.mechanism!r} with setting='client+secure_sum': what nodes send is "
-            "rounded, and only for Gaussian shares that is shown to cost nothing"
+            "rounded, and only for Gaussian parts that is shown to cost nothing"
         )
     if privacy.min_survivors is None:
         raise ValueError(
-            "min_survivors=null: nodes need the number whose shares are to be the whole noise"
+            "min_survivors=null: nodes need the number whose parts are to be the whole noise"
         )
 
 

@@ -48,7 +48,7 @@ class SumProposal:
         run: public name of the run.
         round: round number.
         clients: ids of those asked.
-        shares: clients whose shares of the noise are the whole.
+        noise_parts: clients whose parts of the noise are the whole.
         multiplier: noise multiplier for a client of weight 1.
         asked: weight of each client over the largest, before its ε lowers it.
         blocks: (numbers, bound before noise, scale of the whole noise), see `NoisedSum.blocks`.
@@ -60,7 +60,7 @@ class SumProposal:
     run: str
     round: int
     clients: Sequence[int]
-    shares: int
+    noise_parts: int
     multiplier: float
     asked: Sequence[float]
     blocks: Sequence[tuple[int, float, float]]

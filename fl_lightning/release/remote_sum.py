@@ -113,7 +113,7 @@ class RemoteSum(Summed):
                 run=self._terms[0].run,
                 round=round,
                 clients=candidates.tolist(),
-                shares=survivors,
+                noise_parts=survivors,
                 multiplier=z,
                 asked=(base / base.max()).tolist(),
                 blocks=noised.blocks(),

@@ -1,4 +1,4 @@
-"""A node's part of a secure sum: its own clipped update with its share of the noise, paid for.
+"""A node's part of a secure sum: its own clipped update with its part of the noise, paid for.
 
 It is a run of a population of one, whose sums hold others too: what this client can move a sum by,
 and what noise is in it, follow from the public rules alone.
@@ -35,7 +35,7 @@ class SumPart:
 
     Guarantees:
         The client's noise multiplier in the sum is at least the one that its ε was calibrated to,
-        if the shares of `min_survivors` clients are in the sum. Its noise is drawn from a key that
+        if the parts of `min_survivors` clients are in the sum. Its noise is drawn from a key that
         is made here and thrown away (or from the public seed), so no two parts share any.
     """
 
@@ -80,11 +80,11 @@ class SumPart:
         return self._sum.blocks()
 
     def values(self) -> list[Tensor]:
-        """Train, clip, weigh and add the share of noise: float64, one tensor a block; private."""
+        """Train, clip, weigh and add noise: float64, one tensor a block; private."""
         clients = self._releases.clients
         update = clients.train(_ME, self._params, self._key.derive("coins"), self._round)
         self._sum.add(update, clients.numbers, self._weights)
-        sums, votes = self._sum.with_shares()
+        sums, votes = self._sum.with_noise_parts()
         return [*sums, votes] if self._sum.policy.vote_noise_scale is not None else sums
 
     def write(self, digest: str) -> str:

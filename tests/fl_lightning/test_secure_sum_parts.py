@@ -208,7 +208,7 @@ def test_an_identity_stays_in_its_file_and_others_cannot_read_it(tmp_path: Path)
 
 # --- the grid ---
 
-GRID = Grid((Block(50_000, 3.0, 0.7), Block(4, 1.0, 30.0)), clients=10, shares=4)
+GRID = Grid((Block(50_000, 3.0, 0.7), Block(4, 1.0, 30.0)), clients=10, noise_parts=4)
 
 
 def test_steps_are_powers_of_two_far_below_the_noise() -> None:
@@ -233,7 +233,7 @@ def test_whole_numbers_are_the_nearest_and_come_back() -> None:
 
 def test_the_sum_of_rounded_noised_numbers_has_the_noise_of_the_whole() -> None:
     """As many shares as are needed: accepted at the noise scale, not at 2/3 and 3/2 of it."""
-    grid = Grid((Block(20_000, 0.0, 0.7),), clients=4, shares=4)
+    grid = Grid((Block(20_000, 0.0, 0.7),), clients=4, noise_parts=4)
     draw = torch.Generator().manual_seed(4)
     parts = [torch.randn(20_000, generator=draw, dtype=torch.float64) * 0.35 for _ in range(4)]
     (total,) = grid.real(torch.stack([grid.whole([part]) for part in parts]).sum(0))
@@ -254,12 +254,12 @@ def test_numbers_beyond_their_bound_are_refused(value: float) -> None:
 
 def test_bounds_of_all_clients_cannot_wrap_around() -> None:
     assert max(GRID.bounds) * GRID.clients < 2**63
-    Grid((Block(1, 2.0**20, 1.0),), clients=100, shares=1)
+    Grid((Block(1, 2.0**20, 1.0),), clients=100, noise_parts=1)
     with pytest.raises(ValueError, match="wrap around"):
-        Grid((Block(1, 2.0**38, 1.0),), clients=2, shares=1)
-    most = Grid((Block(1, 2.0**37, 1.0),), clients=3, shares=1)
+        Grid((Block(1, 2.0**38, 1.0),), clients=2, noise_parts=1)
+    most = Grid((Block(1, 2.0**37, 1.0),), clients=3, noise_parts=1)
     with pytest.raises(ValueError, match="wrap around"):
-        Grid(most.blocks, clients=4, shares=1)
+        Grid(most.blocks, clients=4, noise_parts=1)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_bounds_of_all_clients_cannot_wrap_around() -> None:
 )
 def test_blocks_that_no_sum_has(block: Block) -> None:
     with pytest.raises(ValueError, match="needs a clip norm and Gaussian noise"):
-        Grid((block,), clients=2, shares=1)
+        Grid((block,), clients=2, noise_parts=1)
 
 
 def test_a_sum_that_is_none_is_noticed() -> None:

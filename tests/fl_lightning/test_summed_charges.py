@@ -14,7 +14,7 @@ from aadp_kernels import tail_cutoff
 from fl_lightning import PrivacyConfig
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.exactness import inexact_noise, noise_streams
-from fl_lightning.accounting.noise_part_tails import acceptance, missing_shares
+from fl_lightning.accounting.noise_part_tails import acceptance, missing_parts
 from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.ledger.client_reports import report_clients, undercharged
 from fl_lightning.models import MLP
@@ -190,7 +190,7 @@ def test_shares_that_lose_their_tails_show_as_the_bound_says() -> None:
         v = np.maximum((1 + c * x) ** 3, 1e-300)
         waiting &= -e >= 0.5 * x**2 + d - d * v + d * np.log(v)
     missed |= rng.exponential(size=missed.shape) > cut_l
-    bound = missing_shares(shares, 1, gaussian=cut_g, laplace=cut_l)
+    bound = missing_parts(shares, 1, gaussian=cut_g, laplace=cut_l)
     seen = missed.sum((0, 1)).mean()
     assert 0.97 * bound < seen < 1.03 * bound
 
@@ -201,21 +201,22 @@ def test_what_shares_cost() -> None:
     for event in (gaussian, laplace):
         one = inexact_noise(event, "wide", streams=streams, delta=1e-3)
         few, many = (
-            inexact_noise(event, "wide", streams=streams, delta=1e-3, shares=m) for m in (2, 50)
+            inexact_noise(event, "wide", streams=streams, delta=1e-3, noise_parts=m)
+            for m in (2, 50)
         )
         assert one.delta < few.delta < many.delta < 1e-12
         assert few.epsilon == many.epsilon == 0
     # m shares are m times the draws of one noise, each in pairs of its own.
-    assert inexact_noise(gaussian, "wide", streams=streams, delta=1e-3, shares=50) == inexact_noise(
-        gaussian, "wide", streams=streams * 50, delta=1e-3
-    )
-    spread = inexact_noise(laplace, "wide", streams=streams, delta=0.0, shares=50).delta
-    missing = missing_shares(
+    assert inexact_noise(
+        gaussian, "wide", streams=streams, delta=1e-3, noise_parts=50
+    ) == inexact_noise(gaussian, "wide", streams=streams * 50, delta=1e-3)
+    spread = inexact_noise(laplace, "wide", streams=streams, delta=0.0, noise_parts=50).delta
+    missing = missing_parts(
         50, 1026, gaussian=tail_cutoff("gaussian", "wide"), laplace=tail_cutoff("laplace", "wide")
     )
     assert spread == pytest.approx(math.exp(0.5) * missing, rel=1e-6, abs=0)
     silent = NoiseEvent("laplace", 0.0)
-    assert inexact_noise(silent, "wide", streams=streams, delta=1e-3, shares=5).delta == 0
+    assert inexact_noise(silent, "wide", streams=streams, delta=1e-3, noise_parts=5).delta == 0
 
 
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
@@ -229,7 +230,7 @@ def test_the_tails_of_every_share_are_charged_and_verified(federation, fit, mech
     assert header["min_survivors"] == 4
     assert undercharged(header, releases) == []
     streams = noise_streams(header["dims"], votes=False)
-    want = inexact_noise(releases[0].event, "wide", streams=streams, delta=0.01, shares=4)
+    want = inexact_noise(releases[0].event, "wide", streams=streams, delta=0.01, noise_parts=4)
     assert releases[0].tail_delta == want.delta > 0
     alone = inexact_noise(releases[0].event, "wide", streams=streams, delta=0.01)
     assert alone.delta < want.delta

@@ -197,8 +197,8 @@ def test_without_privacy_it_is_noted(tmp_path, caplog):
 def test_the_ledger_and_the_statement_say_so(tmp_path, function):
     data = records(scaled, transform=None) if function is None else records(function)
     module = train(tmp_path / "run", records=data)
-    wanted = module.run.wanted
-    header = ledger_header(module.rules, wanted.data, wanted.layout, module.run.budget, "x")
+    spec = module.run.spec
+    header = ledger_header(module.rules, spec.data, spec.layout, module.run.budget, "x")
     assert header["transform_checked"] is (function is not None)
     with Ledger.open(tmp_path / "run") as ledger:
         assert ledger.header["transform_checked"] is (function is not None)

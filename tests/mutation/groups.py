@@ -53,7 +53,7 @@ TAILS = group(
     ("range 3/2", "reach = min(shift, cutoff - 1)", "cutoff *= 1.5\n    reach = min(shift, cutoff - 1)"),
     ("inflation of one step", "extra, leaves = steps * sampler.inflation, _leaving", "extra, leaves = sampler.inflation, _leaving"),
     ("outputs without the group's data free", "lost = max(forward, leaves) + missing", "lost = forward + missing"),
-    ("shares of one hand", "return self.streams * (self.shares or 1)", "return self.streams"),
+    ("shares of one hand", "return self.streams * (self.noise_parts or 1)", "return self.streams"),
 )  # fmt: skip
 
 WORDS = group(

@@ -95,7 +95,7 @@ HEADERS = [
         ("settings without a ledger", "    if setting not in _SETTINGS:\n", "    if False:\n"),
         ("unit and trust", "        if header[name] != value:\n", "        if False:\n"),
         ("adjacency of a setting", "if header[\"adjacency\"] not in adjacencies:", "if False:"),
-        ("survivors of a setting", "if shares != (setting == \"client+secure_sum\"):", "if False:"),
+        ("survivors of a setting", "if in_parts != (setting == \"client+secure_sum\"):", "if False:"),
         ("raw thresholds", "(raw and setting != \"abstract\") or ", ""),
         ("votes of single clients", " or (votes and setting == \"client+local\")", ""),
         ("lists of fewer clients", "if not isinstance(header[name], list) or len(header[name]) != num_clients(header):", "if False:"),

@@ -136,7 +136,7 @@ SERVER = group(
 CONTRIBUTION = group(
     f"{_FILE}federated.py",
     f"{_LIES}::test_terms_of_a_lying_server_are_refused {_RUNS}::{_GIVEN_UP}",
-    ("any number of shares", "        if terms.shares != run.shares:", "        if False:"),
+    ("any number of shares", "        if terms.shares != run.noise_parts:", "        if False:"),
     ("any model", "        if terms.context != _context({", "        if False and terms.context != _context({"),
     ("any noise", "        if [Block(*block) for block in self._part.blocks()] != list(terms.blocks):", "        if False:"),
     ("any weight", "        if asked > 1:", "        if False:"),
@@ -148,7 +148,7 @@ PART = group(
     f"{_RUNS}::{_RESTART} {_LIES}::{_MORE} {_RUNS}::{_NOISE}",
     ("parts of one run share noise", "releases.key if releases.key.simulated else NoiseKey.random(rules.rng)", "releases.key if True else NoiseKey.random(rules.rng)"),
     ("budget not spent", "        books.budget.spend(line)\n", ""),
-    ("no noise", "sums, votes = self._sum.with_shares()", "sums, votes = self._sum.total, self._sum.votes"),
+    ("no noise", "sums, votes = self._sum.with_noise_parts()", "sums, votes = self._sum.total, self._sum.votes"),
 )  # fmt: skip
 
 SHARES = group(

@@ -82,7 +82,7 @@ MUTATIONS = [
         _RESUME,
         ("a lost file of noise", "        noise.find(release.binding)", "        pass"),
         ("another plan", "if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):", "if False:"),
-        ("coefficients are chosen again", "return tuple(wanted.resumed[\"budget\"].get(\"coefficients\", (1.0,)))", "pass"),
+        ("coefficients are chosen again", "return tuple(spec.resumed[\"budget\"].get(\"coefficients\", (1.0,)))", "pass"),
     ),
     *group(
         "fl_lightning/resumption.py",

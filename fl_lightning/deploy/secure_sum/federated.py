@@ -46,7 +46,7 @@ def _sum(federation: Federation, proposal: SumProposal, corrupt: int) -> SumOutc
             run=proposal.run,
             round=proposal.round,
             members=tuple(federation.members[k].name for k in clients),
-            shares=proposal.shares,
+            shares=proposal.noise_parts,
             corrupt=corrupt,
             context=_context(words, tensors),
             blocks=tuple(Block(*block) for block in proposal.blocks),
@@ -103,8 +103,8 @@ class RunContribution:
         context = words.get("context")
         if not isinstance(context, str) or len(context) > _LONGEST_TEXT:
             raise Refused("sum: context must be a short text")
-        if terms.shares != run.shares:
-            raise Refused(f"sum: shares={terms.shares}, agreed were {run.shares}")
+        if terms.shares != run.noise_parts:
+            raise Refused(f"sum: shares={terms.shares}, agreed were {run.noise_parts}")
         if terms.context != _context({"multiplier": multiplier, "context": context}, tensors):
             raise Refused("sum: the terms are of another model or history than came with them")
         params = run.checked_params(_named(tensors, _PARAMS))

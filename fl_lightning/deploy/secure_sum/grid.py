@@ -1,10 +1,10 @@
 """The public grid of a secure sum: a node's noised update as whole numbers, and the sum back.
 
-A step is the largest power of two that is at most 2^-24 of the scale of one client's share of the
+A step is the largest power of two that is at most 2^-24 of the scale of one client's part of the
 noise, so that dividing by it is exact. A node rounds each noised number to the nearest multiple.
 
-What rounding means for the proof. Let h >= m honest clients be in the sum (m shares are the whole
-noise), r >= 2^24 the scale of a share in steps, N(s²) a centred Gaussian of scale s, all in steps.
+What rounding means for the proof. Let h >= m honest clients be in the sum (m parts are the whole
+noise), r >= 2^24 the scale of a part in steps, N(s²) a centred Gaussian of scale s, all in steps.
 The probability that a rounded number is k is the density of x + N(r²) + U at k, with U uniform on
 one step. If the characteristic function of that were zero beyond half a cycle a step, the sum of h
 rounded numbers would be k with the density of Σx + N(h·r²) + U_1 + … + U_h at k. That is the
@@ -13,12 +13,12 @@ with independent noise added, and rounded. It is post-processing and costs nothi
 cycle the characteristic function is not zero but at most exp(-π²·r²/2) < 10^-(6·10^14); what the
 argument leaves out changes each probability by less than 7·h times that, all 2^64 sums of all
 numbers together by less than 10^-(10^14). As everywhere in this setting real arithmetic is assumed:
-that the noise itself comes in float64 is not in this argument. Laplace shares (differences of gamma
+that the noise itself comes in float64 is not in this argument. Laplace parts (differences of gamma
 variables of shape 1/m) have no such characteristic function: the argument fails, and they are
 refused.
 
 Whole numbers are added modulo 2^64. No client's number is beyond its bound, which holds the clip
-norm and a share's largest draw; all clients' bounds together are below 2^63, so the sum modulo 2^64
+norm and a part's largest draw; all clients' bounds together are below 2^63, so the sum modulo 2^64
 is the sum.
 """
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 FINENESS = 24
-# Scales of a share; no form of Gaussian noise has a larger draw.
+# Scales of a part; no form of Gaussian noise has a larger draw.
 LARGEST_DRAW = 16.0
 
 
@@ -60,7 +60,7 @@ class Grid:
     Args:
         blocks: in the order of the numbers.
         clients: most that may be in the sum.
-        shares: clients whose shares of the noise are the whole.
+        noise_parts: clients whose parts of the noise are the whole.
 
     Raises:
         ValueError: a block without noise, or a sum that could wrap around.
@@ -68,7 +68,7 @@ class Grid:
 
     blocks: tuple[Block, ...]
     clients: int
-    shares: int
+    noise_parts: int
 
     def __post_init__(self) -> None:
         for block in self.blocks:
@@ -90,15 +90,15 @@ class Grid:
     @cached_property
     def steps(self) -> tuple[float, ...]:
         """Step of each block, a power of two."""
-        shares = [block.scale / math.sqrt(self.shares) for block in self.blocks]
-        return tuple(math.ldexp(1.0, math.frexp(s)[1] - 1 - FINENESS) for s in shares)
+        scales = [block.scale / math.sqrt(self.noise_parts) for block in self.blocks]
+        return tuple(math.ldexp(1.0, math.frexp(s)[1] - 1 - FINENESS) for s in scales)
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
         """Most steps that one client's number can be away from 0, by block."""
         bounds = []
         for block, step in zip(self.blocks, self.steps, strict=True):
-            most = block.reach + LARGEST_DRAW * block.scale / math.sqrt(self.shares)
+            most = block.reach + LARGEST_DRAW * block.scale / math.sqrt(self.noise_parts)
             bounds.append(math.ceil(most / step) + 1)
         return tuple(bounds)
 

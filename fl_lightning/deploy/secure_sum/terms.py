@@ -23,7 +23,7 @@ class SumTerms:
         run: public name of the run, 64 hex digits.
         round: number of the sum in the run; a node begins each once, in rising order.
         members: identities (64 hex digits) that may take part, in the order of their numbers.
-        shares: clients whose shares of the noise are the whole noise, at least 1.
+        shares: clients whose parts of the noise are the whole noise, at least 1.
         corrupt: members that may work with the server without harm, at least 0.
         context: digest of all else that the nodes must have in common (the model, the rules of
             training and clipping), 64 hex digits: a server cannot give members different ones.

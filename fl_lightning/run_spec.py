@@ -20,7 +20,7 @@ from fl_lightning.values.round import Params
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RunSpec:
     """What a run is to be, before anything of it exists.
 
     Args:
