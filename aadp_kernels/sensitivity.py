@@ -70,24 +70,24 @@ def noise_scales(
         the contribution is zero as well.
     """
     _validate.one_of("mechanism", mechanism, MECHANISMS)
-    spread = sensitivity(clip, adjacency=adjacency)
-    shares = torch.as_tensor(shares).to(device=spread.device, dtype=torch.float64)
-    if shares.dim() == 0 or shares.shape[-1] != spread.shape[-1]:
+    sensitivities = sensitivity(clip, adjacency=adjacency)
+    shares = torch.as_tensor(shares).to(device=sensitivities.device, dtype=torch.float64)
+    if shares.dim() == 0 or shares.shape[-1] != sensitivities.shape[-1]:
         raise ValueError(
-            f"shares must have {spread.shape[-1]} layers, got shape {tuple(shares.shape)}"
+            f"shares must have {sensitivities.shape[-1]} layers, got shape {tuple(shares.shape)}"
         )
-    multiplier = torch.as_tensor(noise_multiplier, dtype=torch.float64, device=spread.device)
+    multiplier = torch.as_tensor(noise_multiplier, dtype=torch.float64, device=sensitivities.device)
     _validate.nonnegative_tensor("noise_multiplier", multiplier, finite=True)
     total = shares.sum(-1, keepdim=True)
     if not bool((shares > 0).all() & (total <= 1 + 1e-5).all()):
         raise ValueError(f"shares must be positive and sum to at most 1, got {shares.tolist()}")
     multiplier = multiplier.unsqueeze(-1)
     noisy = multiplier > 0
-    if bool((noisy & torch.isinf(spread)).any()):
+    if bool((noisy & torch.isinf(sensitivities)).any()):
         raise ValueError("clip must be finite where noise_multiplier is positive, got inf")
     part = shares / total.clamp(min=1.0)
     part = part.sqrt() if mechanism == "gaussian" else part
-    return torch.where(noisy, multiplier * spread.where(noisy, 0.0) / part, 0.0)
+    return torch.where(noisy, multiplier * sensitivities.where(noisy, 0.0) / part, 0.0)
 
 
 def vote_noise(

@@ -4,8 +4,8 @@ Torch's OpenMP workers spin for a while after every operation, so that threads o
 the cores taken. Its libgomp is found where it is loaded, as on Linux; elsewhere threads are started
 for a call. Neither holds for longer than a call.
 
-`spread` takes any Python function, and the interpreter lock goes from thread to thread, which takes
-longer than many a call. With `region_for`, `_parallel.parallel` keeps to compiled code.
+`run_on_threads` takes any Python function. The interpreter lock then goes from thread to thread,
+which takes longer than many a call. With `region_for`, `_parallel.parallel` keeps to compiled code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def threads_for(elements: int) -> int:
     return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
 
 
-def spread(work: Work, count: int, *, elements: int) -> None:
+def run_on_threads(work: Work, count: int, *, elements: int) -> None:
     """Run work(begin, end) over [0, count), on several threads if it is much.
 
     Whatever one of them raises is raised here, when all have ended.
@@ -60,7 +60,7 @@ def spread(work: Work, count: int, *, elements: int) -> None:
 def region_for(elements: int) -> tuple[int, int]:
     """(threads, address of GOMP_parallel) for `parallel`; address 0 where that is of no use.
 
-    Then `spread` finds other threads, if more than one is worth it.
+    Then `run_on_threads` finds other threads, if more than one is worth it.
     """
     threads = threads_for(elements)
     return threads, _region() if threads > 1 and _usable() is not None else 0

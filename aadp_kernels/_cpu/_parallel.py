@@ -99,7 +99,7 @@ def _parallel(_context, kernel, arguments, count, threads, region):
 
 
 def _plain(kernel, arguments, count, threads, region):
-    """The whole range in one thread: `region_for` sends larger ones through `threads.spread`."""
+    """The whole range in one thread: larger ones go through `threads.run_on_threads`."""
     kernel(*arguments, 0, count)
 
 

@@ -20,7 +20,7 @@ from aadp_kernels._cpu.row_sums import absolute, bytes_of, jit_sums, memory, squ
 from aadp_kernels._cpu.tensor_table import address
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule, GradientsNeeded
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 # As kernels take them, and a factor that covers the roundings of a scaled row.
 _DTYPES = {
@@ -167,7 +167,7 @@ def _sums(x: Tensor) -> np.ndarray:
     def work(begin: int, end: int) -> None:
         _sum_rows(rows, sums[0], sums[1], begin, end)
 
-    spread(work, len(rows), elements=rows.size // 4)
+    run_on_threads(work, len(rows), elements=rows.size // 4)
     return sums.reshape(2, *x.shape[:2])
 
 

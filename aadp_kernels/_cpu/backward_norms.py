@@ -12,7 +12,7 @@ from aadp_kernels._cpu.backward_products import SLACK, rows_of, split_records, t
 from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, square
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 
 @jit_sums
@@ -86,6 +86,6 @@ def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tenso
             levels(rule.votes_at, clients), per_client, each, sums, counts, begin, end,
         )  # fmt: skip
 
-    spread(work, len(sums), elements=rows_g.size)
+    run_on_threads(work, len(sums), elements=rows_g.size)
     total = total_of(sums, clients).view(clients, 2, n)
     return total[:, 0], total[:, 1], total_of(counts, clients)

@@ -22,7 +22,7 @@ from aadp_kernels._cpu.gather_gemm import COLUMNS1, COLUMNS2, VECTOR, tile1, til
 from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, memory, square
 from aadp_kernels.certified import largest
 from aadp_kernels.contract import ClipRule, Geometry
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 # Elements of a record's gradient, and of its input and output, that a core's own cache holds.
 MOST = 1 << 17
@@ -321,7 +321,7 @@ def product_sums(
         )  # fmt: skip
 
     products = len(plan.base) * plan.rows * plan.width
-    spread(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
+    run_on_threads(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
     sums = total_of(sum_w, clients)
     sums = sums.view(clients, plan.groups, -1, plan.width)[..., : out // plan.groups]
     sums = sums.transpose(2, 3).reshape(clients, out, -1)

@@ -30,7 +30,7 @@ from aadp_kernels._cpu.sum_and_write import (
 from aadp_kernels._cpu.tensor_table import LayerCuts, cuts_of
 from aadp_kernels.contract import ClipStats, Precision
 from aadp_kernels.layout import Layout
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 _ROWS_PER_THREAD = 4
 _TINY = float(np.finfo(np.float64).tiny)
@@ -95,11 +95,11 @@ def decide(sums, units, p, decisions, row, layer):
         factor = max(clip - count * smallest * eps, 0.0) / (bound * (1 + eps))
     decisions.numbers[FACTOR, row, layer] = factor if finite and factor >= _TINY else 0.0
     decisions.flags[CLIPPED, row, layer], decisions.flags[DEAD, row, layer] = clipped, not finite
-    threshold, vote = np.nan, 0.0
+    votes_at, vote = np.nan, 0.0
     if len(decisions.votes_at) > 0:
-        threshold = decisions.votes_at[row, layer]
-    if finite and not math.isnan(threshold):
-        vote = 0.5 if norm1 <= threshold else -0.5
+        votes_at = decisions.votes_at[row, layer]
+    if finite and not math.isnan(votes_at):
+        vote = 0.5 if norm1 <= votes_at else -0.5
     decisions.numbers[NORM1, row, layer], decisions.numbers[VOTES, row, layer] = norm1, vote
 
 
@@ -231,8 +231,8 @@ def privatize(call: ReleaseCall) -> None:
     # The same on threads that are not OpenMP's.
     sums = _sums_of(call)
     if beside:
-        spread(partial(_privatize_rows, call, sums), rows, elements=elements)
+        run_on_threads(partial(_privatize_rows, call, sums), rows, elements=elements)
         return
-    spread(partial(_sum_some, call, sums), sums[0].size, elements=elements)
+    run_on_threads(partial(_sum_some, call, sums), sums[0].size, elements=elements)
     _decide(call, sums)
-    spread(partial(_write_some, call), rows * int(call.cuts.tiles[-1]), elements=elements)
+    run_on_threads(partial(_write_some, call), rows * int(call.cuts.tiles[-1]), elements=elements)

@@ -22,7 +22,7 @@ from aadp_kernels._cpu.tensor_table import TensorTable, native, target
 from aadp_kernels.certified import ballots, clip_factors
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision
 from aadp_kernels.layout import Layout
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 # Elements of a record whose running sums stay in a core's own cache.
 MOST = 1 << 18
@@ -109,7 +109,7 @@ def _clip_records(
             seen, mask.numpy(), norms, decisions, each, totals, begin, end,
         )  # fmt: skip
 
-    spread(work, units, elements=batch * totals.shape[1])
+    run_on_threads(work, units, elements=batch * totals.shape[1])
     whole = torch.from_numpy(totals).sum(0).split([layout.sizes[i] for i in order])
     for i, part in zip(order, whole, strict=True):
         sums[i].add_(part.view_as(sums[i]))

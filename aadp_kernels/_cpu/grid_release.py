@@ -18,7 +18,7 @@ from aadp_kernels.certified import by_rows, noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise, Precision, Segment
 from aadp_kernels.grid import LIMIT, MAX_WEIGHT, OFFSETS, quantum
 from aadp_kernels.layout import Layout
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 _FLOAT_LIMIT = float(LIMIT)
 
@@ -51,7 +51,7 @@ def integer_noise(noise: Noise, segments: Sequence[Segment]) -> list[Tensor]:
             integer_units(array, start, source.own(), Scratch.build(source.per_tile), begin, end)
 
         per_row = -(-(start + count) // source.per_tile) - start // source.per_tile
-        spread(work, rows * per_row, elements=8 * out.numel())
+        run_on_threads(work, rows * per_row, elements=8 * out.numel())
     return results
 
 
@@ -148,5 +148,5 @@ def privatize(
             Scratch.build(source.per_tile), begin, end,
         )  # fmt: skip
 
-    spread(work, rows * int(units[-1]), elements=8 * elements)
+    run_on_threads(work, rows * int(units[-1]), elements=8 * elements)
     return decisions.stats()

@@ -17,7 +17,7 @@ from aadp_kernels._cpu.tensor_table import LayerCuts, TensorTable
 from aadp_kernels._cpu.transform import TILE
 from aadp_kernels.addresses import DOMAINS, LAYER_BITS
 from aadp_kernels.contract import Noise, Segment
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 _COINS = WORDS // 2
 
@@ -78,5 +78,5 @@ def coins(noise: Noise, n: int, rates: Sequence[float]) -> Tensor:
     def work(begin: int, end: int) -> None:
         flip_coins(array, limit, always, ids, *generator, begin, end)
 
-    spread(work, rows * -(-n // _COINS), elements=out.numel())
+    run_on_threads(work, rows * -(-n // _COINS), elements=out.numel())
     return out

@@ -28,7 +28,7 @@ from aadp_kernels._cpu.tensor_table import (
     TensorTable,
 )
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
-from aadp_kernels.threads import spread
+from aadp_kernels.threads import run_on_threads
 
 # In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
 # of a product, and a scale is never below its float64 value. Smaller factors would underflow.
@@ -319,7 +319,7 @@ def unit_sums(table: TensorTable, rows: int, p: int) -> np.ndarray:
     if region:
         _sum_parallel(*given, threads, region)
     else:
-        spread(partial(sum_part, *given), sums[0].size, elements=elements)
+        run_on_threads(partial(sum_part, *given), sums[0].size, elements=elements)
     return sums
 
 
@@ -338,7 +338,7 @@ def add_clipped(table: TensorTable, live: np.ndarray, factor: np.ndarray) -> Non
         scratch = np.empty(SCRATCH, np.uint8)
         add_records(table.entries, bounds, units, live, factor, scratch, begin, end)
 
-    spread(work, int(units[-1]), elements=len(live) * table.cuts.elements)
+    run_on_threads(work, int(units[-1]), elements=len(live) * table.cuts.elements)
 
 
 def write_table(table: TensorTable, plan: NoisePlan, factor: np.ndarray, dead: np.ndarray) -> None:
@@ -352,4 +352,4 @@ def write_table(table: TensorTable, plan: NoisePlan, factor: np.ndarray, dead: n
     if region:
         _write_parallel(*given, units, threads, region)
     else:
-        spread(partial(write_part, *given), units, elements=units * TILE)
+        run_on_threads(partial(write_part, *given), units, elements=units * TILE)

@@ -74,7 +74,7 @@ def _on_threads(work: Callable[[int], str], count: int, size: int) -> list[str]:
         for i in range(begin, end):
             found[i] = work(i)
 
-    threads.spread(part, count, elements=size // 4)
+    threads.run_on_threads(part, count, elements=size // 4)
     return found
 
 

@@ -52,7 +52,7 @@ def l1_from_clip_norm(clip_norm: Tensor, dims: Tensor, *, p: int, factor: float)
 
 
 def quantile_step(
-    l1_norm: Tensor,
+    tracked_norm: Tensor,
     released_votes: Tensor,
     expected_batch: Tensor,
     *,
@@ -66,7 +66,7 @@ def quantile_step(
     around its first value.
 
     Args:
-        l1_norm: tracked norms M [k, L], released.
+        tracked_norm: tracked norms M [k, L], released.
         released_votes: Σ (1[‖g_l‖₁ ≤ M_l] − ½) plus noise, [k, L].
         expected_batch: public expected batch B [k].
         quantile: target fraction γ.
@@ -77,7 +77,7 @@ def quantile_step(
         norm of each layer.
     """
     below = (released_votes / expected_batch[:, None] + 0.5).clamp(0.0, 1.0)
-    moved = l1_norm * torch.exp(-lr * (below - quantile))
+    moved = tracked_norm * torch.exp(-lr * (below - quantile))
     return torch.minimum(torch.maximum(moved, initial / NORM_RANGE), initial * NORM_RANGE)
 
 

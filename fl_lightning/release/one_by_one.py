@@ -52,10 +52,10 @@ class OneByOne:
         """Whether each client can pay for a release or has paid for that of this round, [k]."""
         if self.books is None:
             return np.ones(len(clients), dtype=bool)
-        able = self.books.budget.can_pay_each(clients, self.clients.steps)
-        for i in np.flatnonzero(~able):
-            able[i] = bool(self.books.ledger.find(int(clients[i]), round))
-        return able
+        can_pay = self.books.budget.can_pay_each(clients, self.clients.steps)
+        for i in np.flatnonzero(~can_pay):
+            can_pay[i] = bool(self.books.ledger.find(int(clients[i]), round))
+        return can_pay
 
     def cohort(self, scheduled: np.ndarray, round: int) -> Tensor:
         """Clients of the schedule that neither fail nor are out of budget, [m]."""

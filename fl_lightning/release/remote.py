@@ -92,8 +92,8 @@ class Remote:
 
     def cohort(self, scheduled: np.ndarray, round: int) -> Tensor:
         """Clients of the schedule that have something left to spend, as far as is known, [m]."""
-        able = [int(k) for k in scheduled if int(k) not in self._left]
-        return torch.tensor(able, dtype=torch.int64)
+        remaining = [int(k) for k in scheduled if int(k) not in self._left]
+        return torch.tensor(remaining, dtype=torch.int64)
 
     def groups(self, cohort: Tensor) -> Sequence[Tensor]:
         """All nodes of a round work at the same time."""

@@ -99,10 +99,10 @@ class Summed:
 
     def can_take_part(self, clients: np.ndarray, round: int) -> np.ndarray:
         """Whether each client can pay for a sum or has paid for that of this round, [k]."""
-        able = self.books.budget.can_pay_each(clients, 1)
+        can_pay = self.books.budget.can_pay_each(clients, 1)
         for line in self.books.ledger.find(ALL_CLIENTS, round):
-            able |= line.covers(clients)
-        return able
+            can_pay |= line.covers(clients)
+        return can_pay
 
     def cohort(self, scheduled: np.ndarray, round: int) -> Tensor:
         """Clients that may be in the sum: it waits for nobody who fails or is late, [m]."""
@@ -169,8 +169,8 @@ class Summed:
             )
             return self._nothing(params)
         # Who could come only to repeat what is paid for cannot be in another sum.
-        able = self.books.budget.can_pay_each(candidates.numpy(), 1)
-        return self.release(candidates[torch.from_numpy(able)], params, round, context)
+        can_pay = self.books.budget.can_pay_each(candidates.numpy(), 1)
+        return self.release(candidates[torch.from_numpy(can_pay)], params, round, context)
 
     def _weights(self, candidates: Tensor) -> tuple[float, Tensor]:
         """The noise multiplier of the sum and the weights of those that may be in it."""

@@ -126,7 +126,7 @@ def test_every_index_is_worked_on_once(threads):
         def work(begin, end, seen=seen):
             seen[begin:end] += 1
 
-        _threads.spread(work, count, elements=1 << 30)
+        _threads.run_on_threads(work, count, elements=1 << 30)
         assert (seen == 1).all()
 
 
@@ -265,7 +265,7 @@ def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):
             raise ArithmeticError(str(end))
 
     with pytest.raises(ArithmeticError, match="3"):
-        _threads.spread(work, 3, elements=1 << 30)
+        _threads.run_on_threads(work, 3, elements=1 << 30)
     assert sorted(ended) == [0, 1, 2]
 
 
@@ -273,11 +273,11 @@ def test_an_error_of_any_thread_is_raised_when_all_have_ended(threads):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_workers_it_has_not():
     torch.ones(1 << 20).mul_(2)
-    _threads.spread(lambda begin, end: None, 2, elements=1 << 30)
+    _threads.run_on_threads(lambda begin, end: None, 2, elements=1 << 30)
     child = os.fork()
     if child == 0:
         done = []
         torch.set_num_threads(2)
-        _threads.spread(lambda begin, end: done.append(begin), 2, elements=1 << 30)
+        _threads.run_on_threads(lambda begin, end: done.append(begin), 2, elements=1 << 30)
         os._exit(len(done) + 10 * (_threads.region_for(1 << 30) != (2, 0)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
