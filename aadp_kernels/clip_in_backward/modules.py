@@ -50,15 +50,19 @@ class _Clipping(TypedDict):
     p: int
 
 
+Taken = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 class LayerWatch(Protocol):
     """Sees every call of the layers that it is installed in and hands them their parameters."""
 
-    def enter(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias (None where there is none) for one call of a layer.
+    def enter(self, layer: nn.Module, x: Tensor) -> Taken:
+        """Input, weight and bias (None where there is none) for one call of a layer.
 
         Args:
             layer: the layer that is called.
-            x: its input, whose first axis must be the records.
+            x: its input, whose first axis must be the records, or one row that all of them share
+                where the watch knows that every record is given its own copy.
 
         Raises:
             UnsupportedLayerError: The call would not be bounded by the clip norm.
@@ -104,13 +108,13 @@ class ClippingLayer(nn.Module):
             "p": self.norm_p,
         }
 
-    def taken(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias for a call with input x, by the watch if there is one."""
+    def taken(self, x: Tensor) -> Taken:
+        """Input, weight and bias for a call with input x, by the watch if there is one."""
         watch: LayerWatch | None = self.__dict__.get("watch")
         if watch is not None:
             return watch.enter(self, x)
         own: Any = self._parameters
-        return own.get("weight"), own.get("bias")
+        return x, own.get("weight"), own.get("bias")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "watch"}
@@ -118,14 +122,14 @@ class ClippingLayer(nn.Module):
 
 class _Linear(nn.Linear, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.taken(input)
+        input, weight, bias = self.taken(input)
         assert weight is not None
         return functions.clipped_linear(input, weight, bias, **self.clipping())
 
 
 def _conv(function: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
     """A convolution; what it cannot pad by itself is padded first."""
-    weight, bias = layer.taken(x)
+    x, weight, bias = layer.taken(x)
     padding = layer.padding
     if isinstance(padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -149,7 +153,7 @@ class _Conv2d(nn.Conv2d, ClippingLayer):
 
 class _Embedding(nn.Embedding, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        weight, _ = self.taken(input)
+        input, weight, _ = self.taken(input)
         assert weight is not None
         return functions.clipped_embedding(
             input, weight, padding_idx=self.padding_idx, **self.clipping()
@@ -158,7 +162,7 @@ class _Embedding(nn.Embedding, ClippingLayer):
 
 class _LayerNorm(nn.LayerNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.taken(input)
+        input, weight, bias = self.taken(input)
         return functions.clipped_layer_norm(
             input, self.normalized_shape, weight, bias, eps=self.eps, **self.clipping()
         )
@@ -166,7 +170,7 @@ class _LayerNorm(nn.LayerNorm, ClippingLayer):
 
 class _RMSNorm(nn.RMSNorm, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
-        weight, _ = self.taken(x)
+        x, weight, _ = self.taken(x)
         assert weight is not None
         return functions.clipped_rms_norm(
             x, self.normalized_shape, weight, eps=self.eps, **self.clipping()
@@ -175,7 +179,7 @@ class _RMSNorm(nn.RMSNorm, ClippingLayer):
 
 class _GroupNorm(nn.GroupNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.taken(input)
+        input, weight, bias = self.taken(input)
         return functions.clipped_group_norm(
             input, self.num_groups, weight, bias, eps=self.eps, **self.clipping()
         )
@@ -186,7 +190,7 @@ def _instance_norm(layer: Any, x: Tensor) -> Tensor:
     if x.dim() == layer._get_no_batch_dim():
         raise ValueError(f"x must be [B, channels, ...], got shape {tuple(x.shape)}")
     layer._check_input_dim(x)
-    weight, bias = layer.taken(x)
+    x, weight, bias = layer.taken(x)
     return functions.clipped_group_norm(
         x, layer.num_features, weight, bias, eps=layer.eps, **layer.clipping()
     )
@@ -204,7 +208,7 @@ class _InstanceNorm2d(nn.InstanceNorm2d, ClippingLayer):
 
 class _Bias(Bias, ClippingLayer):
     def forward(self, x: Tensor) -> Tensor:
-        _, bias = self.taken(x)
+        x, _, bias = self.taken(x)
         assert bias is not None
         return functions.clipped_bias(x, bias, **self.clipping())
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.modules import (
+    ClippingLayer,
+    Taken,
+    UnsupportedLayerError,
+)
+from aadp_kernels.clip_in_backward.shared_rows import check_own_rows, moved, one_each
 
 # What a network may ask of a parameter that is not its own: nothing that depends on the values.
 _METADATA = {
@@ -71,6 +76,7 @@ class WatchedForward:
         | a forward that is recomputed in backward (checkpointing) | takes the parameters again |
         | a layer called outside of `forward` | UnsupportedLayerError |
         | compiled code that uses a layer | UnsupportedLayerError from `check` |
+        | a layer that gets one row for all records (positions) | a row for each, see `check` |
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,6 +87,8 @@ class WatchedForward:
         self._last: Mapping[str, Tensor] = self.values
         self._records = 0
         self._called: set[str] = set()
+        self._sharing: set[str] = set()  # layers that get one row for all records
+        self._checking = False
         for name, module in model.named_modules():
             if isinstance(module, ClippingLayer):
                 at = f"{name}." if name else ""
@@ -107,8 +115,8 @@ class WatchedForward:
         finally:
             self._last, self._given = parameters, None
 
-    def enter(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias for one call of a layer; see `LayerWatch`."""
+    def enter(self, layer: nn.Module, x: Tensor) -> Taken:
+        """Input, weight and bias for one call of a layer; see `LayerWatch`."""
         name, weight, bias = self._layers[id(layer)]
         given = self._given
         if given is None:
@@ -118,19 +126,28 @@ class WatchedForward:
         elif name in self._called:
             raise UnsupportedLayerError(f"{name} is used more than once in one forward")
         self._called.add(name)
+        if x.dim() and x.shape[0] == 1 != self._records and self._shares(name):
+            x = one_each(x, self._records)
         if not x.dim() or x.shape[0] != self._records:
             raise UnsupportedLayerError(
                 f"{name} gets shape {tuple(x.shape)} for {self._records} record(s): the first axis "
                 "of what it gets must be the records"
             )
         own: Any = layer._parameters
-        return given.get(weight, own.get("weight")), given.get(bias, own.get("bias"))
+        return x, given.get(weight, own.get("weight")), given.get(bias, own.get("bias"))
+
+    def _shares(self, name: str) -> bool:
+        """Whether a layer may get one row for all records; the check finds out which ones do."""
+        if self._checking:
+            self._sharing.add(name)
+        return name in self._sharing
 
     def check(self, *example: Any) -> None:
         """Run one forward of one record and one of two, and raise as `forward` does.
 
         With as many positions as records, a layer that gets positions first looks right; no other
-        axis has both lengths.
+        axis has both lengths. A layer that gets one row for two records (of positions, say) gets a
+        copy for each from now on, if no record's outputs depend on another one's copy.
 
         Args:
             *example: Inputs of the model, a batch [B, ...].
@@ -138,19 +155,39 @@ class WatchedForward:
         Guarantees:
             Leaves the global random state as it was.
         """
+        self._sharing.clear()
+        self._checking = True
+        try:
+            self._check(example)
+        finally:
+            self._checking = False
+
+    def _check(self, example: tuple[Any, ...]) -> None:
         first = next((t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()), None)
         records = -1 if first is None else len(first)
-        for count in (1, 2):
+
+        def run(parameters: Mapping[str, Tensor], count: int) -> Any:
             some = tree_map(partial(some_records, records=records, count=count), example)
-            with torch.random.fork_rng(), self.forward(self.values, count):
+            with self.forward(parameters, count):
+                return self.model(*some)
+
+        with torch.random.fork_rng():
+            for count in (1, 2):
                 try:
-                    self.model(*some)
+                    run(self.values, count)
                 except Exception as error:
                     if not type(error).__module__.startswith("torch._dynamo"):
                         raise
                     raise UnsupportedLayerError(
                         "compiled code uses a layer, and what it does cannot be watched"
                     ) from error
+            if self._sharing:
+                layers = {
+                    self._layers[id(layer)][0]: layer
+                    for layer in self.model.modules()
+                    if id(layer) in self._layers and self._layers[id(layer)][0] in self._sharing
+                }
+                check_own_rows(lambda: run(moved(self.values), 2), layers)
 
 
 def some_records(value: Any, records: int, count: int) -> Any:

@@ -69,14 +69,15 @@ class Aliases:
     Args:
         layers: Layers that clip, whose first axis is the records.
         parameters: Private parameters by name.
-        use: Is given the values by name, which the layers take from now on, or None at the end.
+        use: Is given the values by name, which the layers take from now on, and the number of
+            records, or None at the end.
     """
 
     def __init__(
         self,
         layers: Sequence[ClippingLayer],
         parameters: Mapping[str, nn.Parameter],
-        use: Callable[[Mapping[str, Tensor] | None], None],
+        use: Callable[[tuple[Mapping[str, Tensor], int] | None], None],
     ) -> None:
         self._layers, self._parameters, self._use = layers, parameters, use
 
@@ -93,7 +94,7 @@ class Aliases:
         )
         after: Any = torch.compiler.disable(lambda _layer, _args, output: _weighed(weights, output))
         try:
-            self._use(lent)
+            self._use((lent, len(weights)))
             for layer, clip in zip(self._layers, clips, strict=True):
                 # Another tensor: the layer's own is neither written nor counted as written.
                 layer._buffers["clip_norm"] = torch.full_like(clip, torch.inf)  # pyright: ignore

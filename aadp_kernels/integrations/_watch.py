@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clip_in_backward.modules import ClippingLayer, UnsupportedLayerError
+from aadp_kernels.clip_in_backward.modules import (
+    ClippingLayer,
+    Taken,
+    UnsupportedLayerError,
+)
+from aadp_kernels.clip_in_backward.shared_rows import check_own_rows, one_each
 from aadp_kernels.clip_in_backward.watched import some_records
+from aadp_kernels.integrations._forward import Forward, Tried
 from aadp_kernels.integrations._gradients import ClippedSums
 from aadp_kernels.integrations._independence import Independence
 from aadp_kernels.integrations._lending import Aliases
@@ -23,35 +29,8 @@ from aadp_kernels.integrations._trial import (
     trial,
 )
 
-Tried = tuple[set[int], set[int]]
-
 _TRIALS = 16
 _TELL = "tell it: with records(model, n): ..."
-
-
-class Forward:
-    """One forward of the model: its number of records, and what was called and gave gradients.
-
-    Attributes:
-        records: number of records; None: not known, for the reason `why`.
-        called: ids of the layers that were called.
-        given: names of the parameters that backward gave a gradient.
-        tried: ids of the layers that were tried with one record, and with two; None: not asked for.
-        kind: shapes of its inputs without the records.
-    """
-
-    __slots__ = ("called", "given", "kind", "records", "tried", "why")
-
-    def __init__(
-        self, records: int | None, *, why: str = "", tried: Tried | None = None, kind: object = None
-    ) -> None:
-        self.records, self.why, self.tried, self.kind = records, why, tried, kind
-        self.called: set[int] = set()
-        self.given: set[str] = set()
-
-    def untried(self) -> set[int]:
-        """Layers that were called and not yet tried with one record and with two."""
-        return set() if self.tried is None else self.called - (self.tried[0] & self.tried[1])
 
 
 class ModelHook:
@@ -102,6 +81,7 @@ class Watch:
         | checkpoint(use_reentrant=True) | raises in backward |
         | torch.compile | the watch runs between compiled pieces; fullgraph=True raises |
         | a copy or a pickle of the model | clips, and is not watched |
+        | one row for all records (positions) | a row for each; what mixes them raises |
     """
 
     def __init__(self, model: nn.Module, sums: ClippedSums, owner: object) -> None:
@@ -111,6 +91,7 @@ class Watch:
         self._told = self._trying = False
         self._tried: dict[object, Tried] = {}
         self._lent: Any = None
+        self._sharing: set[int] = set()  # of all forwards
         self._layers: dict[int, tuple[str, str, str]] = {}
         self._watched: list[ClippingLayer] = []
         for name, layer in model.named_modules():
@@ -156,32 +137,38 @@ class Watch:
         self._watched.clear()
 
     @torch.compiler.disable
-    def enter(self, layer: nn.Module, x: Tensor) -> tuple[Any, Any]:
-        """Weight and bias for one call of a layer; see `LayerWatch`."""
+    def enter(self, layer: nn.Module, x: Tensor) -> Taken:
+        """Input, weight and bias for one call of a layer; see `LayerWatch`."""
         own: Any = layer._parameters
         name, weight, bias = self._layers[id(layer)]
         if self._lent is not None:
-            return self._lent.get(weight, own.get("weight")), self._lent.get(bias, own.get("bias"))
+            lent, count = self._lent
+            if id(layer) in self._sharing:
+                x = one_each(x, count)
+            return x, lent.get(weight, own.get("weight")), lent.get(bias, own.get("bias"))
         if not torch.is_grad_enabled():
-            return own.get("weight"), own.get("bias")
+            return x, own.get("weight"), own.get("bias")
         forward = self._forward
         if torch._C._current_graph_task_id() != -1:
             # Computed again in backward: not a call, and no gradient may come back through it.
             forward = None
+            if id(layer) in self._sharing:
+                x = one_each(x, self.last_records)
         elif forward is None:
             raise UnsupportedLayerError(
                 f"{name} is called outside of a forward of the model, so the number of its records "
                 f"is not known: call the model, or {_TELL}"
             )
         else:
-            self._check_call(forward, name, id(layer), x)
-        return self._alias(own.get("weight"), weight, forward), self._alias(
-            own.get("bias"), bias, forward
+            x = self._checked(forward, name, id(layer), x)
+        return (
+            x,
+            self._alias(own.get("weight"), weight, forward),
+            self._alias(own.get("bias"), bias, forward),
         )
 
-    @staticmethod
-    def _check_call(forward: Forward, name: str, layer: int, x: Tensor) -> None:
-        """Raise unless this is the layer's only call, on all records."""
+    def _checked(self, forward: Forward, name: str, layer: int, x: Tensor) -> Tensor:
+        """The input, a row a record; raises unless it is the only call, on all records."""
         if forward.records is None:
             raise UnsupportedLayerError(
                 f"the number of records that {name} must see is not known, because {forward.why}; "
@@ -190,11 +177,18 @@ class Watch:
         if layer in forward.called:
             raise UnsupportedLayerError(f"{name} is used more than once in one forward")
         forward.called.add(layer)
+        if x.dim() and x.shape[0] == 1 != forward.records:
+            if self._trying:
+                forward.sharing.add(layer)
+                self._sharing.add(layer)
+            if layer in forward.sharing:
+                x = one_each(x, forward.records)
         if not x.dim() or x.shape[0] != forward.records:
             raise UnsupportedLayerError(
                 f"{name} gets shape {tuple(x.shape)} for {forward.records} record(s): the first "
                 "axis of what it gets must be the records"
             )
+        return x
 
     def _alias(self, own: Any, name: str, forward: Forward | None) -> Any:
         """A leaf with the values of a private parameter; other parameters as they are."""
@@ -279,7 +273,7 @@ class Watch:
         signature = (model.training, *map(shape_of_record, leaves))
         tried = self._tried.get(signature)
         if tried is None:
-            tried = (set(), set())
+            tried = (set(), set(), set())
             self._try(tried, model, args, kwargs, records)
             self._tried[signature] = tried
         self._forward = Forward(records, tried=tried, kind=signature)
@@ -322,15 +316,25 @@ class Watch:
         """Run the model on one record and on two, and note the layers: no other axis has both."""
         self._trying = True
         try:
-            for count, called in zip((1, 2), tried, strict=True):
+            for count, called in zip((1, 2), tried[:2], strict=True):
                 pick = partial(some_records, records=records, count=count)
                 some, named = tree_map(pick, (args, kwargs))
                 self._forward = forward = Forward(count)
                 with trial(seed), buffers_as_they_were(model):
                     model(*some, **named)
                 called |= forward.called
+                if forward.sharing:
+                    self._try_rows(forward, partial(model, *some, **named), model, seed)
+                tried[2].update(forward.sharing)
         finally:
             self._trying, self._forward = False, None
+
+    def _try_rows(self, forward: Forward, run: Any, model: nn.Module, seed: int | None) -> None:
+        """Raise if two records depend on each other's row of what gets one row for all."""
+        self._forward = Forward(forward.records)
+        layers = {self._layers[id(w)][0]: w for w in self._watched if id(w) in forward.sharing}
+        with trial(seed), buffers_as_they_were(model):
+            check_own_rows(run, layers)
 
     @contextmanager
     def told(self, count: int) -> Iterator[None]:

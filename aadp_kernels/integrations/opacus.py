@@ -12,6 +12,7 @@ fixed cyclic order with correlated noise.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -47,6 +48,7 @@ __all__ = [
     "PrivateOptimizer",
 ]
 
+_LOG = logging.getLogger("aadp_kernels")
 _MODES = ("hooks", "functorch", "ew")
 
 
@@ -264,7 +266,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
         try:
             model = ClippedModule(module, p=self.p, loss_reduction=loss_reduction)
             set_clip_norms(model._module, layout, torch.ones(layout.num_layers))
-        except ValueError:  # also UnsupportedLayerError: per-sample gradients serve any model
+        except ValueError as error:  # per-sample gradients serve any model
+            _LOG.warning(
+                "Opacus' per-sample gradients are clipped, which is slower than clipping in "
+                "backward, because %s", error,
+            )  # fmt: skip
             return None
         self.validate(module=module, optimizer=None, data_loader=None)  # pyright: ignore
         model.watch(trained)

@@ -110,6 +110,10 @@ def clipped_sums(
                 "clip_function='automatic': the network must be of Linear layers, a vector a "
                 f"record ({error})"
             ) from error
+        _LOG.info(
+            f"clipping={clipping}: every record's gradient is computed by itself, which is slower "
+            f"than clipping in backward, because {error}"
+        )
         return by_records(vectorize)
     if automatic:
         return one_pass

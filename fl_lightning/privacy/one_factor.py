@@ -40,7 +40,7 @@ class _KeptLinear(nn.Linear, ClippingLayer):
     kept: tuple[Tensor, GradientEdge] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.taken(input)
+        input, weight, bias = self.taken(input)
         if input.dim() != 2:
             raise UnsupportedLayerError(
                 f"a dense layer gets shape {tuple(input.shape)}, not one vector a record"

@@ -157,8 +157,56 @@ def test_every_signature_is_tried_with_two_numbers_of_records() -> None:
     with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
         model(torch.randn(3, 3, 4))
     model, _optimizer = watched(First())
-    with pytest.raises(UnsupportedLayerError, match="mix gets shape"):
+    with pytest.raises(UnsupportedLayerError, match="mix gets one row for all records, and what"):
         model(torch.randn(1, 1, 4))
+
+
+ROWS: dict[str, Way] = {
+    "positions": lambda self, x: x + self.fc(torch.ones(1, 4)),
+    "positions of a record's shape": lambda self, x: (
+        x + self.fc(torch.ones(1, 3, 4)).sum(1) * torch.ones(len(x), 1)
+    ),
+}
+MIXED: dict[str, Way] = {
+    "the first row for all": lambda self, x: x + self.fc(torch.ones(1, 4))[0],
+    "a mean of the rows": lambda self, x: x + self.fc(torch.ones(1, 4)).mean(0),
+    "turned rows": lambda self, x: x + self.fc(torch.ones(1, 4)).flip(0),
+}
+
+
+@pytest.mark.parametrize("way", ROWS)
+def test_one_row_for_all_records(way: str) -> None:
+    """Every record is given its own copy, and clipped by its own gradient."""
+    model, optimizer = private(ROWS[way])
+    x, start = data(), {n: v.detach().clone() for n, v in model.state_dict().items()}
+    model(x).square().sum().backward()
+    optimizer.step()
+    wanted = torch.zeros(4, 4)
+    for row in x:
+        plain = Net(ROWS[way])
+        plain.load_state_dict(start)
+        plain(row[None]).square().sum().backward()
+        whole = torch.cat([plain.fc.weight.grad.flatten(), plain.fc.bias.grad])
+        wanted += plain.fc.weight.grad * min(1.0, 0.1 / 2**0.5 / float(whole.norm()))
+    torch.testing.assert_close(model.fc.weight.grad, wanted)
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_rows_for_all_records_that_are_mixed_raise(way: str) -> None:
+    model, _optimizer = private(MIXED[way])
+    with pytest.raises(UnsupportedLayerError, match="fc gets one row for all records, and what"):
+        model(data())
+
+
+def test_one_row_for_all_records_in_later_forwards_alone_raises() -> None:
+    state = {"now": False}
+    model, _optimizer = private(
+        lambda self, x: x + self.fc(torch.ones(1, 4)) if state["now"] else self.fc(x)
+    )
+    model(data())
+    state["now"] = True
+    with pytest.raises(UnsupportedLayerError, match=r"fc gets shape \(1, 4\) for 6 record"):
+        model(data())
 
 
 @pytest.mark.parametrize("numbers", [torch.rand, lambda _: random.random()])

@@ -126,6 +126,50 @@ def test_as_many_positions_as_records_are_told_apart_by_the_check():
         watch.check(x)
 
 
+def test_a_row_for_all_records_is_given_to_each():
+    watch = watched(lambda self, x: x + self.fc(torch.ones(1, 4)))
+    x = torch.randn(3, 4)
+    with pytest.raises(UnsupportedLayerError, match=r"fc gets shape \(1, 4\) for 3 record"):
+        run(watch, x)
+    watch.check(x)
+    plain = watched(lambda self, x: x + self.fc(torch.ones(len(x), 4)))
+    for found, wanted in zip(run(watch, x), run(plain, x), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+MIXED = {
+    "the first row": lambda self, x: x + self.fc(torch.ones(1, 4))[0],
+    "their mean": lambda self, x: x + self.fc(torch.ones(1, 4)).mean(0),
+    "turned": lambda self, x: x + self.fc(torch.ones(1, 4)).flip(0),
+}
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_a_row_for_all_records_that_is_mixed_raises(way):
+    model = Net(MIXED[way])
+    nn.init.zeros_(model.out.weight)  # the check looks behind it
+    with pytest.raises(UnsupportedLayerError, match="fc gets one row for all records"):
+        WatchedForward(with_clipping(model, p=2)).check(torch.randn(3, 4))
+
+
+def test_a_row_for_all_records_without_outputs_by_record_raises():
+    model = Net(lambda self, x: x + self.fc(torch.ones(1, 4)))
+    watch = WatchedForward(with_clipping(Summed(model), p=2))
+    with pytest.raises(UnsupportedLayerError, match="no output of the model has a row a record"):
+        watch.check(torch.randn(3, 4))
+
+
+class Summed(nn.Module):
+    """One number of a batch."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).sum()
+
+
 def test_the_check_leaves_random_numbers_and_works_without_records():
     watch = watched()
     before = torch.get_rng_state()

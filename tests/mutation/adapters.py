@@ -20,6 +20,8 @@ WATCH = group(
     f"{_SEEN}::test_as_many_positions_as_records_are_not_records "
     f"{_SEEN}::test_a_layer_that_is_called_by_chance_is_tried_when_it_is_called "
     f"{_SEEN}::test_a_path_that_one_or_two_records_never_take_raises "
+    f"{_SEEN}::test_one_row_for_all_records "
+    f"{_SEEN}::test_one_row_for_all_records_in_later_forwards_alone_raises "
     f"{_SEEN}::test_what_inputs_do_not_say_must_be_told "
     f"{_SEEN}::test_parts_of_a_model_are_called_within_records "
     f"{_SEEN}::test_every_signature_is_tried_with_two_numbers_of_records "
@@ -38,12 +40,13 @@ WATCH = group(
     ("inputs that disagree are the first's", "if len(sizes) != 1:", "if len(sizes) < 1:"),
     ("no signature is tried", "        if tried is None:\n", "        if tried is None and simple is None:\n"),
     ("one signature is tried", "signature = (model.training, *map(shape_of_record, leaves))", "signature = model.training"),
-    ("one record only", "zip((1, 2), tried, strict=True)", "zip((1, 1), tried, strict=True)"),
+    ("one record only", "zip((1, 2), tried[:2], strict=True)", "zip((1, 1), tried[:2], strict=True)"),
     ("layers by chance are not tried", "            if not forward.untried():\n                return\n", "            return\n"),
     ("untried layers pass", "        if forward.untried():\n            names", "        if forward.untried() and not _TRIALS:\n            names"),
     ("a second gradient of a forward passes", "elif name in forward.given:", "elif name in forward.called:"),
     ("what is computed again gives gradients", "            forward = None\n        elif", "            forward = forward or Forward(None)\n        elif"),
     ("other tensors pass", "if own is not private:", "if own is None:"),
+    ("any layer may get one row for all", "if layer in forward.sharing:", "if forward.called:"),
     ("an old optimizer lives on", "        if isinstance(old, Watch):\n", "        if old is self:\n"),
     ("copies are watched", "        return ModelHook(None)\n", "        return ModelHook(self.act)\n"),
     ("the watch never ends", '        self.closed = why\n', '        self.closed = why\n        return\n'),

@@ -211,8 +211,10 @@ WATCHED = group(
     ("layers outside of a forward accepted", "if torch._C._current_graph_task_id() == -1:", "if False:"),
     ("values of guarded parameters readable", "if func not in _METADATA:", "if False:"),
     ("trained parameters not guarded", "parameter.__class__ = GuardedParameter", "pass"),
-    ("layers read their own parameters", "return given.get(weight, own.get(\"weight\")), given.get(bias, own.get(\"bias\"))", "return own.get(\"weight\"), own.get(\"bias\")"),
+    ("layers read their own parameters", "return x, given.get(weight, own.get(\"weight\")), given.get(bias, own.get(\"bias\"))", "return x, own.get(\"weight\"), own.get(\"bias\")"),
     ("one number of records looked at", "for count in (1, 2):", "for count in (3,):"),
+    ("any layer may get one row for all", "return name in self._sharing", "return True"),
+    ("rows for all may be mixed", "check_own_rows(lambda: run(moved(self.values), 2), layers)", "pass"),
 )  # fmt: skip
 
 WATCHED_CLIPPING = group(
