@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,18 +67,14 @@ def test_fit_commands_are_accepted(command: str, monkeypatch: pytest.MonkeyPatch
     assert stop.value.code in (0, None)
 
 
-def test_personal_epsilon_command_runs(tmp_path: Path) -> None:
+def test_personal_epsilon_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     command = next(c for c in FIT if "precision" in c)
-    words = [*shlex.split(command)[1:], "--run_dir", str(tmp_path), "--trainer.max_epochs", "2"]
-    done = subprocess.run(
-        [sys.executable, *words, "--trainer.logger", "false"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 / 3 / 8" in done.stdout
+    words = [*shlex.split(command)[3:], "--run_dir", str(tmp_path), "--trainer.max_epochs", "2"]
+    fit.main([*words, "--trainer.logger", "false"])
+    assert "1 / 3 / 8" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -39,12 +39,15 @@ def blobs(seed=0, val_fraction=0.2):
     return FederatedDataModule(arrays, CLIENTS, val_fraction=val_fraction, seed=seed)
 
 
-def go(folder, rounds, *, privacy, resume=False, every=1, data_seed=0, callbacks=(), **options):
+def go(
+    folder, rounds, *, privacy, resume=False, every=1, data_seed=0, callbacks=(), hidden=(4,),
+    **options,
+):  # fmt: skip
     """Train up to `rounds` in a folder, as the command line does; the module is handed back."""
     torch.manual_seed(5)
     options = {"planned_rounds": 8, "execution": "vmap", "sampling_rate": 0.5} | options
     module = FederatedModule(
-        MLP(6, 3, hidden=[4]),
+        MLP(6, 3, hidden=list(hidden)),
         PrivacyConfig(**{"seed": 7} | privacy),
         server_optimizer=fed_avg_m,
         run_dir=str(folder),

@@ -104,12 +104,12 @@ def test_another_question_has_other_noise_and_is_charged(change, node, tmp_path)
 
 
 def test_a_node_never_spends_more_than_its_holder_promised(node, tmp_path):
-    one = node(rounds=3)
-    n.join(one, n.terms(rounds=3))
-    answers = [n.release(one, 0, params=n.model(0.1 * i))[0] for i in range(6)]
-    assert ["refused" in head for head in answers] == [False] * 3 + [True] * 3
+    one = node()
+    n.join(one)
+    answers = [n.release(one, 0, params=n.model(0.1 * i))[0] for i in range(12)]
+    assert ["refused" in head for head in answers] == [False] * 10 + [True] * 2
     assert answers[-1]["refused"].startswith("spent:")
-    assert len(read(folder(tmp_path))[1]) == 3
+    assert len(read(folder(tmp_path))[1]) == 10
     assert report(folder(tmp_path))[0].epsilon <= n.EPSILON
 
 

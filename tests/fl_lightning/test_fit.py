@@ -97,7 +97,7 @@ def printed(capsys, *arguments):
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_a_run_from_anywhere(tmp_path):
+def test_a_run_from_anywhere(cwd, tmp_path, capsys):
     done = python(tmp_path, *SMALL)
     (run,) = (tmp_path / "runs").iterdir()
     assert f"run folder: runs/{run.name}" in done.stdout
@@ -121,9 +121,10 @@ def test_a_run_from_anywhere(tmp_path):
     assert 0 <= summary["test_accuracy"] <= 1
     assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
 
-    finished = python(tmp_path, *SMALL, "--run_dir", str(run), "--ckpt_path", "last")
-    assert "note: 2 rounds are done and trainer.max_epochs=2: nothing is left" in finished.stdout
-    assert "test accuracy" in finished.stdout
+    main([*SMALL, "--run_dir", str(run), "--ckpt_path", "last"])
+    finished = capsys.readouterr().out
+    assert "note: 2 rounds are done and trainer.max_epochs=2: nothing is left" in finished
+    assert "test accuracy" in finished
     assert len(ledgers.read(run)[1]) == 4
     assert not (run / "config_2.yaml").exists()
 
@@ -149,13 +150,15 @@ def test_a_longer_run_goes_on(cwd):
     assert (cwd / "whole/ledger.jsonl").read_bytes() == (cwd / "parts/ledger.jsonl").read_bytes()
 
 
-def test_the_users_own_network_loss_and_data(tmp_path):
+def test_the_users_own_network_loss_and_data(cwd, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` has it
     (tmp_path / "own.py").write_text(OWN)
     arguments = ["--data.source", "own.records", "--model.network", "own.Network"]
     arguments += ["--model.network.width", "5", "--model.loss", "own.Focal"]
     arguments += ["--privacy.delta", "0.001", "--data.num_clients", "2", "--run_dir", "run"]
     arguments += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
-    python(tmp_path, *arguments)
+    main(arguments)
+    monkeypatch.delitem(sys.modules, "own")
     header, releases = ledgers.read(tmp_path / "run")
     assert header["dataset"] == "mine"
     assert header["layers"] == ["hidden", "norm", "last"]

@@ -17,6 +17,7 @@ import pytest
 from fl_lightning import ledger as ledger_module
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.ledger import Ledger, LedgerError, report, verify
+from fl_lightning.ledger.__main__ import main
 from fl_lightning.values.event import NoiseEvent
 from tests.fl_lightning.filled_ledger import HEADER, filled, release, reopen
 
@@ -241,34 +242,29 @@ def test_report_charges_tails_and_inflation(tmp_path: Path) -> None:
     assert second.epsilon == third.epsilon == math.inf
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fl_lightning.ledger", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = filled(tmp_path, 10)
-    for path in (file, tmp_path):
-        shown = run_command("show", str(path))
-        assert shown.returncode == 0, shown.stderr
-        assert "0.9708" in shown.stdout
-        assert "SIMULATED" in shown.stdout
-    checked = run_command("verify", str(tmp_path))
-    assert (checked.returncode, checked.stdout) == (0, "20 releases, chain unbroken\n")
+    command = [sys.executable, "-m", "fl_lightning.ledger", "show", str(file)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert main(["show", str(tmp_path)]) == 0
+    for text in (shown.stdout, capsys.readouterr().out):
+        assert "0.9708" in text
+        assert "SIMULATED" in text
+    assert main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "20 releases, chain unbroken\n"
     file.write_bytes(file.read_bytes().replace(b'"round":4', b'"round":5', 1))
     for action in ("show", "verify"):
-        broken = run_command(action, str(file))
-        assert broken.returncode == 1
-        assert broken.stderr.startswith("line 10 was changed")
-        assert broken.stdout == ""
+        assert main([action, str(file)]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("line 10 was changed")
+        assert said.out == ""
 
 
 @pytest.mark.parametrize("setting", ["abstract", "none"])
 def test_command_without_guarantee(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
-    from fl_lightning.ledger.__main__ import main
-
     with Ledger.create(tmp_path, {**HEADER, "setting": setting, "simulated": False}) as ledger:
         multiplier = 3.0 if setting == "abstract" else 0.0
         ledger.append([release(0, 0, noise_multiplier=multiplier, guarantee=False)])
