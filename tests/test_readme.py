@@ -71,6 +71,8 @@ def test_personal_epsilon_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    # Lightning uses an old name of jsonargparse.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     command = next(c for c in FIT if "precision" in c)
     words = [*shlex.split(command)[3:], "--run_dir", str(tmp_path), "--trainer.max_epochs", "2"]
     fit.main([*words, "--trainer.logger", "false"])
