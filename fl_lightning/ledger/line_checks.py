@@ -98,7 +98,9 @@ def _calibrated(header: Mapping[str, Any]) -> Callable[[Release], Iterator[str]]
     @functools.lru_cache(maxsize=64)
     def cohort(clients: str | None) -> tuple[int, float, float]:
         ids = Release.members_of(clients, everyone)
-        z, weight = (of_clients(header, name)[ids] for name in ("noise_multiplier", "weights"))
+        # Rounds that share noise have one scale: that of all clients.
+        among = ids if header.get("coefficients") is None else slice(None)
+        z, weight = (of_clients(header, name)[among] for name in ("noise_multiplier", "weights"))
         return len(ids), float(z.min()), float(weight.max())
 
     def check(release: Release) -> Iterator[str]:

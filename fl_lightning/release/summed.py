@@ -173,14 +173,29 @@ class Summed:
         return self.release(candidates[torch.from_numpy(can_pay)], params, round, context)
 
     def _weights(self, candidates: Tensor) -> tuple[float, Tensor]:
-        """The noise multiplier of the sum and the weights of those that may be in it."""
-        privacy = self.rules.privacy
-        return sum_weights(
-            self.sum_rules.weights[candidates],
-            self.books.budget.multiplier[candidates],
+        """The noise multiplier of the sum and the weights of those that may be in it.
+
+        Where rounds share noise, they are relative to all clients and not to those of the round:
+        a round takes back in its own scale what an earlier one added in that one's.
+        """
+        privacy, budget, asked = self.rules.privacy, self.books.budget, self.sum_rules.weights
+        among = candidates if budget.plan is None else torch.arange(len(asked))
+        z, weights = sum_weights(
+            asked[among],
+            budget.multiplier[among],
             mechanism=privacy.mechanism,
             vote_share=privacy.votes,
         )
+        return z, weights if budget.plan is None else weights[candidates]
+
+    def _divisor(self, weights: Tensor) -> float:
+        """What the sum is divided by: public, what was expected and not who came."""
+        if self.books.budget.plan is None:
+            return (self.sum_rules.rate or 1.0) * float(weights.sum())
+        # The same in all rounds that share noise.
+        everyone = torch.arange(len(self.sum_rules.weights))
+        size = self.rules.cohort_size(len(everyone))
+        return size * float(self._weights(everyone)[1].mean())
 
     def draw(self, candidates: Tensor, params: Params, key: NoiseKey, round: int) -> PrivateUpdate:
         """Train, clip, add up and add noise; nothing is paid for yet: nothing may be handed out."""
@@ -215,10 +230,8 @@ class Summed:
                 total.add(clients.train(ids, params, coins, round), ids, weight)
 
         total.gather(train)
-        # Public denominators: what was expected, not who came.
-        expected = 1.0 if rate is None else rate
         update = total.release(
-            divisor=expected * float(weights.sum()), expected_votes=expected * len(candidates)
+            divisor=self._divisor(weights), expected_votes=(rate or 1.0) * len(candidates)
         )
         return update, key if total.shared is None else total.key
 
@@ -251,6 +264,7 @@ class Summed:
         event = noise_event(privacy, z, 1.0 if asked.rate is None else asked.rate)
         own = event_multiplier(weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes)
         plan = budget.plan
+        among = asked.weights[clients] if plan is None else asked.weights
         if plan is not None:
             own = own / torch.from_numpy(plan.sizes_of_one.largest[ids])
         return line_writer(self.books, privacy, policy, key, round, 1)(
@@ -260,7 +274,7 @@ class Summed:
             extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.sampler_cost_at),
             first_step=len(self.books.ledger),
             digest=digest,
-            largest_weight=largest or float(asked.weights[clients].max()),
+            largest_weight=largest or float(among.max()),
             clients=None if len(ids) == len(asked.weights) else encode(ids),
             spent=spent_digest(budget.spent),
             combined=None if plan is None else tuple(r for r, _, _ in self._earlier(round)),

@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import torch
 
 from aadp_kernels import NoiseKey, noise_scales, sample_noise
-from fl_lightning import PrivacyConfig
+from fl_lightning import FederatedDataModule, PrivacyConfig, from_arrays
 from fl_lightning.accounting.group_privacy import in_correlated_sums
 from fl_lightning.accounting.sum_costs import client_multipliers
 from fl_lightning.export import export
 from fl_lightning.keys.released_noise import FILE, ReleasedNoise
 from fl_lightning.keys.run_key import public_name, run_key
-from fl_lightning.ledger import read
+from fl_lightning.ledger import read, report, verify
 from fl_lightning.ledger.accounts import accounts
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.ledger.statement_groups import client_steps
@@ -29,6 +29,7 @@ from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.named_options import named_options
 from fl_lightning.privacy.noised_sum import SharedNoise
 from fl_lightning.values.release import ALL_CLIENTS, Release, parse_release, release_entry
+from tests.fl_lightning import resuming
 from tests.fl_lightning.correlated_values import BANDED, dense
 from tests.fl_lightning.resuming import CLIENTS, go
 
@@ -49,8 +50,13 @@ class Models(pl.Callback):
         self.seen.append(torch.cat(flat))
 
 
-def measured(folder: Path, models: Models) -> tuple[np.ndarray, list[int]]:
-    """D as a run had it: [released, released]; and the rounds that were released."""
+def measured(
+    folder: Path, models: Models, divisor: float | None = None
+) -> tuple[np.ndarray, list[int]]:
+    """D as a run had it: [released, released]; and the rounds that were released.
+
+    A round's sum is taken to be divided by its clients; `divisor` is another one.
+    """
     header, releases = read(folder)
     moved = [a - b for a, b in zip(models.seen, models.seen[1:], strict=False)]
     rounds = [r.round for r in releases]
@@ -65,7 +71,7 @@ def measured(folder: Path, models: Models) -> tuple[np.ndarray, list[int]]:
             mechanism="gaussian", noise_multiplier=release.noise_multiplier, adjacency="zero_out",
         )  # fmt: skip
         wide = torch.cat([s.expand(n) for s, n in zip(scales, header["dims"], strict=True)])
-        y.append(-gradient * len(release.members(CLIENTS)) / wide)
+        y.append(-gradient * (divisor or len(release.members(CLIENTS))) / wide)
         key, parts = noise.find(release.binding), []
         for layer, n in enumerate(header["dims"]):
             parts.append(
@@ -111,6 +117,36 @@ def test_the_best_adversary_of_a_run_sees_what_the_ledger_charges(
         if not dropout:
             assert paid == pytest.approx(seen, rel=1e-6)
         assert charged[client].releases == len(took_part)
+
+
+def test_noise_is_taken_back_in_the_scale_it_was_added_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients of very different sizes and ε, one a round."""
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(3))
+    owners = np.repeat(np.arange(3), (60, 20, 10))
+    arrays = from_arrays(x, torch.arange(90) % 3, num_classes=3, client=owners)
+    data = FederatedDataModule(arrays, CLIENTS, partition="natural")
+    monkeypatch.setattr(resuming, "blobs", lambda _: data)
+    models = Models()
+    different = {"noise_multiplier": None, "epsilon": [2e-3, 4e-3, 8e-3], "delta": 1e-6}
+    go(
+        tmp_path, 12, privacy=BANDED | HUGE | different | {"seed": None}, clients_per_round=1,
+        planned_rounds=12, weighting="records", callbacks=[models],
+    )  # fmt: skip
+    header, releases = read(tmp_path)
+    sizes = data.client_sizes.numpy()
+    assert {r.largest_weight for r in releases} == {sizes.max()}
+    assert len({r.noise_multiplier for r in releases}) == 1
+    assert len({r.members(CLIENTS).tobytes() for r in releases}) == 3
+    z = np.array(header["noise_multiplier"])
+    weights = np.minimum(sizes / sizes.max(), z.min() / z)
+    d, _ = measured(tmp_path, models, weights.mean())
+    wanted = dense(tuple(header["coefficients"]), 12)
+    np.testing.assert_allclose(d, wanted, atol=0.02)
+    assert verify(tmp_path) == []
+    spent = {k: account.epsilon for k, account in report(tmp_path).items()}
+    assert all(0 < spent[k] <= different["epsilon"][k] for k in range(CLIENTS))
 
 
 def test_the_statement_says_what_is_charged_and_how_groups_fare(tmp_path: Path) -> None:

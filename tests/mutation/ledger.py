@@ -271,11 +271,11 @@ ACCOUNTING = [
     *group(
         "fl_lightning/release/summed.py",
         _COHORTS,
-        ("largest weight of all clients", "float(asked.weights[clients].max())", "float(asked.weights.max())"),
+        ("largest weight of all clients", "among = asked.weights[clients] if plan is None else asked.weights", "among = asked.weights"),
         ("sums of everybody", "clients=None if len(ids) == len(asked.weights) else encode(ids),", "clients=None,"),
         ("nobody spent before", "spent=spent_digest(budget.spent),", "spent=spent_digest(0 * budget.spent),"),
         ("the first step of every sum", "first_step=len(self.books.ledger),", "first_step=0,"),
-        ("weights of all clients", "            self.sum_rules.weights[candidates],\n", "            self.sum_rules.weights[: len(candidates)],\n"),
+        ("weights of all clients", "            asked[among],\n", "            asked[: len(among)],\n"),
     ),
     *group(
         "fl_lightning/accounting/budget.py",
