@@ -108,8 +108,9 @@ def clip_sum(
         totals = [torch.empty(shape, dtype=kind, device=mask.device) for shape in layout.shapes]
     draw, flags = _draw(None, mask.device), {"FRESH": sums is None, "LAST": False}
     stats = _both_launches(
-        per_sample, layout, bounds, mask, (totals, totals), quanta, bounds.clip, draw, flags
-    )
+        per_sample, layout, bounds, mask, (totals, totals), quanta, bounds.clip, draw=draw,
+        flags=flags,
+    )  # fmt: skip
     return list(totals), stats
 
 
@@ -131,8 +132,8 @@ def clip_sum_noise(
     ]
     before = sums or [torch.empty(0, dtype=torch.float64, device=device)] * len(results)
     stats = _both_launches(
-        per_sample, layout, bounds, mask, (before, results), None, scale, _draw(noise, device),
-        {"FRESH": fresh, "LAST": True},
+        per_sample, layout, bounds, mask, (before, results), None, scale,
+        draw=_draw(noise, device), flags={"FRESH": fresh, "LAST": True},
     )  # fmt: skip
     return results, stats
 
@@ -145,6 +146,7 @@ def _both_launches(
     places: tuple[Sequence[Tensor], Sequence[Tensor]],
     quanta: Tensor | None,
     scale: Tensor,
+    *,
     draw: Any,
     flags: dict[str, bool],
 ) -> ClipStats:

@@ -176,6 +176,39 @@ def _apply_chunk(
 
 
 @triton.jit
+def _write_chunk(
+    x, reference, out, shift, shift0, first, low, high, whole, factor, amount, client, layer,
+    step_pointer, key_pointer, coefficients, bands, thresholds, NOISY: tl.constexpr,
+    X: tl.constexpr, REFERENCE: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
+    TILE: tl.constexpr, GAUSSIAN: tl.constexpr, FORM: tl.constexpr, CHACHA: tl.constexpr,
+    ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`_apply_chunk` of a float64 factor and noise scale; a scale that is none gives NaN."""
+    amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
+    weight = _round_down(factor, DTYPE)
+    unit_scale = amount.to(DTYPE)
+    if FORM == "grid":
+        unit_scale = quantum(amount, GAUSSIAN)
+        if amount != 0:
+            weight = quantum_weight(factor, unit_scale)
+    drawn_from = None
+    if NOISY:
+        drawn_from = load_source(step_pointer, key_pointer, coefficients, bands, CHACHA)
+    if NOISY and amount != 0:
+        _apply_chunk(
+            x, reference, out, shift, shift0, first, low, high, whole, weight, unit_scale,
+            drawn_from, client, layer, thresholds, True, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN,
+            FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
+        )  # fmt: skip
+    else:
+        _apply_chunk(
+            x, reference, out, shift, shift0, first, low, high, whole, weight, amount, drawn_from,
+            client, layer, thresholds, False, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM,
+            CHACHA, ROUNDS, BLOCKS, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit
 def _chunk_sums(
     x, reference, shift, shift0, first, low, high, whole, X: tl.constexpr,
     REFERENCE: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
@@ -244,6 +277,15 @@ def _await_factor(published, unit):
 
 
 @triton.jit
+def _load_chunk(table):
+    """Tensor, shifts, bounds and unit of a row of `LaunchPlan.chunks`."""
+    tensor, shift, first = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    low, high, whole = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    unit = tl.load(table + 6).to(tl.int32)  # fewer than `MAX_CHUNKS`
+    return tensor, shift, tl.load(table + 7), first, low, high, whole, unit
+
+
+@triton.jit
 def _take(counter, LANES: tl.constexpr):
     """Asks for the next ticket, which one lane will have; nobody waits for it here."""
     lane = tl.arange(0, LANES)
@@ -292,26 +334,18 @@ def privatize_kernel(
         ahead = _take(counter, LANES)
         code = tl.load(tickets + ticket)
         chunk = (code >> 2).to(tl.int64)
-        table = chunks + chunk * 8
-        tensor = tl.load(table)
-        shift = tl.load(table + 1)
-        first = tl.load(table + 2)
-        low = tl.load(table + 3)
-        high = tl.load(table + 4)
-        whole = tl.load(table + 5)
-        unit = tl.load(table + 6).to(tl.int32)  # fewer than `MAX_CHUNKS`
+        tensor, shift, shift0, first, low, high, whole, unit = _load_chunk(chunks + chunk * 8)
         row = (unit // num_layers).to(tl.int64)
         layer = unit % num_layers
         begin = tl.load(units + unit * 2)
         end = tl.load(units + unit * 2 + 1)
-        shift0 = tl.load(table + 7)
         x = tl.load(addresses + tensor)
         out = tl.load(addresses + num_tensors + tensor)
         reference = x
         if REFERENCE is not None:
             reference = tl.load(addresses + 2 * num_tensors + tensor)
         # The only chunk of its unit, in one launch: nobody else has or wants its factor.
-        alone = (code & 3) == 3
+        only_chunk = (code & 3) == 3
         factor = tl.full([], 0.0, tl.float64)
         if code & 1:
             total1, total2 = _chunk_sums(
@@ -327,33 +361,17 @@ def privatize_kernel(
                     scale_stride, votes_at, votes_stride, norm1_out, votes_out, clipped_out,
                     nonfinite_out, P, FORM,
                 )  # fmt: skip
-                if not alone:
+                if not only_chunk:
                     _publish_factor(published, unit, factor)
         if code & 2:
-            if not alone:
+            if not only_chunk:
                 factor = _await_factor(published, unit)
             amount = tl.load(scale + row * scale_stride + layer)
-            amount = tl.where((amount >= 0) & (amount < float("inf")), amount, float("nan"))
-            weight = _round_down(factor, DTYPE)
-            unit_scale = amount.to(DTYPE)
-            if FORM == "grid":
-                unit_scale = quantum(amount, GAUSSIAN)
-                if amount != 0:
-                    weight = quantum_weight(factor, unit_scale)
             client = tl.load(clients + row).to(tl.uint32)
-            drawn_from = None
-            if NOISY:
-                drawn_from = load_source(step_pointer, key_pointer, coefficients, bands, CHACHA)
-            if NOISY and amount != 0:
-                _apply_chunk(
-                    x, reference, out, shift, shift0, first, low, high, whole, weight,
-                    unit_scale, drawn_from, client, layer.to(tl.uint32), thresholds, True, X,
-                    REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
-                )  # fmt: skip
-            else:
-                _apply_chunk(
-                    x, reference, out, shift, shift0, first, low, high, whole, weight, amount,
-                    drawn_from, client, layer.to(tl.uint32), thresholds, False, X, REFERENCE, OUT,
-                    DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS, PARTS,
-                )  # fmt: skip
+            _write_chunk(
+                x, reference, out, shift, shift0, first, low, high, whole, factor, amount, client,
+                layer.to(tl.uint32), step_pointer, key_pointer, coefficients, bands, thresholds,
+                NOISY, X, REFERENCE, OUT, DTYPE, TILE, GAUSSIAN, FORM, CHACHA, ROUNDS, BLOCKS,
+                PARTS,
+            )  # fmt: skip
         ticket = _taken(ahead, LANES)
