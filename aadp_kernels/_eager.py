@@ -1,4 +1,4 @@
-"""What draws noise runs eagerly: outside of compiled graphs, of torch.func and of autograd."""
+"""Functions that draw noise run eagerly: not in compiled graphs, torch.func or autograd."""
 
 from __future__ import annotations
 

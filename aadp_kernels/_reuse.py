@@ -71,7 +71,7 @@ def _same_but_step(
 
 
 class UsedNoise:
-    """What one key object has drawn: a last step for each (domain, layer, client) and its elements.
+    """Keeps the last step that a key drew for each (domain, layer, client), and its elements.
 
     Steps of a stream must not decrease; elements of one step may come in disjoint pieces.
     """

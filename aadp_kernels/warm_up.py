@@ -82,11 +82,11 @@ def target_of(name: str | None = None) -> Target:
 def warm_up(
     needs: Needs | None = None, *, target: Target | None = None, processes: int | None = None
 ) -> Iterator[Outcome]:
-    """Compile all kernels that calls will ask for; an outcome as each is done.
+    """Compile all kernels that calls will ask for, and yield the outcome of each.
 
     Args:
         needs: What calls will ask for, all common things by default.
-        target: See `target_of`; None: the GPU of this machine.
+        target: A GPU as `target_of` reads it; None: the GPU of this machine.
         processes: How many compile at once; None: one for each core that this process may use.
 
     Raises:

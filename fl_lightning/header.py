@@ -77,7 +77,7 @@ def ledger_header(
 
 
 def correlation_facts(rules: Rules, budget: Budget) -> dict[str, Any]:
-    """What else the header of a run says whose rounds share noise; {} for others."""
+    """Facts of the header about noise that rounds share; {} where each round has its own."""
     plan = budget.plan
     if plan is None:
         return {}

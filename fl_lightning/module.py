@@ -294,7 +294,7 @@ class FederatedModule(pl.LightningModule):
             self.check(self.data, self.trainer)
 
     def on_fit_start(self) -> None:
-        """Settle what the rounds share; see `begin_run`."""
+        """Begin the run: secret, ledger, budget and history are there before round 0."""
         self._training_facts = training_facts(self.network, self.configure_optimizers())
         spec = RunSpec(
             self.rules,

@@ -1,4 +1,4 @@
-"""What fl_lightning needs of the Python that imports it; what is missing is said in one line."""
+"""Refuses a Python that lacks what fl_lightning needs, and says in one line what that is."""
 
 from __future__ import annotations
 

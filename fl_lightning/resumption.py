@@ -1,4 +1,4 @@
-"""What a run that goes on must have in common with what its checkpoint was made by.
+"""Refuses to go on with a run by rules that its checkpoint was not made by.
 
 An optimizer's state replaces whatever a new command line says of it, and fits no other optimizer.
 So a difference is refused at the start, by both values, and is neither ignored nor left to fail.
@@ -113,7 +113,7 @@ def check_resumption(
 
 
 def promise_of(rules: Rules, records: str | None) -> dict[str, Any]:
-    """What multipliers and affordable steps are calibrated for.
+    """The rules that a run must keep, because its noise was calibrated for them.
 
     Args:
         rules: of the run.

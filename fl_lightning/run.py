@@ -1,4 +1,4 @@
-"""What is settled before the first round: secret, ledger, budget, history, and who trains."""
+"""Prepares a run before its first round: secret, ledger, budget, history, and who trains."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _correlated_plan(spec: RunSpec, schedule: np.ndarray) -> CorrelatedPlan | No
 
 
 def _released_noise(spec: RunSpec, key: NoiseKey, ledger: Ledger | None) -> ReleasedNoise:
-    """What released rounds' noise is drawn again from; all that the ledger has must be there."""
+    """Keys of the noise of released rounds. Every round of the ledger must have one."""
     noise = ReleasedNoise(key, spec.folder, once=spec.processes.first)
     for release in ledger or ():
         noise.find(release.binding)
@@ -255,7 +255,7 @@ def _budget(
 
 
 def _join(spec: RunSpec, budget: Budget, run_id: str) -> list[Agreement]:
-    """What each node is to keep to; a run that begins takes the multipliers that they found."""
+    """The terms of each node. A run that begins takes the noise multipliers that nodes computed."""
     if spec.federation is None:
         return []
     terms = agreements(

@@ -1,4 +1,4 @@
-"""What a run is to be: everything that is known before it begins."""
+"""The inputs of a run: everything that is known before it begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fl_lightning.values.round import Params
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run is to be, before anything of it exists.
+    """The inputs of a run that `begin_run` begins. Nothing of the run exists yet.
 
     Args:
         rules: of the run.

@@ -71,7 +71,7 @@ class Decisions(NamedTuple):
         return cls(cuts_of(layout).ends, eps, smallest, limit, levels, numbers, flags)
 
     def stats(self) -> ClipStats:
-        """As tensors."""
+        """The statistics as tensors that share the memory."""
         return ClipStats(*map(torch.from_numpy, (*self.numbers[:FACTOR], *self.flags)))
 
 
@@ -120,11 +120,11 @@ class ReleaseCall(NamedTuple):
         tensors: number of rows of `TensorTable.entries`.
         cuts: where walks over the layers are cut.
         kind: what noise is written.
-        eps, smallest: see `Decisions`.
+        eps, smallest: float64 [1, L] or [K, L], precision of the outputs.
         p: norm of the clipping.
         clip, scale, clients: addresses of float64 [K, L] (twice) and int64 [K].
         votes_at: address of float64 [K, L], or 0.
-        numbers, flags: see `Decisions`.
+        numbers, flags: float64 [3, K, L] and int64 [2, K, L] out, as in `Decisions`.
     """
 
     packed: np.ndarray

@@ -13,12 +13,12 @@ from aadp_kernels.contract import Noise
 
 
 class NoiseKind(NamedTuple):
-    """What is the same for all releases of one kind.
+    """The options of noise that compiled code reads. Releases of equal options share one.
 
     Attributes:
         layer_words: int64 [L], the word of the address that names layer and domain.
-        rounds: Of the generator.
-        blocks: Of the generator, a tile.
+        rounds: Rounds of the generator.
+        blocks: Blocks of the generator that a tile takes.
         fast: Whether the noise is of the fast form.
         gaussian: Whether it is Gaussian.
     """
@@ -40,14 +40,15 @@ class NoiseKind(NamedTuple):
 
 
 class NoisePlan(NamedTuple):
-    """What `sum_and_write.write_units` writes beside the clipped values.
+    """The noise that `sum_and_write.write_units` adds to the clipped values.
 
     Attributes:
         scale: float64 [K, L] noise scales.
         clients: int64 [K] ids.
-        states: uint32 [p, 24], see `rng.Generator`: of this step, then of those drawn again.
-        coefficients: float64 [p], what the noise of each of them is multiplied by; 1 comes first.
-        kind: Of all layers.
+        states: uint32 [p, 24], first words of the generator: of this step, then of each step that
+            is drawn again.
+        coefficients: float64 [p], factors of the noise of these steps; the first is 1.
+        kind: Options of the noise, and the address words of the layers.
     """
 
     scale: np.ndarray

@@ -1,4 +1,4 @@
-"""What asks for the device: launches, and small tables on their way there without waiting for it.
+"""Launches kernels on a device, and copies small tables there without waiting for it.
 
 PyTorch has one current device a thread. A launch goes to its stream, and questions about a capture
 are about its stream, wherever the tensors lie: so both are asked inside `on(device)`.

@@ -48,7 +48,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class SumPlan:
-    """What a call needs to know of the layout, as tables on the device."""
+    """The tables of a layout that the kernels read, on the device."""
 
     groups: tuple[_Group, ...]
     layers: Tensor

@@ -67,11 +67,11 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Scratch:
-    """What a launch writes beside its results, and its step.
+    """Memory that a launch writes beside its results, and its step.
 
-    A plan belongs to a stream, in which one launch follows the other. So a launch may have the
-    scratch of an earlier one, but not of one that another thread is about to make: that would clear
-    counters which are cleared already, and find them used.
+    A plan belongs to a stream, whose launches follow one another. So a launch may take the scratch
+    of an earlier launch. It must not take that of a launch which another thread is still making:
+    both threads would clear the counters first, and the second launch would find them used.
 
     Attributes:
         counters: int32, all of the next two; zero when a launch begins.

@@ -143,7 +143,7 @@ def privatize(
 
 
 class LaunchKind(NamedTuple):
-    """What of a call, beside its tensors, decides about tables and constants; no values.
+    """Options of a call that decide which tables and constants its launch has; no values.
 
     Attributes:
         lead: () of one update, (K,) of a cohort.
@@ -175,14 +175,16 @@ class LaunchKind(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PreparedCall:
-    """Everything of a launch that is the same for the same places of memory; no tensor of a user.
+    """The part of a launch that stays the same while tensors stay where they are in memory.
+
+    It holds no tensor of a user.
 
     Attributes:
-        guards: That each list of tensors had passed; empty for a call that is not kept.
+        guards: Checks that each list of tensors has passed; empty for a call that is not kept.
         tables: The plan of the launch.
-        layers: See `_layer_table`.
-        addresses: int64 [lists, T].
-        kind: What it was made for.
+        layers: float64 [L, 5], the table that `_layer_table` makes.
+        addresses: int64 [lists, T], of the tensors.
+        kind: Options that it was made for.
         num_layers, num_tensors: Of the layout.
         num_tickets, num_chunks: Of the plan.
         programs: Of the grid.

@@ -132,14 +132,14 @@ class Budget:
         return multiplier
 
     def sampler_cost_at(self, event: NoiseEvent, delta: float) -> SamplerCost:
-        """What a noised step costs beyond the given event at a δ."""
+        """The cost of a noised step at a δ that its event, ideal noise, does not hold."""
         form = self.config.noise_form
         return inexact_noise(
             event, form, streams=self.streams, delta=delta, noise_parts=self.noise_parts
         )
 
     def extra(self, client: int) -> SamplerCost:
-        """What each noised step of a client costs beyond its event."""
+        """The cost of each noised step of a client that its event, ideal noise, does not hold."""
         event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
         return self.sampler_cost_at(event, float(self.delta[client]))
 
@@ -188,7 +188,7 @@ class Budget:
         return np.where(within, np.minimum(result, self.target), result)
 
     def _epsilon_of_plan(self, plan: CorrelatedPlan) -> np.ndarray:
-        """As if each client had weight 1 in the rounds that it took part in."""
+        """ε of every client, [K], as if it had weight 1 in each round that it took part in."""
         ids = np.unique(np.concatenate([np.empty(0, np.int64), *self._unread]))
         self._unread = []
         known = {r: who[np.isin(who, ids)] for r, who in self._rounds.items()}

@@ -96,7 +96,7 @@ class GroupSteps:
 
 
 def records_of_one_client(accounts: Sequence[ClientSteps], size: int) -> GroupSteps:
-    """Steps as `size` records of the client with the least noise see them."""
+    """Steps of a group of `size` records, all of the client with the least noise."""
     counts, exact, _ = _worst(accounts)
     return GroupSteps(
         {_records(event, size): n for event, n in counts.items()},
@@ -124,7 +124,7 @@ def apart(accounts: Sequence[ClientSteps], size: int) -> GroupSteps:
 
 
 def in_one_sum(accounts: Sequence[ClientSteps], size: int) -> GroupSteps:
-    """Steps as `size` clients see them who move the same noised sums."""
+    """Steps of a group of `size` clients that are in the same noised sums."""
     events = [event for a in accounts for event in a.counts]
     mechanism, rate = events[0].mechanism, max(e.sampling_rate for e in events)
     order = [(max(1 / e.noise_multiplier for e in a.counts), len(a.rounds), a) for a in accounts]
@@ -146,7 +146,7 @@ def in_one_sum(accounts: Sequence[ClientSteps], size: int) -> GroupSteps:
 
 
 def in_correlated_sums(accounts: Sequence[ClientSteps], size: int, *, horizon: int) -> GroupSteps:
-    """Steps as `size` clients see them who move sums with noise that rounds share.
+    """Steps of a group of `size` clients in sums whose rounds share noise.
 
     Their moves of a whole run add up (Minkowski), and so do those of each of its planned rounds;
     exactly so for clients that took part in the same rounds, by the same factor.
@@ -239,7 +239,7 @@ def _worst(accounts: Sequence[ClientSteps]) -> tuple[Mapping[NoiseEvent, int], b
 
 
 def _records(event: NoiseEvent, size: int) -> ShiftMixture:
-    """A step as `size` units that have coins of their own in one batch see it."""
+    """A step of a group of `size` units of one batch, each with a coin of its own."""
     rate, move = event.sampling_rate, 1 / event.noise_multiplier
     if rate == 1:
         return ShiftMixture(event.mechanism, (size * move,), (1.0,))

@@ -38,7 +38,7 @@ class Risk:
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[float, float]]) -> Risk:
-        """What a list of pairs (epsilon >= 0, delta) bounds."""
+        """Bounds that follow from a list of pairs (epsilon >= 0, delta)."""
         table = np.array(pairs, dtype=np.float64)
         return cls(table[:, 0], table[:, 1])
 
@@ -72,7 +72,7 @@ class Risk:
 def risk_of(
     counts: Mapping[NoiseEvent, int], delta: float, inflation: float = 0.0, tails: float = 0.0
 ) -> Risk:
-    """What a client's account bounds.
+    """Bounds on attacks that follow from a client's account.
 
     Args:
         counts: how often each event happened.

@@ -1,9 +1,10 @@
-"""What noise is bound to: everything it could meet again, or, from a public seed, the rules.
+"""Derives the noise key of a release from everything that the release depends on.
 
-Secret noise on other values reveals their difference, however small. So it is a function of all
-that the values depend on down to their last bits, and of the values themselves. Noise of a public
-seed hides nothing. It is a function of seed, rules and round alone: a simulated run has the same
-noise on another machine, with other threads and in any number of processes.
+Two releases of equal inputs get equal noise; any other input gets other noise. If equal noise met
+two different values, their difference would be public. So secret noise depends on every bit that
+the values depend on, and on the values themselves. Noise of a public seed hides nothing. It
+depends on seed, rules and round alone, so a simulated run has the same noise on another machine,
+with other threads and in any number of processes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def round_key(
 
     Args:
         key: the run's.
-        context: see `round_context`.
+        context: digest that `round_context` gives.
         round: round number.
         redraw: how often equal inputs gave other bytes.
         inputs: all else that the release depends on, bit by bit. Ignored under a public seed.

@@ -1,4 +1,4 @@
-"""What the noise of released rounds is drawn again from: names in a private file of the run.
+"""Finds the noise keys of released rounds again, by digests in a private file of the run.
 
 A later round takes back a part of earlier noise, so the keys of earlier rounds must be found after
 a resumption. They follow from the run's secret and from a digest of everything that the noise hid.
@@ -46,10 +46,10 @@ class ReleasedNoise:
         self._known = _read(self._path)
 
     def keep(self, round_key: NoiseKey, values: Iterable[digests.Part]) -> NoiseKey:
-        """The key of the noise of a round, in the file before it is handed out.
+        """Give the key of the noise of a round, after its digest was written to the file.
 
         Args:
-            round_key: of the round, see `binding.round_key`.
+            round_key: of the round, as `binding.round_key` derives it.
             values: all that the noise hides and is scaled by. Ignored under a public seed.
 
         Raises:

@@ -163,7 +163,7 @@ def _of_whole_run(header: Mapping[str, Any], releases: Sequence[Release]) -> dic
 
 
 def _kind(release: Release) -> tuple[Any, ...]:
-    """What two sums must share to cost each client the same."""
+    """The facts of a sum that decide its cost: sums with equal facts cost a client the same."""
     stated = None if release.is_sum else (release.epsilon_inflation, release.tail_delta)
     votes = release.vote_noise_scale is not None
     return release.event, release.steps, release.largest_weight, votes, release.guarantee, stated
@@ -172,7 +172,7 @@ def _kind(release: Release) -> tuple[Any, ...]:
 def _of_sums(
     header: Mapping[str, Any], release: Release, sets: Mapping[str | None, Sequence[int]]
 ) -> Iterable[tuple[int, Charge, int, int]]:
-    """What sums of one kind cost each client: (client, charge, how often, first line)."""
+    """The cost of sums of one kind for each client: (client, charge, how often, first line)."""
     everyone = num_clients(header)
     times = np.zeros(everyone, dtype=np.int64)
     first = np.full(everyone, np.iinfo(np.int64).max)

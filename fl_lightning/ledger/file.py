@@ -178,7 +178,7 @@ class Ledger:
         releases: Sequence[Release],
         head_hash: str,
     ) -> Ledger:
-        """What another process holds open, to be read here: nothing can be appended to it.
+        """A copy, to be read, of a ledger that another process holds open. It takes no new lines.
 
         Args:
             path: directory or file of the ledger.

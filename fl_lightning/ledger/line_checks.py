@@ -195,7 +195,7 @@ def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[s
 
 
 def _out_of_place(number: int, release: Release, attempts: int, spent: Any) -> str:
-    """What shows that lines before this one are missing or others; "" if nothing does."""
+    """Why lines before this one must be missing or others; "" if nothing says so."""
     if release.attempt != attempts:
         return (
             f"attempt {release.attempt} at round {release.round}, of which there are {attempts} "

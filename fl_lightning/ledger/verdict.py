@@ -17,7 +17,7 @@ SHORTEST = 16
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """The result of a check of a ledger.
 
     Args:
         problems: each with its line or file; none in a ledger that can be trusted.

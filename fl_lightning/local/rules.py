@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains; see `FederatedModule` for the meaning of each rule."""
+    """How a client trains. `FederatedModule` explains each rule."""
 
     lr: float
     momentum: float

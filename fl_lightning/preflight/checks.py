@@ -18,7 +18,7 @@ _LOG = logging.getLogger("pytorch_lightning")
 
 
 def check_run(proposed: ProposedRun) -> bool:
-    """What needs the data or the Trainer; then the dry round.
+    """Check what needs the data or the Trainer, then try the dry round.
 
     The network is brought to where and how the Trainer will train it.
 

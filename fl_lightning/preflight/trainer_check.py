@@ -1,4 +1,4 @@
-"""What a Trainer is asked for that rounds cannot do, or that would not do what it says."""
+"""Refuses options of a Trainer that rounds cannot follow, or that would do something else."""
 
 from __future__ import annotations
 

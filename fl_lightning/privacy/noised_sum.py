@@ -208,7 +208,7 @@ class NoisedSum:
         )
 
     def blocks(self) -> list[tuple[int, float, float]]:
-        """Of `with_noise_parts`, public: how many numbers, bound before noise, scale of all noise.
+        """The numbers in the sum, public: (count, bound before noise, scale of the whole noise).
 
         One block for each parameter, and one for the votes where there are any.
         """
@@ -238,7 +238,7 @@ class NoisedSum:
     def released(
         self, sums: Sequence[Tensor], votes: Tensor, *, divisor: float, expected_votes: float
     ) -> PrivateUpdate:
-        """A noised sum that anybody may see: the mean update, and the history moves forward.
+        """The mean update of a noised sum. The history moves forward by it. Both are public.
 
         Args:
             sums: by parameter, float64.

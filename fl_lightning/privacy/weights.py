@@ -47,7 +47,7 @@ def weights_within(
     mechanism: str,
     vote_share: float,
 ) -> Tensor:
-    """Weights in a sum of which the multiplier and the largest weight asked for are known, [k].
+    """Weights [k] in a sum whose noise multiplier and largest weight asked for are known.
 
     Args:
         base, multiplier, mechanism, vote_share: as in `sum_weights`.

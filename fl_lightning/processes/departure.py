@@ -1,7 +1,7 @@
-"""The exit of a run that was stopped: all that was asked for at exit is done, and nothing more.
+"""Ends the process of a run that was stopped: exit functions run, the interpreter is left as it is.
 
-To take the interpreter apart, with all that PyTorch has in it, takes seconds of a processor, and
-many more where the machine is busy. A run that was stopped has a few seconds in all.
+To take the interpreter with PyTorch apart takes seconds of a processor, and more on a busy machine.
+A run that was stopped has a few seconds in all.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Stopped(SystemExit):
 
 
 class Stop:
-    """What was asked of this process. As a context it takes over signals; it may be entered again.
+    """Whether this process was asked to stop. As a context, which can be reused, it takes signals.
 
     SIGTERM, SIGINT and SIGHUP stop a run, under SLURM SIGUSR1 as well. A signal that was ignored
     when the process began (nohup) stays so. Without the context, or outside the main thread, it
@@ -379,7 +379,7 @@ def _signals() -> list[int]:
 
 
 def _cause(status: int) -> int:
-    """What ended a process that failed: the signal of a stop, or LOST."""
+    """Why a process failed: the number of the signal that stopped it, else LOST."""
     signum = -status if status < 0 else status - 128
     return signum if signum in _signals() else LOST
 

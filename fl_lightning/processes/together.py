@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Stopping(Protocol):
-    """What knows whether a message failed because the run is to stop."""
+    """Knows whether a message failed because the run is to stop."""
 
     def settle(self) -> None:
         """Wait until it is known."""
@@ -32,7 +32,7 @@ class ProcessLost(RuntimeError):
 
 
 class Processes:
-    """What the processes of a run do together; with one process, each method is the plain thing.
+    """The joint operations of the processes of a run. One process alone does each by itself.
 
     Every method but `part_of` is collective: all processes call the same ones in the same order.
 

@@ -1,9 +1,9 @@
 """One claim for every kind of release: draw it, compare it with the ledger, pay, write it down.
 
-Noise and coins are a function of the secret and of all that a release depends on (of the public
-seed and the rules in a simulated run, see `binding`). The same inputs give the same bytes again,
-which is the same release and costs nothing. Other inputs get other noise and are charged. Should
-equal inputs ever give other bytes, new coins and noise are drawn and charged.
+Noise and coins are a function of the secret and of all that a release depends on. (In a simulated
+run they are a function of the public seed and the rules.) Equal inputs give equal bytes: that is
+the same release, and it costs nothing. Other inputs get other noise and are charged. If equal
+inputs ever gave other bytes, new coins and noise would be drawn and charged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fl_lightning.values.round import PrivateUpdate
 
 @dataclass(frozen=True)
 class Books:
-    """What releases are made from, paid from and written in.
+    """The history, budget and ledger that releases change.
 
     Args:
         history: what earlier releases showed; a release moves it forward.

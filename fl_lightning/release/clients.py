@@ -88,7 +88,7 @@ class Clients:
         return self.training.noised_steps if self.privacy.unit == "record" else 1
 
     def expected_batch(self, clients: Tensor) -> Tensor:
-        """What the noise of a release is divided by, public, [k].
+        """The public number that a sum and its noise are divided by, [k].
 
         B = q·n_k for records, 1 for whole updates, whose noise is added undivided.
         """

@@ -71,7 +71,7 @@ class SumProposal:
 
 @dataclass(frozen=True)
 class SumOutcome:
-    """What came of it.
+    """The result of a `SumProposal`.
 
     Args:
         sums: float64, one tensor of numbers a block; None: the sum was given up.

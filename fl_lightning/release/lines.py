@@ -17,7 +17,7 @@ from fl_lightning.values.round import LayerPolicy
 def line_writer(
     books: Books, privacy: PrivacyConfig, policy: LayerPolicy, key: NoiseKey, round: int, steps: int
 ) -> Callable[..., Release]:
-    """What writes the lines of one release.
+    """Make the function that writes the ledger lines of one release.
 
     Args:
         books: of the run.

@@ -76,7 +76,7 @@ class SumPart:
         )
 
     def blocks(self) -> list[tuple[int, float, float]]:
-        """See `NoisedSum.blocks`: the node's own view of clip norms and noise."""
+        """Sizes, bounds and noise scales of the numbers in the sum, as this node computes them."""
         return self._sum.blocks()
 
     def values(self) -> list[Tensor]:

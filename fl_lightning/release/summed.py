@@ -247,7 +247,7 @@ class Summed:
         key: NoiseKey,
         largest: float | None = None,
     ) -> Release:
-        """The sum's line; what is a client's own follows from it and the header (see `sums`).
+        """The line of the sum. What each client is charged follows from it and from the header.
 
         Args:
             policy: one row.
@@ -315,5 +315,5 @@ class Summed:
         cohort: Tensor,
         params: Params,
     ) -> list[PrivateUpdate]:
-        """What was released: the sum of all processes is in each of them already."""
+        """Return the releases as they are: each process has the sum of all processes already."""
         return released

@@ -78,7 +78,7 @@ def _context(words: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 class RunContribution:
-    """What a node's run adds to a sum; see `Contribution`.
+    """The part of a sum that a node's run adds, as `SumClient` asks for it.
 
     Args:
         run: of the node.

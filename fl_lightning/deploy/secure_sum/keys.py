@@ -133,7 +133,7 @@ def seal(key: bytes, data: bytes, *parts: bytes) -> bytes:
 
 
 def unseal(key: bytes, sealed: bytes, *parts: bytes) -> bytes:
-    """What `seal` was given.
+    """The data that `seal` sealed.
 
     Raises:
         ValueError: it was sealed with another key or for other parts, or changed.

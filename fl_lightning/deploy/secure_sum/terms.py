@@ -70,7 +70,7 @@ class SumTerms:
 
     @cached_property
     def grid(self) -> Grid:
-        """Of the numbers."""
+        """Steps and bounds of the numbers that are added."""
         return Grid(self.blocks, len(self.members), self.shares)
 
     @cached_property
