@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pkgutil
 import tempfile
 import time
@@ -122,6 +123,7 @@ def run(config: Config, seed: int, *, test: bool, arrays: Arrays) -> dict[str, A
     """
     warnings.simplefilter("ignore")
     torch.set_float32_matmul_precision("highest")
+    gc.collect()  # of the run before: Trainer, module and their records hold one another
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         module, data, trainer = build(config, arrays, seed, folder)
