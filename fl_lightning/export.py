@@ -26,6 +26,7 @@ from fl_lightning.ledger.client_reports import (
 )
 from fl_lightning.ledger.risks import risk_figures, run_risks
 from fl_lightning.ledger.statement import privacy_statement
+from fl_lightning.networks.adapters import write_adapters
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.output.console import say
 from fl_lightning.privacy.simulated import simulated_reason
@@ -61,6 +62,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         | setting `none` | says that there is no privacy; no statement |
         | public seed, or a generator that is no basis for a claim | calls the run simulated |
         | `abstract` | calls epsilon nominal |
+        | low-rank adapters of peft | writes them beside the weights, in peft's format |
         | trained from Python | names the network's class, and not its arguments |
         | no test set, or a stopped run | the test accuracy is "-" |
     """
@@ -84,6 +86,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: str(value) for name, value in facts.items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(weights, {"format": "pt", **plain}))
+    write_adapters(known["network"], weights, folder)
     card = _card(facts, known["network"], weights)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if statement is not None:

@@ -49,9 +49,9 @@ class FederatedDataModule(pl.LightningDataModule):
     are reached by `test_dataloader` only. Everything is a pure function of the arguments.
 
     Args:
-        source: digits, fashion_mnist, mnist, cifar10, csv, hugging_face, shakespeare or text_files,
-            or the import path (package.module.function) of a function that returns Arrays; from
-            Python also such Arrays.
+        source: digits, fashion_mnist, mnist, cifar10, csv, hugging_face, shakespeare, text_files or
+            tokenized_text, or the import path (package.module.function) of a function that returns
+            Arrays; from Python also such Arrays.
         num_clients: number of clients, at least 1.
         partition: iid (equal sizes), dirichlet (label skew), shards (few labels a client), quantity
             (size skew) or natural (the data's own clients, those with most records).
@@ -64,7 +64,8 @@ class FederatedDataModule(pl.LightningDataModule):
         download: whether missing files may be fetched; their checksums are verified.
         source_args: further arguments of the source's function.
         transform: public function that replaces every record, each by itself: scattering (wavelet
-            features of images), or the import path of a function Tensor → Tensor. Null: none.
+            features of images), sentence_features (of texts, by a frozen encoder), or the import
+            path of a function Tensor → Tensor. Null: none.
         transform_args: further arguments of the transform.
         eval_batch_size: records per validation or test batch, at least 1.
 

@@ -16,6 +16,7 @@ from fl_lightning.data.hub import hugging_face
 from fl_lightning.data.idx import fashion_mnist, mnist
 from fl_lightning.data.tabular import csv
 from fl_lightning.data.text import shakespeare, text_files
+from fl_lightning.data.tokenized import tokenized_text
 
 
 def digits() -> Arrays:
@@ -43,6 +44,7 @@ SOURCES: dict[str, Callable[..., Arrays]] = {
     "hugging_face": hugging_face,
     "shakespeare": shakespeare,
     "text_files": text_files,
+    "tokenized_text": tokenized_text,
 }
 
 

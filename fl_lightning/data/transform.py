@@ -24,12 +24,14 @@ from fl_lightning.data.download import cache_folder
 from fl_lightning.data.fields import Fields
 from fl_lightning.data.leaves import whitened_scattering
 from fl_lightning.data.scattering import scattering
+from fl_lightning.data.sentence_features import sentence_features
 from fl_lightning.data.sources import resolve
 
 ALONE = ".alone"  # suffix of the mark that values passed `why_not_alone`
 TRANSFORMS: dict[str, Callable[..., Tensor]] = {
     "scattering": scattering,
     "whitened_scattering": whitened_scattering,
+    "sentence_features": sentence_features,
 }
 
 
@@ -158,9 +160,20 @@ def _key(
     modules = {inspect.getmodule(each) for each in (function, *TRANSFORMS.values())}
     source = sorted(map(_source, modules))
     facts = (name, sorted(arguments.items()), source, str(x.dtype), tuple(x.shape))
+    facts = (*facts, *(_content(value) for value in arguments.values() if _is_folder(value)))
     state.update(repr(facts if fields is None else (*facts, fields)).encode())
     state.update(np.ascontiguousarray(x.numpy()).data)
     return state.hexdigest()
+
+
+def _is_folder(value: object) -> bool:
+    return isinstance(value, str) and Path(value).expanduser().is_dir()
+
+
+def _content(folder: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files, such as those of a pretrained model."""
+    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _source(module: object) -> str:

@@ -1,0 +1,191 @@
+"""Networks made of pretrained transformers, by name or from a local folder.
+
+Both functions stand where a network's class does: `--model.network
+fl_lightning.networks.pretrained.text_classifier --model.network.model FOLDER`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fl_lightning.data.sentence_features import masked_mean
+from fl_lightning.data.tokenized import pretrained_part
+
+Trained = Literal["head", "lora", "all"]
+LoraStart = Literal["frozen_a", "orthogonal", "default"]
+
+
+class TextClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the tokens that count, and a head.
+
+    Args:
+        body: encoder with `last_hidden_state` among its outputs.
+        hidden: width of its states.
+        num_classes: outputs of the head.
+    """
+
+    def __init__(self, body: nn.Module, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(hidden, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, num_classes] of token ids and their mask, int64 [B, T]."""
+        states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.head(masked_mean(states, attention_mask))
+
+
+def text_classifier(
+    model: str,
+    num_classes: int = 2,
+    train: Trained = "lora",
+    lora_rank: int = 4,
+    lora_alpha: float = 8.0,
+    lora_targets: Sequence[str] | None = None,
+    lora_start: LoraStart = "frozen_a",
+    dropout: float = 0.0,
+    attention: str = "eager",
+    seed: int = 0,
+) -> nn.Module:
+    """A pretrained encoder with a new head; see `TextClassifier`.
+
+    Args:
+        model: name or local folder of the encoder. Public: what it was trained on is not protected.
+        num_classes: public number of classes, at least 2.
+        train: head (the encoder stays; data.transform=sentence_features computes it once), lora
+            (low-rank updates of its projections, and the head) or all.
+        lora_rank: rank r of an update B·A, at least 1.
+        lora_alpha: its scale is lora_alpha / r, above 0.
+        lora_targets: names of the layers that get one; null: queries and values, as peft chooses.
+        lora_start: frozen_a (A is random, public and stays; B starts at 0. While B is 0 the
+            gradient of A is exactly 0, so that a share of the budget for A would buy noise alone),
+            orthogonal (both are trained and start so that B·A is 0 and both have gradients) or
+            default (both are trained, B starts at 0).
+        dropout: probability in every dropout layer, in [0, 1).
+        attention: of transformers: eager, or sdpa, which cannot be vmapped over clients.
+        seed: public seed of head and A.
+
+    Raises:
+        ValueError: naming the argument, or a package that is missing.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} must be >= 2")
+    body = _frozen_body("AutoModel", model, dropout, attention)
+    if getattr(body, "pooler", None) is not None:
+        body.pooler = None  # not used here: it would take a share and learn nothing
+    with torch.random.fork_rng(()):
+        torch.manual_seed(seed)
+        body = _trained(
+            body, train, lora_rank, lora_alpha, lora_targets, lora_start, "FEATURE_EXTRACTION"
+        )
+        return TextClassifier(body, body.config.hidden_size, num_classes).train()
+
+
+class CausalLanguageModel(nn.Module):
+    """A decoder with its head: logits of the next token at every place.
+
+    Args:
+        body: with `logits` among its outputs.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, T, vocabulary] of token ids and their mask, int64 [B, T]."""
+        found = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return found.logits
+
+
+def language_model(
+    model: str,
+    train: Literal["lora", "all"] = "lora",
+    lora_rank: int = 4,
+    lora_alpha: float = 8.0,
+    lora_targets: Sequence[str] | None = None,
+    lora_start: LoraStart = "frozen_a",
+    dropout: float = 0.0,
+    attention: str = "eager",
+    seed: int = 0,
+) -> nn.Module:
+    """A pretrained decoder that goes on learning language; a record is a sequence.
+
+    With data.source=tokenized_text and label=null, and the loss torch.nn.CrossEntropyLoss with
+    reduction='none': the mean over a record's tokens.
+
+    Args:
+        model: see `text_classifier`; also the others.
+        train: lora or all.
+        lora_rank, lora_alpha, lora_targets, lora_start: see `text_classifier`.
+        dropout, attention, seed: see `text_classifier`.
+
+    Raises:
+        ValueError: naming the argument, or a package that is missing.
+    """
+    body = _frozen_body("AutoModelForCausalLM", model, dropout, attention)
+    with torch.random.fork_rng(()):
+        torch.manual_seed(seed)
+        return CausalLanguageModel(
+            _trained(body, train, lora_rank, lora_alpha, lora_targets, lora_start, "CAUSAL_LM")
+        ).train()
+
+
+def _frozen_body(kind: str, model: str, dropout: float, attention: str) -> Any:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+    body = pretrained_part(kind, model, "model", attn_implementation=attention, dtype="float32")
+    for layer in body.modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            layer.p = dropout
+    return body.requires_grad_(False)
+
+
+def _trained(
+    body: Any,
+    train: str,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None,
+    start: str,
+    task: str,
+) -> Any:
+    """The body with what is to be trained of it."""
+    if train == "all":
+        return body.requires_grad_(True)
+    if train == "head":
+        return body
+    if rank < 1:
+        raise ValueError(f"lora_rank={rank} must be >= 1")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"lora_alpha={alpha} must be positive and finite")
+    try:
+        import peft  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            "train='lora' needs the package peft: install the extra pretrained"
+        ) from error
+    config = peft.LoraConfig(
+        task_type=task,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=None if targets is None else list(targets),
+        init_lora_weights="orthogonal" if start == "orthogonal" else True,
+    )
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5 by a name of old.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            adapted = peft.get_peft_model(body, config)
+    except ValueError as error:
+        raise ValueError(f"lora_targets={targets}: {str(error).splitlines()[0]}") from error
+    if start == "frozen_a":
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name or "lora_embedding_A" in name:
+                parameter.requires_grad_(False)
+    return adapted
