@@ -7,6 +7,7 @@ an axis here, and a single client has K = 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ def rule_of(
 def needs_l1(rule: ClipRule) -> bool:
     """Whether L1 norms are needed: to clip or to vote."""
     return rule.needed.p == 1 or rule.votes_at is not None
+
+
+def without_votes(rule: ClipRule) -> ClipRule:
+    """The rule without votes if nobody votes and Python may look: L1 norms cost a product."""
+    level = rule.votes_at
+    if level is None or not branches_on_data(level) or not bool(level.isnan().all()):
+        return rule
+    return replace(rule, votes_at=None)
 
 
 def part_of(rule: ClipRule, clients: slice, records: slice) -> ClipRule:

@@ -23,13 +23,17 @@ from aadp_kernels.clip_in_backward.clip import (
     part_of,
     per_record,
     piece_norms,
-    plus,
     row_sums,
     slack_of,
     slice_elements,
-    sums_of_products,
     weighted_sum,
+    without_votes,
     zeroed,
+)
+from aadp_kernels.clip_in_backward.products import (
+    gram_is_cheaper,
+    norms_of_products,
+    weighted_products,
 )
 from aadp_kernels.contract import ClipRule, Geometry, GradientsNeeded
 
@@ -73,7 +77,9 @@ class Matrix:
         dtype, single = compute_dtype(grad), weight[0]
         if not (needed.weight or needed.bias or needed.counts):
             return grad_x, None, None, None
-        kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
+        rule, kernels = without_votes(rule), None
+        if not self.prefers_gram(single, grad, rule):
+            kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
         if kernels is not None:
             a, g = x.to(dtype), grad.to(dtype)
             sums = kernels.product_sums(a, g, self.geometry(a, g, single), single.shape[0], rule)
@@ -84,7 +90,7 @@ class Matrix:
         sum_b = grad.new_zeros(size, dtype=dtype) if needed.bias else None
         counts = grad.new_zeros(size[0], 3, dtype=torch.float64) if needed.counts else None
         cost = self.patch_size(single, grad)
-        if not self.norms_only(single, x):
+        if not self.norms_only(single, grad, rule):
             cost += single.numel()
         for k, b in blocks(x.shape[:2], cost, x.device):
             finite, a, g = finite_records(x[k, b].to(dtype), grad[k, b].to(dtype))
@@ -100,8 +106,8 @@ class Matrix:
         """Clipped sums of weight [K, elements] and bias [K, out] and counts of a slice."""
         count, needed = finite.shape, rule.needed
         left, right = self.factors(a.flatten(0, 1), g.flatten(0, 1), weight)
-        if self.norms_only(weight, a):
-            return self._clipped_by_norms(left, right, finite, weight, rule)
+        if self.norms_only(weight, g, rule):
+            return _clipped_by_norms(left, right.transpose(1, 2), finite, rule)
         pieces = []
         if needed.weight:
             pieces.append(torch.bmm(right, left).view(*count, weight.shape[0], -1))
@@ -118,34 +124,36 @@ class Matrix:
             counts,
         )
 
-    def norms_only(self, weight: Tensor, x: Tensor) -> bool:
-        """Whether a record's weight gradient is never held: too large, or a kernel needs it not."""
-        return weight.numel() > slice_elements(x.device) or product_norms(x) is not None
+    def prefers_gram(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
+        """Whether Gram matrices are the cheapest way to the norms that the rule needs."""
+        return False
 
-    def _clipped_by_norms(
-        self, left: Tensor, right: Tensor, finite: Tensor, weight: Tensor, rule: ClipRule
-    ) -> Sums:
-        """`_clipped` with one product for the norms, block by block, and one for the sum."""
-        count, needed = finite.shape, rule.needed
-        groups = len(left) // finite.numel()
-        bias = right.sum(-1).view(*count, -1)
-        norm1, square = piece_norms([bias] if needed.bias else [bias[..., :0]], rule)
-        g = right.transpose(1, 2)
-        if needed.weight:
-            more1, more2 = (
-                None if n is None else n.view(*count, groups).sum(-1)
-                for n in sums_of_products(left, g, rule)
-            )
-            norm1, square = plus(norm1, more1), plus(square, more2)
-        slack = slack_of(max(left.shape[-1], bias.shape[-1]), left)
-        factor, counts = factors_and_counts(norm1, square, finite, rule, slack)
-        factor = narrow(factor, left.dtype)
-        sum_w = None
-        if needed.weight:
-            scaled = g * factor.flatten().repeat_interleave(groups)[:, None, None]
-            rows, columns = (_by_group(t, count, groups) for t in (scaled, left))
-            sum_w = torch.bmm(rows.transpose(1, 2), columns).view(count[0], -1)
-        return sum_w, weighted_sum(factor, bias) if needed.bias else None, counts
+    def norms_only(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
+        """Whether a record's weight gradient is never held: too large, or nothing needs it."""
+        return (
+            weight.numel() > slice_elements(grad.device)
+            or product_norms(grad) is not None
+            or self.prefers_gram(weight, grad, rule)
+        )
+
+
+def _clipped_by_norms(left: Tensor, g: Tensor, finite: Tensor, rule: ClipRule) -> Sums:
+    """`Matrix._clipped` with norms that need no gradient of a record, and one product for the sum.
+
+    Args:
+        left: [R·groups, P, columns].
+        g: [R·groups, P, out/groups].
+        finite: which records are finite [K, B]; the others are zero.
+        rule: how to clip.
+    """
+    norm1, square = norms_of_products(left, g, finite.shape, rule)
+    columns = max(left.shape[-1], g.shape[-1] * (len(g) // max(1, finite.numel())))
+    factor, counts = factors_and_counts(norm1, square, finite, rule, slack_of(columns, left))
+    needed = rule.needed
+    sums = weighted_products(
+        left, g, narrow(factor, left.dtype), weight=needed.weight, bias=needed.bias
+    )
+    return *sums, counts
 
 
 def _needed(
@@ -158,12 +166,6 @@ def _needed(
         bias if needed.bias else None,
         counts if needed.counts else None,
     )
-
-
-def _by_group(t: Tensor, count: torch.Size, groups: int) -> Tensor:
-    """[K·B·groups, P, n] as [K·groups, B·P, n]."""
-    t = t.reshape(*count, groups, *t.shape[1:]).transpose(1, 2)
-    return t.reshape(count[0] * groups, -1, t.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ class Linear(Matrix):
 
     def patch_size(self, weight: Tensor, grad: Tensor) -> int:
         return 0
+
+    def prefers_gram(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
+        positions = math.prod(grad.shape[2:-1])
+        fits = grad.is_cpu and rule.needed.weight and not needs_l1(rule)
+        return fits and gram_is_cheaper(positions, *weight.shape)
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
         positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
