@@ -77,9 +77,8 @@ class Matrix:
         dtype, single = compute_dtype(grad), weight[0]
         if not (needed.weight or needed.bias or needed.counts):
             return grad_x, None, None, None
-        rule, kernels = without_votes(rule), None
-        if not self.prefers_gram(single, grad, rule):
-            kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
+        rule = without_votes(rule)
+        kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
         if kernels is not None:
             a, g = x.to(dtype), grad.to(dtype)
             sums = kernels.product_sums(a, g, self.geometry(a, g, single), single.shape[0], rule)
@@ -95,6 +94,9 @@ class Matrix:
         for k, b in blocks(x.shape[:2], cost, x.device):
             finite, a, g = finite_records(x[k, b].to(dtype), grad[k, b].to(dtype))
             parts = self._clipped(a, g, finite, single, part_of(rule, k, b))
+            if finite.shape == x.shape[:2]:
+                sum_w, sum_b, counts = parts
+                break
             for total, part in zip((sum_w, sum_b, counts), parts, strict=True):
                 if total is not None and part is not None:
                     total[k] += part

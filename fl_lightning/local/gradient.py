@@ -81,7 +81,9 @@ class CohortGradient:
         total: tuple[Params, Params] | None = None
         for part in batch.split(max(1, self.max_examples // len(batch.x))):
             fixed = dict(constants or {}) | dict.fromkeys(self.mask_names, part.mask)
-            run = self._vmapped if self.vectorize else self._looped
+            # Clip-in-backward has a shorter way for one client than under vmap.
+            alone = self.watch is not None and len(part.x) == 1
+            run = self._vmapped if self.vectorize and not alone else self._looped
             grads = run(params, probes or {}, fixed, part, shared, weight)
             if total is None:
                 total = grads
@@ -168,7 +170,8 @@ class CohortGradient:
             factor = None if weight is None else weight[i]
             records = (batch.x[i], batch.y[i], batch.mask[i])
             rows.append(self._gradient(own, seen, rest, records, factor))
-        stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+        columns = zip(*rows, strict=True)
+        stacked = [c[0][None] if len(c) == 1 else torch.stack(c) for c in columns]
         return (
             dict(zip(params, stacked, strict=False)),
             dict(zip(probes, stacked[len(params) :], strict=True)),
