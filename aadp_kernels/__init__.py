@@ -11,6 +11,12 @@ from aadp_kernels.clip_in_backward.functions import (
     clipped_linear,
     clipped_rms_norm,
 )
+from aadp_kernels.clip_in_backward.kept import (
+    RecordGradients,
+    forget_gradients,
+    record_gradients,
+    with_kept_gradients,
+)
 from aadp_kernels.clip_in_backward.modules import (
     Bias,
     ClippingLayer,
@@ -45,6 +51,7 @@ __all__ = [
     "Correlation",
     "Layout",
     "NoiseKey",
+    "RecordGradients",
     "ReusedNoiseError",
     "UnsupportedLayerError",
     "WatchedForward",
@@ -58,14 +65,17 @@ __all__ = [
     "clipped_layer_norm",
     "clipped_linear",
     "clipped_rms_norm",
+    "forget_gradients",
     "layer_norms",
     "max_elements",
     "noise_scales",
     "poisson_mask",
     "privatize_",
+    "record_gradients",
     "sample_noise",
     "sensitivity",
     "tail_cutoff",
     "vote_noise",
     "with_clipping",
+    "with_kept_gradients",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -277,15 +277,35 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         Batch normalisation that is frozen and in eval mode stays in eval mode for good.
     """
     _validate.one_of("p", p, (1, 2))
+    model = checked_copy(model, _CLIPPED)
+    for module in model.modules():
+        if isinstance(module, ClippingLayer):
+            module.add_clipping(p)
+    return model
+
+
+def clipping_types() -> tuple[type[nn.Module], ...]:
+    """Types of the layers that can clip."""
+    return tuple(_CLIPPED)
+
+
+def checked_copy(model: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """A deep copy of the model whose trained layers are of other types.
+
+    Args:
+        model: any module.
+        types: what the `clipping_types` become, subclasses of them.
+
+    Raises:
+        UnsupportedLayerError: As `with_clipping`.
+    """
     _check_modules(model)
     model = copy.deepcopy(model)
     for module in model.modules():
-        kind = _CLIPPED.get(type(module))
+        kind = types.get(type(module))
         if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
             # Changing the class keeps parameters, hooks and the place in the parent as they are.
             module.__class__ = kind
-            assert isinstance(module, ClippingLayer)
-            module.add_clipping(p)
         elif isinstance(module, _BatchNorm):
             module.__class__ = _FrozenBatchNorm
     return model

@@ -27,7 +27,7 @@ from aadp_kernels.clip_in_backward.clip import (
     zeroed,
 )
 from aadp_kernels.clip_in_backward.matrix_rules import Results
-from aadp_kernels.contract import ClipRule
+from aadp_kernels.contract import ClipRule, GradientsNeeded
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ class Embedding:
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor, rule: ClipRule) -> Results:
         """Rows of equal tokens of a record add up before its norm is taken."""
         tokens, dim = weight.shape[1:]
-        index = x.flatten(2) if x.dim() > 2 else x[..., None]
-        g = grad.to(compute_dtype(grad)).reshape(*index.shape, dim)
-        if self.padding_idx is not None:
-            g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
+        index, g = self.rows(x, grad.to(compute_dtype(grad)))
         sums = g.new_zeros(index.shape[0] * tokens, dim)
         counts = g.new_zeros(index.shape[0], 3, dtype=torch.float64)
         first = torch.arange(index.shape[0], device=x.device)[:, None, None] * tokens
@@ -54,7 +51,7 @@ class Embedding:
             part, rows, own = g[k, b], index[k, b], part_of(rule, k, b)
             finite = bounded(row_sums(part, l1=False)[1], dtype=part.dtype)
             (part,) = zeroed(finite, part)
-            norm1, square = piece_norms([_token_sums(rows, part)], own)
+            norm1, square = piece_norms([token_sums(rows, part)], own)
             factor, seen = factors_and_counts(norm1, square, finite, own, slack_of(dim, part))
             part = part * per_record(narrow(factor, part.dtype), part)
             sums.index_add_(0, (rows + first[k]).flatten(), part.flatten(0, 2))
@@ -68,8 +65,16 @@ class Embedding:
             counts if needed.counts else None,
         )
 
+    def rows(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [K, B, T] and the gradients of their rows [K, B, T, D], zero for padding."""
+        index = x.flatten(2) if x.dim() > 2 else x[..., None]
+        g = g.reshape(*index.shape, g.shape[-1])
+        if self.padding_idx is not None:
+            g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
+        return index, g
 
-def _token_sums(index: Tensor, g: Tensor) -> Tensor:
+
+def token_sums(index: Tensor, g: Tensor) -> Tensor:
     """Sums of g [K, B, T, D] over the positions of each record's equal tokens; zeros elsewhere."""
     if index.shape[-1] <= 1:
         return g
@@ -129,9 +134,7 @@ class Norm:
                 sums[2] if needed.counts else None,
             )
         finite, a, g = finite_records(normed, g)
-        pieces = [self._record_sums(a * g)] if needed.weight else []
-        pieces += [self._record_sums(g)] if needed.bias else []
-        sums, counts = clip_pieces(pieces, finite, rule)
+        sums, counts = clip_pieces(self.pieces(a, g, needed), finite, rule)
         shaped = [s.view(-1, *self.shape) for s in sums]
         return (
             grad_x,
@@ -145,6 +148,16 @@ class Norm:
         if self.kind == "group":
             return x.reshape(*x.shape[:2], self.groups, -1)
         return x.reshape(*x.shape[: x.dim() - len(self.shape)], -1)
+
+    def pieces(self, a: Tensor, g: Tensor, needed: GradientsNeeded) -> list[Tensor]:
+        """Gradients of weight and bias of each record [K, B, elements], those that are needed."""
+        found = [self._record_sums(a * g)] if needed.weight else []
+        return found + ([self._record_sums(g)] if needed.bias else [])
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """x [K, B, ...] normalised, in half precision by way of float32."""
+        a = x.to(compute_dtype(x))
+        return self._normalise(self._rows(a), a, x.dtype, back=False)[0].reshape(x.shape)
 
     def _normalise(
         self, rows: Tensor, grad: Tensor, dtype: torch.dtype, *, back: bool
@@ -202,10 +215,13 @@ class Bias:
         g = grad.to(compute_dtype(grad))
         finite = bounded(row_sums(g, l1=False)[1], dtype=g.dtype)
         (g,) = zeroed(finite, g)
-        lead = [1] * (g.dim() - 2 - len(self.shape))
-        piece = g.sum_to_size(*g.shape[:2], *lead, *self.shape).flatten(2)
-        sums, counts = clip_pieces([piece], finite, rule)
+        sums, counts = clip_pieces(self.pieces(None, g, needed), finite, rule)
         return grad_x, None, sums[0].view(-1, *self.shape) if needed.bias else None, counts
+
+    def pieces(self, a: Tensor | None, g: Tensor, needed: GradientsNeeded) -> list[Tensor]:
+        """Gradients of each record [K, B, elements]."""
+        lead = [1] * (g.dim() - 2 - len(self.shape))
+        return [g.sum_to_size(*g.shape[:2], *lead, *self.shape).flatten(2)]
 
 
 def clip_pieces(

@@ -71,10 +71,10 @@ def clipped_sums(
             of per-sample gradients.
         clipping: "layer", "flat" (`layout` has one layer) or "joint".
         mechanism: whose noise joint clipping is for.
-        automatic: scale by C/(‖g‖+γ) instead; for flat clipping of dense layers.
+        automatic: scale by C/(‖g‖+γ) instead; for flat clipping.
 
     Raises:
-        ValueError: `automatic` for a network with other layers.
+        ValueError: `automatic` for a network that is not clipped in one pass.
     """
 
     def by_records(vectorize: bool) -> ClippedSums:
@@ -107,8 +107,8 @@ def clipped_sums(
     except UnsupportedLayerError as error:
         if automatic:
             raise ValueError(
-                "clip_function='automatic': the network must be of Linear layers, a vector a "
-                f"record ({error})"
+                "clip_function='automatic': the network must be one that is clipped in one "
+                f"backward pass ({error})"
             ) from error
         _LOG.info(
             f"clipping={clipping}: every record's gradient is computed by itself, which is slower "

@@ -5,22 +5,26 @@ own noise, A_l = C_l/√π_l (Gaussian; C_l/π_l for Laplace): Σ (‖g_l‖/A_l
 Layers clipped one by one to C_l lie within that bound, so the same noise covers both; the joint
 clip keeps the direction of a record's gradient and shortens fewer records.
 
-A record's gradient of a dense layer is the outer product of what comes in and the gradient of what
-goes out, so its norm is a product of two norms, and the clipped sum is one matrix product. One
-forward and one backward pass give both; no per-record gradient is held.
+One forward and one backward pass give what comes into each layer and the gradient of what goes out.
+Norms of a record's gradients follow from these two, and so do the clipped sums, by one matrix
+product a layer; no per-record gradient is held.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from aadp_kernels import ClippingLayer, Layout, UnsupportedLayerError, WatchedForward
+from aadp_kernels import (
+    Layout,
+    RecordGradients,
+    WatchedForward,
+    forget_gradients,
+    record_gradients,
+    with_kept_gradients,
+)
 from fl_lightning.local.batches import Batch
 from fl_lightning.local.gradient import Loss
 from fl_lightning.values.round import LayerPolicy, Params
@@ -34,52 +38,20 @@ AUTOMATIC_GAMMA = 0.01
 ROUNDING = 1 - 1e-6
 
 
-class _KeptLinear(nn.Linear, ClippingLayer):
-    """A dense layer that keeps what came in and where the gradient of what went out arrives."""
-
-    kept: tuple[Tensor, GradientEdge] | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        input, weight, bias = self.taken(input)
-        if input.dim() != 2:
-            raise UnsupportedLayerError(
-                f"a dense layer gets shape {tuple(input.shape)}, not one vector a record"
-            )
-        assert weight is not None
-        output = nn.functional.linear(input, weight, bias)
-        if output.requires_grad:
-            # Not the tensor: an activation in place would make it its own output.
-            self.__dict__["kept"] = input.detach(), get_gradient_edge(output)
-        return output
-
-
-def dense_layers(
-    network: nn.Module, layout: Layout, example: Tensor
-) -> tuple[WatchedForward, dict[str, _KeptLinear]]:
-    """A copy of a network whose Linear layers hold all its parameters, and these layers by name.
+def kept_layers(network: nn.Module, example: Tensor) -> WatchedForward:
+    """A watched copy of a network whose layers keep what gradients of records are made of.
 
     Args:
         network: the model.
-        layout: its trained parameters.
         example: some records.
 
     Raises:
-        UnsupportedLayerError: other layers have parameters, or one is not applied once, to one
-            vector a record, or a parameter is used elsewhere.
+        UnsupportedLayerError: a layer that has no rule has trained parameters, or one is not
+            applied once, to the records, or a parameter is used elsewhere.
     """
-    linear = [n for n, m in network.named_modules() if type(m) is nn.Linear]
-    held = {f"{n}.{p}" for n in linear for p, _ in network.get_submodule(n).named_parameters()}
-    if set(layout.names) != held:
-        raise UnsupportedLayerError("not all trained parameters are those of Linear layers")
-    copied = copy.deepcopy(network)
-    layers: dict[str, _KeptLinear] = {}
-    for name in linear:
-        module: Any = copied.get_submodule(name)
-        module.__class__ = _KeptLinear
-        layers[name] = module
-    watch = WatchedForward(copied.to(example.device))
+    watch = WatchedForward(with_kept_gradients(network).to(example.device))
     watch.check(example)
-    return watch, layers
+    return watch
 
 
 def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
@@ -105,40 +77,6 @@ def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -
     return (1 / size.clamp(min=1e-300)).clamp(max=1.0)
 
 
-def _scaled_sums(
-    linear: Mapping[str, nn.Linear],
-    params: Params,
-    inputs: Params,
-    outputs: Params,
-    factor: Tensor,
-    strange: Tensor | None,
-) -> Params:
-    """Sums over records of factor times gradient; layers that were not run have zeros.
-
-    Args:
-        linear: layers by name.
-        params: parameters of all of them.
-        inputs, outputs: of each layer that was run: its input and the gradient of its output, a row
-            a record.
-        factor: of each record [B].
-        strange: [B, 1], true where a record's gradient is not finite; None: nowhere.
-    """
-    sums: Params = {}
-    for name, module in linear.items():
-        if name not in outputs:
-            own = [n for n in params if n.rpartition(".")[0] == name]
-            sums |= {n: torch.zeros_like(params[n]) for n in own}
-            continue
-        a, g = inputs[name], outputs[name]
-        if strange is not None:
-            a, g = a.masked_fill(strange, 0.0), g.masked_fill(strange, 0.0)
-        g = g * factor[:, None]
-        sums[f"{name}.weight"] = g.T @ a
-        if module.bias is not None:
-            sums[f"{name}.bias"] = g.sum(0)
-    return sums
-
-
 def flat_sums(
     network: nn.Module,
     loss: Loss,
@@ -153,7 +91,7 @@ def flat_sums(
     """Sums over records of g·min(1, 1/N(g)), N the norm over all layers of the clipping.
 
     Args:
-        network: all of its parameters are those of `dense_layers`.
+        network: its trained parameters are those of `kept_layers`.
         loss: loss of each record.
         layout: one layer for flat, the network's for joint clipping.
         p: norm of a layer, 1 or 2.
@@ -167,36 +105,39 @@ def flat_sums(
         record whose norm is not finite contributes zero and counts as such.
 
     Raises:
-        UnsupportedLayerError: see `dense_layers`; also in any later call, for a batch that takes
+        UnsupportedLayerError: see `kept_layers`; also in any later call, for a batch that takes
             another path through the network.
     """
-    watch, linear = dense_layers(network, layout, example)
+    watch = kept_layers(network, example)
+    row = dict(zip(layout.names, layout.layer_of, strict=True))
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
-    row = [layout.layer_of[layout.names.index(f"{n}.weight")] for n in linear]
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
 
     def client(
         params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
     ) -> tuple[Params, Tensor]:
-        inputs, outputs = _pass(watch, linear, loss, params, x, y, mask)
+        found = _pass(watch, loss, params, x, y, mask)
         sizes = torch.zeros(layout.num_layers, len(x), dtype=torch.float64, device=x.device)
-        l1 = torch.zeros_like(sizes)
-        for at, (name, module) in zip(row, linear.items(), strict=True):
-            if name not in outputs:
-                continue
-            bias = 0.0 if module.bias is None else 1.0
-            l1[at] += _norm(outputs[name], 1) * (_norm(inputs[name], 1) + bias)
-            square = _norm(inputs[name], 2).square() + bias
-            sizes[at] += _norm(outputs[name], 2).square() * square
+        l1, voting = torch.zeros_like(sizes), bool((~votes_at.isnan()).any())
+        finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for layer in found:
+            at = row[layer.weight_name or layer.bias_name or ""]
+            norm1, square, own = layer.norms(p, l1=voting)
+            if norm1 is not None:
+                l1[at] += norm1
+            if square is not None:
+                sizes[at] += square
+            finite &= own
         sizes = l1 if p == 1 else sizes.sqrt()
-        real, finite = mask > 0, sizes.isfinite().all(0)
+        real, finite = mask > 0, finite & sizes.isfinite().all(0)
         factor = clip_factors(
             sizes.masked_fill(~finite, 0.0), units, order=order, automatic=automatic
         )
         clipped = (factor < 1 if not automatic else sizes[0] > units[0]) & finite & real
         factor = (factor * ROUNDING * (finite & real)).float()
-        strange = None if bool(finite.all()) else ~finite[:, None]
-        sums = _scaled_sums(linear, params, inputs, outputs, factor, strange)
+        sums = {n: torch.zeros_like(v) for n, v in params.items()}
+        for layer in found:
+            sums |= layer.sums(factor, finite)
         counts = count_layers(l1, votes_at, clipped, finite, real)
         return {n: sums[n] for n in layout.names}, counts
 
@@ -234,39 +175,14 @@ def count_layers(
 
 
 def _pass(
-    watch: WatchedForward,
-    linear: dict[str, _KeptLinear],
-    loss: Loss,
-    params: Params,
-    x: Tensor,
-    y: Tensor,
-    mask: Tensor,
-) -> tuple[Params, Params]:
-    """What came into each layer, and each record's gradient of what went out, [B, ...].
-
-    Layers that the loss does not depend on are left out.
-    """
+    watch: WatchedForward, loss: Loss, params: Params, x: Tensor, y: Tensor, mask: Tensor
+) -> list[RecordGradients]:
+    """What gradients of records are made of, for the layers that the loss depends on."""
     try:
         with torch.enable_grad():
             leaves = {n: v.requires_grad_() for n, v in params.items()}
             with watch.forward(leaves, len(x)):
                 outputs = watch.model(x)
-            total = torch.where(mask > 0, loss(outputs, y), 0.0).sum()
-            kept = {name: layer.kept for name, layer in linear.items() if layer.kept is not None}
-            edges = [edge for _, edge in kept.values()]
-            if not edges or not total.requires_grad:
-                return {}, {}
-            gradients = torch.autograd.grad(total, edges, allow_unused=True)
+            return record_gradients(watch.model, torch.where(mask > 0, loss(outputs, y), 0.0).sum())
     finally:
-        for layer in linear.values():
-            layer.__dict__.pop("kept", None)
-    found = zip(kept, gradients, strict=True)
-    inputs = {name: given for name, (given, _) in kept.items()}
-    return inputs, {name: gradient for name, gradient in found if gradient is not None}
-
-
-def _norm(x: Tensor, p: int) -> Tensor:
-    """Norm of each row, [B], summed in float64; `ROUNDING` allows for the terms' float32."""
-    if p == 1:
-        return x.abs().sum(1, dtype=torch.float64)
-    return x.double().square().sum(1).sqrt()  # float32 squares of small numbers would vanish
+        forget_gradients(watch.model)

@@ -1,4 +1,4 @@
-"""Gradients that are products over positions: norms by Gram matrices, and one product for the sum."""
+"""Gradients that are products over positions: norms by Gram matrices, one product for the sum."""
 
 from __future__ import annotations
 
