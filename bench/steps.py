@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import Layout, NoiseKey, privatize_, with_clipping
+from bench import minilm
 from bench.ours import SEED
 from fl_lightning.models import CNN, MLP
 
@@ -69,7 +70,9 @@ class Transformer(nn.Module):
 
 
 def network(name: str, device: torch.device) -> nn.Module:
-    """The MLP and the CNN of `bench.cohort`, or the transformer."""
+    """The MLP and the CNN of `bench.cohort`, the transformer, or one of `bench.minilm`."""
+    if name in minilm.NAMES:
+        return minilm.network(name).to(device)
     torch.manual_seed(0)
     if name == "MLP":
         model: nn.Module = MLP(in_features=784, hidden=[64])
@@ -83,7 +86,10 @@ def network(name: str, device: torch.device) -> nn.Module:
 
 
 def batch(name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random images and labels, or random texts of 32 tokens."""
+    """Random images and labels, or random texts of 32 (64) tokens."""
+    if name in minilm.NAMES:
+        x, y = minilm.batch(size)
+        return x.to(device), y.to(device)
     generator = torch.Generator().manual_seed(1)
     if name == "transformer":
         text = torch.randint(512, (size, 33), generator=generator).to(device)
@@ -121,25 +127,32 @@ class Setup:
 
     @classmethod
     def build(cls, name: str, size: int, device: torch.device, p: int = 2) -> Setup:
-        """Clip norms and the clipped sums that must come out, from per-sample gradients."""
+        """Clip norms and the clipped sums that must come out, record by record."""
         model, (x, y) = network(name, device), batch(name, size, device)
-        layout = Layout.build(dict(model.named_parameters()))
-        per_sample = per_sample_gradients(model)(x, y)
-        values = [per_sample[n].detach().double() for n in layout.names]
-        tensors = [(i,) for i in range(len(values))]
-        members = {"all": [tuple(range(len(values)))], "tensor": tensors, "layer": layout.members}
-        clips, gradients = {}, {}
+        layout = Layout.build(trained(model))
+        records = record_by_record(model, x, y)
+        rows = [torch.stack([g.double().norm(p) for g in gs]) for gs in records()]
+        norms = torch.stack(rows, 1)  # [tensors, records]
+        tensors = [(i,) for i in range(len(norms))]
+        members = {"all": [tuple(range(len(norms)))], "tensor": tensors, "layer": layout.members}
+        clips: dict[str, list[float]] = {}
+        factors: dict[str, list[Tensor]] = {}
         for level, groups in members.items():
-            clips[level], sums = [], [torch.empty(0)] * len(values)
+            clips[level], factors[level] = [], [torch.empty(0)] * len(norms)
             for group in groups:
-                norm = torch.stack([values[i].flatten(1).norm(p, dim=1) for i in group])
-                norm = norm.norm(p, dim=0)
+                norm = norms[list(group)].norm(p, dim=0)
                 clip = float(norm.median())
                 clips[level].append(clip)
-                factor = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
                 for i in group:
-                    sums[i] = torch.einsum("b,b...->...", factor, values[i])
-            gradients[level] = sums
+                    factors[level][i] = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
+        like = [q for q in model.parameters() if q.requires_grad]
+        gradients = {
+            level: [torch.zeros_like(q, dtype=torch.float64) for q in like] for level in members
+        }
+        for b, gs in enumerate(records()):
+            for level, sums in gradients.items():
+                for total, factor, g in zip(sums, factors[level], gs, strict=True):
+                    total.add_(g, alpha=float(factor[b]))
         return cls(name, size, device, model, x, y, layout, p, clips, gradients, clips["all"][0])
 
 
@@ -149,9 +162,27 @@ Step = Callable[[float], list[Tensor]]
 Built = tuple[nn.Module, Step]
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name that are not frozen."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def record_by_record(
+    model: nn.Module, x: Tensor, y: Tensor
+) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
+    """Makes an iterator over the records' gradients of the trained parameters."""
+
+    def records() -> Iterator[tuple[Tensor, ...]]:
+        for i in range(len(x)):
+            loss = losses(model(x[i : i + 1]), y[i : i + 1]).sum()
+            yield torch.autograd.grad(loss, list(trained(model).values()))
+
+    return records
+
+
 def per_sample_gradients(model: nn.Module) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """vmap(grad): gradients of every record by name, [B, ...]."""
-    params = {n: p.detach() for n, p in model.named_parameters()}
+    params = {n: p.detach() for n, p in trained(model).items()}
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return losses(functional_call(model, params, (x[None],)), y[None])[0]
@@ -162,7 +193,7 @@ def per_sample_gradients(model: nn.Module) -> Callable[[Tensor, Tensor], dict[st
 @torch.no_grad()
 def descend(model: nn.Module, gradients: list[Tensor], size: int) -> list[Tensor]:
     """One step of plain gradient descent on the mean."""
-    params = list(model.parameters())
+    params = list(trained(model).values())
     torch._foreach_add_(params, gradients, alpha=-LR / size)
     return gradients
 
@@ -174,7 +205,7 @@ def plain(setup: Setup) -> Built:
     def step(scale: float) -> list[Tensor]:
         model.zero_grad()
         losses(model(setup.x), setup.y).sum().backward()
-        return descend(model, [p.grad for p in model.parameters()], setup.size)  # type: ignore[misc]
+        return descend(model, [p.grad for p in trained(model).values()], setup.size)  # type: ignore[misc]
 
     return model, step
 
@@ -237,7 +268,7 @@ def opacus(setup: Setup, mode: str) -> Built:
     level = "tensor" if mode == "per_layer" else "all"
     clips = setup.clips[level]
     clip = clips if mode == "per_layer" else clips[0]
-    inner = torch.optim.SGD(model.parameters(), lr=LR)
+    inner = torch.optim.SGD(trained(model).values(), lr=LR)
     fast = mode in ("ghost", "fast")
     kinds = {
         "flat": optimizers.DPOptimizer,

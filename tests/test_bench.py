@@ -340,3 +340,9 @@ def test_all_parts_run_on_a_gpu(tmp_path: Path) -> None:
         for case in part["results"].values():
             sides = case["sides"]
             assert not [n for n, s in sides.items() if s["kind"] == "ours" and "seconds" not in s]
+
+
+def test_cases_whose_packages_are_missing_say_so(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("bench.minilm.missing", lambda: "transformers")
+    assert dp_step.run(CPU, quick=False, budget=1.0, only="MiniLM") == {}
+    assert capsys.readouterr().out.count("skipped, transformers is not installed") == 3

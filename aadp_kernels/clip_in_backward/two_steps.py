@@ -56,7 +56,7 @@ def norms(
     made_of = [g] if isinstance(kind, Embedding | Bias) else [a, g]
     finite = bounded(*(row_sums(t, l1=False)[1] for t in made_of), dtype=g.dtype)
     if isinstance(kind, Linear) and g.dim() == 3:
-        found = _outer_norms(a, g, rule, l1=l1)
+        found, finite = _outer_norms(a, g, rule, l1=l1)
     elif isinstance(kind, Matrix):
         found = _product_norms(kind, a, g, weight, rule)
     elif isinstance(kind, Embedding):
@@ -67,14 +67,16 @@ def norms(
     return norm1, square, finite[0]
 
 
-def _outer_norms(a: Tensor, g: Tensor, rule: ClipRule, *, l1: bool) -> Pair:
-    """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2."""
+def _outer_norms(a: Tensor, g: Tensor, rule: ClipRule, *, l1: bool) -> tuple[Pair, Tensor]:
+    """‖g aᵀ‖ = ‖g‖ ‖a‖ in L1 and in L2; entries are finite where this is, for nothing is summed."""
     needed = rule.needed
     w, b = float(needed.weight), float(needed.bias)
     (a1, a2), (g1, g2) = (row_sums(t, l1=l1 or needed.p == 1) for t in (a, g))
     norm1 = None if a1 is None or g1 is None else (a1 * w + b) * g1
     square = None if a2 is None or g2 is None else (a2 * w + b) * g2
-    return norm1, square if needed.p == 2 else None
+    assert a2 is not None
+    assert g2 is not None
+    return (norm1, square if needed.p == 2 else None), (a2 * g2 + a2 + g2).isfinite()
 
 
 def _product_norms(kind: Matrix, a: Tensor, g: Tensor, weight: Tensor, rule: ClipRule) -> Pair:

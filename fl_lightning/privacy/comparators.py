@@ -13,7 +13,7 @@ class Comparator:
     Args:
         clip_function: ``clip`` scales what is longer than C down to C; ``automatic`` scales every
             record's gradient g to C·g/(‖g‖+0.01) (Bu et al., 2022, arXiv:2206.07136), for flat
-            clipping of dense layers under record+local.
+            clipping in one pass under record+local.
         votes_on: Norm that the votes of ``quantile`` compare: ``l1``, or ``clipped``, the norm that
             is clipped (Andrew et al., 2021).
         history_rule: What ``released`` and ``raw`` take of the norms in the history: their

@@ -12,7 +12,7 @@ product a layer; no per-record gradient is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aadp_kernels import (
     Layout,
     RecordGradients,
+    UnsupportedLayerError,
     WatchedForward,
     forget_gradients,
     record_gradients,
@@ -52,6 +53,14 @@ def kept_layers(network: nn.Module, example: Tensor) -> WatchedForward:
     watch = WatchedForward(with_kept_gradients(network).to(example.device))
     watch.check(example)
     return watch
+
+
+def _check_whole(row: Mapping[str, int]) -> None:
+    """Raise unless a layer's weight and bias are clipped as one, as their norms are taken."""
+    for name, layer in row.items():
+        weight = f"{name.rpartition('.')[0]}.weight".removeprefix(".")
+        if row.get(weight, layer) != layer:
+            raise UnsupportedLayerError(f"{weight!r} and {name!r} are layers of their own")
 
 
 def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
@@ -108,8 +117,9 @@ def flat_sums(
         UnsupportedLayerError: see `kept_layers`; also in any later call, for a batch that takes
             another path through the network.
     """
-    watch = kept_layers(network, example)
     row = dict(zip(layout.names, layout.layer_of, strict=True))
+    _check_whole(row)
+    watch = kept_layers(network, example)
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
 

@@ -149,9 +149,11 @@ EXACTNESS_PLACES = group(
 
 FLAT = group(
     "fl_lightning/privacy/one_factor.py",
-    "tests/fl_lightning/test_flat.py tests/fl_lightning/test_flat_rules.py",
+    "tests/fl_lightning/test_flat.py tests/fl_lightning/test_flat_rules.py "
+    "tests/fl_lightning/test_clipped_networks.py",
     ("clip dropped", "return (1 / size.clamp(min=1e-300)).clamp(max=1.0)", "return torch.ones_like(size)"),
     ("records below the clip norm doubled", ".clamp(max=1.0)", ".clamp(max=2.0)"),
+    ("weight and bias that are layers of their own taken for one", "if row.get(weight, layer) != layer:", "if False:"),
     ("one layer's norm for all", "sizes[at] += square", "sizes[at] = square"),
     ("strange records of a layer count in others", "finite &= own", "finite = own"),
     ("automatic clipping without its constant", "1 / (size + AUTOMATIC_GAMMA / units[0])", "1 / size"),
