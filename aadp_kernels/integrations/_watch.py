@@ -151,9 +151,9 @@ class Watch:
         forward = self._forward
         if torch._C._current_graph_task_id() != -1:
             # Computed again in backward: not a call, and no gradient may come back through it.
-            forward = None
             if id(layer) in self._sharing:
                 x = one_each(x, self.last_records)
+            forward = None
         elif forward is None:
             raise UnsupportedLayerError(
                 f"{name} is called outside of a forward of the model, so the number of its records "

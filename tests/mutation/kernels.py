@@ -267,6 +267,25 @@ CLIP_MATRICES = group(
     ("bias not in the norm of a product", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
 )  # fmt: skip
 
+GRAM = group(
+    "aadp_kernels/clip_in_backward/products.py",
+    "tests/aadp_kernels/test_products.py",
+    ("what cancels is taken for small", "found.append(square + bound * lengths.sqrt().sum(1).square())", "found.append(square)"),
+    ("bias not in the norm", "            of_a += 1\n", "            pass\n"),
+    ("Gram matrices in float32", "wide = x.to(torch.float64)", "wide = x"),
+    ("factors left out of the sum", "scaled = g * factor", "scaled = g + 0 * factor"),
+    ("Gram matrices for L1 norms", "fits = a.is_cpu and needed.weight and not needs_l1(rule)", "fits = a.is_cpu and needed.weight"),
+)  # fmt: skip
+
+KEPT = group(
+    "aadp_kernels/clip_in_backward/two_steps.py",
+    "tests/fl_lightning/test_clipped_networks.py",
+    ("strange records in the sums", "    (g,) = zeroed(ok, g)\n", ""),
+    ("bias not in the norm of a vector", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
+    ("factors left out of embeddings", "rows = rows * per_record(f, rows)", "rows = rows * 1"),
+    ("factors left out of vectors", "scaled = g[0] * f[0][:, None]", "scaled = g[0]"),
+)  # fmt: skip
+
 _CPU_BACKWARD = "tests/aadp_kernels/test_cpu_clip_in_backward.py"
 _PRODUCTS = (
     f"{_CPU_BACKWARD}::test_sequences_of_any_shape {_CPU_BACKWARD}::test_convolutions_of_any_shape"
@@ -339,7 +358,7 @@ NORM_LAYERS = group(
 
 MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
-    *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *TILES, *ROWS,
-    *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
+    *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
+    *ROWS,    *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,
 ]  # fmt: skip
