@@ -274,8 +274,9 @@ def test_released_votes_carry_grid_noise_of_their_scale(
     exact = stats.norm if mechanism == "gaussian" else stats.laplace
     sample = votes.flatten().numpy() / scale
     assert stats.kstest(sample, exact.cdf).pvalue > 1e-3
-    for factor in (2 / 3, 3 / 2):
-        assert stats.kstest(sample / factor, exact.cdf).pvalue < 1e-5
+    # The deviation of a thousand Laplace variables is within 15 % of theirs in four sigmas.
+    for factor in (2 / 3, 1, 3 / 2):
+        assert (abs(sample.std() / factor / exact.std() - 1) < 0.15) == (factor == 1)
 
 
 def test_the_grid_takes_per_sample_gradients_and_says_so(caplog):
