@@ -39,6 +39,7 @@ from fl_lightning.preflight.record_independence import (
     foreign_gradient,
     interacting_records,
     mixed_records,
+    parameters_at_rest,
 )
 from fl_lightning.privacy.clipping import changes_its_way
 from fl_lightning.privacy.config import per_client
@@ -96,6 +97,7 @@ def dry_round(proposed: ProposedRun) -> bool:
             source=data.dataset_name,
             metrics=proposed.metrics,
         )
+        resting = parameters_at_rest(network, loss, few.x, few.y)
         values = moved_parameters(network)
         if rules.privacy.private:
             check_repeatable(network, loss, values, few.x, few.y)
@@ -104,9 +106,20 @@ def dry_round(proposed: ProposedRun) -> bool:
             proposed.server_optimizer, proposed.server_scheduler, gradients, proposed.rounds
         )
         _try_checkpoint(proposed, server)
+    if resting and rules.privacy.private:
+        _LOG.info(
+            f"no record moves {_some(resting)} at the start: until others have moved, a share of "
+            "the budget for them buys noise alone (of two factors that start at 0 and at random, "
+            "leave the random one out)"
+        )
     if reason:
         _LOG.info(f"clients train one after another: the network cannot be vmapped ({reason})")
     return rules.execution != "loop" and not reason
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more parameters"
 
 
 def few_records(proposed: ProposedRun) -> Few:

@@ -45,6 +45,19 @@ def autograd_gradients(
     return {name: g.detach() for name, g in zip(values, found, strict=True)}
 
 
+def parameters_at_rest(network: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> list[str]:
+    """Names of trained parameters whose gradient is exactly 0 where training starts.
+
+    Args:
+        network: in which the parameters lie.
+        loss: of each record.
+        x, y: some records [B, ...] and their targets.
+    """
+    values = {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+    found = autograd_gradients(network, loss, values, x, y)
+    return [name for name, gradient in found.items() if not bool(gradient.any())]
+
+
 def foreign_gradient(
     summed: SummedGradients, values: Params, want: Params, x: Tensor, y: Tensor
 ) -> str:
