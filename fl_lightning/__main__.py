@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
+from fl_lightning.command.early import answer_first
+
 # Command: module that has its main, arguments put before those given, what it does.
 COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "fit": ("fl_lightning.fit", [], "train; `aadp fit --help` says all options"),
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else f": {', '.join(COMMANDS)}"
         print(f"error: there is no command {given[0]!r}{hint}", file=sys.stderr)
         return 2
+    if given[0] == "fit":
+        answer_first(given)  # before torch and Lightning are imported
     module, before, _ = COMMANDS[given[0]]
     run = import_module(module).main
     if given[0] == "fit" and arguments is None:

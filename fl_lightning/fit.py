@@ -6,6 +6,11 @@ a stopped run by `--run_dir FOLDER --ckpt_path last`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # help and a mistyped option need nothing of what follows
+    from fl_lightning.command.early import answer_first
+
+    answer_first()
+
 import json
 import os
 import sys
@@ -27,6 +32,8 @@ from fl_lightning.command.class_arguments import (
     arguments_end_with_their_class,
     class_before_its_arguments,
 )
+from fl_lightning.command.early import answer_first
+from fl_lightning.command.parser_errors import in_a_line
 from fl_lightning.command.restarts import settle
 from fl_lightning.command.run_folder import (
     RunFolder,
@@ -316,6 +323,7 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] not in SUBCOMMANDS:
         arguments.insert(0, "fit")
+    answer_first(arguments)
     torch.set_float32_matmul_precision("highest")  # TF32 would break the clip's bound
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # one item a round
@@ -329,7 +337,7 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
-        say(f"error: {' '.join(str(error).split())} (see fit --help)", file=sys.stderr)
+        say(f"error: {in_a_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, OSError, LedgerError, MisconfigurationException) as error:
         if os.environ.get("AADP_FL_TRACEBACK"):

@@ -19,6 +19,7 @@ from fl_lightning.header import correlation_facts, ledger_header
 from fl_lightning.keys import binding, run_key
 from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
+from fl_lightning.ledger.accounts import accounts
 from fl_lightning.local.execution import bytes_per_example, faster_execution
 from fl_lightning.local.rules import named_rules
 from fl_lightning.networks.inputs import input_dtype
@@ -98,6 +99,14 @@ class Run:
             return np.full(self.spec.data.num_clients, np.inf)
         return self.budget.epsilon_spent()
 
+    def epsilon_at_the_end(self) -> np.ndarray:
+        """ε of every client as the ledger has it, [K]; infinite without privacy."""
+        running = self.budget.running
+        if self.ledger is None or running is None or running.exact:
+            return self.epsilon_spent()
+        found = accounts(self.ledger.header, self.ledger)
+        return np.array([found[client].epsilon() for client in sorted(found)])
+
     def nobody_is_left(self, round: int) -> bool:
         """Whether no client can pay for another round and none that is paid for is left to repeat.
 
@@ -160,6 +169,8 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
         history.load_checkpoint(resumed["history"])
         budget.load_state_dict(resumed["budget"])
     ledger = _open_ledger(spec, budget, run_id) if rules.privacy.private else None
+    if ledger is not None:
+        budget.follow(ledger.header)
     last_paid_round = -1
     for release in ledger or ():
         budget.spend(release)

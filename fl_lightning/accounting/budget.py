@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from fl_lightning.accounting.composition import epsilon_upper_curve, gaussian_upper
-from fl_lightning.accounting.correlated import CorrelatedPlan, least_multiplier, moves
+from fl_lightning.accounting.correlated import CorrelatedPlan, least_multiplier
 from fl_lightning.accounting.exactness import (
     SamplerCost,
     affordable_charged,
@@ -19,6 +19,7 @@ from fl_lightning.accounting.exactness import (
     inexact_noise,
     noise_streams,
 )
+from fl_lightning.accounting.running import RunningEpsilon
 from fl_lightning.privacy.config import PrivacyConfig, per_client
 from fl_lightning.privacy.mechanism import noise_event
 from fl_lightning.values.event import NoiseEvent
@@ -54,9 +55,8 @@ class Budget:
     ) -> None:
         self.config = config
         self.plan = plan
-        # Of a plan: who took part in each round, and whose ε is not computed again yet.
-        self._rounds: dict[int, np.ndarray] = {}
-        self._unread: list[np.ndarray] = []
+        self._rounds: set[int] = set()  # released, of a plan
+        self.running: RunningEpsilon | None = None
         self.sampling_rate = sampling_rate
         self.noise_parts = noise_parts
         self.streams = noise_streams(dims, votes=config.resolved_thresholds == "quantile")
@@ -71,8 +71,6 @@ class Budget:
         self.multiplier = torch.zeros(k, dtype=torch.float64)
         self.affordable = np.full(k, UNLIMITED)
         self.spent = np.zeros(k, dtype=np.int64)
-        self._epsilon = np.zeros(k)
-        self._curves: dict[tuple[float, float], np.ndarray] = {}
 
     def calibrate(self, steps_a_release: int) -> None:
         """Find every client's multiplier (seconds for each distinct ε and δ).
@@ -143,14 +141,19 @@ class Budget:
         event = noise_event(self.config, float(self.multiplier[client]), self.sampling_rate)
         return self.sampler_cost_at(event, float(self.delta[client]))
 
+    def follow(self, header: Mapping[str, Any]) -> None:
+        """Keep up every client's ε from here on, by the facts of the ledger that lines go to."""
+        self.running = RunningEpsilon(header)
+
     def spend(self, release: Release) -> None:
         """Count a release that stands in the ledger."""
         one = release.client != ALL_CLIENTS
         whose = release.client if one else release.members(len(self.spent))
         self.spent[whose] += release.steps
         if self.plan is not None:
-            self._rounds[release.round] = release.members(len(self.spent))
-            self._unread.append(self._rounds[release.round])
+            self._rounds.add(release.round)
+        if self.running is not None:
+            self.running.add(release)
 
     def can_pay(self, release: Release) -> bool:
         """Whether a release keeps everyone whom it is charged to within their ε.
@@ -175,70 +178,14 @@ class Budget:
         return bool((self.spent + steps > self.affordable).all())
 
     def epsilon_spent(self) -> np.ndarray:
-        """Upper bound of ε so far of every client [K]: RDP, never above the calibrated target."""
-        if self.plan is not None:
-            return self._epsilon_of_plan(self.plan)
-        result = np.full(len(self.spent), np.inf)
-        multipliers = self.multiplier.numpy()
-        for z, delta in self._promises(multipliers):
-            members = (multipliers == z) & (self.delta == delta)
-            spent = self.spent[members]
-            result[members] = 0.0 if z == 0 and not spent.any() else self._curve(z, delta, spent)
-        within = (self.spent <= self.affordable) & (multipliers > 0)
-        return np.where(within, np.minimum(result, self.target), result)
+        """Upper bound of ε so far of every client [K]; see `RunningEpsilon`.
 
-    def _epsilon_of_plan(self, plan: CorrelatedPlan) -> np.ndarray:
-        """ε of every client, [K], as if it had weight 1 in each round that it took part in."""
-        ids = np.unique(np.concatenate([np.empty(0, np.int64), *self._unread]))
-        self._unread = []
-        known = {r: who[np.isin(who, ids)] for r, who in self._rounds.items()}
-        if not len(ids):
-            return np.minimum(self._epsilon, self.target)
-        found = moves(
-            plan.coefficients,
-            plan.horizon,
-            count=len(ids),
-            clients=np.searchsorted(ids, np.concatenate(list(known.values()))),
-            rounds=np.repeat(list(known), [len(who) for who in known.values()]),
-        )
-        multipliers = self.multiplier.numpy()[ids]
-        for z, delta in self._promises(self.multiplier.numpy()):
-            mine = (multipliers == z) & (self.delta[ids] == delta)
-            if not mine.any():
-                continue
-            event = noise_event(self.config, z / float(found.largest[mine].max()), 1.0)
-            extra = self.sampler_cost_at(event, delta)
-            left = delta - plan.horizon * extra.delta
-            epsilon = gaussian_upper(z / found.whole[mine], left) if left > 0 else np.inf
-            self._epsilon[ids[mine]] = epsilon + plan.horizon * extra.epsilon
-        return np.minimum(self._epsilon, self.target)
-
-    def _promises(self, multipliers: np.ndarray) -> list[tuple[float, float]]:
-        """Different pairs of multiplier and δ."""
-        z, delta = multipliers, self.delta
-        if not len(z) or ((z == z[0]).all() and (delta == delta[0]).all()):
-            return [(float(z[0]), float(delta[0]))] if len(z) else []
-        pairs = np.unique(np.stack([z, delta], 1), axis=0).tolist()
-        return [(first, second) for first, second in pairs]
-
-    def _curve(self, multiplier: float, delta: float, spent: np.ndarray) -> np.ndarray:
-        if multiplier == 0:
-            return np.where(spent > 0, np.inf, 0.0)
-        known = self._curves.get((multiplier, delta))
-        if known is None or len(known) <= spent.max():
-            most = int(spent.max())
-            length = max(int(self.planned_steps.max()), 1)
-            length = length if most <= length else 2 * most
-            event = noise_event(self.config, multiplier, self.sampling_rate)
-            extra = self.sampler_cost_at(event, delta)
-            left = delta - length * extra.delta
-            known = np.full(length + 1, np.inf)
-            if left >= 0:
-                known = epsilon_upper_curve(event, length, left)
-            known = known + extra.epsilon * np.arange(length + 1)
-            known[0] = 0.0
-            self._curves[multiplier, delta] = known
-        return known[spent]
+        Raises:
+            RuntimeError: no ledger is followed.
+        """
+        if self.running is None:
+            raise RuntimeError("epsilon_spent: the budget follows no ledger yet; see `follow`")
+        return self.running.epsilon()
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint must keep: the multiplier is calibrated once and never again."""

@@ -222,39 +222,6 @@ def _rdp_epsilon(rdp: np.ndarray, delta: float) -> float:
     return max(0.0, float(np.min(rdp + _conversion(delta))))
 
 
-def epsilon_upper_curve(event: NoiseEvent, steps: int, delta: float) -> np.ndarray:
-    """Epsilon after 0, 1, ..., `steps` steps by RDP: cheap and never too low, for displays.
-
-    Args:
-        event: the step.
-        steps: >= 0.
-        delta: in [0, 1).
-
-    Returns:
-        float64 [steps + 1], first entry 0, non-decreasing.
-    """
-    _check_delta(delta)
-    if steps < 0:
-        raise ValueError(f"steps must be >= 0, got {steps}")
-    curve = np.full(steps + 1, np.inf)
-    curve[0] = 0.0
-    if event.noise_multiplier == 0:
-        return curve
-    counts = np.arange(1, steps + 1, dtype=np.float64)
-    curve[1:] = counts * event.pure_epsilon()
-    if delta > 0:
-        for rdp, price in zip(_rdp(event), _conversion(delta), strict=True):
-            if math.isfinite(rdp):
-                np.minimum(curve[1:], counts * rdp + price, out=curve[1:])
-    return np.maximum(curve, 0.0)
-
-
-def gaussian_upper(multipliers: np.ndarray, delta: float) -> np.ndarray:
-    """Epsilon of one Gaussian of each multiplier > 0, by RDP: cheap and never too low."""
-    rdp = _ORDERS / (2 * np.square(multipliers)[..., None])
-    return np.maximum(0.0, (rdp + _conversion(delta)).min(-1))
-
-
 @lru_cache(maxsize=1024)
 def calibrate(
     *,

@@ -27,6 +27,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from scipy import special
 
 if TYPE_CHECKING:
@@ -157,27 +158,46 @@ def _ends(pair: _Pair, x: np.ndarray, loss: np.ndarray, cut: float) -> tuple[flo
     return float(loss[max(low[0] - 1, 0)] if len(low) else loss[0]), float(loss[top])
 
 
-def _step_distribution(step: ShiftMixture, interval: float, cut: float) -> PrivacyLossDistribution:
-    from dp_accounting.pld import pld_pmf
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+def step_profiles(
+    step: ShiftMixture, interval: float, cut: float
+) -> list[tuple[int, npt.NDArray[np.float64]]]:
+    """Deltas of one step at whole multiples of an interval, in each direction that differs.
 
+    Args:
+        step: what happens once.
+        interval: between two epsilons, > 0.
+        cut: probability that may lie beyond each end of them.
+
+    Returns:
+        (first multiple, deltas [n], falling) with the group's data against without it; then, unless
+        data is exchanged, which is the same both ways, without against with.
+    """
     tables = [(w, p, x, p.loss(x)) for w, p in _pairs(step) for x in [_table(p)]]
     ends = [_ends(pair, x, loss, cut) for _, pair, x, loss in tables]
     low, high = min(e[0] for e in ends), max(e[1] for e in ends)
 
-    def pmf(profile, first: float, last: float):
+    def profile(direction, first: float, last: float) -> tuple[int, npt.NDArray[np.float64]]:
         start, stop = math.floor(first / interval), math.ceil(last / interval)
         epsilons = np.arange(start, stop + 1) * interval
-        deltas = np.sum([w * profile(p, x, loss, epsilons) for w, p, x, loss in tables], axis=0)
-        deltas = np.minimum.accumulate(deltas)
-        return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(
-            interval, start, stop, deltas
-        ).to_dense_pmf()
+        deltas = np.sum([w * direction(p, x, loss, epsilons) for w, p, x, loss in tables], axis=0)
+        return start, np.minimum.accumulate(deltas)
 
-    remove = pmf(_forward, low, high)
-    if step.exchange is not None:
-        return PrivacyLossDistribution(remove)
-    return PrivacyLossDistribution(remove, pmf(_backward, -high, -low))
+    remove = profile(_forward, low, high)
+    return [remove] if step.exchange is not None else [remove, profile(_backward, -high, -low)]
+
+
+def _step_distribution(step: ShiftMixture, interval: float, cut: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    return PrivacyLossDistribution(
+        *(
+            pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(
+                interval, start, start + len(deltas) - 1, deltas
+            ).to_dense_pmf()
+            for start, deltas in step_profiles(step, interval, cut)
+        )
+    )
 
 
 def _expected(step: ShiftMixture) -> tuple[float, float]:

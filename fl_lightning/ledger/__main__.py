@@ -13,6 +13,7 @@ from fl_lightning.ledger.client_reports import (
     any_nominal,
     headline,
     report_clients,
+    show_bound,
     show_number,
 )
 from fl_lightning.ledger.file import read
@@ -78,7 +79,7 @@ def _print_tables(
             ", ".join(report.mechanisms),
             ", ".join(show_number(z) for z in report.noise_multipliers),
             ", ".join(show_number(q) for q in report.sampling_rates),
-            show_number(report.epsilon),
+            show_bound(report.epsilon),
             show_number(report.delta),
             "-" if target is None else show_number(target),
         )

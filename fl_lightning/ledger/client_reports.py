@@ -22,6 +22,7 @@ from fl_lightning.ledger.accounts import Account, accounts
 from fl_lightning.ledger.correlated_checks import plan_of
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import Release
+from fl_lightning.values.rounding import round_up
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ def show_number(value: float) -> str:
     return "infinite" if math.isinf(value) else f"{value:.4g}"
 
 
+def show_bound(value: float) -> str:
+    """`show_number` of an upper bound: digits are dropped upwards."""
+    return round_up(value) if math.isfinite(value) else show_number(value)
+
+
 def any_nominal(reports: Mapping[int, ClientReport]) -> bool:
     """Whether some finite epsilon carries no guarantee."""
     return any(not r.guarantee and math.isfinite(r.epsilon) for r in reports.values())
@@ -147,9 +153,9 @@ def headline(reports: Mapping[int, ClientReport]) -> str:
     epsilons = [r.epsilon for r in reports.values()]
     delta = max(r.delta for r in reports.values())
     text = (
-        f"epsilon {show_number(max(epsilons))} at delta {show_number(delta)} "
-        f"(largest over {len(reports)} clients; smallest {show_number(min(epsilons))}, "
-        f"median {show_number(statistics.median(epsilons))})"
+        f"epsilon {show_bound(max(epsilons))} at delta {show_number(delta)} "
+        f"(largest over {len(reports)} clients; smallest {show_bound(min(epsilons))}, "
+        f"median {show_bound(statistics.median(epsilons))})"
     )
     if any_nominal(reports):
         text += ", nominal, no guarantee"

@@ -11,6 +11,7 @@ from fl_lightning.ledger.client_reports import (
     any_nominal,
     headline,
     report_clients,
+    show_bound,
     show_number,
 )
 from fl_lightning.ledger.file import Ledger
@@ -128,9 +129,12 @@ def _headline_section(header: Mapping[str, Any], reports: Mapping[int, ClientRep
         deltas = [r.delta for r in active]
         lines += ["", "| over clients that released | smallest | median | largest |"]
         lines.append("|---|---|---|---|")
-        for name, values in (("epsilon", epsilons), ("delta", deltas)):
+        for name, values, show in (
+            ("epsilon", epsilons, show_bound),
+            ("delta", deltas, show_number),
+        ):
             figures = (min(values), statistics.median(values), max(values))
-            lines.append(f"| {name} | " + " | ".join(map(show_number, figures)) + " |")
+            lines.append(f"| {name} | " + " | ".join(map(show, figures)) + " |")
         over = [r for r in active if r.target_epsilon is not None and r.epsilon > r.target_epsilon]
         if over:
             who = (

@@ -9,6 +9,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fl_lightning.output.client_tables import client_distributions, client_table
 from fl_lightning.output.console import quietly, say
 from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.values.round import RoundResult
+from fl_lightning.values.rounding import round_up, round_up_to
 
 
 class RoundRecorder(pl.Callback):
@@ -90,6 +92,23 @@ class RoundRecorder(pl.Callback):
         scalars = _scalars(pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=pl_module.result.round)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The last row says of ε what the statement will say; see `RunningEpsilon`."""
+        run = pl_module.run
+        if run is None or run.ledger is None or pl_module.result is None or self._start == 0:
+            return
+        last = _epsilons(pl_module)
+        pl_module.result = replace(pl_module.result, epsilon_spent=run.epsilon_at_the_end())
+        if _epsilons(pl_module) == last:
+            return
+        path = pl_module.run_path / "rounds.csv"
+        row = path.read_text(encoding="utf-8").splitlines()[-1].split(",")
+        row[2:5] = _round_row(pl_module, {})[2:5]
+        _write_rows(path, self._start, [row])
+        told = {k: v for k, v in _scalars(pl_module).items() if k.startswith("privacy/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(told, step=pl_module.result.round)
 
 
 class ClientTables(pl.Callback):
@@ -236,7 +255,7 @@ def _round_row(pl_module: Any, validation: dict[str, float]) -> list[Any]:
     return [
         result.round,
         result.participants,
-        *([f"{e:.6g}" for e in spent] if spent else [""] * 3),
+        *([round_up(e, 6) for e in spent] if spent else [""] * 3),
         validation.get("sim_only/val_accuracy", ""),
         validation.get("sim_only/val_loss", ""),
         "" if result.nonfinite is None else result.nonfinite,
@@ -301,9 +320,9 @@ def _status(trainer: pl.Trainer, pl_module: Any) -> str:
     elif math.isinf(spent[0]):
         words = ["ε = ∞"]
     elif pl_module.privacy.guarantee:
-        words = [f"ε ≤ {spent[0]:.2f} (max)"]
+        words = [f"ε ≤ {round_up_to(spent[0])} (max)"]
     else:
-        words = [f"nominal ε {spent[0]:.2f}, no guarantee"]
+        words = [f"nominal ε {round_up_to(spent[0])}, no guarantee"]
     if spent is not None and simulated_because(pl_module.privacy) is not None:
         words.append("simulated")
     accuracy = _validation(trainer).get("sim_only/val_accuracy")

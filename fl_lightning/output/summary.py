@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,12 @@ import numpy as np
 import pytorch_lightning as pl
 
 from fl_lightning import plots
-from fl_lightning.ledger.client_reports import report_clients, shared_noise, show_number
+from fl_lightning.ledger.client_reports import (
+    report_clients,
+    shared_noise,
+    show_bound,
+    show_number,
+)
 from fl_lightning.ledger.risks import risk_figures, run_risks
 from fl_lightning.privacy.allocation import division_ratio
 from fl_lightning.privacy.simulated import simulated_because
@@ -125,7 +131,9 @@ def final_table(summary: dict[str, Any]) -> Table:
     table.add_row("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"]))
     table.add_row("privacy", summary["privacy"])
     if summary["privacy"] != "none":
-        spread = " / ".join(_show(summary[f"epsilon_{n}"]) for n in ("min", "median", "max"))
+        spread = " / ".join(
+            _show(summary[f"epsilon_{n}"], show_bound) for n in ("min", "median", "max")
+        )
         table.add_row("ε by client, min / median / max", spread)
         table.add_row("δ (largest)", _show(summary["delta_max"]))
         table.add_row("layers against flat, noise energy", _show(summary["division_ratio"]))
@@ -139,10 +147,10 @@ def final_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, show: Callable[[float], str] = show_number) -> str:
     if value is None:
         return "-"
-    return show_number(value) if isinstance(value, float) else str(value)
+    return show(value) if isinstance(value, float) else str(value)
 
 
 def _versions() -> dict[str, str]:

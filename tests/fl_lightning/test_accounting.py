@@ -15,7 +15,6 @@ from fl_lightning.accounting.composition import (
     affordable_steps,
     calibrate,
     compose_epsilon,
-    epsilon_upper_curve,
 )
 from fl_lightning.values.event import NoiseEvent
 
@@ -132,8 +131,6 @@ def test_call_refusals() -> None:
             calibrate(**{**plan, **change})
     with pytest.raises(ValueError, match="epsilon"):
         affordable_steps(event, -1.0, DELTA)
-    with pytest.raises(ValueError, match="steps"):
-        epsilon_upper_curve(event, -1, DELTA)
 
 
 def test_replace_one_is_a_plain_event() -> None:
@@ -235,27 +232,6 @@ def test_affordable_steps_edges() -> None:
     assert affordable_steps(gaussian(0.5), 0.1, DELTA) == 0
     assert affordable_steps(gaussian(1.0), 1.0, 0.0) == 0
     assert affordable_steps(gaussian(1e9), 8.0, DELTA) == 10**9
-
-
-@pytest.mark.parametrize(
-    "event", [gaussian(3.0, 0.1), gaussian(3.0), laplace(20.0), laplace(5.0, 0.1)]
-)
-def test_curve(event: NoiseEvent) -> None:
-    curve = epsilon_upper_curve(event, 60, DELTA)
-    assert curve.shape == (61,)
-    assert curve[0] == 0
-    assert (np.diff(curve) >= 0).all()
-    for steps in (1, 13, 60):
-        assert curve[steps] == pytest.approx(
-            compose_epsilon({event: steps}, DELTA, accountant="rdp"), rel=1e-12
-        )
-        assert curve[steps] >= compose_epsilon({event: steps}, DELTA)
-
-
-def test_curve_edges() -> None:
-    assert epsilon_upper_curve(gaussian(0.0), 2, DELTA).tolist() == [0, math.inf, math.inf]
-    assert epsilon_upper_curve(laplace(4.0), 2, 0.0).tolist() == [0, 0.25, 0.5]
-    assert epsilon_upper_curve(gaussian(1.0), 0, DELTA).tolist() == [0]
 
 
 CELLS = 80

@@ -179,20 +179,6 @@ def test_releases_stand_in_the_ledger_with_what_their_tails_cost(
         assert line.epsilon_inflation == 0.0
 
 
-def test_the_displayed_epsilon_includes_the_extras(monkeypatch):
-    config = PrivacyConfig(epsilon=None, noise_multiplier=2.0, delta=1e-5)
-    budget = Budget(config, [10, 10], 1.0, (100,))
-    budget.calibrate(1)
-    budget.spent[:] = [0, 10]
-    plain = budget.epsilon_spent()
-    monkeypatch.setattr(budget, "sampler_cost_at", lambda event, delta: SamplerCost(0.125, 5e-7))
-    budget._curves.clear()
-    spent = budget.epsilon_spent()
-    assert spent[0] == plain[0] == 0.0
-    want = compose_epsilon({NoiseEvent("gaussian", 2.0): 10}, 5e-6, accountant="rdp") + 1.25
-    assert spent[1] == pytest.approx(want, rel=1e-12)
-
-
 def test_a_plan_is_refused_that_only_the_tails_break(monkeypatch):
     config = PrivacyConfig(epsilon=1.0, noise_multiplier=4.0, delta=1e-5)
     Budget(config, [10], 1.0, (100,)).calibrate(1)

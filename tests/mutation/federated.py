@@ -103,10 +103,9 @@ EVENT = group(
     "fl_lightning/values/event.py",
     f"{ACCOUNTING}::test_known_values {ACCOUNTING}::test_edge_cases "
     f"{ACCOUNTING}::test_two_events_compose {ACCOUNTING}::test_unsampled_gaussian_is_exact "
-    f"{ACCOUNTING}::test_sampled_laplace_rdp {ACCOUNTING}::test_curve "
+    f"{ACCOUNTING}::test_sampled_laplace_rdp "
     f"{ACCOUNTING}::test_calibrate_pure {ACCOUNTING}::test_affordable_steps "
-    f"{ACCOUNTING}::test_pld_is_below_rdp {ACCOUNTING}::test_affordable_steps_edges "
-    f"{ACCOUNTING}::test_curve_edges",
+    f"{ACCOUNTING}::test_pld_is_below_rdp {ACCOUNTING}::test_affordable_steps_edges",
     ("sampling ignored", "if self.sampling_rate == 1\n            else", "if True\n            else"),
     ("Laplace taken for a Gaussian", "else dpa.LaplaceDpEvent(scale)", "else dpa.GaussianDpEvent(scale)"),
     ("pure epsilon inverted", "return 1 / self.noise_multiplier", "return self.noise_multiplier"),
@@ -117,10 +116,9 @@ ACCOUNTING_PLACES = group(
     "fl_lightning/accounting/composition.py",
     f"{ACCOUNTING}::test_known_values {ACCOUNTING}::test_edge_cases "
     f"{ACCOUNTING}::test_two_events_compose {ACCOUNTING}::test_unsampled_gaussian_is_exact "
-    f"{ACCOUNTING}::test_sampled_laplace_rdp {ACCOUNTING}::test_curve "
+    f"{ACCOUNTING}::test_sampled_laplace_rdp "
     f"{ACCOUNTING}::test_calibrate_pure {ACCOUNTING}::test_affordable_steps "
-    f"{ACCOUNTING}::test_pld_is_below_rdp {ACCOUNTING}::test_affordable_steps_edges "
-    f"{ACCOUNTING}::test_curve_edges",
+    f"{ACCOUNTING}::test_pld_is_below_rdp {ACCOUNTING}::test_affordable_steps_edges",
     ("no noise costs nothing", "        return math.inf\n    pure = sum(", "        return 0.0\n    pure = sum("),
     ("pure epsilon counted once", "event.pure_epsilon() * count for event, count in key", "event.pure_epsilon() for event, count in key"),
     ("RDP counted once", "np.sum([_rdp(event) * count for event, count in key], axis=0)", "np.sum([_rdp(event) for event, count in key], axis=0)"),
@@ -169,7 +167,27 @@ BUDGET = group(
     f"{EXACTNESS} {MECHANISM}::test_a_client_that_cannot_pay_releases_nothing_and_keeps_its_history "
     "tests/fl_lightning/test_resume.py::test_clients_that_cannot_pay_leave_and_the_run_ends",
     ("one step beyond the budget", "self.spent[clients] + steps <= self.affordable[clients]", "self.spent[clients] + steps - 1 <= self.affordable[clients]"),
-    ("displayed inflation missing", "known = known + extra.epsilon * np.arange(length + 1)", "known = known + 0"),
+)  # fmt: skip
+
+RUNNING = (
+    *group(
+        "fl_lightning/accounting/running.py",
+        "tests/fl_lightning/test_running_epsilon.py",
+        ("shown inflation missing", "return found + self._on_top", "return found"),
+        ("cut tails are not paid", "(self._delta - self._tails)[there]", "self._delta[there]"),
+        ("multipliers add up", "release.steps / multipliers**2", "release.steps / multipliers"),
+        ("the lower end of epsilon", "<= wanted, 0.0, high)", "<= wanted, 0.0, 0.999 * high)"),
+        ("the quietest step counts least", "np.minimum.at(self._least, ids, multipliers)", "self._least[ids] = multipliers"),
+        ("rounds of a plan without weights", "sizes=np.concatenate([sizes[m] for _, m, _, sizes in mine]),", "sizes=None,"),
+    ),
+    *group(
+        "fl_lightning/accounting/step_curve.py",
+        "tests/fl_lightning/test_running_epsilon.py",
+        ("what is beyond the grid is lost", "lost = -math.expm1(steps * math.log1p(-self.beyond)) + 3 * _TAIL", "lost = 0.0"),
+        ("one direction alone", "for start, deltas in profiles]", "for start, deltas in profiles[1:] or profiles]"),
+        ("one step fewer", "self.transform**steps, self.cells", "self.transform ** (steps - 1), self.cells"),
+        ("the window is where it began", "np.roll(masses, steps * self.start - self.first)", "np.roll(masses, steps * self.start - self.first - 9)"),
+    ),
 )  # fmt: skip
 
 DENOISING = group(
@@ -334,6 +352,6 @@ NAMED = group(
 MUTATIONS = [
     *NAMED, *LOCAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY,
     *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES, *FLAT,
-    *BUDGET, *DENOISING, *SERVER_STEP, *EVALUATION, *COMMAND_LINE, *ONE_USE, *WATCHED,
+    *BUDGET, *RUNNING, *DENOISING, *SERVER_STEP, *EVALUATION, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
 ]  # fmt: skip

@@ -1,0 +1,136 @@
+"""The ε that is shown while a run goes on is its ledger's, and never less."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from fl_lightning.accounting.composition import compose_epsilon
+from fl_lightning.accounting.running import RunningEpsilon, gaussian_epsilon
+from fl_lightning.accounting.step_curve import StepCurve
+from fl_lightning.ledger import read
+from fl_lightning.ledger.accounts import accounts
+from fl_lightning.ledger.client_reports import headline, report_clients
+from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.rounding import round_up, round_up_to
+from tests.fl_lightning.correlated_values import BANDED
+from tests.fl_lightning.resuming import go
+
+NOISED = {"noise_multiplier": 1.5, "epsilon": None, "clip_norm": 1.0}
+CLIENT = NOISED | {"delta": 0.1}
+SETTINGS = {
+    "record+local, sampled": (NOISED, {"sampling_rate": 0.3, "local_steps": 2}),
+    "record+local, whole": (NOISED | {"thresholds": "quantile"}, {"sampling_rate": 1.0}),
+    "record+local, personal": (
+        NOISED | {"noise_multiplier": None, "epsilon": [2.0, 4.0, 6.0]},
+        {"sampling_rate": 0.5, "clients_per_round": 2},
+    ),
+    "record+local, grid": (NOISED | {"noise_form": "grid"}, {"sampling_rate": 1.0}),
+    "record+local, replace_one": (NOISED | {"adjacency": "replace_one"}, {"sampling_rate": 0.3}),
+    "client+local": (CLIENT | {"setting": "client+local"}, {"clients_per_round": 2}),
+    "client+local, Laplace": (
+        CLIENT | {"setting": "client+local", "mechanism": "laplace", "delta": 0.01},
+        {},
+    ),
+    "client+local, fast": (CLIENT | {"setting": "client+local", "noise_form": "fast"}, {}),
+    "client+aggregator": (
+        CLIENT | {"setting": "client+aggregator", "cohort_sampling": "fixed"},
+        {"clients_per_round": 2},
+    ),
+    "client+aggregator, sampled": (
+        CLIENT | {"setting": "client+aggregator", "cohort_sampling": "poisson"},
+        {"clients_per_round": 2},
+    ),
+    "client+secure_sum": (CLIENT | {"setting": "client+secure_sum"}, {}),
+    "correlated": (BANDED | {"epsilon": 4.0, "bands": 3}, {"clients_per_round": 1}),
+    "without noise": (CLIENT | {"setting": "client+local", "noise_multiplier": 0.0}, {}),
+    "abstract": (NOISED | {"setting": "abstract"}, {}),
+}
+
+
+def shown(folder):
+    with (folder / "rounds.csv").open() as file:
+        return [float(row["epsilon_max"]) for row in csv.DictReader(file)]
+
+
+def proven(folder, rounds):
+    header, releases = read(folder)
+    lines = [r for r in releases if r.round < rounds]
+    return np.array([a.epsilon() for _, a in sorted(accounts(header, lines).items())])
+
+
+STOPPED_EARLY = ("record+local, sampled", "client+local, Laplace", "correlated")
+
+
+@pytest.mark.parametrize(
+    ("setting", "rounds"), [*((s, 8) for s in SETTINGS), *((s, 5) for s in STOPPED_EARLY)]
+)
+def test_the_last_value_is_the_statements_and_none_is_below_the_ledgers(tmp_path, setting, rounds):
+    privacy, options = SETTINGS[setting]
+    module = go(tmp_path, rounds, privacy=privacy, **options)
+    values = shown(tmp_path)
+    end = proven(tmp_path, rounds)
+    assert values[-1] == pytest.approx(end.max(), rel=1e-5)
+    assert values[-1] >= end.max()
+    assert module.result.epsilon_spent == pytest.approx(end, rel=1e-8)
+    report = headline(report_clients(*read(tmp_path)))
+    assert math.isinf(end.max()) or round_up(end.max()) in report
+    running = RunningEpsilon(module.ledger.header)
+    for line in module.ledger:
+        running.add(line)
+    for done in (1, 3, rounds):
+        exact = proven(tmp_path, done).max()
+        assert exact <= values[done - 1] <= exact * 1.01
+    assert (running.epsilon() >= end * (1 - 1e-9)).all()
+
+
+def test_a_run_that_goes_on_shows_what_was_spent_before(tmp_path):
+    privacy, options = SETTINGS["record+local, sampled"]
+    go(tmp_path, 3, privacy=privacy, **options)
+    go(tmp_path, 8, privacy=privacy, resume=True, **options)
+    values = shown(tmp_path)
+    assert values == sorted(values)
+    assert values[-1] == float(round_up(proven(tmp_path, 8).max(), 6))
+
+
+@pytest.mark.parametrize(
+    ("event", "planned"),
+    [
+        (NoiseEvent("gaussian", 1.0, 0.1), 100),
+        (NoiseEvent("gaussian", 0.6, 0.01), 2000),
+        (NoiseEvent("gaussian", 8.0, 0.5), 500),
+        (NoiseEvent("gaussian", 0.6, 0.1, "replace_one"), 30),
+        (NoiseEvent("laplace", 20.0, 0.1), 20),
+        (NoiseEvent("laplace", 20.0), 50),
+    ],
+)
+def test_a_curve_is_the_accountants_and_never_below(event, planned):
+    curve = StepCurve(event, planned, 1e-5)
+    for steps in (1, planned // 3, planned - 1):
+        exact = compose_epsilon({event: steps}, 1e-5)
+        assert exact * (1 - 1e-9) <= curve.epsilon(steps, 1e-5) <= 1.01 * exact
+    assert curve.epsilon(planned, 1e-5) == compose_epsilon({event: planned}, 1e-5)
+    rdp = compose_epsilon({event: planned + 1}, 1e-5, accountant="rdp")
+    assert curve.epsilon(planned + 1, 1e-5) == rdp
+    assert curve.epsilon(0, 1e-5) == 0
+
+
+def test_gaussians_in_closed_form():
+    multipliers = np.geomspace(0.05, 200, 40)
+    for delta in (1e-12, 1e-5, 0.3):
+        found = gaussian_epsilon(multipliers, np.full(40, delta))
+        for z, epsilon in zip(multipliers.tolist(), found.tolist(), strict=True):
+            exact = compose_epsilon({NoiseEvent("gaussian", z): 1}, delta)
+            assert epsilon == pytest.approx(exact, rel=1e-8, abs=1e-9)
+    edges = gaussian_epsilon(np.array([0.0, 1.0, 1.0]), np.array([0.1, 0.0, -1.0]))
+    assert np.isinf(edges).all()
+
+
+def test_bounds_are_rounded_up():
+    assert [round_up(v) for v in (1.87341, 8.0, 12345.1, 1.00001e-7, 0.0, math.inf)] == [
+        "1.874", "8", "1.235e+04", "1.001e-07", "0", "inf",
+    ]  # fmt: skip
+    assert [round_up_to(v) for v in (1.87, 1.8701, 7.9999999, math.inf)] == [
+        "1.87", "1.88", "8.00", "inf",
+    ]  # fmt: skip
