@@ -11,6 +11,7 @@
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (half an hour)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
+    start     from a command to its first answer, from an empty cache and from a full one (minutes)
     picture   the picture on README's first screen, by one run (half a minute)
     traffic   a model of the L2 cache under the kernel's order; no GPU is used (two minutes)
     report    tables and plots of the committed results, into docs/ and README.md
@@ -48,6 +49,7 @@ PARTS = (
     "correlated",
     "shared_noise",
     "nodes",
+    "start",
     "picture",
     "traffic",
     "report",

@@ -231,6 +231,7 @@ def report() -> None:
         processes,
         readme_figures,
         shared_noise,
+        start,
     )
     from bench.plots import draw
 
@@ -242,6 +243,7 @@ def report() -> None:
     faults.report()
     processes.report()
     nodes.report()
+    start.report()
     gpu_page.report()
     for part in PARTS:
         pages.put(pages.BENCHMARKS, f"{part} table", table(part))

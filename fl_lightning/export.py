@@ -12,24 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fl_lightning.ledger import Ledger, LedgerError
-from fl_lightning.ledger.client_reports import (
-    any_nominal,
-    headline,
-    report_clients,
-    shared_noise,
-    show_number,
-)
-from fl_lightning.ledger.risks import risk_figures, run_risks
-from fl_lightning.ledger.statement import privacy_statement
-from fl_lightning.networks.adapters import write_adapters
-from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.output.console import say
 from fl_lightning.privacy.simulated import simulated_reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "network."
 
@@ -66,6 +56,9 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         | trained from Python | names the network's class, and not its arguments |
         | no test set, or a stopped run | the test accuracy is "-" |
     """
+    from fl_lightning.ledger.statement import privacy_statement
+    from fl_lightning.networks.adapters import write_adapters
+
     run = Path(run).expanduser()
     checkpoint = _load(run)
     known = checkpoint["aadp_fl"]["run"]
@@ -113,6 +106,8 @@ def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 def _load(run: Path) -> dict[str, Any]:
     """The checkpoint, which says what run it is of."""
+    from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
+
     path = run / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: is {run} the folder of a run?")
@@ -135,6 +130,14 @@ def _network(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[str, Any]:
     """What the card and the file's own metadata say, in order."""
+    from fl_lightning.ledger.client_reports import (
+        any_nominal,
+        headline,
+        report_clients,
+        shared_noise,
+    )
+    from fl_lightning.ledger.risks import risk_figures, run_risks
+
     summary = run / "summary.json"
     found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     finished = found.get("rounds") == known["rounds"]
@@ -180,8 +183,15 @@ def _card(
     facts: Mapping[str, Any], network: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> str:
     """The model card in Markdown."""
+    from fl_lightning.ledger.client_reports import show_bound, show_number
+
+    show = {"epsilon": show_bound}
     shown = {
-        name: "-" if value is None else show_number(value) if isinstance(value, float) else value
+        name: "-"
+        if value is None
+        else show.get(name, show_number)(value)
+        if isinstance(value, float)
+        else value
         for name, value in facts.items()
     }
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in shown.items())

@@ -51,6 +51,7 @@ from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, Round
 from fl_lightning.output.console import say, speak_any_encoding, without_advertisements
 from fl_lightning.output.finish import finish_run, test_once
 from fl_lightning.output.loggers import default_logger, tensorboard_logger
+from fl_lightning.output.waiting import told_of_compiling
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes.launching import stop_of, stoppable
 from fl_lightning.processes.stopping import Stop
@@ -332,7 +333,7 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
     without_advertisements()
     folder, stop = RunFolder(), Stop(program=args is None)
     try:
-        with stoppable(stop):
+        with stoppable(stop), told_of_compiling():
             _run(folder, stop, arguments, federation)
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):

@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.client_reports import (
-    ClientReport,
-    any_nominal,
-    headline,
-    report_clients,
-    show_bound,
-    show_number,
-)
 from fl_lightning.ledger.file import read
-from fl_lightning.ledger.verdict import examine
 from fl_lightning.privacy.simulated import simulated_reason
+
+if TYPE_CHECKING:
+    from fl_lightning.ledger.client_reports import ClientReport
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--head", metavar="HASH", help="a line of this hash (or its first 16 digits) must be there"
     )
     options = parser.parse_args(arguments)
+    from fl_lightning.ledger.client_reports import report_clients
+    from fl_lightning.ledger.verdict import examine
+
     try:
         verdict = examine(options.path, options.head)
         for problem in verdict.problems:
@@ -59,6 +56,8 @@ def _print_tables(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from fl_lightning.ledger.client_reports import any_nominal, headline, show_bound, show_number
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     facts = Table("fact", "value", title="run")
