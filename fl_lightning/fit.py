@@ -270,6 +270,8 @@ class FederatedCLI(LightningCLI):
         if self.trainer.state.status != "finished" and self.trainer.interrupted:
             return
         seconds = time.perf_counter() - self.started
+        recorders = [c for c in self.trainer.callbacks if isinstance(c, RoundRecorder)]
+        seconds += sum(recorder.seconds_before for recorder in recorders)
         read = self.config[str(self.subcommand)].read_test_set
         failed = read and not test_once(self.trainer, self.model, self.datamodule)
         if self.trainer.is_global_zero:

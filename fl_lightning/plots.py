@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fl_lightning.privacy.simulated import simulated_reason
+from fl_lightning.values.rounding import round_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,10 +45,10 @@ LAYER_COLUMNS = (
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PANELS = (
-    ("clip_norm", "clip norm"),
-    ("share", "share of the budget"),
-    ("noise_scale", "noise scale"),
-    ("sim_only_clipped_fraction", "clipped fraction (simulation only)"),
+    ("clip_norm", "clip norm, in units of what is clipped"),
+    ("share", "share of the budget, of 1"),
+    ("noise_scale", "noise scale, in the same units"),
+    ("sim_only_clipped_fraction", "clipped fraction, of 1 (simulation only)"),
 )
 
 
@@ -83,7 +84,8 @@ def convergence(
         ax, known = next(axes), np.isfinite(accuracy)
         marker = "o" if known.sum() <= 40 else None
         ax.plot(number[known], accuracy[known], color=_COLOURS[0], marker=marker, markersize=3)
-        ax.set_ylabel("validation accuracy\n(simulation only)")
+        ax.set_ylabel("validation accuracy, of 1\n(simulation only)")
+        ax.set_ylim(max(0.0, accuracy[known].min() - 0.05), min(1.0, accuracy[known].max() + 0.02))
         _dress(ax)
     if present[1]:
         ax = next(axes)
@@ -111,8 +113,8 @@ def convergence(
 def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
     """Clip norm, budget share, noise scale and clipped fraction of every layer against rounds.
 
-    A line is the median over the round's clients, the band around it their range (left out where
-    there are too many layers to tell bands apart).
+    A line is the median over the round's clients, the band around it their range. Where there are
+    more layers than colours that stay apart, a heat map shows the medians.
 
     Args:
         layers: rows of `layers.csv`.
@@ -121,24 +123,68 @@ def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
         return None
     names = list(dict.fromkeys(row["layer"] for row in layers))
     of_layer = np.array([row["layer"] for row in layers])
-    number, colours = _column(layers, "round") + 1, _colours(len(names))
-    figure = _figure(9.6, 6.4)
-    axes = figure.subplots(2, 2, sharex=True)
+    number = _column(layers, "round") + 1
+    many = len(names) > len(_COLOURS)
+    figure = _figure(9.6, max(6.4, min(12.0, 2.4 + 0.12 * len(names))) if many else 6.4)
+    axes = figure.subplots(2, 2, sharex=True, sharey=many)
     for ax, (column, title) in zip(axes.flat, _PANELS, strict=True):
         values = _column(layers, column)
-        for colour, name in zip(colours, names, strict=True):
-            mine = of_layer == name
-            x, low, middle, high = _spread(number[mine], values[mine])
-            if len(names) <= len(_COLOURS):
-                ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(x, middle, color=colour, label=name, marker=_marker(x))
-        _scale(ax, column, values[np.isfinite(values)])
+        spreads = [_spread(number[of_layer == n], values[of_layer == n]) for n in names]
         ax.set_title(title, fontsize="medium")
         _dress(ax)
+        if many:
+            _heat(figure, ax, names, spreads, log=column in ("clip_norm", "noise_scale"))
+        else:
+            _lines(ax, names, spreads)
+            _scale(ax, column, values[np.isfinite(values)])
     for ax in axes[1]:
         ax.set_xlabel("round")
-    _legend(figure, axes[0, 0], names)
+    if many:
+        figure.suptitle("median over the round's clients, of every layer", fontsize="medium")
+    else:
+        _legend(figure, axes[0, 0])
     return figure
+
+
+def _lines(ax: Any, names: Sequence[str], spreads: Sequence[tuple[np.ndarray, ...]]) -> None:
+    """A line and a band a layer."""
+    for colour, name, (x, low, middle, high) in zip(_COLOURS, names, spreads, strict=False):
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        ax.plot(x, middle, color=colour, label=name, marker=_marker(x))
+
+
+def _heat(
+    figure: Figure,
+    ax: Any,
+    names: Sequence[str],
+    spreads: Sequence[tuple[np.ndarray, ...]],
+    *,
+    log: bool,
+) -> None:
+    """A row of cells a layer, a column a round: as many layers as there are can be read."""
+    from matplotlib.colors import LogNorm
+
+    rounds = np.unique(np.concatenate([x for x, *_ in spreads]))
+    grid = np.full((len(names), max(len(rounds), 1)), np.nan)
+    for row, (x, _, middle, _) in zip(grid, spreads, strict=True):
+        row[np.searchsorted(rounds, x)] = middle
+    known = grid[np.isfinite(grid)]
+    wide = log and len(known) > 0 and known.min() > 0 and known.max() > 10 * known.min()
+    last = float(rounds[-1]) if len(rounds) else 1.0
+    image = ax.imshow(
+        np.ma.masked_invalid(grid),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="cividis",
+        extent=(0.5, last + 0.5, len(names) - 0.5, -0.5),
+        norm=LogNorm() if wide else None,
+    )
+    bar = figure.colorbar(image, ax=ax)
+    if wide:
+        _log_ticks(bar.ax)
+    ax.grid(False)
+    shown = _every(len(names), 25)
+    ax.set_yticks(shown, [names[i] for i in shown], fontsize="x-small")
 
 
 def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
@@ -234,9 +280,11 @@ def draw_all(run_path: Path) -> list[Path]:
         "clients": client_map(layers),
         "attacks": attack_curves(read_rows(run_path / "attacks.csv")),
     }
-    written = []
+    written, title = [], run_title(run_path)
     for name, figure in pictures.items():
         if figure is not None:
+            own = figure.get_suptitle()
+            figure.suptitle(f"{title}\n{own}" if own else title, fontsize="medium")
             path = run_path / "plots" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=150)
@@ -244,12 +292,32 @@ def draw_all(run_path: Path) -> list[Path]:
     return written
 
 
+def run_title(run_path: Path) -> str:
+    """Which run it is and what it came to, in a line; as far as its files say."""
+    facts, summary = ledger_facts(run_path), {}
+    if (run_path / "summary.json").exists():
+        summary = json.loads((run_path / "summary.json").read_text(encoding="utf-8"))
+    words = [run_path.absolute().name, *filter(None, [facts.get("dataset"), facts.get("setting")])]
+    if summary.get("test_accuracy") is not None:
+        words.append(f"test accuracy {100 * summary['test_accuracy']:.1f} %")
+    if summary.get("epsilon_max") is not None:
+        words.append(f"ε ≤ {round_up(float(summary['epsilon_max']), 3)}")
+    return " · ".join(words)
+
+
+def ledger_facts(run_path: Path) -> dict[str, Any]:
+    """The header of a run's ledger; {} without one."""
+    ledger = run_path / "ledger.jsonl"
+    if not ledger.exists():
+        return {}
+    with ledger.open(encoding="utf-8") as file:
+        return json.loads(file.readline())["facts"]
+
+
 def _epsilon_label(run_path: Path) -> str:
     """What the ε of a run is, by the header of its ledger."""
-    label, ledger = "ε spent (upper bound)", run_path / "ledger.jsonl"
-    if ledger.exists():
-        with ledger.open(encoding="utf-8") as file:
-            facts = json.loads(file.readline())["facts"]
+    label, facts = "ε spent (upper bound)", ledger_facts(run_path)
+    if facts:
         if facts["setting"] == "abstract":
             label = "nominal ε, no guarantee"
         reason = simulated_reason(facts)
@@ -299,27 +367,11 @@ def _log_ticks(ax: Any) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
 
 
-def _colours(count: int) -> list[Any]:
-    """One colour a layer; a scale by depth where there are many."""
-    if count <= len(_COLOURS):
-        return list(_COLOURS[:count])
-    from matplotlib import colormaps
-
-    return list(colormaps["viridis"](np.linspace(0, 0.92, count)))
-
-
-def _legend(figure: Figure, ax: Any, names: Sequence[str]) -> None:
+def _legend(figure: Figure, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    shown = _every(len(names), 24)
-    bands = "; band: their range" if len(names) <= len(_COLOURS) else ""
-    figure.suptitle(f"line: median over the round's clients{bands}", fontsize="medium")
-    figure.legend(
-        [handles[i] for i in shown],
-        [labels[i] for i in shown],
-        loc="outside right center",
-        frameon=False,
-        title="layer",
-    )
+    text = "line: median over the round's clients; band: their range"
+    figure.suptitle(text, fontsize="medium")
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="layer")
 
 
 def _marker(points: np.ndarray) -> str | None:

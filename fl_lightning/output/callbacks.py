@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,14 +50,19 @@ class RoundRecorder(pl.Callback):
         self._start = 0
         self._rounds = 0
         self._resumed: int | None = None
+        self.seconds_before = 0.0  # of the run, in earlier starts
+        self._began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rounds": self._rounds}
+        seconds = self.seconds_before + time.perf_counter() - self._began
+        return {"rounds": self._rounds, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict["rounds"]
+        self.seconds_before = state_dict.get("seconds", 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._began = time.perf_counter()
         # A checkpoint saved while validating has the round in it, which current_epoch misses.
         first = trainer.current_epoch if self._resumed is None else self._resumed
         self._rounds, self._resumed = first, None

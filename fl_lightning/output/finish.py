@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from fl_lightning.ledger.risks import CURVE_COLUMNS, curve_rows, run_risks
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.output.console import say, show
 from fl_lightning.output.loggers import hand_over
+from fl_lightning.output.report import write_report
 from fl_lightning.output.summary import final_table, run_summary
 from fl_lightning.processes.launching import raise_if_stopped
 
@@ -47,12 +49,12 @@ def test_once(trainer: pl.Trainer, pl_module: Any, data: FederatedDataModule) ->
 
 
 def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
-    """Write statement, summary and pictures, print the final table; hand all to W&B and close it.
+    """Write statement, summary, pictures and report, print the final table; hand all to W&B.
 
     Args:
         trainer: the Trainer, after `test` if there was a test.
         pl_module: the FederatedModule; its ledger may be closed.
-        seconds: wall-clock time of the run.
+        seconds: wall-clock time of the run, over all its starts.
 
     Guarantees:
         W&B gets named files only: never the secret key, nor anything else of the run folder. What
@@ -67,12 +69,22 @@ def finish_run(trainer: pl.Trainer, pl_module: Any, seconds: float) -> None:
         text = json.dumps(plain, indent=2) + "\n"
         file = path / "summary.json"
         _attempt("summary.json", lambda: file.write_text(text, encoding="utf-8"))
-        _attempt("the table of the run", lambda: show(final_table(summary)))
+    pictures = _attempt("the pictures", lambda: plots.draw_all(path)) or []
+    report = _attempt("report.html", lambda: write_report(path, summary, pictures))
+    if summary:
+        files = {"run folder": path, "report": report, "pictures": _several(pictures)}
+        _attempt("the table of the run", lambda: show(final_table(summary, files)))
     if pl_module.ledger is not None:
         say(f"ledger head: {pl_module.ledger.head_hash}")
-    pictures = _attempt("the pictures", lambda: plots.draw_all(path)) or []
     for logger in trainer.loggers:
-        _attempt("W&B", lambda own=logger: hand_over(own, path, plain, pictures))
+        told = _attempt("W&B", lambda own=logger: hand_over(own, path, plain, pictures))
+        if told:
+            say(told)
+
+
+def _several(paths: list[Path]) -> str | None:
+    """Where files of one folder are."""
+    return f"{paths[0].parent}{os.sep}*.png" if paths else None
 
 
 def _attempt(what: str, do: Callable[[], T]) -> T | None:

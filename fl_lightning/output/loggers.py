@@ -106,15 +106,16 @@ def _has_wandb_key() -> bool:
 
 def hand_over(
     logger: Logger, path: Path, summary: dict[str, Any], pictures: Sequence[Path]
-) -> None:
+) -> str | None:
     """Give W&B the summary, pictures and named files of a run, and close its run there.
 
-    Nothing where the logger is another.
+    Returns:
+        Where W&B has the run now, in words; None where the logger is another.
     """
     import wandb
 
     if not isinstance(logger, WandbLogger):
-        return
+        return None
     if isinstance(logger, LateWandbLogger):
         logger.begin()
     run = logger.experiment
@@ -132,5 +133,15 @@ def hand_over(
             for file in present:
                 artifact.add_file(str(file), name=file.relative_to(path).as_posix())
             run.log_artifact(artifact)
+    told = _where(run)
     # Without this, the next run in this process would go on writing into this one.
     run.finish()
+    return told
+
+
+def _where(run: Any) -> str:
+    """Whether W&B has a run or only its files, and how it gets them."""
+    if getattr(run, "offline", False):
+        folder = Path(run.dir).parent
+        return f"W&B: offline; its files are in {folder}; `wandb sync {folder}` sends them"
+    return f"W&B: online at {run.url}" if getattr(run, "url", None) else "W&B: disabled"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -117,34 +117,44 @@ def _test_metrics(trainer: pl.Trainer) -> dict[str, float]:
     return {name: value for name, value in found.items() if name not in ("loss", "accuracy")}
 
 
-def final_table(summary: dict[str, Any]) -> Table:
-    """The figures of `run_summary` for people."""
+def final_table(summary: dict[str, Any], files: Mapping[str, Any] | None = None) -> Table:
+    """The figures of `run_summary` for people, and where the run's files are."""
     from rich.table import Table
 
     table = Table("", "", title="run", show_header=False)
+    for name, value in final_rows(summary):
+        table.add_row(name, value, style="bold" if name.startswith("SIMULATED") else None)
+    for name, path in (files or {}).items():
+        if path is not None:
+            table.add_row(name, str(path))
+    return table
+
+
+def final_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of `run_summary` in words, in the order of the final table."""
+    rows: list[tuple[str, str]] = []
     if summary["simulated"]:
         reason = summary["simulated_because"]
-        table.add_row(f"SIMULATED ({reason})", "protects nobody", style="bold")
-    table.add_row("test accuracy", _show(summary["test_accuracy"]))
-    for name, value in summary["test_metrics"].items():
-        table.add_row(f"test {name}", _show(value))
-    table.add_row("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"]))
-    table.add_row("privacy", summary["privacy"])
+        rows.append((f"SIMULATED ({reason})", "protects nobody"))
+    rows.append(("test accuracy", _show(summary["test_accuracy"])))
+    rows += [(f"test {name}", _show(value)) for name, value in summary["test_metrics"].items()]
+    rows.append(("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"])))
+    rows.append(("privacy", summary["privacy"]))
     if summary["privacy"] != "none":
         spread = " / ".join(
             _show(summary[f"epsilon_{n}"], show_bound) for n in ("min", "median", "max")
         )
-        table.add_row("ε by client, min / median / max", spread)
-        table.add_row("δ (largest)", _show(summary["delta_max"]))
-        table.add_row("layers against flat, noise energy", _show(summary["division_ratio"]))
-        table.add_row("advantage of an attack, at most", _show(summary["attack_advantage_max"]))
+        rows.append(("ε by client, min / median / max", spread))
+        rows.append(("δ (largest)", _show(summary["delta_max"])))
+        rows.append(("layers against flat, noise energy", _show(summary["division_ratio"])))
+        rows.append(("advantage of an attack, at most", _show(summary["attack_advantage_max"])))
         names = ("unit", "trust", "adjacency", "mechanism", "thresholds", "allocation")
         names += ("noise",) if summary.get("noise") else ()
         for name in (*names, "releases"):
-            table.add_row(name, _show(summary[name]))
-    table.add_row("rounds", _show(summary["rounds"]))
-    table.add_row("time", f"{summary['seconds']:.1f} s")
-    return table
+            rows.append((name, _show(summary[name])))
+    rows.append(("rounds", _show(summary["rounds"])))
+    rows.append(("time", f"{summary['seconds']:.1f} s"))
+    return rows
 
 
 def _show(value: Any, show: Callable[[float], str] = show_number) -> str:

@@ -210,3 +210,17 @@ def test_a_bar_in_a_terminal_and_none_on_demand(
     assert "round 3/3" in shown
     assert "ε ≤ 3.00 (max)" in shown
     assert "Epoch" not in shown
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 17.0, 100.0, 104.0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    first, second = callbacks.RoundRecorder(), callbacks.RoundRecorder()
+    first._began = callbacks.time.perf_counter()
+    kept = first.state_dict()
+    second.load_state_dict(kept)
+    second._began = callbacks.time.perf_counter()
+    assert second.seconds_before == 7.0
+    assert second.state_dict()["seconds"] == 11.0
+    second.load_state_dict({"rounds": 3})  # of a version that kept no time
+    assert second._resumed == 3

@@ -15,6 +15,7 @@ from fl_lightning.output.finish import finish_run
 from fl_lightning.output.loggers import default_logger
 from fl_lightning.output.summary import final_table, run_summary
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.values.rounding import round_up
 from tests.fl_lightning.recorded_rounds import Rounds, train
 
 
@@ -86,10 +87,10 @@ def test_the_summary_is_the_ledgers(tmp_path: Path, capsys: Any) -> None:
     assert summary["sim_only_val_accuracy"] == pytest.approx(0.02)
     assert (summary["rounds"], summary["releases"], summary["seconds"]) == (2, 3, 1.5)
     assert summary["versions"]["torch"] == torch.__version__
-    assert f"{epsilons[2]:.4g} at delta" in (tmp_path / "privacy_statement.md").read_text()
+    assert f"{round_up(epsilons[2])} at delta" in (tmp_path / "privacy_statement.md").read_text()
     shown = capsys.readouterr().out
     assert "SIMULATED" in shown
-    assert " / ".join(f"{e:.4g}" for e in epsilons) in shown
+    assert " / ".join(round_up(e) for e in epsilons) in shown
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "convergence.png",
         "layers.png",

@@ -109,22 +109,46 @@ def test_axes_are_logarithmic_only_over_wide_ranges(spread: float, scale: str) -
     assert norm == ("LogNorm" if scale == "log" else "Normalize")
 
 
-def test_many_layers_have_no_bands() -> None:
-    figure = plots.layer_history(layer_rows(names=tuple(f"l{i}" for i in range(30))))
+@pytest.mark.parametrize("layers", [8, 100])
+def test_many_layers_are_a_heat_map_of_medians(layers: int) -> None:
+    names = tuple(f"l{i}" for i in range(layers))
+    rows = [
+        r for r in layer_rows(names=names, spread=1.5) if (r["layer"], r["round"]) != ("l3", "2")
+    ]
+    figure = plots.layer_history(rows)
     assert figure is not None
-    assert [len(ax.collections) for ax in figure.axes] == [0] * 4
-    assert (
-        len(
-            {
-                drawn.get_color()
-                if isinstance(drawn.get_color(), str)
-                else tuple(drawn.get_color())
-                for drawn in figure.axes[0].lines
-            }
-        )
-        == 30
-    )
-    assert len(figure.legends[0].get_texts()) <= 24
+    clip_norm, share, _, clipped = figure.axes[:4]
+    assert not any(ax.lines for ax in figure.axes[:4])
+    image = clip_norm.images[0]
+    shown = np.ma.filled(image.get_array(), np.nan)
+    assert shown.shape == (layers, 4)
+    np.testing.assert_allclose(shown[:, 0], 2 * 1.5 ** np.arange(layers))
+    assert np.isnan(shown).nonzero()[0].tolist() == [3]
+    assert image.get_extent() == [0.5, 4.5, layers - 0.5, -0.5]
+    assert type(image.norm).__name__ == "LogNorm"
+    assert type(share.images[0].norm).__name__ == "Normalize"
+    assert "simulation only" in clipped.get_title()
+    labels = [t.get_text() for t in clip_norm.get_yticklabels()]
+    assert labels[0] == "l0"
+    assert len(labels) <= 25
+
+
+def test_pictures_say_which_run_they_are_of(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    assert plots.run_title(run) == "mine"
+    (run / "summary.json").write_text(json.dumps({"test_accuracy": 0.93061, "epsilon_max": 7.9994}))
+    facts = {"facts": {"dataset": "digits", "setting": "record+local"}}
+    (run / "ledger.jsonl").write_text(json.dumps(facts) + "\n")
+    title = "mine · digits · record+local · test accuracy 93.1 % · ε ≤ 8"
+    assert plots.run_title(run) == title
+
+
+def test_one_look_at_the_validation_records_has_an_axis_of_accuracies() -> None:
+    figure = plots.convergence(round_rows(1, epsilon_max="", sim_only_val_accuracy="0.99"))
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    assert 0 <= low < 0.99 < high <= 1
 
 
 def test_the_map_shows_each_clients_last_round() -> None:

@@ -18,6 +18,7 @@ from fl_lightning.privacy.simulated import (
     simulated_reason,
 )
 from fl_lightning.values.event import NoiseEvent
+from fl_lightning.values.rounding import round_up
 
 
 def statement(path: Path, facts: dict[str, Any], *releases: dict[str, Any]) -> tuple[str, str]:
@@ -55,10 +56,10 @@ def test_figures_come_from_the_ledger(tmp_path: Path) -> None:
     releases = [{"client": c, "noise_multiplier": z} for c, z in enumerate((3.0, 4.0, 5.0))]
     text, digest = statement(tmp_path, {}, *releases)
     epsilons = sorted(r.epsilon for r in report(tmp_path).values())
-    row = " | ".join(f"{e:.4g}" for e in epsilons)
+    row = " | ".join(round_up(e) for e in epsilons)
     assert f"| epsilon | {row} |" in text
     assert "| delta | 1e-06 | 1e-05 | 1e-05 |" in text
-    assert f"**epsilon {epsilons[-1]:.4g} at delta 1e-05 (largest over 3 clients" in text
+    assert f"**epsilon {round_up(epsilons[-1])} at delta 1e-05 (largest over 3 clients" in text
     assert f"last hash `{digest}`" in text
     assert "noise multiplier (noise scale / sensitivity, votes included): 3 to 5" in text
     assert "spent more" not in text
@@ -70,8 +71,8 @@ def test_more_noise_or_steps_change_the_headline(tmp_path: Path) -> None:
         statement(tmp_path / str(steps), {}, {"client": 0, "steps": steps})[0]
         for steps in (50, 5000)
     ]
-    assert "epsilon 0.9708 at" in texts[0]
-    assert "epsilon 0.9708 at" not in texts[1]
+    assert "epsilon 0.9709 at" in texts[0]
+    assert "epsilon 0.9709 at" not in texts[1]
     assert "1 client spent more than its target" in texts[1]
 
 

@@ -126,7 +126,6 @@ ACCOUNTING_PLACES = group(
     ("PLD composes once", "accountant.compose(event.dp_event(), count)", "accountant.compose(event.dp_event(), 1)"),
     ("order off by one", "np.log(delta * _ORDERS) / (_ORDERS - 1)", "np.log(delta * _ORDERS) / _ORDERS"),
     ("sampled Laplace without its second term", "np.log((high - 1) / (2 * high - 1)) - high / scale", "np.full_like(high, -np.inf)"),
-    ("curve one step short", "counts = np.arange(1, steps + 1, dtype=np.float64)", "counts = np.arange(0, steps, dtype=np.float64)"),
     ("affordable steps one too many", "        halve = not halve\n    return low", "        halve = not halve\n    return high"),
 )  # fmt: skip
 

@@ -74,7 +74,6 @@ MUTATIONS = [
         "fl_lightning/accounting/budget.py",
         f"{_BOTH} {_RESUME}",
         ("a round is paid for twice", "if self.plan is not None and not self._is_new(release.round):", "if False:"),
-        ("ε of a run is not shown", "return self._epsilon_of_plan(self.plan)", "return self._epsilon"),
         ("coefficients are not kept", "state[\"coefficients\"] = list(self.plan.coefficients)", "pass"),
     ),
     *group(
