@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import json
 import pkgutil
 import tempfile
 import time
@@ -58,14 +59,16 @@ def records() -> Records:
     """A loader that keeps the last data set, transformed, for the runs that share it."""
 
     @functools.lru_cache(maxsize=1)
-    def cached(source: str, transform: str | None, arguments: tuple) -> Arrays:
-        arrays = load(source)
-        return arrays if transform is None else transformed(arrays, transform, dict(arguments))
+    def cached(described: str) -> Arrays:
+        data = json.loads(described)
+        arrays = load(data["source"], source_args=data.get("source_args"))
+        if data.get("transform") is None:
+            return arrays
+        return transformed(arrays, data["transform"], data.get("transform_args") or {})
 
     def get(config: Config) -> Arrays:
-        data = config["data"]
-        arguments = tuple(sorted((data.get("transform_args") or {}).items()))
-        return cached(data["source"], data.get("transform"), arguments)
+        names = ("source", "source_args", "transform", "transform_args")
+        return cached(json.dumps({n: v for n, v in config["data"].items() if n in names}))
 
     return get
 
@@ -84,7 +87,8 @@ def _is_class(value: Any) -> bool:
 def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, Any, pl.Trainer]:
     """Module, data and Trainer as `python -m fl_lightning.fit` makes them for this seed."""
     pl.seed_everything(seed, verbose=False)
-    data = {k: v for k, v in config["data"].items() if k not in ("transform", "transform_args")}
+    made = ("source_args", "transform", "transform_args")  # the arrays are made already
+    data = {k: v for k, v in config["data"].items() if k not in made}
     datamodule = FederatedDataModule(**{**data, "source": arrays, "seed": seed})
     model = dict(config["model"])
     network = _made(model.pop("network"))

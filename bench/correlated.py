@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ SPEED_CASES, SPEED_BANDS = ("resnet18", "gpt2"), (1, 2, 4)
 def run_all() -> None:
     """Compute, measure, and write the page's figures."""
     found = {"machine": machine.record(torch.device("cpu")), "noise": noise(), "speed": speed()}
+    found["draw"] = draw_parts()
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     report()
 
@@ -171,11 +173,74 @@ def _stored(problem: Problem, d: tuple[float, ...]) -> Callable[[], None]:
     return run
 
 
+def draw_parts(tiles: int = 50, times: int = 2000) -> dict[str, Any]:
+    """Nanoseconds an element of what a band repeats, on one thread: the least of many times."""
+    from aadp_kernels._cpu import rng, sum_and_write, transform
+    from aadp_kernels._cpu._jit import jit
+
+    fill, gaussian, add = rng.fill_words, transform._wide_gaussian, sum_and_write._add_multiple
+    whole, size = transform.wide_tile, transform.TILE
+    generator = rng.Generator.build("chacha20", list(range(8)), 1)
+    words, rows = np.zeros(rng.WORDS, np.uint32), np.zeros(size // 2)
+    noise, total = np.zeros(size), np.zeros(size)
+    signed = words.view(np.int32)
+
+    # A tile has two fills of words and two transforms.
+    @jit
+    def of_words(words, state, rounds, blocks, count):
+        for k in range(count):
+            state[0] = np.uint32(k)
+            fill(words, state, rounds, blocks)
+            fill(words, state, rounds, blocks)
+
+    @jit
+    def of_transform(words, rows, count):
+        for _ in range(count):
+            gaussian(words, rows)
+            gaussian(words, rows)
+
+    @jit
+    def of_tile(noise, words, rows, state, rounds, blocks, count):
+        for k in range(count):
+            whole(noise, words, rows, state, rounds, blocks, k, True)
+
+    @jit
+    def of_sum(total, noise, count):
+        for _ in range(count):
+            add(total, -0.5, noise)
+
+    parts = {
+        "ChaCha20": functools.partial(of_words, words, *generator),
+        "words to Gaussian noise": functools.partial(of_transform, signed, rows),
+        "whole draw": functools.partial(of_tile, noise, words, rows, *generator),
+        "adding a draw": functools.partial(of_sum, total, noise),
+    }
+    least = dict.fromkeys(parts, math.inf)
+    for _ in range(times):  # in turns
+        for name, run in parts.items():
+            least[name] = min(least[name], _seconds(run, tiles))
+    least = {name: round(1e9 * found / (tiles * size), 3) for name, found in least.items()}
+    return {"machine": machine.record(torch.device("cpu")), "ns": least}
+
+
+def _seconds(run: Callable[[int], None], tiles: int) -> float:
+    start = time.perf_counter()
+    run(tiles)
+    return time.perf_counter() - start
+
+
+def draw_table(found: dict[str, Any]) -> str:
+    whole = found["ns"]["whole draw"] + found["ns"]["adding a draw"]
+    rows = [f"| {name} | {ns:.2f} ns | {ns / whole:.0%} |" for name, ns in found["ns"].items()]
+    return "\n".join(["| part | an element | of a band |", "|---|---|---|", *rows])
+
+
 def report() -> None:
     """The page's tables and its picture, from the committed figures."""
     found = json.loads(RESULTS.read_text())
     pages.put(PAGE, "noise", noise_table(found["noise"]))
     pages.put(PAGE, "speed", speed_table(found["speed"]))
+    pages.put(PAGE, "draw", draw_table(found["draw"]))
     draw()
 
 
