@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def tokenized_text(
         held = _columns(Path(test_path).expanduser(), wanted)
     else:
         rows, held = _divided(rows, test_fraction)
-    encode = _encoder(tokenizer, max_tokens)
+    encode = encoder_inputs(tokenizer, max_tokens)
     train, test = encode(rows[text]), encode(held[text])
     owner = None if client is None else rows[client]
     name = Path(path).stem
@@ -110,7 +110,16 @@ def _divided(
     return parts[0], parts[1]
 
 
-def _encoder(name: str, max_tokens: int) -> Any:
+def encoder_inputs(name: str, max_tokens: int) -> Callable[[list[str]], dict[str, Tensor]]:
+    """What makes the inputs of a pretrained model of texts: ids and mask, int64 [N, max_tokens].
+
+    Args:
+        name: name or local folder of the model.
+        max_tokens: tokens a text.
+
+    Raises:
+        ValueError: the package transformers is missing, or no such tokenizer.
+    """
     tokenizer = pretrained_part("AutoTokenizer", name, "tokenizer")
     if tokenizer.pad_token is None:  # GPT-2 has none; what is padded counts nowhere
         tokenizer.pad_token = tokenizer.eos_token

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fl_lightning.data.sentence_features import masked_mean
-from fl_lightning.data.tokenized import pretrained_part
+from fl_lightning.data.sentence_features import masked_mean, sentence_features
+from fl_lightning.data.tokenized import encoder_inputs, pretrained_part
 
 Trained = Literal["head", "lora", "all"]
 LoraStart = Literal["frozen_a", "orthogonal", "default"]
@@ -27,22 +27,30 @@ class TextClassifier(nn.Module):
         body: encoder with `last_hidden_state` among its outputs.
         hidden: width of its states.
         num_classes: outputs of the head.
+        normalize: whether the mean is brought to L2 norm 1, as sentence encoders are used.
     """
 
-    def __init__(self, body: nn.Module, hidden: int, num_classes: int) -> None:
+    def __init__(
+        self, body: nn.Module, hidden: int, num_classes: int, normalize: bool = True
+    ) -> None:
         super().__init__()
         self.body = body
         self.head = nn.Linear(hidden, num_classes)
+        self.normalize = normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, num_classes] of token ids and their mask, int64 [B, T]."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.head(masked_mean(states, attention_mask))
+        mean = masked_mean(states, attention_mask)
+        return self.head(nn.functional.normalize(mean) if self.normalize else mean)
 
 
 def text_classifier(
     model: str,
     num_classes: int = 2,
+    labels: Sequence[str] | None = None,
+    label_scale: float = 20.0,
+    normalize: bool = True,
     train: Trained = "lora",
     lora_rank: int = 4,
     lora_alpha: float = 8.0,
@@ -57,6 +65,10 @@ def text_classifier(
     Args:
         model: name or local folder of the encoder. Public: what it was trained on is not protected.
         num_classes: public number of classes, at least 2.
+        labels: public words for each class, at which the head starts (see `label_head`); null: it
+            starts at random.
+        label_scale: see `label_head`.
+        normalize: whether the mean of the states is brought to L2 norm 1 before the head.
         train: head (the encoder stays; data.transform=sentence_features computes it once), lora
             (low-rank updates of its projections, and the head) or all.
         lora_rank: rank r of an update B·A, at least 1.
@@ -75,6 +87,8 @@ def text_classifier(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be >= 2")
+    if labels is not None and len(labels) != num_classes:
+        raise ValueError(f"labels={list(labels)} are {len(labels)}, num_classes={num_classes}")
     body = _frozen_body("AutoModel", model, dropout, attention)
     if getattr(body, "pooler", None) is not None:
         body.pooler = None  # not used here: it would take a share and learn nothing
@@ -83,7 +97,43 @@ def text_classifier(
         body = _trained(
             body, train, lora_rank, lora_alpha, lora_targets, lora_start, "FEATURE_EXTRACTION"
         )
-        return TextClassifier(body, body.config.hidden_size, num_classes).train()
+        network = TextClassifier(body, body.config.hidden_size, num_classes, normalize)
+    if labels is not None:
+        network.head = label_head(model, labels, label_scale, normalize)
+    return network.train()
+
+
+def label_head(
+    model: str, labels: Sequence[str], scale: float = 20.0, normalize: bool = True
+) -> nn.Linear:
+    """A linear head that starts as a classifier by likeness: features → logits [B, classes].
+
+    The weights of a class are the features of the words for it, times a scale. What a class is
+    called is public, so this start costs no privacy, and what noise would drown is known before
+    the first round.
+
+    Args:
+        model: name or local folder of the encoder that makes the features
+            (data.transform=sentence_features).
+        labels: public words for each class, in the order of the class numbers, at least 2.
+        scale: inverse temperature of the start, at least 0; 0 starts at zeros.
+        normalize: as for the features.
+
+    Raises:
+        ValueError: naming the argument, or a package that is missing.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"labels={list(labels)} must be words for at least 2 classes")
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"scale={scale} must be finite and >= 0")
+    words = encoder_inputs(model, 64)(list(labels))
+    with torch.no_grad():
+        rows = sentence_features(words, model=model, normalize=normalize)
+    head = nn.Linear(rows.shape[1], len(labels))
+    with torch.no_grad():
+        head.weight.copy_(scale * rows)
+        head.bias.zero_()
+    return head
 
 
 class CausalLanguageModel(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fl_lightning import FederatedDataModule, fit
+from fl_lightning.data.sentence_features import sentence_features
 from fl_lightning.data.sources import load
 from fl_lightning.data.tokenized import tokenized_text
 from fl_lightning.networks import pretrained
@@ -181,13 +182,33 @@ def test_a_head_alone_trains_on_features_computed_once(folder, table, tmp_path, 
         texts(folder, table), num_clients=2, transform="sentence_features",
         transform_args={"model": folder, "normalize": False},
     )  # fmt: skip
-    network = pretrained.text_classifier(folder, train="head")
+    network = pretrained.text_classifier(folder, train="head", normalize=False)
     inputs = texts(folder, table)
     with torch.no_grad():
         want = network(**inputs.fields.unpack(inputs.x_test))
         assert torch.allclose(network.head(data._prepared.arrays.x_test), want, atol=1e-5)
     assert data.transform_problem == ""
     assert isinstance(network.head, nn.Linear)
+
+
+def test_a_head_starts_as_a_classifier_by_likeness(folder, table):
+    head = pretrained.label_head(folder, ["grain wheat", "oil crude"], 5.0)
+    whole = pretrained.text_classifier(folder, labels=["grain wheat", "oil crude"], label_scale=5.0)
+    arrays = texts(folder, table)
+    inputs = arrays.fields.unpack(arrays.x_train)
+    with torch.no_grad():
+        rows = sentence_features(inputs, model=folder)
+        assert torch.allclose(whole(**inputs), head(rows), atol=1e-5)
+    assert torch.allclose(head.weight.norm(dim=1), torch.full((2,), 5.0))
+    assert not head.bias.any()
+    for words, options in (
+        ("labels=.* at least 2", {"labels": ["one"]}),
+        ("scale=-1", {"labels": ["a", "b"], "scale": -1.0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pretrained.label_head(folder, **options)
+    with pytest.raises(ValueError, match="num_classes=2"):
+        pretrained.text_classifier(folder, labels=["a"])
 
 
 def test_without_the_package_the_extra_is_named(tmp_path):

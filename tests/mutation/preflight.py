@@ -44,7 +44,7 @@ TRANSFORMED = group(
     "fl_lightning/data/transform.py",
     TRANSFORM,
     ("mark kept when values are made again", "    path.with_suffix(ALONE).unlink(missing_ok=True)", "    ALONE"),
-    ("records of the user changed", "return function(x.clone(), **arguments)", "return function(x, **arguments)"),
+    ("records of the user changed", "given = x.clone() if fields is None", "given = x if fields is None"),
     ("first meets private records", "        _meet_drawn_records(function, x, arguments)\n", "        pass\n"),
 )  # fmt: skip
 
