@@ -10,6 +10,7 @@
     processes a round in one process and in two (four minutes)
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
+    pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
     start     from a command to its first answer, from an empty cache and from a full one (minutes)
     picture   the picture on README's first screen, by one run (half a minute)
@@ -48,6 +49,7 @@ PARTS = (
     "processes",
     "correlated",
     "shared_noise",
+    "pretrained",
     "nodes",
     "start",
     "picture",

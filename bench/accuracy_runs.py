@@ -24,6 +24,7 @@ from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
 from fl_lightning.data import Arrays
 from fl_lightning.data.sources import load
 from fl_lightning.data.transform import transformed
+from fl_lightning.networks.metrics import computed, update_metrics
 from fl_lightning.privacy.comparators import Comparator
 
 Config = dict[str, Any]
@@ -92,8 +93,9 @@ def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, 
     datamodule = FederatedDataModule(**{**data, "source": arrays, "seed": seed})
     model = dict(config["model"])
     network = _made(model.pop("network"))
-    if model.get("loss"):
-        model["loss"] = _made(model["loss"])
+    for name in ("loss", "metrics"):
+        if model.get(name):
+            model[name] = _made(model[name])
     for name in ("server_optimizer", "server_scheduler"):
         if model.get(name):
             model[name] = functools.partial(_made, model[name])
@@ -134,10 +136,12 @@ def run(config: Config, seed: int, *, test: bool, arrays: Arrays) -> dict[str, A
         trainer.fit(module, datamodule=data)
         loader = data.test_dataloader() if test else data.val_dataloader()
         correct = _share_right(module.network, loader)
+        figures = _figures(module, loader)
         private = module.privacy.private
         epsilon = module.run.epsilon_spent() if private else np.array([np.inf])
         return {
             "accuracy": 100 * correct,
+            **({"figures": figures} if figures else {}),
             "rounds": int(trainer.current_epoch),
             "epsilon": None if not private else round(float(epsilon.max()), 4),
             "guarantee": module.privacy.guarantee,
@@ -153,6 +157,16 @@ def _share_right(network: torch.nn.Module, batches: Any) -> float:
             right += int((network(x).argmax(1) == y).sum())
             total += len(y)
     return right / total
+
+
+def _figures(module: Any, batches: Any) -> dict[str, float]:
+    """What the metrics of the run say of these records, by name."""
+    if module.metrics is None:
+        return {}
+    with torch.no_grad():
+        for x, y in batches:
+            update_metrics(module.metrics, module.network(x), y, module.loss)
+    return {name: round(float(value), 6) for name, value in computed(module.metrics).items()}
 
 
 def _by_group(module: Any, data: Any) -> dict[str, Any]:

@@ -228,6 +228,7 @@ def report() -> None:
         gpu_page,
         headline,
         nodes,
+        pretrained,
         processes,
         readme_figures,
         shared_noise,
@@ -239,6 +240,7 @@ def report() -> None:
     cohort.report()
     correlated.report()
     shared_noise.report()
+    pretrained.report()
     accuracy_report.report()
     faults.report()
     processes.report()

@@ -48,6 +48,7 @@ class TextClassifier(nn.Module):
 def text_classifier(
     model: str,
     num_classes: int = 2,
+    *,
     labels: Sequence[str] | None = None,
     label_scale: float = 20.0,
     normalize: bool = True,
@@ -155,6 +156,7 @@ class CausalLanguageModel(nn.Module):
 
 def language_model(
     model: str,
+    *,
     train: Literal["lora", "all"] = "lora",
     lora_rank: int = 4,
     lora_alpha: float = 8.0,
