@@ -88,4 +88,5 @@ def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tenso
 
     run_on_threads(work, len(sums), elements=rows_g.size)
     total = total_of(sums, clients).view(clients, 2, n)
-    return total[:, 0], total[:, 1], total_of(counts, clients)
+    # Apart: views of one tensor would be written and counted together.
+    return total[:, 0].clone(), total[:, 1].clone(), total_of(counts, clients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -36,4 +38,17 @@ def trained_parameters(
     trained = {name: p for name, p in found.items() if p.requires_grad}
     if not trained:
         raise ValueError("the optimizer has no parameter that is trained: all are frozen")
+    check_precision(trained)
     return trained
+
+
+def check_precision(trained: Mapping[str, torch.Tensor]) -> None:
+    """Refuse sums in half precision: their rounding grows with the batch, and no clip bounds it."""
+    for name, parameter in trained.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {name!r} is {str(parameter.dtype).removeprefix('torch.')}: the sum of "
+                "clipped gradients would be rounded to it, which nothing accounts for; keep what "
+                "is trained in float32 (what is frozen may be bfloat16) and compute under "
+                "torch.autocast"
+            )

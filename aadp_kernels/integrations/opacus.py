@@ -34,6 +34,7 @@ from aadp_kernels.integrations._opacus import ClippedModule, LaplaceAccountant, 
 from aadp_kernels.integrations._opacus_cyclic import CyclicLoader, CyclicRun
 from aadp_kernels.integrations._per_sample import check_layers, inner, use_right_samplers
 from aadp_kernels.integrations._rows import ExpandedWatch, RowWatch
+from aadp_kernels.integrations._wrapped import check_precision
 from aadp_kernels.integrations.cyclic import CyclicSteps
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
@@ -263,7 +264,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """The model that clips in backward, or None if it cannot or the layers are others."""
         if isinstance(module, AbstractGradSampleModule):
             return None
+        names = list(trained)
         try:
+            check_precision({n: p for n, p in module.named_parameters() if n in names})
             model = ClippedModule(module, p=self.p, loss_reduction=loss_reduction)
             set_clip_norms(model._module, layout, torch.ones(layout.num_layers))
         except ValueError as error:  # per-sample gradients serve any model
@@ -273,7 +276,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )  # fmt: skip
             return None
         self.validate(module=module, optimizer=None, data_loader=None)  # pyright: ignore
-        model.watch(trained)
+        model.watch(names)
         return model
 
     def _next_step(self) -> int:

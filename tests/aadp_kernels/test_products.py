@@ -7,7 +7,8 @@ import torch
 from torch.func import grad, vmap
 
 from aadp_kernels import clipped_linear
-from aadp_kernels.clip_in_backward import products
+from aadp_kernels.clip_in_backward import clip as clip_in_backward_clip
+from aadp_kernels.clip_in_backward import matrix_rules, products
 
 P, IN, OUT = 3, 40, 48  # Gram matrices are cheaper
 
@@ -121,7 +122,10 @@ def test_clients_are_clipped_each_by_its_own_rule():
         torch.testing.assert_close(found[1][k], want[1])
 
 
-def test_votes_are_counted_by_l1_norms():
+@pytest.mark.parametrize("elements", [10, 1 << 20])  # a gradient is held, or its norms are taken
+def test_votes_are_counted_by_l1_norms(elements, monkeypatch):
+    for module in (matrix_rules, clip_in_backward_clip):
+        monkeypatch.setattr(module, "slice_elements", lambda device: elements)
     a, g = records(6)
     w, b = gradients(a, g)
     norm1 = w.abs().sum((1, 2)) + b.abs().sum(1)
