@@ -31,7 +31,7 @@ k.privatize_([t.clone() for t in shapes.values()], layout=layout, clip=ones, sca
              mechanism="gaussian", key=k.NoiseKey.random(), step=0)
 """
 _RUN = ("-m", "fl_lightning.fit", "--trainer.logger", "false")
-_FEW = 3
+_FEW = 2
 
 
 def run_all() -> None:
@@ -40,10 +40,14 @@ def run_all() -> None:
         "machine": machine.record(torch.device("cpu")),
         "load": os.getloadavg(),
     }
+    cases: dict[str, dict[str, float]] = {}
+    found["cases"] = cases
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         kept = {"NUMBA_CACHE_DIR": str(root / "kernels"), "WANDB_MODE": "disabled"}
-        found["cases"] = {title: _least(case, kept, root) for title, case in _cases(root).items()}
+        for title, case in _cases(root).items():
+            cases[title] = _least(case, kept, root)
+            print(f"{title}: {cases[title]}", flush=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
