@@ -137,7 +137,9 @@ def final_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         reason = summary["simulated_because"]
         rows.append((f"SIMULATED ({reason})", "protects nobody"))
     rows.append(("test accuracy", _show(summary["test_accuracy"])))
-    rows += [(f"test {name}", _show(value)) for name, value in summary["test_metrics"].items()]
+    rows += [
+        (f"test {name}", _show(value)) for name, value in summary.get("test_metrics", {}).items()
+    ]
     rows.append(("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"])))
     rows.append(("privacy", summary["privacy"]))
     if summary["privacy"] != "none":
