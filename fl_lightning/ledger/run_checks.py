@@ -20,7 +20,7 @@ import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_clients
 from fl_lightning.ledger.accounts import accounts, largest_epsilon
-from fl_lightning.ledger.client_reports import show_number
+from fl_lightning.ledger.client_reports import show_bound
 from fl_lightning.values.release import Release
 
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")
@@ -120,7 +120,7 @@ class RunFiles:
             return
         line = self._place(path.name, hashes)
         if line is not None:
-            wanted = f"epsilon {show_number(self._epsilon(line))} at delta "
+            wanted = f"epsilon {show_bound(self._epsilon(line))} at delta "
             if line > 1 and wanted not in text:
                 self.problems.append(f"{path.name} does not say '{wanted.strip()} …'")
 
