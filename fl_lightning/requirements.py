@@ -19,6 +19,7 @@ PACKAGES = (
     "sklearn",
     "pooch",
     "safetensors",
+    "scipy",
 )
 
 

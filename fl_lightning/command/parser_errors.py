@@ -43,7 +43,8 @@ def in_a_line(error: Exception) -> str:
     if not keys:
         return _cut(text)
     option = ".".join(keys)
-    return _no_argument(keys[0], text) or _no_class(option, text) or _no_value(option, text)
+    found = _no_argument(keys[0], text) or _no_class(option, text) or _lacks(option, text)
+    return found or _no_value(option, keys[-1], text)
 
 
 def _no_argument(option: str, text: str) -> str | None:
@@ -81,8 +82,21 @@ def _no_class(option: str, text: str) -> str | None:
     return f"--{option} {found[1]}: there is no class of that name; {hint}package.Class works too"
 
 
-def _no_value(option: str, text: str) -> str:
-    value = re.search(r"(?:Given value|Got value): (.*)$", text)
+def _lacks(option: str, text: str) -> str | None:
+    """Of a class that is not given what it needs."""
+    found = re.search(r"following arguments are required: ([\w.]+(?:, [\w.]+)*)", text)
+    if found is None:
+        return None
+    named = re.search(r"class_path[ =]'([^']+)'", text)
+    return _cut(f"--{option}: {named[1] if named else 'the class'}: required: {found[1]}")
+
+
+def _no_value(option: str, key: str, text: str) -> str:
+    inner = text.rpartition(f'Parser key "{key}": ')[2]
+    if inner.startswith("Expected"):
+        # What follows is of the types that the whole class was not.
+        text = inner.partition(" - ")[0]
+    value = re.search(r"(?:Given value|Got value): (.*?)(?=\. Got value: |$)", text)
     wanted: list[str] = []
     for kind in re.findall(r"- Expected an? ([^-]+?)(?= -| Given|$)", text) or re.findall(
         r"Expected an? (.+?)(?=\. Got|$)", text

@@ -200,6 +200,25 @@ OF_THE_PARSER = [
         "Expected a <class 'NoneType'> Given value type: <class 'str'> Given value: 12",
         "--trainer.precision 12: it takes 64 or 32 or null",
     ),
+    (
+        UNION.format("model.server_scheduler", "") + "- Type typing.Callable expects a function or "
+        "a callable class: the following arguments are required: gamma - Expected a <class "
+        "'NoneType'> Given value type: <class 'Namespace'> Given value: "
+        "Namespace(class_path='torch.optim.lr_scheduler.ExponentialLR')",
+        "--model.server_scheduler: torch.optim.lr_scheduler.ExponentialLR: required: gamma",
+    ),
+    (
+        "Parser key \"model.network\": Problem with given class_path 'torch.nn.Linear': the "
+        "following arguments are required: in_features, out_features",
+        "--model.network: torch.nn.Linear: required: in_features, out_features",
+    ),
+    (
+        UNION.format("model.server_scheduler", "") + "- Type typing.Callable expects a function or "
+        "a callable class: Parser key \"gamma\": Expected a <class 'float'>. Got value: x. Got "
+        "value: Namespace(gamma='x') - Expected a <class 'NoneType'> Given value type: <class 'N'> "
+        "Given value: NestedArg(key='gamma', val='x')",
+        "--model.server_scheduler.gamma x: it takes a number",
+    ),
     ("x " * 200, "x " * 99 + "…"),
 ]
 
