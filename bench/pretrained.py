@@ -26,14 +26,14 @@ _LR = "model.server_optimizer.init_args.lr"
 _CLIP = "privacy.clip_norm"
 _SCALE = "model.network.init_args.scale"
 # A step is the learning rate times the clip norm; as many trials for either start.
-_STEPS = (10.0, 30.0)
+_STEPS = (10.0, 30.0, 100.0)
 SCALES = {"starts at the words": (20.0, 40.0), "starts at zeros": (0.0,)}
 _CLIPS = {"starts at the words": (0.1,), "starts at zeros": (0.1, 0.3)}
-_RATES = (3.0, 10.0, 30.0, 100.0)
+_RATES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 def trials_of(start: str, private: bool) -> list[Options]:
-    """Four trials of a start; without privacy nothing is clipped."""
+    """Six trials of a start; without privacy nothing is clipped."""
     if not private:
         return [{_SCALE: SCALES[start][0], _LR: rate} for rate in _RATES]
     return [
