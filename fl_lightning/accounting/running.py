@@ -12,16 +12,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.correlated import moves, whole_run
 from fl_lightning.accounting.exactness import SamplerCost
-from fl_lightning.accounting.step_curve import StepCurve
 from fl_lightning.accounting.sum_costs import (
     client_multipliers,
     extra_of,
@@ -30,6 +28,9 @@ from fl_lightning.accounting.sum_costs import (
 )
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import Release
+
+if TYPE_CHECKING:
+    from fl_lightning.accounting.step_curve import StepCurve
 
 # More different events than this, and each is bounded by RDP until the run ends.
 _MOST_CURVES = 32
@@ -134,6 +135,8 @@ class RunningEpsilon:
             return compose_epsilon({event: steps}, left, accountant="rdp")
         key = event.noise_multiplier, delta
         if key not in self._curves:
+            from fl_lightning.accounting.step_curve import StepCurve  # loads scipy
+
             planned = max(self._header.get("planned_steps") or [0])
             self._curves[key] = StepCurve(event, max(planned, steps), delta)
         return self._curves[key].epsilon(steps, left)
@@ -207,6 +210,8 @@ def gaussian_epsilon(multipliers: Floats, delta: Floats) -> Floats:
 
 def _gaussian_delta(epsilon: Floats, move: Floats) -> Floats:
     """Delta of a Gaussian that moves by `move` standard deviations."""
+    from scipy import special
+
     below = special.log_ndtr(-move / 2 - epsilon / move)
     return special.ndtr(move / 2 - epsilon / move) - np.exp(epsilon + below)
 

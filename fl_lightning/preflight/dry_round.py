@@ -97,7 +97,6 @@ def dry_round(proposed: ProposedRun) -> bool:
             source=data.dataset_name,
             metrics=proposed.metrics,
         )
-        resting = parameters_at_rest(network, loss, few.x, few.y)
         values = moved_parameters(network)
         if rules.privacy.private:
             check_repeatable(network, loss, values, few.x, few.y)
@@ -106,6 +105,7 @@ def dry_round(proposed: ProposedRun) -> bool:
             proposed.server_optimizer, proposed.server_scheduler, gradients, proposed.rounds
         )
         _try_checkpoint(proposed, server)
+        resting = parameters_at_rest(network, loss, few.x, few.y)
     if resting and rules.privacy.private:
         _LOG.info(
             f"no record moves {_some(resting)} at the start: until others have moved, a share of "

@@ -33,9 +33,17 @@ def test_three_and_three_rounds_are_six_bit_for_bit(tmp_path, setting, execution
     same_tensors(whole.state_dict(), halves.state_dict())
     same_tensors(whole.run.history.state_dict(), halves.run.history.state_dict())
     same_optimizers(whole, halves)
+    spent = [f"epsilon_{which}" for which in ("max", "median", "min")]
     for name in ("rounds.csv", "layers.csv"):
-        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "halves" / name)
-    assert len(rows(tmp_path / "whole" / "rounds.csv")) == 6
+        both = [rows(tmp_path / run / name, ("seconds", *spent)) for run in ("whole", "halves")]
+        assert both[0] == both[1]
+    whole_rows, half_rows = (rows(tmp_path / run / "rounds.csv") for run in ("whole", "halves"))
+    assert len(whole_rows) == 6
+    for one, other in zip(whole_rows, half_rows, strict=True):
+        # The last row of a run that ends is the ledger's ε itself, one before it a bound on it.
+        for name in spent if one["epsilon_max"] else ():
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3)
+    assert all(whole_rows[-1][name] == half_rows[-1][name] for name in spent)
     if setting != "none":
         for name in ("ledger.jsonl", "ledger.head"):
             assert (tmp_path / "whole" / name).read_bytes() == (
