@@ -19,7 +19,7 @@ from fl_lightning.accounting.group_privacy import (
     records_of_one_client,
 )
 from fl_lightning.accounting.group_tails import sampler_of
-from fl_lightning.ledger.client_reports import ClientReport, show_number
+from fl_lightning.ledger.client_reports import ClientReport, show_bound, show_number
 from fl_lightning.privacy.config import SUMMED
 from fl_lightning.values.release import Release
 
@@ -131,12 +131,12 @@ def _head(delta: float) -> list[str]:
 
 def _rows(words: str, figures: Sequence[GroupFigure]) -> list[str]:
     return [
-        f"| {words.format(f.size)} | {show_number(f.epsilon)} | {_show_delta(f.delta_at)} at "
-        f"{show_number(f.at)} | {'exact' if f.exact else 'upper bound'} | "
-        f"{'not stated' if math.isnan(f.extra_delta) else show_number(f.extra_delta)} |"
+        f"| {words.format(f.size)} | {show_bound(f.epsilon)} | {_show_delta(f.delta_at)} at "
+        f"{show_bound(f.at)} | {'exact' if f.exact else 'upper bound'} | "
+        f"{'not stated' if math.isnan(f.extra_delta) else show_bound(f.extra_delta)} |"
         for f in figures
     ]
 
 
 def _show_delta(delta: float) -> str:
-    return "> 0.999" if delta > 0.999 else "< 1e-10" if delta < 1e-10 else show_number(delta)
+    return "> 0.999" if delta > 0.999 else "< 1e-10" if delta < 1e-10 else show_bound(delta)

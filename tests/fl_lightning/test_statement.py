@@ -258,8 +258,8 @@ def test_groups_are_the_gaussians_that_they_are(
     epsilon = compose_epsilon({NoiseEvent("gaussian", multiplier): 50}, 1e-5)
     one = compose_epsilon({NoiseEvent("gaussian", 6.0): 50}, 1e-5)
     cells = group_row(text, words)
-    assert cells[0] == f"{epsilon:.4g}"
-    assert cells[1].endswith(f" at {5 * one:.4g}")
+    assert cells[0] == round_up(epsilon)
+    assert cells[1].endswith(f" at {round_up(5 * one)}")
     assert cells[2:] == ["exact", "not stated"]
 
 
