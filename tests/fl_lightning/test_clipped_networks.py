@@ -262,3 +262,38 @@ def test_weight_and_bias_that_are_layers_of_their_own_are_not_taken_for_one():
     assert layout.num_layers == 2
     with pytest.raises(UnsupportedLayerError, match="'weight' and 'bias' are layers of their own"):
         flat_sums(network, cross_entropy, layout, p=2, example=torch.zeros(1, 8), clipping="joint")
+
+
+class Mean(nn.Module):
+    """A dense layer over positions, and one on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
+        nn.init.zeros_(self.fc1.weight)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).tanh().mean(1))
+
+
+@pytest.mark.parametrize("clipping", ["flat", "joint"])
+def test_a_record_too_large_for_one_layer_counts_in_none(clipping):
+    """Its norm is finite, and its sum in float32 would not be: the first layer alone says so."""
+    network = Mean()
+    layout = Layout.build(dict(network.named_parameters()))
+    layout = flat_layout(network) if clipping == "flat" else layout
+    x = torch.ones(1, 2, 5, 4)
+    x[0, 1] = 3e38
+    run = clipped_sums(
+        network, cross_entropy, layout, p=2, vectorize=False, max_examples=4,
+        example=torch.ones(1, 5, 4), clipping=clipping,
+    )  # fmt: skip
+    clips = torch.ones(1, layout.num_layers, dtype=torch.float64)
+    policy = LayerPolicy(clips, clips / layout.num_layers, clips / layout.num_layers, 0 * clips)
+    one = torch.ones(1)
+    batch = Batch(x, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), one, one.bool())
+    sums, counts = run(parameters(network), True, batch, policy)
+    assert counts[0, :, 2].tolist() == [1.0] * layout.num_layers
+    alone = Batch(x[:, :1], batch.y[:, :1], batch.mask[:, :1], one, one.bool())
+    want, _ = run(parameters(network), True, alone, policy)
+    assert all(torch.allclose(sums[n], want[n]) for n in sums)
