@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from fl_lightning.accounting import step_curve
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.running import RunningEpsilon, gaussian_epsilon
 from fl_lightning.accounting.step_curve import StepCurve
@@ -134,3 +135,15 @@ def test_bounds_are_rounded_up():
     assert [round_up_to(v) for v in (1.87, 1.8701, 7.9999999, math.inf)] == [
         "1.87", "1.88", "8.00", "inf",
     ]  # fmt: skip
+
+
+def test_what_lies_beyond_the_grid_is_paid():
+    """Loss that the grid cannot hold counts as infinite: more of it is more ε."""
+    event = NoiseEvent("gaussian", 1.0, 0.1)
+    loss = step_curve._losses(event, 10, 1e-5)[0]
+    found = loss.epsilon(5, 1e-5)
+    loss.beyond = 1e-6
+    more = loss.epsilon(5, 1e-5)
+    assert found < more < 2 * found
+    loss.beyond = 1e-5
+    assert math.isinf(loss.epsilon(5, 1e-5))
