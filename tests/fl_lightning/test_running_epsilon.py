@@ -2,11 +2,12 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fl_lightning.accounting import step_curve
+from fl_lightning.accounting import running, step_curve
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.running import RunningEpsilon, gaussian_epsilon
 from fl_lightning.accounting.step_curve import StepCurve
@@ -147,3 +148,40 @@ def test_what_lies_beyond_the_grid_is_paid():
     assert found < more < 2 * found
     loss.beyond = 1e-5
     assert math.isinf(loss.epsilon(5, 1e-5))
+
+
+def of_lines(monkeypatch, *lines):
+    """The running ε of one client after lines of (multiplier, epsilon_inflation, tail_delta)."""
+    monkeypatch.setattr(running, "num_clients", lambda header: 1)
+    monkeypatch.setattr(
+        running, "client_multipliers", lambda _, line: np.array([line.event.noise_multiplier])
+    )
+    found = RunningEpsilon({"delta": 1e-5, "planned_steps": [4]})
+    for z, on_top, tail in lines:
+        event = NoiseEvent("gaussian", z, 0.5)
+        found.add(
+            SimpleNamespace(
+                event=event, steps=1, members=lambda everyone: np.arange(everyone), is_sum=False,
+                epsilon_inflation=on_top, tail_delta=tail,
+            )
+        )  # fmt: skip
+    return float(found.epsilon()[0])
+
+
+def test_what_a_line_costs_beyond_its_event_is_shown(monkeypatch):
+    plain = of_lines(monkeypatch, (2.0, 0.0, 0.0), (2.0, 0.0, 0.0))
+    on_top = of_lines(monkeypatch, (2.0, 0.1, 0.0), (2.0, 0.2, 0.0))
+    assert on_top == pytest.approx(plain + 0.3)
+    assert of_lines(monkeypatch, (2.0, 0.0, 4e-6), (2.0, 0.0, 4e-6)) > 1.01 * plain
+
+
+def test_closed_forms_pay_for_cut_tails(monkeypatch):
+    monkeypatch.setattr(running, "_closed", lambda event: True)
+    plain = of_lines(monkeypatch, (2.0, 0.0, 0.0))
+    assert of_lines(monkeypatch, (2.0, 0.0, 8e-6)) > 1.01 * plain
+
+
+def test_steps_of_other_noise_count_as_the_one_with_least(monkeypatch):
+    least = of_lines(monkeypatch, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+    assert of_lines(monkeypatch, (1.0, 0.0, 0.0), (3.0, 0.0, 0.0)) == least
+    assert of_lines(monkeypatch, (3.0, 0.0, 0.0), (1.0, 0.0, 0.0)) == least
