@@ -93,7 +93,8 @@ def _check_metrics(metrics: MetricCollection, outputs: Tensor, y: Tensor, loss: 
     except Exception as error:
         words = first_line(error).removeprefix("metrics: ")
         raise ValueError(
-            f"metrics={', '.join(metrics)}: they cannot take what the network gives: {words}"
+            f"metrics={', '.join(map(str, metrics))}: they cannot take what the network gives: "
+            f"{words}"
         ) from error
     finally:
         metrics.reset()
