@@ -115,14 +115,26 @@ def applied(
         return function(given, **arguments)
 
 
-def _meet_drawn_records(function: Callable[..., Tensor], x: Tensor, arguments: Any) -> None:
+def _meet_drawn_records(
+    function: Callable[..., Tensor], x: Tensor, arguments: Any, fields: Fields | None
+) -> None:
     """Call the function on drawn records, so that what fits itself at first fits these."""
     shape = (min(len(x), 8), *x.shape[1:])
     generator = torch.Generator().manual_seed(0)
     drawn = torch.empty(shape).uniform_(-1, 1, generator=generator)
+    if fields is not None:  # small whole numbers, such as masks and ids that every table has
+        count = shape[0]
+        drawn = fields.pack(
+            {
+                part.name: torch.randint(0, 2, (count, *part.shape), generator=generator).to(
+                    getattr(torch, part.kind)
+                )
+                for part in fields.parts
+            }
+        )
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        applied(function, drawn.to(x.dtype), arguments)
+        applied(function, drawn.to(x.dtype), arguments, fields)
 
 
 def _kept(
@@ -135,8 +147,8 @@ def _kept(
     path = kept_in(x, fields, function, name, arguments)
     if path.is_file():
         return torch.from_numpy(np.load(path))
-    if function not in TRANSFORMS.values() and fields is None:
-        _meet_drawn_records(function, x, arguments)
+    if function not in TRANSFORMS.values():
+        _meet_drawn_records(function, x, arguments, fields)
     result = applied(function, x, arguments, fields)
     if not isinstance(result, Tensor) or not result.ndim:
         raise ValueError(f"transform={name!r} must give a tensor [N, ...], got {result!r:.80}")

@@ -180,3 +180,24 @@ def test_a_transform_gets_the_inputs_by_name(tmp_path, monkeypatch):
     assert module.data.fields is None
     assert module.data.input_shape == (4,)
     assert "test/accuracy" in found
+
+
+SEEN = []
+
+
+def fitted_at_first(values):
+    """Keeps the first records that it is given, as what fits itself to the data does."""
+    if not SEEN:
+        SEEN.append(values["input_ids"].float().mean(0))
+    return values["input_ids"].float() - SEEN[0]
+
+
+def test_a_transform_that_fits_itself_at_first_meets_drawn_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("AADP_FL_DATA_DIR", str(tmp_path / "cache"))
+    SEEN.clear()
+    arrays = from_arrays({"input_ids": IDS, "attention_mask": MASK}, Y)
+    name = f"{__name__}.fitted_at_first"
+    data = FederatedDataModule(arrays, num_clients=2, transform=name)
+    data.setup()
+    assert (SEEN[0] <= 1).all()  # of records that were drawn, not of these
+    assert (IDS.float().mean(0) > 1).all()

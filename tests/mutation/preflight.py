@@ -45,7 +45,7 @@ TRANSFORMED = group(
     TRANSFORM,
     ("mark kept when values are made again", "    path.with_suffix(ALONE).unlink(missing_ok=True)", "    ALONE"),
     ("records of the user changed", "given = x.clone() if fields is None", "given = x if fields is None"),
-    ("first meets private records", "        _meet_drawn_records(function, x, arguments)\n", "        pass\n"),
+    ("first meets private records", "        _meet_drawn_records(function, x, arguments, fields)\n", "        pass\n"),
 )  # fmt: skip
 
 TRANSFORM_REFUSED = group(
