@@ -1,5 +1,6 @@
 """Per-layer clipping and secure noise for differentially private training."""
 
+from aadp_kernels._dispatch import without_compiling
 from aadp_kernels._reuse import ReusedNoiseError
 from aadp_kernels.clip_in_backward.functions import (
     clipped_bias,
@@ -78,4 +79,5 @@ __all__ = [
     "vote_noise",
     "with_clipping",
     "with_kept_gradients",
+    "without_compiling",
 ]

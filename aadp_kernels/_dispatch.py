@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +27,27 @@ _FASTEST = {"cpu": "numba", "cuda": "triton"}
 # Whose noise is as much as what it is added to, so that its arithmetic sets the time.
 _NOISE_BOUND = ("noise", "privatize")
 _CPU = torch.device("cpu")
+_COMPILING: ContextVar[bool] = ContextVar("compiling", default=True)
+
+
+@contextmanager
+def without_compiling(really: bool = True) -> Iterator[None]:
+    """Within it, `impl="auto"` takes plain torch on a CPU, in this thread.
+
+    Numba compiles for 20 to 40 seconds before the first call returns, once for each version of this
+    package; few calls of small models never pay that back. What numba alone can do, it still does.
+
+    Args:
+        really: False changes nothing.
+
+    Guarantees:
+        The noise of the wide form has the same bits as outside. Norms are added in another order.
+    """
+    before = _COMPILING.set(_COMPILING.get() and not really)
+    try:
+        yield
+    finally:
+        _COMPILING.reset(before)
 
 
 @cache
@@ -66,7 +89,8 @@ def choose(
     _validate.one_of("impl", impl, IMPLS)
     if impl == "auto":
         impl = _fastest(device)
-        if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
+        small = elements < AUTO_ELEMENTS or not _COMPILING.get()
+        if impl == "numba" and small and form != "fast":
             return "torch"
         return impl if _reason(impl, operation, form, device, correlated) is None else "torch"
     if impl == "numba" and (operation, form) in _left_to_torch():
@@ -114,7 +138,8 @@ def backend(
     """
     if impl not in IMPLS:
         _validate.one_of("impl", impl, IMPLS)
-    return _backend(impl, operation, device, form, elements < AUTO_ELEMENTS, correlated)
+    small = elements < AUTO_ELEMENTS or not _COMPILING.get()
+    return _backend(impl, operation, device, form, small, correlated)
 
 
 @cache
@@ -139,6 +164,7 @@ def record_kernels(x: Tensor) -> RecordKernels | None:
         type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
         and x.is_cpu
+        and _COMPILING.get()
         and not torch.compiler.is_compiling()
     ):
         return _record_kernels()

@@ -17,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from aadp_kernels import Layout
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
+from fl_lightning.kernel_choice import kernels_for
 from fl_lightning.ledger import Ledger
 from fl_lightning.networks.check import check_network
 from fl_lightning.networks.inputs import input_dtype
@@ -172,7 +173,11 @@ class FederatedModule(pl.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One round: every client of the cohort releases; the server adds the mean."""
         assert self.run is not None
-        started, run, round = time.perf_counter(), self.run, self.current_epoch
+        with kernels_for(self.rules, self.layout, self.data.client_sizes, self.run.planned_rounds):
+            self._round(self.run)
+
+    def _round(self, run: Run) -> None:
+        started, round = time.perf_counter(), self.current_epoch
         cohort, params = run.cohort(round), run.spec.params()
         context = run.context(cohort)
         check_agreement(self.processes, [*params.values(), *run.history.state_dict().values()])

@@ -30,6 +30,7 @@ ROOMS = (
     "resumption",
     "preflight",
     "release",
+    "kernel_choice",
     "rules",
     "server",
     "ledger",

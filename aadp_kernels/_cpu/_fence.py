@@ -47,6 +47,10 @@ FEATURES = {
             "numba.core.caching.IndexDataCacheFile._load_index",
         ),
     ),
+    "word of compiling": (
+        "nothing says that a kernel is compiled",
+        ("numba.core.event.Listener", "numba.core.event.register"),
+    ),
     "wide vectors": (
         "vectors have 256 bits",
         _names(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,28 @@ _SOURCES = [*sorted(_HERE.glob("*.py")), _HERE.parent / "addresses.py", _HERE.pa
 _STAMP = hashlib.blake2b(
     b"\0".join(path.read_bytes() for path in _SOURCES) + repr([*map(has, FEATURES)]).encode()
 ).hexdigest()
+
+_LOG = logging.getLogger("aadp_kernels.compiler")
+
+
+def _say_what_is_compiled() -> None:
+    """From now on, log each kernel of this folder that is compiled, not found in the cache."""
+    from numba.core import event
+
+    class Compiling(event.Listener):
+        def on_start(self, event: Any) -> None:
+            function = event.data["dispatcher"].py_func
+            if Path(function.__code__.co_filename).parent == _HERE:
+                _LOG.info("compiling %s", function.__name__)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Compiling())
+
+
+if has("word of compiling"):
+    _say_what_is_compiled()
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

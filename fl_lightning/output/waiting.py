@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from typing import Any
 
 from fl_lightning.output.console import say
 
@@ -16,22 +16,18 @@ WORDS = (
 @contextlib.contextmanager
 def told_of_compiling() -> Iterator[None]:
     """Within it, the first kernel that is compiled, rather than found on the disk, is announced."""
+    compiler = logging.getLogger("aadp_kernels.compiler")
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            compiler.removeHandler(self)
+            say(WORDS)
+
+    telling, before = Telling(), compiler.level
+    compiler.addHandler(telling)
+    compiler.setLevel(logging.INFO)
     try:
-        from numba.core import event
-    except ImportError:  # plain torch computes
         yield
-        return
-
-    class Telling(event.Listener):
-        told = False
-
-        def on_start(self, event: Any) -> None:
-            if not self.told:
-                self.told = True
-                say(WORDS)
-
-        def on_end(self, event: Any) -> None:
-            pass
-
-    with event.install_listener("numba:compile", Telling()):
-        yield
+    finally:
+        compiler.removeHandler(telling)
+        compiler.setLevel(before)

@@ -6,6 +6,7 @@ import logging
 
 from torch import Tensor
 
+from fl_lightning.kernel_choice import kernels_for
 from fl_lightning.networks.inputs import meet_records
 from fl_lightning.preflight.dry_round import dry_round
 from fl_lightning.preflight.proposed_run import ProposedRun
@@ -49,7 +50,8 @@ def check_run(proposed: ProposedRun) -> bool:
         _check_survivors(rules, k)
     trainer.precision_plugin.convert_module(proposed.module)
     proposed.module.to(trainer.strategy.root_device)
-    return dry_round(proposed)
+    with kernels_for(rules, proposed.layout, sizes, proposed.rounds):
+        return dry_round(proposed)
 
 
 def _check_transform(proposed: ProposedRun) -> None:

@@ -39,6 +39,7 @@ def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
     from tests.mutation import (
         adapters,
+        choices,
         commands,
         correlated,
         deploy,
@@ -59,5 +60,5 @@ def all_mutations() -> list[Mutation]:
 
     files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
-    files += risks, secure_sums
+    files += risks, secure_sums, choices
     return [mutation for file in files for mutation in file.MUTATIONS]
