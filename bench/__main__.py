@@ -13,6 +13,7 @@
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
     start     from a command to its first answer, from an empty cache and from a full one (minutes)
+    newcomer  a clone, `make fit` and its first picture, with nothing in any cache (minutes)
     picture   the picture on README's first screen, by one run (half a minute)
     traffic   a model of the L2 cache under the kernel's order; no GPU is used (two minutes)
     report    tables and plots of the committed results, into docs/ and README.md
@@ -52,6 +53,7 @@ PARTS = (
     "pretrained",
     "nodes",
     "start",
+    "newcomer",
     "picture",
     "traffic",
     "report",

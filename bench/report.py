@@ -227,6 +227,7 @@ def report() -> None:
         faults,
         gpu_page,
         headline,
+        newcomer,
         nodes,
         pretrained,
         processes,
@@ -246,6 +247,7 @@ def report() -> None:
     processes.report()
     nodes.report()
     start.report()
+    newcomer.report()
     gpu_page.report()
     for part in PARTS:
         pages.put(pages.BENCHMARKS, f"{part} table", table(part))
