@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fl_lightning.deploy.policy import Policy, Refused, check_terms
+from fl_lightning.kernel_choice import kernels_for
 from fl_lightning.keys import digests
 from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.module import FederatedModule
@@ -169,9 +170,8 @@ class ClientRun:
         self._check_known(known)
         if self._module.rules.privacy.summed:
             raise Refused("request: the run has sums, whose parts are never released alone")
-        run, rules = self.run, self._module.rules
-        secret = rules.privacy.seed is None
-        if secret:
+        run = self.run
+        if self._module.rules.privacy.seed is None:
             context = run.context(torch.tensor([self.terms.client]))
         request = digests.digest([context, round, *params.values()])
         if self._answered.get("request") != request:
@@ -181,7 +181,9 @@ class ClientRun:
         return encode({"did": "release", **self._lines(known)}, self._answered["tensors"])
 
     def _release(self, params: Params, round: int, context: str, request: str) -> None:
-        update = self.run.releases.release(ME, params, round, context)
+        run, rules = self.run, self._module.rules
+        with kernels_for(rules, run.spec.layout, run.spec.data.client_sizes, run.planned_rounds):
+            update = run.releases.release(ME, params, round, context)
         if not len(update.clients):
             raise Refused("spent: nothing is left of the budget of this run")
         assert update.policy is not None
