@@ -11,6 +11,7 @@
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
+    margin    what dividing the budget over layers wins, by what it can win (half an hour)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
     start     from a command to its first answer, from an empty cache and from a full one (minutes)
     newcomer  a clone, `make fit` and its first picture, with nothing in any cache (minutes)
@@ -51,6 +52,7 @@ PARTS = (
     "correlated",
     "shared_noise",
     "pretrained",
+    "margin",
     "nodes",
     "start",
     "newcomer",

@@ -41,6 +41,7 @@ LAYER_COLUMNS = (
     "contribution",
     "noise_scale",
     "sim_only_clipped_fraction",
+    "division_ratio",
 )
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -64,8 +64,9 @@ class FederatedDataModule(pl.LightningDataModule):
         download: whether missing files may be fetched; their checksums are verified.
         source_args: further arguments of the source's function.
         transform: public function that replaces every record, each by itself: scattering (wavelet
-            features of images), sentence_features (of texts, by a frozen encoder), or the import
-            path of a function Tensor → Tensor. Null: none.
+            features of images), sentence_features (of texts, by a frozen encoder), hidden_states
+            (after an encoder's first layers), or the import path of a function Tensor → Tensor.
+            Null: none.
         transform_args: further arguments of the transform.
         eval_batch_size: records per validation or test batch, at least 1.
 

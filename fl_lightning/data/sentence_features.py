@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +36,31 @@ def sentence_features(
         raise ValueError("transform='sentence_features' needs data.source=tokenized_text")
     encoder = pretrained_part("AutoModel", model, "model").eval()
     ids, mask = values["input_ids"], values["attention_mask"]
-    lengths = mask.sum(1)
     rows: Tensor | None = None
-    for part in lengths.argsort(stable=True).split(_AT_ONCE):
-        # Padding counts nowhere, so that of the longest text of a part is enough.
-        longest = max(1, int(lengths[part].max()))
-        seen = mask[part, :longest]
-        hidden = encoder(input_ids=ids[part, :longest], attention_mask=seen).last_hidden_state
+    for part, hidden, seen in encoded(encoder, ids, mask):
         mean = masked_mean(hidden, seen)
         rows = mean.new_empty(len(ids), mean.shape[1]) if rows is None else rows
         rows[part] = mean
     assert rows is not None
     return torch.nn.functional.normalize(rows) if normalize else rows
+
+
+def encoded(encoder: Any, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Texts of about one length at a time: their rows [B], last states [B, t, d] and mask [B, t].
+
+    Padding counts nowhere, so that of the longest text of a part is enough.
+
+    Args:
+        encoder: of transformers.
+        ids: int64 [N, T].
+        mask: int64 [N, T].
+    """
+    lengths = mask.sum(1)
+    for part in lengths.argsort(stable=True).split(_AT_ONCE):
+        longest = max(1, int(lengths[part].max()))
+        seen = mask[part, :longest]
+        out = encoder(input_ids=ids[part, :longest], attention_mask=seen)
+        yield part, out.last_hidden_state, seen
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

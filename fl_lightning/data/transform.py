@@ -22,6 +22,7 @@ from torch import Tensor
 from fl_lightning.data.arrays import Arrays
 from fl_lightning.data.download import cache_folder
 from fl_lightning.data.fields import Fields
+from fl_lightning.data.hidden_states import hidden_states
 from fl_lightning.data.leaves import whitened_scattering
 from fl_lightning.data.scattering import scattering
 from fl_lightning.data.sentence_features import sentence_features
@@ -32,6 +33,7 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
     "scattering": scattering,
     "whitened_scattering": whitened_scattering,
     "sentence_features": sentence_features,
+    "hidden_states": hidden_states,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fl_lightning.data.hidden_states import divided
 from fl_lightning.data.sentence_features import masked_mean, sentence_features
 from fl_lightning.data.tokenized import encoder_inputs, pretrained_part
 
@@ -45,6 +46,21 @@ class TextClassifier(nn.Module):
         return self.head(nn.functional.normalize(mean) if self.normalize else mean)
 
 
+class UpperTextClassifier(TextClassifier):
+    """The same of an encoder's upper layers, from states that its lower ones have made."""
+
+    def forward(self, states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits [B, num_classes] of hidden states [B, T, hidden], zeros where padding is."""
+        mask = (states != 0).any(-1)
+        # As it is added to the scores, which needs no look at its values: vmap has none.
+        least = torch.finfo(states.dtype).min
+        added = torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, least)
+        upper = self.body(inputs_embeds=states, attention_mask=added[:, None, None, :])
+        upper = upper.last_hidden_state
+        mean = masked_mean(upper, mask)
+        return self.head(nn.functional.normalize(mean) if self.normalize else mean)
+
+
 def text_classifier(
     model: str,
     num_classes: int = 2,
@@ -53,6 +69,7 @@ def text_classifier(
     label_scale: float = 20.0,
     normalize: bool = True,
     train: Trained = "lora",
+    frozen_layers: int = 0,
     lora_rank: int = 4,
     lora_alpha: float = 8.0,
     lora_targets: Sequence[str] | None = None,
@@ -72,6 +89,9 @@ def text_classifier(
         normalize: whether the mean of the states is brought to L2 norm 1 before the head.
         train: head (the encoder stays; data.transform=sentence_features computes it once), lora
             (low-rank updates of its projections, and the head) or all.
+        frozen_layers: first layers of the encoder that stay as they are and are computed once, by
+            data.transform=hidden_states with the same number; `train` means the others. 0: records
+            are tokens.
         lora_rank: rank r of an update B·A, at least 1.
         lora_alpha: its scale is lora_alpha / r, above 0.
         lora_targets: names of the layers that get one; null: queries and values, as peft chooses.
@@ -93,12 +113,15 @@ def text_classifier(
     body = _frozen_body("AutoModel", model, dropout, attention)
     if getattr(body, "pooler", None) is not None:
         body.pooler = None  # not used here: it would take a share and learn nothing
+    kind = TextClassifier
+    if frozen_layers:
+        body, kind = divided(body, frozen_layers)[1], UpperTextClassifier
     with torch.random.fork_rng(()):
         torch.manual_seed(seed)
         body = _trained(
             body, train, lora_rank, lora_alpha, lora_targets, lora_start, "FEATURE_EXTRACTION"
         )
-        network = TextClassifier(body, body.config.hidden_size, num_classes, normalize)
+        network = kind(body, body.config.hidden_size, num_classes, normalize)
     if labels is not None:
         network.head = label_head(model, labels, label_scale, normalize)
     return network.train()

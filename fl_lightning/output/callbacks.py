@@ -22,6 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from fl_lightning import plots
 from fl_lightning.output.client_tables import client_distributions, client_tables, epsilon_name
 from fl_lightning.output.console import quietly, say
+from fl_lightning.output.summary import released_ratios
 from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.values.round import RoundResult
 from fl_lightning.values.rounding import round_up, round_up_to
@@ -42,6 +43,7 @@ class RoundRecorder(pl.Callback):
         |---|---|
         | no validation in the round | empty validation columns |
         | setting `none` | empty epsilon columns; no rows in `layers.csv` |
+        | raw history, or all clipped as one layer | empty `division_ratio` |
         | nobody took part | `clients` is 0 |
         | several processes | rank 0 alone writes |
     """
@@ -273,11 +275,14 @@ def _layer_rows(pl_module: Any) -> Iterable[list[Any]]:
     result: RoundResult = pl_module.result
     names = pl_module.layout.layer_names
     fields = [getattr(result, name) for name in plots.LAYER_FIELDS]
-    # Without privacy there are no columns, nor rows.
-    for row, client in enumerate(result.cohort.tolist() if fields[0].size else []):
+    if not fields[0].size:  # without privacy, or where nobody took part
+        return
+    ratios = released_ratios(pl_module, result.contribution)
+    for row, client in enumerate(result.cohort.tolist()):
         values = zip(*(field[row].tolist() for field in fields), strict=True)
         for name, numbers in zip(names, values, strict=False):
-            yield [result.round, client, name, *(f"{v:.6g}" for v in numbers)]
+            ratio = "" if ratios is None else f"{ratios[row]:.6g}"
+            yield [result.round, client, name, *(f"{v:.6g}" for v in numbers), ratio]
 
 
 def _scalars(pl_module: Any) -> dict[str, float]:

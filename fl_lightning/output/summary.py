@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from fl_lightning import plots
 from fl_lightning.ledger.client_reports import (
@@ -81,11 +83,28 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
 
 
 def _division_ratio(pl_module: Any) -> float | None:
-    """Median over the clients of `division_ratio`, from released history; None of raw history."""
-    if pl_module.run is None or not pl_module.privacy.guarantee:
+    """Median over the clients of what `released_ratios` says of the history at hand."""
+    if pl_module.run is None:
         return None
-    history = pl_module.run.history
-    return float(division_ratio(history.l1_norm, history.dims).median())
+    ratios = released_ratios(pl_module, pl_module.run.history.l1_norm)
+    return None if ratios is None else float(ratios.median())
+
+
+def released_ratios(pl_module: Any, size: Any) -> Tensor | None:
+    """`division_ratio` of each row of layer sizes that follow from releases.
+
+    Args:
+        pl_module: a FederatedModule.
+        size: L1 norms, or contributions, which are in the same proportions, [k, L].
+
+    Returns:
+        R [k]; None where the history is raw, or all layers are clipped as one and nothing is known
+        of each.
+    """
+    if not pl_module.privacy.guarantee or pl_module.privacy.clipping == "flat":
+        return None
+    dims = torch.tensor(pl_module.layout.dims, dtype=torch.float64)
+    return division_ratio(torch.as_tensor(size, dtype=torch.float64), dims)
 
 
 def _nodes(pl_module: Any) -> dict[str, Any]:

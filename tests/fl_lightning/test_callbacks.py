@@ -71,7 +71,19 @@ def test_one_row_a_client_and_layer(tmp_path: Path) -> None:
     train(Rounds(tmp_path), 2)
     seen = rows(tmp_path, "layers")
     assert len(seen) == 2 * M * L
-    assert list(seen[9].values()) == ["1", "2", "1", "5", "6", "7", "8", "9"]
+    assert list(seen[9].values())[:-1] == ["1", "2", "1", "5", "6", "7", "8", "9"]
+    # Contributions 6 and 7 of two layers of six numbers each: (6 + 7)²/(2·(6² + 7²)).
+    assert seen[8]["division_ratio"] == seen[9]["division_ratio"] == f"{169 / 170:.6g}"
+
+
+@pytest.mark.parametrize(
+    "options", [{"clipping": "flat"}, {"setting": "abstract"}], ids=["one layer", "raw history"]
+)
+def test_no_ratio_where_layers_show_nothing_that_is_released(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    train(Rounds(tmp_path, PrivacyConfig(seed=1, **options)), 1)
+    assert {row["division_ratio"] for row in rows(tmp_path, "layers")} == {""}
 
 
 def test_a_new_run_replaces_old_files(tmp_path: Path) -> None:

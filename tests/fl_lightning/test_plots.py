@@ -36,6 +36,7 @@ def layer_rows(
             "contribution": "0.5",
             "noise_scale": str((1 + k) * spread**i),
             "sim_only_clipped_fraction": "nan" if k == 0 else "0.5",
+            "division_ratio": "0.9",
         }
         for r in range(rounds)
         for k in range(clients)

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from fl_lightning import FederatedDataModule, fit
+from fl_lightning.data.hidden_states import hidden_states
 from fl_lightning.data.sentence_features import sentence_features
 from fl_lightning.data.sources import load
 from fl_lightning.data.tokenized import tokenized_text
 from fl_lightning.networks import pretrained
+from fl_lightning.networks.adapters import write_adapters
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -189,6 +191,74 @@ def test_a_head_alone_trains_on_features_computed_once(folder, table, tmp_path, 
         assert torch.allclose(network.head(data._prepared.arrays.x_test), want, atol=1e-5)
     assert data.transform_problem == ""
     assert isinstance(network.head, nn.Linear)
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_frozen_layers_computed_once_give_the_whole_network(
+    folder, table, tmp_path, monkeypatch, train
+):
+    """Outputs and gradients of what is trained, padding included; and what vmap makes of them."""
+    monkeypatch.setenv("AADP_FL_DATA_DIR", str(tmp_path / "cache"))
+    arrays = texts(folder, table)
+    data = FederatedDataModule(
+        arrays, num_clients=2, transform="hidden_states",
+        transform_args={"model": folder, "frozen_layers": 1},
+    )  # fmt: skip
+    options = {"train": train, "lora_start": "orthogonal"}
+    upper = pretrained.text_classifier(folder, frozen_layers=1, **options)
+    whole = pretrained.text_classifier(folder, **options)
+    names = [n for n, p in upper.named_parameters() if p.requires_grad]
+    missing = whole.load_state_dict(upper.state_dict(), strict=False).missing_keys
+    assert all("layer.0." in n or "embeddings." in n for n in missing)
+    inputs = arrays.fields.unpack(arrays.x_test)
+    assert not inputs["attention_mask"].all()
+    states = data._prepared.arrays.x_test
+    assert data.transform_problem == ""
+    assert torch.equal((states != 0).any(-1), inputs["attention_mask"] > 0)
+    want, have = whole(**inputs), upper(states)
+    assert torch.allclose(have, want, atol=1e-5)
+    assert torch.allclose(torch.vmap(upper)(states[:, None])[:, 0], want, atol=1e-5)
+    own = (dict(net.named_parameters()) for net in (whole, upper))
+    grads = (
+        torch.autograd.grad(out.square().sum(), [parameters[n] for n in names])
+        for out, parameters in zip((want, have), own, strict=True)
+    )
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+    assert not any("layer.0." in n for n in names)
+
+
+@pytest.mark.parametrize("count", [-1, 2])
+def test_a_number_of_layers_that_no_part_can_have_is_said(folder, table, count):
+    arrays = texts(folder, table)
+    inputs = arrays.fields.unpack(arrays.x_test)
+    with pytest.raises(ValueError, match=f"frozen_layers={count} must be from 1 to 1"):
+        hidden_states(inputs, model=folder, frozen_layers=count)
+    with pytest.raises(ValueError, match=f"frozen_layers={count} must be from 1 to 1"):
+        pretrained.text_classifier(folder, frozen_layers=count)
+
+
+def test_an_adapter_of_upper_layers_is_one_of_the_whole(folder, table, tmp_path):
+    upper = pretrained.text_classifier(folder, frozen_layers=1, lora_start="orthogonal")
+    spec = {
+        "class_path": "fl_lightning.networks.pretrained.text_classifier",
+        "init_args": {"model": folder, "frozen_layers": 1, "lora_start": "orthogonal"},
+    }
+    with torch.no_grad():
+        for name, parameter in upper.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    write_adapters(spec, upper.state_dict(), tmp_path)
+    arrays = texts(folder, table)
+    inputs = arrays.fields.unpack(arrays.x_test)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that peft still uses
+        body = transformers.AutoModel.from_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(body, str(tmp_path / "adapter_body")).eval()
+    whole = pretrained.TextClassifier(loaded, 16, 2)
+    whole.head.load_state_dict(upper.head.state_dict())
+    with torch.no_grad():
+        want = upper(hidden_states(inputs, model=folder, frozen_layers=1))
+        assert torch.allclose(whole(**inputs), want, atol=1e-5)
 
 
 def test_a_head_starts_as_a_classifier_by_likeness(folder, table):

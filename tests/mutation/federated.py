@@ -56,6 +56,15 @@ ALLOCATION = group(
     ("shares sum to more than one", "(1 - floor) * normalized(size)", "normalized(size)"),
 )  # fmt: skip
 
+RATIOS = group(
+    "fl_lightning/output/summary.py",
+    "tests/fl_lightning/test_callbacks.py::test_one_row_a_client_and_layer "
+    "tests/fl_lightning/test_callbacks.py::test_no_ratio_where_layers_show_nothing_that_is_released",
+    ("a ratio of one layer that is all", ' or pl_module.privacy.clipping == "flat":', ":"),
+    ("a ratio of raw history", 'if not pl_module.privacy.guarantee or pl_module', "if pl_module"),
+    ("a ratio without the sizes of layers", "dtype=torch.float64), dims)", "dtype=torch.float64), dims / dims)"),
+)  # fmt: skip
+
 HISTORY = group(
     "fl_lightning/privacy/history.py",
     f"{POLICY} {CHARGED} "
@@ -349,7 +358,7 @@ NAMED = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *NAMED, *LOCAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *HISTORY,
+    *NAMED, *LOCAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *RATIOS, *HISTORY,
     *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES, *FLAT,
     *BUDGET, *RUNNING, *DENOISING, *SERVER_STEP, *EVALUATION, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,

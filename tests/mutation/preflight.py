@@ -48,6 +48,18 @@ TRANSFORMED = group(
     ("first meets private records", "        _meet_drawn_records(function, x, arguments, fields)\n", "        pass\n"),
 )  # fmt: skip
 
+DIVIDED = group(
+    "fl_lightning/data/hidden_states.py",
+    "tests/fl_lightning/test_hidden_states.py",
+    ("states of padding kept", "hidden.where(seen[..., None] > 0, 0.0)", "hidden"),
+    ("no layers at all", "if not 0 < frozen_layers < count:", "if not 0 <= frozen_layers < count:"),
+    ("all layers", "if not 0 < frozen_layers < count:", "if not 0 < frozen_layers <= count:"),
+    ("a layer in both parts", "(upper, range(frozen_layers))", "(upper, range(frozen_layers - 1))"),
+    ("the whole encoder changed", "copy.deepcopy(body), copy.deepcopy(body)", "copy.deepcopy(body), body"),
+    ("two parts not compared", "if not _make(lower, upper, body):", "if False:"),
+    ("the encoder left in evaluation", "        body.train(training)\n", "        body.train()\n"),
+)  # fmt: skip
+
 TRANSFORM_REFUSED = group(
     "fl_lightning/preflight/checks.py",
     TRANSFORM,
@@ -97,6 +109,7 @@ MUTATIONS = [
     *DRY_ROUND,
     *TRANSFORM_CHECK,
     *TRANSFORMED,
+    *DIVIDED,
     *TRANSFORM_REFUSED,
     *CALLBACK_CHECK,
     *TRAINER_CHECK,
