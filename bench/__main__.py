@@ -12,6 +12,7 @@
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
     margin    what dividing the budget over layers wins, by what it can win (half an hour)
+    audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
     start     from a command to its first answer, from an empty cache and from a full one (minutes)
     newcomer  a clone, `make fit` and its first picture, with nothing in any cache (minutes)
@@ -53,6 +54,7 @@ PARTS = (
     "shared_noise",
     "pretrained",
     "margin",
+    "audit",
     "nodes",
     "start",
     "newcomer",

@@ -222,6 +222,7 @@ def report() -> None:
     """Everything that is generated."""
     from bench import (
         accuracy_report,
+        audit,
         cohort,
         correlated,
         faults,
@@ -245,6 +246,7 @@ def report() -> None:
     accuracy_report.report()
     faults.report()
     processes.report()
+    audit.report()
     nodes.report()
     start.report()
     newcomer.report()

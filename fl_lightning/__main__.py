@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "configs": ("fl_lightning.command.shipped", [], "list the shipped configurations"),
     "compare": ("fl_lightning.compare", [], "a table and curves of several runs"),
     "ledger": ("fl_lightning.ledger.__main__", [], "show or verify the ledger of a run"),
+    "audit": ("fl_lightning.audit.__main__", [], "attack copies of a run and compare with its ε"),
     "export": ("fl_lightning.export", [], "write the model of a run, with a model card"),
     "node": ("fl_lightning.deploy.__main__", ["node"], "serve the records of a holder"),
     "digest": ("fl_lightning.deploy.__main__", ["digest"], "name a holder's network for a policy"),

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fl_lightning"
 ROOMS = (
     "__main__",
     "deploy",
+    "audit",
     "fit",
     "export",
     "compare",

@@ -50,6 +50,14 @@ class Risk:
             by_none = 1 - np.exp(-self.epsilons) * (1 - self.deltas - rate)
         return np.minimum(np.minimum(by_unit, by_none).min(-1), 1.0)
 
+    def false_positives(self, true_positive_rate: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Least false positive rate of a test with each true positive rate: `power` inverted."""
+        rate = np.asarray(true_positive_rate, dtype=np.float64)[..., None]
+        by_unit = (rate - self.deltas) * np.exp(-self.epsilons)
+        with np.errstate(over="ignore", invalid="ignore"):
+            by_none = 1 - self.deltas - np.where(rate < 1, np.exp(self.epsilons) * (1 - rate), 0.0)
+        return np.maximum(np.maximum(by_unit, by_none).max(-1), 0.0)
+
     def advantage(self) -> float:
         """Largest (true positive rate - false positive rate)."""
         return self._excess(0.0)

@@ -97,7 +97,7 @@ class RemoteSum(Summed):
             return self._nothing(params)
         if not self._whole:
             self._remind(candidates.tolist())
-        z, weights = self._weights(candidates)
+        z, weights = self.weights_of(candidates)
         history = self.books.history
         noised = NoisedSum(
             history,

@@ -142,7 +142,7 @@ class Summed:
         """
         if len(candidates) < (self.sum_rules.survivors or 1):
             return self._nothing(params)
-        z, weights = self._weights(candidates)
+        z, weights = self.weights_of(candidates)
         earlier = self._earlier(round)
 
         def draw(redraw: int, before: dict[str, Tensor]) -> Draw:
@@ -172,7 +172,7 @@ class Summed:
         can_pay = self.books.budget.can_pay_each(candidates.numpy(), 1)
         return self.release(candidates[torch.from_numpy(can_pay)], params, round, context)
 
-    def _weights(self, candidates: Tensor) -> tuple[float, Tensor]:
+    def weights_of(self, candidates: Tensor) -> tuple[float, Tensor]:
         """The noise multiplier of the sum and the weights of those that may be in it.
 
         Where rounds share noise, they are relative to all clients and not to those of the round:
@@ -188,14 +188,14 @@ class Summed:
         )
         return z, weights if budget.plan is None else weights[candidates]
 
-    def _divisor(self, weights: Tensor) -> float:
+    def divisor_of(self, weights: Tensor) -> float:
         """What the sum is divided by: public, what was expected and not who came."""
         if self.books.budget.plan is None:
             return (self.sum_rules.rate or 1.0) * float(weights.sum())
         # The same in all rounds that share noise.
         everyone = torch.arange(len(self.sum_rules.weights))
         size = self.rules.cohort_size(len(everyone))
-        return size * float(self._weights(everyone)[1].mean())
+        return size * float(self.weights_of(everyone)[1].mean())
 
     def draw(self, candidates: Tensor, params: Params, key: NoiseKey, round: int) -> PrivateUpdate:
         """Train, clip, add up and add noise; nothing is paid for yet: nothing may be handed out."""
@@ -206,7 +206,7 @@ class Summed:
     ) -> tuple[PrivateUpdate, NoiseKey]:
         """The update, and the key by whose name the ledger knows its noise."""
         clients, processes, rate = self.clients, self.books.processes, self.sum_rules.rate
-        z, weights = self._weights(candidates)
+        z, weights = self.weights_of(candidates)
         coins = key.derive("coins")
         taking_part = torch.ones(len(candidates), dtype=torch.bool)
         if rate is not None:
@@ -231,7 +231,7 @@ class Summed:
 
         total.gather(train)
         update = total.release(
-            divisor=self._divisor(weights), expected_votes=(rate or 1.0) * len(candidates)
+            divisor=self.divisor_of(weights), expected_votes=(rate or 1.0) * len(candidates)
         )
         return update, key if total.shared is None else total.key
 

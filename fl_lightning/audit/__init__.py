@@ -1,0 +1,1 @@
+"""Tests a finished run from outside: how much of ε an attacker shows who sees every release."""
