@@ -21,6 +21,7 @@ from fl_lightning.audit.finished import Finished, read_finished
 from fl_lightning.audit.local_copy import Seen, local_trials
 from fl_lightning.audit.readings import log_ratios
 from fl_lightning.audit.sum_copy import sum_trials
+from fl_lightning.kernel_choice import kernels_for
 
 CANARIES, CONFIDENCE, MINUTES = 1000, 0.99, 10.0
 
@@ -148,8 +149,13 @@ def judge(
 def _see(
     finished: Finished, client: int, coins: np.ndarray, *, seed: int | None, minutes: float
 ) -> Seen:
-    """The copies, in a folder that is gone afterwards with their secrets and ledgers."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The copies, in a folder that is gone afterwards with their secrets and ledgers.
+
+    They are computed by the kernels that the run was computed by.
+    """
+    sizes, layout = finished.data.client_sizes, finished.module.layout
+    kernels = kernels_for(finished.rules, layout, sizes, finished.planned)
+    with kernels, tempfile.TemporaryDirectory() as folder:
         if finished.rules.privacy.summed:
             return sum_trials(
                 finished, client, coins, seed=seed, folder=Path(folder), seconds=60 * minutes

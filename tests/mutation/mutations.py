@@ -39,6 +39,7 @@ def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
     from tests.mutation import (
         adapters,
+        audits,
         choices,
         commands,
         correlated,
@@ -60,5 +61,5 @@ def all_mutations() -> list[Mutation]:
 
     files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
-    files += risks, secure_sums, choices
+    files += risks, secure_sums, choices, audits
     return [mutation for file in files for mutation in file.MUTATIONS]
