@@ -14,6 +14,8 @@
     margin    what dividing the budget over layers wins, by what it can win (half an hour)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
+    membership  attacks on membership without privacy, abstract, and at ε = 8, 3 and 1 (ten minutes)
+    inversion images and tokens from a client's release, before and after (ten minutes)
     start     from a command to its first answer, from an empty cache and from a full one (minutes)
     newcomer  a clone, `make fit` and its first picture, with nothing in any cache (minutes)
     picture   the picture on README's first screen, by one run (half a minute)
@@ -56,6 +58,8 @@ PARTS = (
     "margin",
     "audit",
     "nodes",
+    "membership",
+    "inversion",
     "start",
     "newcomer",
     "picture",

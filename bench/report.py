@@ -228,6 +228,8 @@ def report() -> None:
         faults,
         gpu_page,
         headline,
+        inversion,
+        membership,
         newcomer,
         nodes,
         pretrained,
@@ -250,6 +252,8 @@ def report() -> None:
     nodes.report()
     start.report()
     newcomer.report()
+    membership.report()
+    inversion.report()
     gpu_page.report()
     for part in PARTS:
         pages.put(pages.BENCHMARKS, f"{part} table", table(part))

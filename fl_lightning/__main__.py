@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "ledger": ("fl_lightning.ledger.__main__", [], "show or verify the ledger of a run"),
     "audit": ("fl_lightning.audit.__main__", [], "attack copies of a run and compare with its ε"),
     "export": ("fl_lightning.export", [], "write the model of a run, with a model card"),
+    "attack": ("fl_lightning.attacks.__main__", [], "attack a run: membership, inversion"),
     "node": ("fl_lightning.deploy.__main__", ["node"], "serve the records of a holder"),
     "digest": ("fl_lightning.deploy.__main__", ["digest"], "name a holder's network for a policy"),
 }

@@ -19,6 +19,7 @@ ROOMS = (
     "deploy",
     "audit",
     "fit",
+    "attacks",
     "export",
     "compare",
     "command",

@@ -21,6 +21,7 @@ def train_cohort(
     lr: float,
     momentum: float = 0.0,
     proximal: float = 0.0,
+    stacked: bool = False,
 ) -> Params:
     """Local SGD of k clients from one global model.
 
@@ -33,6 +34,7 @@ def train_cohort(
         proximal: μ of FedProx (Li et al., 2020): each step is drawn back to the global model, as if
             μ/2·‖w − w₀‖² were part of the loss. Beside a noised gradient it needs no noise of its
             own: w is public there.
+        stacked: whether each client starts from a model of its own, [k, ...].
 
     Returns:
         client updates: local minus global parameters, each [k, ...].
@@ -40,7 +42,7 @@ def train_cohort(
     Raises:
         RuntimeError: computing a gradient changed the parameters.
     """
-    params, shared = global_params, True
+    params, shared = global_params, not stacked
     velocity: Params | None = None
     for step, batch in enumerate(batches):
         idle = None if bool(batch.active.all()) else ~batch.active
@@ -52,7 +54,7 @@ def train_cohort(
                 "network: applying it changes its parameters in place, which nothing clips or "
                 "noises; leave out what does (max_norm of embeddings, for instance)"
             )
-        if proximal and not shared:
+        if proximal and step:
             # In the first step there is nothing to draw back from.
             direction = {
                 n: g + proximal * (params[n] - global_params[n]) for n, g in direction.items()
@@ -72,7 +74,7 @@ def train_cohort(
             for n, g in direction.items()
         }
         shared = False
-    if shared:
+    if params is global_params:
         return {n: params[n] - global_params[n] for n in global_params}
     # Convolutions leave their weights in an order of their own.
     return {n: params[n].sub_(global_params[n]).contiguous() for n in global_params}

@@ -37,6 +37,8 @@ class Clients:
         at_once: clients trained together; None: all of a release.
         numbers: what the coins and the noise of each client are drawn under [K]; None: its id. At a
             node, whose one client has id 0, it is the client's number in the federation.
+        stacked: whether each client trains a model of its own, [k, ...]: clients of several
+            federations, side by side.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Clients:
         max_examples: int,
         at_once: int | None = None,
         numbers: Tensor | None = None,
+        stacked: bool = False,
     ) -> None:
         self.data = data
         self.network = network
@@ -59,6 +62,7 @@ class Clients:
         self.privacy = privacy
         self.training = training
         self.vectorize = vectorize
+        self.stacked = stacked
         self.at_once = at_once or data.num_clients
         self.numbers = torch.arange(data.num_clients) if numbers is None else numbers
         self.device = next(network.parameters()).device
@@ -109,7 +113,7 @@ class Clients:
 
         Args:
             clients: ids [k], at least one.
-            params: global model.
+            params: global model; of each client [k, ...] where they are stacked.
             coins: key of the batches and of what the network draws.
             round: round number.
             hook: gives the descent direction of a batch; None: its mean gradient.
@@ -127,6 +131,7 @@ class Clients:
                 lr=self.training.lr,
                 momentum=self.training.momentum,
                 proximal=self.training.proximal,
+                stacked=self.stacked,
             )
 
     def rehearse(self, params: Params, policy: LayerPolicy | None, examples: int = 1024) -> None:

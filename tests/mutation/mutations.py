@@ -39,6 +39,7 @@ def all_mutations() -> list[Mutation]:
     """Every mutation of the project."""
     from tests.mutation import (
         adapters,
+        attacks,
         audits,
         choices,
         commands,
@@ -61,5 +62,5 @@ def all_mutations() -> list[Mutation]:
 
     files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
-    files += risks, secure_sums, choices, audits
+    files += risks, secure_sums, choices, audits, attacks
     return [mutation for file in files for mutation in file.MUTATIONS]
