@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from bench import inversion, membership, pages
+from fl_lightning.attacks import intervals
+from fl_lightning.attacks import membership as attack
 from fl_lightning.attacks.inversion import ANALYTIC, SEARCH
 
 
@@ -58,3 +60,28 @@ def test_targets_differ_in_privacy_alone(case: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in same)
     assert (module.rules.sampling_rate, data.num_clients) == (1.0, membership.CLIENTS)
     assert module.privacy.setting == membership.CASES[case].get("privacy.setting", "record+local")
+
+
+def test_the_page_shows_the_committed_memberships() -> None:
+    found = membership.results()
+    text = pages.written(membership.PAGE, "membership")
+    assert list(found) == list(membership.CASES)
+    assert text == f"{membership.membership_table(found)}\n\n{membership.notes(found)}"
+
+
+def test_members_are_found_without_privacy_and_never_more_than_is_proven() -> None:
+    found = membership.results()
+    for name in (attack.ONLINE, attack.PASSIVE):
+        plain = attack.attack_figures(*membership.pooled(found["without privacy"], name))
+        assert plain["auc"]["low"] > 0.7
+        assert plain["tpr_at_0.01"]["low"] > 0.1
+    for case in found.values():
+        for target in case["targets"]:
+            if target["ceiling"] is None:
+                continue
+            for name in membership.NAMES:
+                scores = np.array(target["scores"][name])
+                half = len(scores) // 2
+                for rate in (0.01, 0.1):
+                    power = intervals.power(scores[:half], scores[half:], rate)
+                    assert power.low <= np.interp(rate, attack.RATES, target["ceiling"][1])
