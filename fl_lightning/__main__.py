@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "fit": ("fl_lightning.fit", [], "train; `aadp fit --help` says all options"),
     "configs": ("fl_lightning.command.shipped", [], "list the shipped configurations"),
     "compare": ("fl_lightning.compare", [], "a table and curves of several runs"),
+    "tune": ("fl_lightning.tune.__main__", [], "search options by a choice that is charged"),
     "ledger": ("fl_lightning.ledger.__main__", [], "show or verify the ledger of a run"),
     "audit": ("fl_lightning.audit.__main__", [], "attack copies of a run and compare with its ε"),
     "export": ("fl_lightning.export", [], "write the model of a run, with a model card"),

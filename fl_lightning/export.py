@@ -137,6 +137,7 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
         shared_noise,
     )
     from fl_lightning.ledger.risks import risk_figures, run_risks
+    from fl_lightning.ledger.statement_search import search_sentence
 
     summary = run / "summary.json"
     found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
@@ -152,6 +153,9 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
     }
     if finished and found.get("test_metrics"):
         facts["test_metrics"] = ", ".join(f"{n} {v:.4g}" for n, v in found["test_metrics"].items())
+    if finished and "val_private_accuracy" in found:
+        values = found["val_private_accuracy"], found["val_private_standard_error"]
+        facts["private_validation_accuracy"] = "{:.4g}, noise {:.2g}".format(*values)
     if ledger is None:
         return {**facts, "privacy": "none: updates were released without noise"}
     header = ledger.header
@@ -161,6 +165,9 @@ def _facts(run: Path, known: Mapping[str, Any], ledger: Ledger | None) -> dict[s
     kind = "nominal, no guarantee" if header["setting"] == "abstract" else kind
     reason = simulated_reason(header)
     facts |= {"noise": shared_noise(header)} if shared_noise(header) else {}
+    if header.get("search"):
+        words = search_sentence(header).partition("costs ")[2]
+        facts["chosen_by_a_search_of"] = words.partition(" (")[0]
     return facts | {
         "data": header.get("dataset", facts["data"]),
         "privacy": f"simulated: {reason}, protects nobody" if reason else kind,

@@ -44,6 +44,7 @@ from fl_lightning.command.run_folder import (
 from fl_lightning.command.shipped import with_shipped
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.ledger import LedgerError
+from fl_lightning.ledger.search_checks import SearchLossError
 from fl_lightning.models import CNN
 from fl_lightning.module import FederatedModule
 from fl_lightning.output.callbacks import ClientTables, RoundProgress, RoundRecorder
@@ -51,6 +52,7 @@ from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO, Round
 from fl_lightning.output.console import say, speak_any_encoding, without_advertisements
 from fl_lightning.output.finish import finish_run, test_once
 from fl_lightning.output.loggers import default_logger, tensorboard_logger
+from fl_lightning.output.search_check import SearchCheck
 from fl_lightning.output.waiting import told_of_compiling
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes.launching import stop_of, stoppable
@@ -101,11 +103,12 @@ class FederatedCLI(LightningCLI):
         folder: RunFolder,
         stop: Stop,
         federation: Federation | None,
+        search: dict[str, Any] | None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         self._folder = folder
-        self._federation = federation
+        self._federation, self._search = federation, search
         self._stop = stop
         self._notes: list[str] = []
         super().__init__(*args, **kwargs)
@@ -187,7 +190,7 @@ class FederatedCLI(LightningCLI):
         """Let checkpoints say how the network was made."""
         spec = self.config[str(self.subcommand)].model.network
         plain = spec.as_dict() if hasattr(spec, "as_dict") else {}
-        self.model.federation = self._federation
+        self.model.federation, self.model.search = self._federation, self._search
         self.model.network_spec = json.loads(json.dumps(plain, default=str)) or None
 
     def _parse_ckpt_path(self) -> None:
@@ -273,6 +276,8 @@ class FederatedCLI(LightningCLI):
         recorders = [c for c in self.trainer.callbacks if isinstance(c, RoundRecorder)]
         seconds += sum(recorder.seconds_before for recorder in recorders)
         read = self.config[str(self.subcommand)].read_test_set
+        if self._search is not None and not read:
+            return  # nothing of it is shown unless it is chosen
         failed = read and not test_once(self.trainer, self.model, self.datamodule)
         if self.trainer.is_global_zero:
             finish_run(self.trainer, self.model, seconds)
@@ -316,12 +321,21 @@ def _public_seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
 
 
-def main(args: Sequence[str] | None = None, *, federation: Federation | None = None) -> None:
+def main(
+    args: Sequence[str] | None = None,
+    *,
+    federation: Federation | None = None,
+    search: dict[str, Any] | None = None,
+) -> None:
     """Run the command line; errors of the user's making are one line and exit code 2.
 
     Args:
         args: the options; None: those of the process.
         federation: nodes that release for themselves; None: all clients are simulated.
+        search: facts of the search that the run is a candidate of; None: of none.
+
+    Raises:
+        SearchLossError: a candidate whose choice would cost more than its search plans for.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] not in SUBCOMMANDS:
@@ -336,7 +350,9 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
     folder, stop = RunFolder(), Stop(program=args is None)
     try:
         with stoppable(stop), told_of_compiling():
-            _run(folder, stop, arguments, federation)
+            _run(folder, stop, arguments, federation=federation, search=search)
+    except SearchLossError:
+        raise
     except ArgumentError as error:
         if os.environ.get("AADP_FL_TRACEBACK"):
             raise
@@ -351,20 +367,20 @@ def main(args: Sequence[str] | None = None, *, federation: Federation | None = N
         folder.give_up()
 
 
-def _run(
-    folder: RunFolder, stop: Stop, arguments: list[str], federation: Federation | None
-) -> None:
+def _run(folder: RunFolder, stop: Stop, arguments: list[str], **given: Any) -> None:
+    own = [folder] if given["search"] is None else [folder, SearchCheck()]
     FederatedCLI(
         folder,
         stop,
-        federation,
+        given["federation"],
+        given["search"],
         FederatedModule,
         FederatedDataModule,
         args=arguments,
         seed_everything_default=1,
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,
-        trainer_defaults={"callbacks": [folder, RoundProgress(), RoundRecorder()]},
+        trainer_defaults={"callbacks": [*own, RoundProgress(), RoundRecorder()]},
         parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
     )
 

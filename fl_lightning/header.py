@@ -10,7 +10,7 @@ import torch
 from aadp_kernels import Layout, tail_cutoff
 from fl_lightning.accounting.budget import UNLIMITED, Budget
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.ledger.header import CORRELATED_SCHEMA, SCHEMA
+from fl_lightning.ledger.header import CORRELATED_SCHEMA, EVALUATION_SCHEMA, SCHEMA
 from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.release.summed import sum_rules
 from fl_lightning.rules import Rules
@@ -38,7 +38,7 @@ def ledger_header(
     cutoff = tail_cutoff(privacy.mechanism, privacy.noise_form)
     limited = bool((budget.affordable < UNLIMITED).any())
     facts = {
-        "schema": SCHEMA if budget.plan is None else CORRELATED_SCHEMA,
+        "schema": _schema(budget),
         "run_id": run_id,
         "setting": privacy.setting,
         "privacy_unit": privacy.unit,
@@ -73,7 +73,30 @@ def ledger_header(
         "dims": list(layout.dims),
         "torch": torch.__version__,
     }
-    return facts | correlation_facts(rules, budget)
+    return facts | correlation_facts(rules, budget) | evaluation_facts(budget)
+
+
+def _schema(budget: Budget) -> int:
+    if budget.evaluations is not None:
+        return EVALUATION_SCHEMA
+    return SCHEMA if budget.plan is None else CORRELATED_SCHEMA
+
+
+def evaluation_facts(budget: Budget) -> dict[str, Any]:
+    """Facts of the header about private evaluations; {} where there are none."""
+    plan = budget.evaluations
+    if plan is None:
+        return {}
+    facts = {
+        "every_n_rounds": plan.every,
+        "rounds": plan.rounds,
+        "planned": plan.times,
+        "share": plan.share,
+        "apart": plan.apart,
+        "records": plan.records.tolist(),
+        "noise_multiplier": _shared(budget.evaluation_multiplier.tolist()),
+    }
+    return {"evaluation": facts}
 
 
 def correlation_facts(rules: Rules, budget: Budget) -> dict[str, Any]:

@@ -29,19 +29,16 @@ from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.processes.strategy import processes_of
 from fl_lightning.processes.together import Processes
 from fl_lightning.release.agreement import check_deployable
+from fl_lightning.release.evaluation import Evaluated
 from fl_lightning.release.federation import Federation
 from fl_lightning.resumption import check_resumption, promise_of, run_facts, training_facts
-from fl_lightning.rules import Rules
-from fl_lightning.run import Run, begin_run, planned_rounds
+from fl_lightning.rules import Rules, planned_rounds
+from fl_lightning.run import Run, begin_run
 from fl_lightning.run_spec import RunSpec
 from fl_lightning.server.add_up import check_agreement
 from fl_lightning.server.aggregate import WeightedMean
 from fl_lightning.server.faults import Faults
-from fl_lightning.server.optimizer import (
-    make_optimizer,
-    make_schedule,
-    weights_in_last_model,
-)
+from fl_lightning.server.optimizer import make_optimizer, make_schedule, weights_in_last_model
 from fl_lightning.values.round import RoundResult
 
 
@@ -104,8 +101,10 @@ class FederatedModule(pl.LightningModule):
 
     federation: Federation | None = None  # nodes in place of simulated clients
     member = False  # at a node
+    search: dict[str, Any] | None = None  # that the run is a candidate of
     run: Run | None = None
     result: RoundResult | None = None
+    evaluated: Evaluated | None = None  # of the round at hand
 
     def __init__(
         self,
@@ -192,6 +191,10 @@ class FederatedModule(pl.LightningModule):
         if mean.weight.any():
             mean.write_gradient(self.network, denoise=self.rules.denoise)
             self._server_step()
+        self.evaluated = run.evaluate(round)
+        if self.evaluated is not None:
+            once = {"on_step": False, "on_epoch": True, "batch_size": 1}
+            self.log("val_private_accuracy", self.evaluated.accuracy, **once)
         self.result = RoundResult.of(
             round,
             released,
@@ -280,17 +283,9 @@ class FederatedModule(pl.LightningModule):
     def proposed(self, data: FederatedDataModule, trainer: pl.Trainer) -> ProposedRun:
         """The run before anything of it exists."""
         return ProposedRun(
-            self.rules,
-            self,
-            self.network,
-            self.loss,
-            self.server_optimizer,
-            self.server_scheduler,
-            data,
-            trainer,
-            self.member,
-            self.metrics,
-        )
+            self.rules, self, self.network, self.loss, self.server_optimizer,
+            self.server_scheduler, data, trainer, self.member, self.metrics,
+        )  # fmt: skip
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
@@ -313,6 +308,7 @@ class FederatedModule(pl.LightningModule):
             last_model=partial(weights_in_last_model, self.server_optimizer, self.server_scheduler),
             resumed=self._resumed,
             federation=self.federation,
+            search=self.search,
         )
         planned = planned_rounds(self.rules, self.trainer.max_epochs, self._resumed)
         self.run = begin_run(spec, planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from fl_lightning.local.rules import LocalTraining
 from fl_lightning.privacy.config import PrivacyConfig
@@ -88,6 +89,14 @@ class Rules:
         """
         width = self.batch_size or math.ceil((self.sampling_rate or 1.0) * largest_client)
         return max(1, max_examples // width)
+
+
+def planned_rounds(rules: Rules, max_epochs: int | None, resumed: dict[str, Any] | None) -> int:
+    """Rounds that cohorts and noise are planned for; a private run keeps its plan."""
+    kept = (resumed or {}).get("planned_rounds") if rules.privacy.private else None
+    planned = kept or rules.planned_rounds or max_epochs
+    assert planned is not None
+    return planned
 
 
 def _check_batches(rules: Rules) -> None:

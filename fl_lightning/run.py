@@ -28,13 +28,13 @@ from fl_lightning.privacy.named_options import named_options
 from fl_lightning.release.agreement import Agreement, network_digest
 from fl_lightning.release.claim import Books
 from fl_lightning.release.clients import Clients
+from fl_lightning.release.evaluation import Evaluated, Evaluations, plan_evaluations
 from fl_lightning.release.federation import agreements, write_members
 from fl_lightning.release.one_by_one import OneByOne
 from fl_lightning.release.remote import Remote, join
 from fl_lightning.release.remote_sum import RemoteSum
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
-from fl_lightning.rules import Rules
 from fl_lightning.run_spec import RunSpec
 from fl_lightning.values.plain_json import plain
 
@@ -57,6 +57,7 @@ class Run:
         records: public name of the records and who holds them.
         releases: how numbers leave the clients.
         max_examples: records computed at once.
+        evaluations: private evaluations; None: there are none.
         process_counts: how many processes the run began with, then how many it went on with.
         last_paid_round: last round in the ledger when the run began, -1 if none.
     """
@@ -71,6 +72,7 @@ class Run:
     run_id: str
     records: str
     releases: OneByOne | Summed | Remote
+    evaluations: Evaluations | None
     max_examples: int
     process_counts: list[int]
     last_paid_round: int
@@ -92,6 +94,12 @@ class Run:
             processes=self.process_counts,
             bits=spec.rules.privacy.seed is None,
         )
+
+    def evaluate(self, round: int) -> Evaluated | None:
+        """Release the private evaluation that a round ends with; None where it has none."""
+        if self.evaluations is None or not self.evaluations.due(round):
+            return None
+        return self.evaluations.release(round, self.context(self.evaluations.clients))
 
     def epsilon_spent(self) -> np.ndarray:
         """Upper bound of ε so far of every client, [K]; infinite without privacy."""
@@ -130,14 +138,6 @@ class Run:
         }
 
 
-def planned_rounds(rules: Rules, max_epochs: int | None, resumed: dict[str, Any] | None) -> int:
-    """Rounds that cohorts and noise are planned for; a private run keeps its plan."""
-    kept = (resumed or {}).get("planned_rounds") if rules.privacy.private else None
-    planned = kept or rules.planned_rounds or max_epochs
-    assert planned is not None
-    return planned
-
-
 def begin_run(spec: RunSpec, planned: int) -> Run:
     """Calibrate or restore the noise, open the ledger, choose how clients train together.
 
@@ -155,7 +155,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
     histories = 1 if rules.privacy.summed else everyone
     history = ReleasedHistory(rules.privacy, histories, spec.layout.dims)
     plan = _correlated_plan(spec, schedule)
-    budget = _budget(spec, schedule, rate, plan)
+    budget = _budget(spec, schedule, rate, plan, planned)
     key = _find_key(spec)
     run_id = run_key.public_name(key.derive("run"))
     terms = _join(spec, budget, run_id)
@@ -193,6 +193,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
         run_id=run_id,
         records=records,
         releases=_releases(spec, key, books, max_examples, noise, terms),
+        evaluations=Evaluations.of(spec.data, spec.network, spec.loss, rules, key, books),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,
@@ -243,6 +244,7 @@ def _budget(
     schedule: np.ndarray,
     cohort_rate: float | None,
     plan: CorrelatedPlan | None,
+    rounds: int,
 ) -> Budget:
     """Multipliers for the schedule, calibrated unless a checkpoint has them."""
     rules, everyone = spec.rules, spec.data.num_clients
@@ -254,6 +256,7 @@ def _budget(
         spec.layout.dims,
         noise_parts_needed(rules, everyone),
         plan,
+        plan_evaluations(rules.privacy, spec.data, rounds),
     )
     if spec.resumed is None and rules.privacy.private and spec.federation is None:
 
@@ -318,7 +321,8 @@ def _open_ledger(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
 
 def _ledger_file(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
     if spec.resumed is None:
-        header = ledger_header(spec.rules, spec.data, spec.layout, budget, run_id)
+        facts = {} if spec.search is None else {"search": spec.search}
+        header = ledger_header(spec.rules, spec.data, spec.layout, budget, run_id) | facts
         if spec.federation is not None:
             header["nodes"] = [member.name for member in spec.federation.members]
         if spec.number is not None and spec.rules.privacy.summed:

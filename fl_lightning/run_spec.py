@@ -36,6 +36,7 @@ class RunSpec:
             `server.optimizer.weights_in_last_model`; called only for noise that rounds share.
         resumed: state of the checkpoint that the run goes on from, or None.
         federation: nodes that release for themselves; None: all clients are simulated here.
+        search: facts of the search that the run is a candidate of; None: of none.
         number: at a node, what its client is called in the federation; None: not a node.
     """
 
@@ -51,6 +52,7 @@ class RunSpec:
     resumed: dict[str, Any] | None
     federation: Federation | None = None
     number: int | None = None
+    search: dict[str, Any] | None = None
 
     def params(self) -> Params:
         """The trained parameters."""

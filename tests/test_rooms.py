@@ -18,6 +18,7 @@ ROOMS = (
     "__main__",
     "deploy",
     "audit",
+    "tune",
     "fit",
     "attacks",
     "export",

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from fl_lightning.accounting.correlated import CorrelatedPlan, least_multiplier
+from fl_lightning.accounting.evaluation import EvaluationPlan
 from fl_lightning.accounting.exactness import (
+    Beside,
     SamplerCost,
     affordable_charged,
     calibrate_charged,
@@ -39,6 +41,7 @@ class Budget:
         dims: number of parameters of each layer.
         noise_parts: how many clients' parts make the whole noise; None: it is from one hand.
         plan: of a run whose rounds share noise, which is charged as a whole; None: they do not.
+        evaluations: private evaluations of the run; None: there are none.
 
     Clients of equal ε, δ and rate share one multiplier, calibrated for the one of them with most
     planned steps: the schedule is balanced, so this wastes at most one participation.
@@ -52,9 +55,11 @@ class Budget:
         dims: Sequence[int],
         noise_parts: int | None = None,
         plan: CorrelatedPlan | None = None,
+        evaluations: EvaluationPlan | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
+        self.evaluations = evaluations
         self._rounds: set[int] = set()  # released, of a plan
         self.running: RunningEpsilon | None = None
         self.sampling_rate = sampling_rate
@@ -71,6 +76,9 @@ class Budget:
         self.multiplier = torch.zeros(k, dtype=torch.float64)
         self.affordable = np.full(k, UNLIMITED)
         self.spent = np.zeros(k, dtype=np.int64)
+        self.evaluation_multiplier = torch.zeros(k, dtype=torch.float64)
+        self.evaluated = np.zeros(k, dtype=np.int64)
+        self.evaluation_lines = 0
 
     def calibrate(self, steps_a_release: int) -> None:
         """Find every client's multiplier (seconds for each distinct ε and δ).
@@ -90,6 +98,12 @@ class Budget:
             if np.isinf(target):
                 continue
             steps = int(self.planned_steps[members].max())
+            beside = None
+            if self.evaluations is not None:
+                event = noise_event(self.config, 1.0, 1.0)
+                z = self.evaluations.multiplier(event, target, delta)
+                self.evaluation_multiplier[members] = z
+                beside = self.evaluations.beside(event, z, delta)
             if self.plan is not None:
                 self.multiplier[members] = least_multiplier(
                     noise_event(self.config, 1.0, 1.0), self.plan, members, epsilon=target,
@@ -97,7 +111,7 @@ class Budget:
                 )  # fmt: skip
                 self.affordable[members] = self.planned_steps[members]
             elif given is None:
-                self.multiplier[members] = self._least_noise(max(steps, 1), target, delta)
+                self.multiplier[members] = self._least_noise(max(steps, 1), target, delta, beside)
                 self.affordable[members] = steps
             else:
                 event = noise_event(self.config, multiplier, self.sampling_rate)
@@ -110,7 +124,7 @@ class Budget:
                         f"would spend more, so client {members[0]} could never take part"
                     )
 
-    def _least_noise(self, steps: int, target: float, delta: float) -> float:
+    def _least_noise(self, steps: int, target: float, delta: float, beside: Beside | None) -> float:
         """The multiplier for a target; says so where much less than the target will be spent."""
         multiplier = calibrate_charged(
             noise_event(self.config, 1.0, self.sampling_rate),
@@ -118,9 +132,10 @@ class Budget:
             target,
             delta,
             lambda event: self.sampler_cost_at(event, delta),
+            beside=beside,
         )
         event = noise_event(self.config, multiplier, self.sampling_rate)
-        spent = charged_epsilon(event, steps, delta, self.sampler_cost_at(event, delta))
+        spent = charged_epsilon(event, steps, delta, self.sampler_cost_at(event, delta), beside)
         if spent < 0.9 * target:
             _log.info(
                 f"epsilon={target:g} in {steps} steps at sampling_rate={self.sampling_rate:g} "
@@ -149,7 +164,8 @@ class Budget:
         """Count a release that stands in the ledger."""
         one = release.client != ALL_CLIENTS
         whose = release.client if one else release.members(len(self.spent))
-        self.spent[whose] += release.steps
+        (self.evaluated if release.evaluation else self.spent)[whose] += release.steps
+        self.evaluation_lines += release.evaluation
         if self.plan is not None:
             self._rounds.add(release.round)
         if self.running is not None:
@@ -163,7 +179,14 @@ class Budget:
         if self.plan is not None and not self._is_new(release.round):
             return False
         whose = release.members(len(self.spent))
+        if release.evaluation:
+            return bool(self.can_evaluate_each(whose).all())
         return bool(self.can_pay_each(whose, release.steps).all())
+
+    def can_evaluate_each(self, clients: np.ndarray) -> np.ndarray:
+        """Whether one more evaluation is within what was planned for each client, bool [k]."""
+        times = 0 if self.evaluations is None else self.evaluations.times
+        return self.evaluated[clients] + 1 <= times
 
     def can_pay_each(self, clients: np.ndarray, steps: int) -> np.ndarray:
         """Whether `steps` more noised steps keep each of some clients within its ε, bool [k]."""
@@ -195,6 +218,8 @@ class Budget:
         }
         if self.plan is not None:
             state["coefficients"] = list(self.plan.coefficients)
+        if self.evaluations is not None:
+            state["evaluation_multiplier"] = self.evaluation_multiplier.clone()
         return state
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -207,5 +232,9 @@ class Budget:
                 f"{len(self.spent)}"
             )
         self.multiplier = multiplier.clone()
+        if self.evaluations is not None:
+            known = state["evaluation_multiplier"]
+            assert isinstance(known, torch.Tensor)
+            self.evaluation_multiplier = known.clone()
         affordable = torch.as_tensor(state["affordable"], dtype=torch.int64)
         self.affordable = affordable.clone().numpy()

@@ -15,6 +15,7 @@ Reference:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from functools import lru_cache
@@ -231,6 +232,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     adjacency: str = "zero_out",
+    beside: tuple[NoiseEvent, int] | None = None,
 ) -> float:
     """The noise multiplier with which `steps` steps cost at most `epsilon` at `delta`.
 
@@ -241,6 +243,7 @@ def calibrate(
         epsilon: target, > 0; inf gives 0 (no noise).
         delta: in [0, 1); 0 is for Laplace only.
         adjacency: "zero_out" or "replace_one".
+        beside: another event and how often it happens too; it must leave room for the steps.
 
     Returns:
         A multiplier m with 0.99 * epsilon <= compose_epsilon({event(m): steps}, delta) <= epsilon
@@ -262,8 +265,11 @@ def calibrate(
 
     def spent(multiplier: float, accountant: Literal["pld", "rdp"] = "pld") -> float:
         event = NoiseEvent(mechanism, multiplier, sampling_rate, adjacency)
-        return compose_epsilon({event: steps}, delta, accountant=accountant)
+        counts = Counter({event: steps}) + Counter(dict([beside] if beside else []))
+        return compose_epsilon(counts, delta, accountant=accountant)
 
+    if beside is not None:
+        return _search(spent, epsilon)
     if delta == 0:
         loss = math.log1p(math.expm1(epsilon / steps) / sampling_rate)
         guess = steps / epsilon if sampling_rate == 1 else 1 / loss

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,9 @@ class SamplerCost:
 
     epsilon: float = 0.0
     delta: float = 0.0
+
+
+Beside = tuple[NoiseEvent, int, SamplerCost]  # an event, how often, and what it costs beyond
 
 
 def noise_streams(dims: Sequence[int], *, votes: bool) -> tuple[int, ...]:
@@ -168,12 +172,22 @@ def grid_errors(
     )
 
 
-def charged_epsilon(event: NoiseEvent, steps: int, delta: float, extra: SamplerCost) -> float:
-    """Epsilon of `steps` equal steps at `delta`, with what each costs beyond its event."""
-    left = delta - steps * extra.delta
+def charged_epsilon(
+    event: NoiseEvent, steps: int, delta: float, extra: SamplerCost, beside: Beside | None = None
+) -> float:
+    """Epsilon of `steps` equal steps at `delta`, with what each costs beyond its event.
+
+    Args:
+        event, steps, delta: of the steps.
+        extra: what each costs beyond its event.
+        beside: what else is composed with them.
+    """
+    other, times, cost = beside or (event, 0, SamplerCost())
+    left = delta - steps * extra.delta - times * cost.delta
     if left < 0:
         return math.inf
-    return compose_epsilon({event: steps}, left) + steps * extra.epsilon
+    counts = Counter({event: steps}) + Counter({other: times})
+    return compose_epsilon(counts, left) + steps * extra.epsilon + times * cost.epsilon
 
 
 def calibrate_charged(
@@ -182,6 +196,8 @@ def calibrate_charged(
     epsilon: float,
     delta: float,
     extra: Callable[[NoiseEvent], SamplerCost],
+    *,
+    beside: Beside | None = None,
 ) -> float:
     """The noise multiplier with which `steps` steps cost at most `epsilon`, extras included.
 
@@ -191,6 +207,7 @@ def calibrate_charged(
         epsilon: target, > 0 and finite.
         delta: in [0, 1).
         extra: what a step costs beyond its event; never more for a larger multiplier.
+        beside: another event, how often it happens too, and what each costs beyond it.
 
     Returns:
         The multiplier of `accounting.calibrate` where that is enough, else a larger one. A large
@@ -203,7 +220,7 @@ def calibrate_charged(
 
     def charged(multiplier: float) -> float:
         tried = replace(event, noise_multiplier=multiplier)
-        return charged_epsilon(tried, steps, delta, extra(tried))
+        return charged_epsilon(tried, steps, delta, extra(tried), beside)
 
     def drawn(multiplier: float) -> bool:
         cost = extra(replace(event, noise_multiplier=multiplier))
@@ -212,15 +229,17 @@ def calibrate_charged(
     floor = _smallest(drawn)
     if floor is not None and charged(floor) <= epsilon:
         return floor
+    other = SamplerCost() if beside is None else beside[2]
+    times = 0 if beside is None else beside[1]
     left, rest, cost = epsilon, delta, SamplerCost()
     for _ in range(8):
-        multiplier = _ideal(event, steps, left, rest)
+        multiplier = _ideal(event, steps, left, rest, beside)
         cost = extra(replace(event, noise_multiplier=multiplier))
         if charged(multiplier) <= epsilon:
             return multiplier
         # Rounding of the ledger's sums must not pass the target either.
-        left = epsilon * (1 - 1e-12) - steps * cost.epsilon
-        rest = delta - steps * cost.delta * (1 + 1e-9)
+        left = epsilon * (1 - 1e-12) - steps * cost.epsilon - times * other.epsilon
+        rest = delta - (steps * cost.delta + times * other.delta) * (1 + 1e-9)
         if left <= 0 or rest <= 0:
             break
     if floor is None:
@@ -233,12 +252,14 @@ def calibrate_charged(
         )
     # At the floor or above it the extras are what they are at the floor, or less.
     cost = extra(replace(event, noise_multiplier=floor))
-    left = epsilon * (1 - 1e-12) - steps * cost.epsilon
-    rest = delta - steps * cost.delta * (1 + 1e-9)
-    return max(floor, _ideal(event, steps, left, rest))
+    left = epsilon * (1 - 1e-12) - steps * cost.epsilon - times * other.epsilon
+    rest = delta - (steps * cost.delta + times * other.delta) * (1 + 1e-9)
+    return max(floor, _ideal(event, steps, left, rest, beside))
 
 
-def _ideal(event: NoiseEvent, steps: int, epsilon: float, delta: float) -> float:
+def _ideal(
+    event: NoiseEvent, steps: int, epsilon: float, delta: float, beside: Beside | None
+) -> float:
     """The multiplier that ideal noise would need."""
     return calibrate(
         mechanism=event.mechanism,
@@ -247,6 +268,7 @@ def _ideal(event: NoiseEvent, steps: int, epsilon: float, delta: float) -> float
         epsilon=epsilon,
         delta=delta,
         adjacency=event.adjacency,
+        beside=None if beside is None else beside[:2],
     )
 
 

@@ -62,6 +62,7 @@ class RunningEpsilon:
         self._precision = np.zeros(everyone)  # sum of 1 / multiplier² over the steps
         self._on_top, self._tails = np.zeros(everyone), np.zeros(everyone)
         self._curves: dict[tuple[float, float], StepCurve] = {}
+        self._held_out = _Evaluations(header) if header.get("evaluation") else None
         self._whole = _WholeRun(header) if header.get("coefficients") is not None else None
 
     @property
@@ -71,6 +72,10 @@ class RunningEpsilon:
 
     def add(self, release: Release) -> None:
         """Count a line that stands in the ledger."""
+        if release.evaluation:
+            assert self._held_out is not None
+            self._held_out.add(release)
+            return
         self._event = release.event if self._event is None else self._event
         if self._whole is not None:
             self._whole.add(release)
@@ -101,17 +106,37 @@ class RunningEpsilon:
 
     def epsilon(self) -> Floats:
         """Epsilon of every client so far, [K]; 0 without releases, inf without noise."""
+        held = self._held_out
+        if held is None or held.event is None:
+            return self._of_updates()
+        alone = held.epsilon(self._delta)
+        if self._event is None or held.apart:
+            return np.maximum(self._of_updates(), alone)
+        if _closed(self._event):
+            return self._of_updates(held.precision(), held.tails) + held.on_top
+        rows = np.stack(
+            [self._least, self._steps, held.least, held.times, self._tails + held.tails]
+        )
+        rows = np.concatenate([rows, self._delta[None]]).T
+        different, back = np.unique(rows, axis=0, return_inverse=True)
+        both = [_of_both(self._event, held.event, *row) for row in different.tolist()]
+        return np.array(both)[back.ravel()] + self._on_top + held.on_top
+
+    def _of_updates(self, precision: Floats | float = 0.0, tails: Floats | float = 0.0) -> Floats:
+        """Of updates alone, or with what other Gaussians without sampling add."""
         if self._event is None:
             return np.zeros(len(self._steps))
         if self._whole is not None:
             return self._whole.epsilon(self._event, self._delta)
         found = np.zeros(len(self._steps))
-        there = np.flatnonzero(self._steps)
         if _closed(self._event):
+            there = np.flatnonzero(self._precision + precision)
             with np.errstate(divide="ignore"):
-                multipliers = 1 / np.sqrt(self._precision[there])
-            found[there] = gaussian_epsilon(multipliers, (self._delta - self._tails)[there])
+                multipliers = 1 / np.sqrt((self._precision + precision)[there])
+            left = self._delta - self._tails - tails
+            found[there] = gaussian_epsilon(multipliers, left[there])
         else:
+            there = np.flatnonzero(self._steps)
             found[there] = self._by_steps(self._event, there)
         return found + self._on_top
 
@@ -140,6 +165,57 @@ class RunningEpsilon:
             planned = max(self._header.get("planned_steps") or [0])
             self._curves[key] = StepCurve(event, max(planned, steps), delta)
         return self._curves[key].epsilon(steps, left)
+
+
+class _Evaluations:
+    """Private evaluations so far: a client's all have its own noise multiplier."""
+
+    def __init__(self, header: Mapping[str, Any]) -> None:
+        everyone = num_clients(header)
+        self._header = header
+        self.apart = bool(header["evaluation"]["apart"])
+        self.event: NoiseEvent | None = None
+        self.times = np.zeros(everyone)
+        self.least = np.full(everyone, np.inf)
+        self.on_top, self.tails = np.zeros(everyone), np.zeros(everyone)
+
+    def add(self, release: Release) -> None:
+        self.event = release.event
+        ids = release.members(len(self.times))
+        self.times[ids] += 1
+        self.least[ids] = np.minimum(self.least[ids], client_multipliers(self._header, release))
+        self.on_top[ids] += release.epsilon_inflation
+        self.tails[ids] += release.tail_delta
+
+    def precision(self) -> Floats:
+        """Sum of 1 / multiplier² over the evaluations of each client."""
+        with np.errstate(divide="ignore"):
+            return self.times / self.least**2
+
+    def epsilon(self, delta: Floats) -> Floats:
+        """Of evaluations alone, [K]."""
+        assert self.event is not None
+        rows = np.stack([self.least, self.times, delta - self.tails], 1)
+        different, back = np.unique(rows, axis=0, return_inverse=True)
+        found = [
+            compose_epsilon({replace(self.event, noise_multiplier=z): int(n)}, left)
+            if n and left >= 0
+            else (math.inf if n else 0.0)
+            for z, n, left in different.tolist()
+        ]
+        return np.array(found)[back.ravel()] + self.on_top
+
+
+def _of_both(event: NoiseEvent, evaluation: NoiseEvent, *row: float) -> float:
+    """Updates and evaluations of a client together, by RDP."""
+    least, steps, own, times, tails, delta = row
+    counts = {}
+    if steps:
+        counts[replace(event, noise_multiplier=least)] = int(steps)
+    if times:
+        counts[replace(evaluation, noise_multiplier=own)] = int(times)
+    left = delta - tails
+    return compose_epsilon(counts, left, accountant="rdp") if left >= 0 else math.inf
 
 
 class _WholeRun:

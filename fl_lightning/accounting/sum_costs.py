@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fl_lightning.values.event import NoiseEvent
-from fl_lightning.values.release import Release
+from fl_lightning.values.release import ALL_CLIENTS, Release
 
 if TYPE_CHECKING:
     from fl_lightning.accounting.exactness import SamplerCost
@@ -61,6 +61,8 @@ def client_multipliers(
         ValueError: the header does not fit the line.
     """
     ids = release.members(num_clients(header)) if clients is None else clients
+    if release.evaluation and release.client == ALL_CLIENTS:
+        return evaluation_multipliers(header)[ids]
     if not release.is_sum:
         return np.full(len(ids), release.noise_multiplier)
     import torch
@@ -77,6 +79,12 @@ def client_multipliers(
     z = release.noise_multiplier
     weights = weights_within(base, calibrated, z=z, largest=release.largest_weight, **rules)
     return event_multiplier(weights, z, **rules).numpy()
+
+
+def evaluation_multipliers(header: Mapping[str, Any]) -> np.ndarray:
+    """Each client's own noise multiplier of a private evaluation, float64 [K]."""
+    value = header["evaluation"]["noise_multiplier"]
+    return np.broadcast_to(np.array(value, dtype=np.float64), (num_clients(header),))
 
 
 def extra_of(

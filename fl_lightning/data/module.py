@@ -18,6 +18,7 @@ from fl_lightning.data.fields import Fields
 from fl_lightning.data.partition import (
     Partition,
     dirichlet_partition,
+    held_out_partition,
     iid_partition,
     natural_partition,
     quantity_partition,
@@ -40,6 +41,7 @@ class _Prepared:
     y_val: Tensor
     partition: Partition
     transform_problem: str
+    owners: tuple[np.ndarray, np.ndarray] | None = None  # of training and held-out records
 
 
 class FederatedDataModule(pl.LightningDataModule):
@@ -153,7 +155,9 @@ class FederatedDataModule(pl.LightningDataModule):
         owners = None if arrays.client_train is None else arrays.client_train[train]
         partition = self._split(y, owners)
         val_records = arrays.x_train[val], arrays.y_train[val]
-        return _Prepared(arrays, x, y, *val_records, partition, problem)
+        known = arrays.client_train
+        both = None if known is None else (known[train].numpy(), known[val].numpy())
+        return _Prepared(arrays, x, y, *val_records, partition, problem, both)
 
     def _split(self, labels: Tensor, owners: Tensor | None) -> Partition:
         clients, seed, least = self.num_clients, self.seed, self.min_client_size
@@ -205,6 +209,25 @@ class FederatedDataModule(pl.LightningDataModule):
     def client_sizes(self) -> Tensor:
         """int64 [K], records per client. Public."""
         return torch.from_numpy(self.partition.sizes)
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Records and labels that are held out for validation. Private."""
+        return self._prepared.x_val, self._prepared.y_val
+
+    @cached_property
+    def held_out_partition(self) -> Partition:
+        """Which rows of `held_out` each client holds; no training record is among them."""
+        known = self._prepared
+        classes = (known.y.numpy(), known.y_val.numpy()) if known.y.ndim == 1 else None
+        natural = self.partition_name == "natural"
+        return held_out_partition(
+            known.partition,
+            self.seed,
+            labels=classes if self.num_classes else None,
+            owners=known.owners if natural else None,
+            count=len(known.x_val),
+        )
 
     @property
     def num_classes(self) -> int:

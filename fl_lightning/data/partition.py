@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_HELD_OUT_STREAM = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:
@@ -35,6 +37,49 @@ class Partition:
         if not 0 <= k < self.num_clients:
             raise ValueError(f"k={k} must lie in [0, num_clients={self.num_clients})")
         return self.indices[self.offsets[k] : self.offsets[k + 1]]
+
+
+def held_out_partition(
+    partition: Partition,
+    seed: int,
+    *,
+    labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    owners: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    count: int,
+) -> Partition:
+    """Which held-out records are whose: clients hold out records like those that they train on.
+
+    Args:
+        partition: of the training records; every client has some.
+        seed: >= 0.
+        labels: classes of training and held-out records; None: they have none.
+        owners: of training and held-out records in the data itself; None: it states none.
+        count: held-out records M.
+
+    Returns:
+        A partition of M records. With owners, each record is its owner's, and nobody's where the
+        owner is no client. Else it goes to the holder of a random training record of its class (of
+        any class, where there is none).
+    """
+    clients = np.arange(partition.num_clients)
+    of = np.full(count, -1)
+    if owners is not None:
+        names = owners[0][partition.indices[partition.offsets[:-1]]]
+        for client, name in zip(clients, names, strict=True):
+            of[owners[1] == name] = client
+    else:
+        generator = np.random.default_rng([seed, _HELD_OUT_STREAM])
+        holder = np.repeat(clients, partition.sizes)
+        of = generator.choice(holder, size=count)
+        for label in np.unique(labels[1]) if labels is not None else ():
+            assert labels is not None
+            alike = holder[labels[0][partition.indices] == label]
+            wanted = labels[1] == label
+            if len(alike):
+                of[wanted] = generator.choice(alike, size=int(wanted.sum()))
+    order = np.argsort(of, kind="stable")
+    sizes = np.bincount(of[of >= 0], minlength=len(clients))
+    return Partition(order[np.count_nonzero(of < 0) :], _offsets(sizes))
 
 
 def iid_partition(

@@ -58,6 +58,7 @@ def _print_tables(
     from rich.table import Table
 
     from fl_lightning.ledger.client_reports import any_nominal, headline, show_bound, show_number
+    from fl_lightning.ledger.statement_search import search_sentence
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     facts = Table("fact", "value", title="run")
@@ -86,6 +87,8 @@ def _print_tables(
     if limit is not None and len(reports) > limit:
         console.print(f"... and {len(reports) - limit} more clients (--all)")
     console.print(headline(reports))
+    if header.get("search"):
+        console.print(search_sentence(header).replace("**", ""))
     reason = simulated_reason(header)
     if reason:
         console.print(f"SIMULATED ({reason}): the noise protects nobody")

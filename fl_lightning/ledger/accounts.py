@@ -6,7 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from fl_lightning.accounting.composition import compose_epsilon
 from fl_lightning.accounting.correlated import moves, whole_run
+from fl_lightning.accounting.evaluation import evaluation_cost
 from fl_lightning.accounting.sum_costs import client_multipliers, extra_of, num_clients, of_client
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS, Release
@@ -36,16 +37,21 @@ class Account:
 
     Where rounds share noise there is one charge for the whole run: then `rounds` says in how many
     the client took part, and `largest` how far it moves the one that it moves most.
+
+    `held_out` is what evaluations cost a record that was held out for them, where a record is the
+    unit: no record is charged with both. Where a client is the unit they are among its charges.
     """
 
     delta: float
     charges: dict[Charge, int] = field(default_factory=dict)
+    held_out: dict[Charge, int] = field(default_factory=dict)
     rounds: int | None = None
     largest: float | None = None
 
     @property
     def releases(self) -> int:
-        return sum(self.charges.values()) if self.rounds is None else self.rounds
+        made = sum(self.charges.values()) if self.rounds is None else self.rounds
+        return made + sum(self.held_out.values())
 
     @property
     def steps(self) -> int:
@@ -65,11 +71,19 @@ class Account:
 
     def epsilon(self) -> float:
         """By PLD, what comes on top included; 0 without releases."""
+        if self.held_out:
+            return max(one.epsilon() for one in self.units())
         if not self.charges:
             return 0.0
         inflation, tails = self.on_top()
         left = self.delta - tails
         return compose_epsilon(self.counts(), left) + inflation if left >= 0 else math.inf
+
+    def units(self) -> list[Account]:
+        """An account for each kind of unit: of which no unit is in two."""
+        alone = Account(self.delta, self.charges, rounds=self.rounds, largest=self.largest)
+        held = [Account(self.delta, self.held_out)] if self.held_out else []
+        return [alone, *held] if self.charges or not held else held
 
 
 def _sum_over(charges: Mapping[Charge, int], name: str) -> float:
@@ -92,7 +106,11 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
     # Of each kind of sum: by the clients that could be in it, how often and since which line.
     sums: dict[tuple[Any, ...], tuple[Release, dict[str | None, list[int]]]] = {}
     first: dict[tuple[int, Charge], int] = {}
+    evaluations = []
     for line, release in enumerate(releases):
+        if release.evaluation:
+            evaluations.append(release)
+            continue
         if release.client == ALL_CLIENTS:
             _, sets = sums.setdefault(_kind(release), (release, {}))
             sets.setdefault(release.clients, [0, line])[0] += 1
@@ -117,7 +135,27 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
         for client, account in found.items():
             ordered = sorted(account.charges, key=lambda c, k=client: first.get((k, c), -1))
             account.charges = {charge: account.charges[charge] for charge in ordered}
+    _add_evaluations(header, found, evaluations)
     return found
+
+
+def _add_evaluations(
+    header: Mapping[str, Any], found: dict[int, Account], releases: Sequence[Release]
+) -> None:
+    """Charge each client with its evaluations, by its own noise multiplier."""
+    everyone, form = num_clients(header), header.get("noise_form", "wide")
+    for release in releases:
+        ids = release.members(everyone)
+        for client, z in zip(
+            ids.tolist(), client_multipliers(header, release).tolist(), strict=True
+        ):
+            event = replace(release.event, noise_multiplier=z)
+            account = found.setdefault(client, _empty(header, client))
+            cost = evaluation_cost(event, form, account.delta)
+            charge = Charge(event, 1, cost.epsilon, cost.delta, release.guarantee)
+            apart = header["evaluation"]["apart"]
+            own = account.held_out if apart else account.charges
+            own[charge] = own.get(charge, 0) + 1
 
 
 def _empty(header: Mapping[str, Any], client: int) -> Account:
@@ -203,7 +241,8 @@ def _of_sums(
 
 def largest_epsilon(found: Mapping[int, Account]) -> float:
     """The largest ε over the clients; of accounts that another one outdoes none is computed."""
-    different = {(account.delta, *account.charges.items()): account for account in found.values()}
+    units = [unit for account in found.values() for unit in account.units()]
+    different = {(account.delta, *account.charges.items()): account for account in units}
     hard: list[tuple[tuple[Any, ...], tuple[float, ...]]] = []
     largest = 0.0
     for account in sorted(different.values(), key=_strictness):

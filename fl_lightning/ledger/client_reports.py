@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fl_lightning.accounting.correlated import CorrelatedPlan
+from fl_lightning.accounting.evaluation import evaluation_cost
 from fl_lightning.accounting.exactness import SamplerCost
 from fl_lightning.accounting.sum_costs import (
     client_multipliers,
@@ -21,7 +24,7 @@ from fl_lightning.accounting.sum_costs import (
 from fl_lightning.ledger.accounts import Account, accounts
 from fl_lightning.ledger.correlated_checks import plan_of
 from fl_lightning.values.event import NoiseEvent
-from fl_lightning.values.release import Release
+from fl_lightning.values.release import ALL_CLIENTS, Release
 from fl_lightning.values.rounding import round_up
 
 
@@ -38,6 +41,7 @@ class ClientReport:
         delta: the client's delta (NaN where the header has none); cut tails are paid from it.
         target_epsilon: planned, None where not stated.
         guarantee: False where epsilon is nominal.
+        evaluations: how many of the releases are private evaluations.
     """
 
     client: int
@@ -50,6 +54,7 @@ class ClientReport:
     delta: float
     target_epsilon: float | None
     guarantee: bool
+    evaluations: int = 0
 
 
 def report_clients(
@@ -57,10 +62,26 @@ def report_clients(
 ) -> dict[int, ClientReport]:
     """Every client's account; clients that the header lists and that released nothing included."""
     found = accounts(header, releases)
-    return {client: _report_one(header, client, found[client]) for client in sorted(found)}
+    evaluations = _evaluations(header, releases)
+    return {
+        client: _report_one(header, client, found[client], evaluations) for client in sorted(found)
+    }
 
 
-def _report_one(header: Mapping[str, Any], client: int, account: Account) -> ClientReport:
+def _evaluations(header: Mapping[str, Any], releases: Sequence[Release]) -> np.ndarray | None:
+    """How many evaluations each client was in [K]; None of a run that plans none."""
+    if header.get("evaluation") is None:
+        return None
+    times = np.zeros(num_clients(header), dtype=np.int64)
+    for release in releases:
+        if release.evaluation:
+            times[release.members(len(times))] += 1
+    return times
+
+
+def _report_one(
+    header: Mapping[str, Any], client: int, account: Account, evaluations: np.ndarray | None
+) -> ClientReport:
     counts = account.counts()
     return ClientReport(
         client=client,
@@ -73,6 +94,7 @@ def _report_one(header: Mapping[str, Any], client: int, account: Account) -> Cli
         delta=account.delta,
         target_epsilon=of_client(header["epsilon"], client),
         guarantee=header["setting"] != "abstract" and all(c.guarantee for c in account.charges),
+        evaluations=0 if evaluations is None else int(evaluations[client]),
     )
 
 
@@ -90,7 +112,7 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
     for line, release in enumerate(releases, 2):
         votes = release.vote_noise_scale is not None
         whose = release.clients if release.is_sum else of_client(header["delta"], release.client)
-        kind = release.event, votes, release.largest_weight, whose
+        kind = release.event, votes, release.largest_weight, whose, release.evaluation
         cost = known.get(kind)
         if cost is None:
             cost = known[kind] = _extra_of_line(header, release, extra[votes], plan)
@@ -111,6 +133,12 @@ def _extra_of_line(
     plan: CorrelatedPlan | None,
 ) -> SamplerCost:
     """What a step of a line costs beyond its event; of a sum, the largest over its clients."""
+    if release.evaluation:
+        everyone = np.unique(of_clients(header, "delta")).tolist()
+        whose = of_client(header["delta"], max(release.client, 0)) or 0.0
+        deltas = everyone if release.client == ALL_CLIENTS else [whose]
+        costs = [evaluation_cost(release.event, header["noise_form"], d) for d in deltas]
+        return SamplerCost(max(c.epsilon for c in costs), max(c.delta for c in costs))
     if not release.is_sum:
         return extra(release.event, of_client(header["delta"], release.client) or 0.0)
     ids = release.members(num_clients(header))

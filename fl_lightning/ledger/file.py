@@ -49,6 +49,8 @@ def _parser() -> Callable[[int, Mapping[str, Any]], dict[str, Any] | Release]:
             header.update(entry["facts"])
             check_schema(header)
             return dict(header)
+        if kind == "evaluation" and header.get("evaluation") is None:
+            raise ValueError("is an evaluation, of which the header says nothing")
         if kind == "sum" and any(header.get(name) is None for name in SUM_FACTS):
             raise ValueError(f"is a sum, for which the header must state {', '.join(SUM_FACTS)}")
         return parse_release(entry)
@@ -206,10 +208,12 @@ class Ledger:
         lines, digest, seen = [], self._hash, set()
         for release in releases:
             key = (release.client, release.round, release.attempt)
-            known = self.find(release.client, release.round)
-            if key in seen or any(r.attempt == release.attempt for r in known):
+            known = self.find(release.client, release.round, evaluation=release.evaluation)
+            if (*key, release.evaluation) in seen or any(
+                r.attempt == release.attempt for r in known
+            ):
                 raise ValueError(f"releases: (client, round, attempt) {key} is already recorded")
-            seen.add(key)
+            seen.add((*key, release.evaluation))
             line, digest = chain.seal(release_entry(release), digest)
             lines.append(line)
         if not lines:
@@ -250,9 +254,9 @@ class Ledger:
         """Hash of the last line: it stands for the whole history."""
         return self._hash
 
-    def find(self, client: int, round: int) -> list[Release]:
-        """Releases of a client in a round, by attempt."""
-        return self._lines.find(client, round)
+    def find(self, client: int, round: int, *, evaluation: bool = False) -> list[Release]:
+        """Releases of a client in a round, by attempt: its updates, or its evaluations."""
+        return self._lines.find(client, round, evaluation=evaluation)
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -9,8 +9,9 @@ from fl_lightning.values.plain_json import plain
 
 # Of what this version writes; a header without `schema` is of schema 0. See docs/ledger.md.
 # Readers of schema 1 alone would charge rounds that share noise one by one, which is too little.
-SCHEMA, CORRELATED_SCHEMA = 1, 2
-NEWEST = CORRELATED_SCHEMA
+# Lines of private evaluations have a schema of their own, since such readers know no such lines.
+SCHEMA, CORRELATED_SCHEMA, EVALUATION_SCHEMA = 1, 2, 3
+NEWEST = EVALUATION_SCHEMA
 SETTINGS = (
     "record+local",
     "client+local",

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from fl_lightning.accounting.exactness import SamplerCost
-from fl_lightning.accounting.sum_costs import extra_of, num_clients, of_clients
+from fl_lightning.accounting.exactness import Beside, SamplerCost
+from fl_lightning.accounting.sum_costs import (
+    evaluation_multipliers,
+    extra_of,
+    num_clients,
+    of_clients,
+)
 from fl_lightning.ledger.correlated_checks import PLAN_FACTS, Cost, check_plan, cost_of_plan
-from fl_lightning.ledger.header import CORRELATED_SCHEMA
+from fl_lightning.ledger.evaluation_checks import beside_of, check_evaluation_facts
+from fl_lightning.ledger.header import CORRELATED_SCHEMA, EVALUATION_SCHEMA
+from fl_lightning.ledger.search_checks import search_problems
 from fl_lightning.values.event import NoiseEvent
 
 # Setting: privacy unit, who is trusted, possible adjacencies.
@@ -22,7 +29,8 @@ _SETTINGS = {
     "client+secure_sum": ("client", "secure_sum", ("zero_out",)),
     "abstract": ("none", "none", ("zero_out", "replace_one")),
 }
-# What a header must state, by the schema that brought it.
+EVALUATED = ("record+local", "client+local", "client+aggregator")
+# What a header must state, by the schema that brought it; those after 1 hold for that one alone.
 _FACTS = (
     ("thresholds", "noise_form", "tail_cutoff", "client_sizes", "layers", "dims"),
     (
@@ -31,6 +39,7 @@ _FACTS = (
         *("min_survivors", "cohort_rate"),
     ),
     PLAN_FACTS,
+    ("evaluation",),
 )
 _LISTS = ("delta", "epsilon", "client_sizes", "planned_steps")
 # By how much a calibrated multiplier may be larger than the least that is enough, and what the
@@ -45,14 +54,17 @@ def check_header(header: Mapping[str, Any]) -> list[str]:
         header: of a run, of a schema that `check_schema` lets pass.
     """
     schema = header.get("schema", 0)
-    names = [name for number in range(schema + 1) for name in _FACTS[number]]
+    numbers = [0, *([1] if schema else []), *([schema] if schema > 1 else [])]
+    names = [name for number in numbers for name in _FACTS[number]]
     missing = [name for name in names if name not in header]
     if missing:
         return [f"{', '.join(missing)} is missing"]
     problems = list(_setting(header))
     if not problems and schema:
         problems = list(_shared_noise(header))
+        problems = problems or list(_evaluation(header))
         problems = problems or list(_rules(header)) or list(_calibration(header))
+        problems = problems or list(search_problems(header))
     return problems
 
 
@@ -63,6 +75,16 @@ def _shared_noise(header: Mapping[str, Any]) -> Iterator[str]:
         yield f"coefficients are {stated} in schema {header['schema']}"
     elif correlated:
         yield from check_plan(header)
+
+
+def _evaluation(header: Mapping[str, Any]) -> Iterator[str]:
+    stated = header.get("evaluation") is not None
+    if stated != (header["schema"] == EVALUATION_SCHEMA):
+        yield f"evaluation is {'stated' if stated else 'missing'} in schema {header['schema']}"
+    elif stated and header["setting"] not in EVALUATED:
+        yield f"evaluation is stated with setting {header['setting']}"
+    elif stated:
+        yield from check_evaluation_facts(header)
 
 
 def _setting(header: Mapping[str, Any]) -> Iterator[str]:
@@ -135,8 +157,11 @@ def _calibration(header: Mapping[str, Any]) -> Iterator[str]:
             yield "affordable_steps are not planned_steps: the planned run is charged as a whole"
             return
         affordable = np.full_like(planned, planned.max())  # members are told apart by their targets
-    groups = np.unique(np.stack([target, delta, multiplier, affordable]), axis=1)
-    for epsilon, d, z, steps in groups.T.tolist():
+    own = np.zeros_like(target)
+    if header.get("evaluation") is not None:
+        own = evaluation_multipliers(header)
+    groups = np.unique(np.stack([target, delta, multiplier, affordable, own]), axis=1)
+    for epsilon, d, z, steps, y in groups.T.tolist():
         members = (target == epsilon) & (delta == d) & (multiplier == z)
         if header.get("coefficients") is not None:
             problem = _belongs(header, epsilon, d, z, int(steps), cost_of_plan(header, members, d))
@@ -145,7 +170,10 @@ def _calibration(header: Mapping[str, Any]) -> Iterator[str]:
             if not header["noise_multiplier_given"] and steps != most:
                 yield f"affordable_steps is {steps:.0f}, planned were {most:.0f}"
                 return
-            problem = _belongs(header, epsilon, d, z, int(steps), _cost_of_steps(header, d))
+            problem = _belongs(
+                header, epsilon, d, z, int(steps), _cost_of_steps(header, d),
+                beside=beside_of(header, y, d) if y else None,
+            )  # fmt: skip
         if problem:
             yield problem
             return
@@ -169,6 +197,8 @@ def _belongs(
     multiplier: float,
     steps: int,
     of_steps: Cost,
+    *,
+    beside: Beside | None = None,
 ) -> str:
     """Why a multiplier and a number of steps are not what an ε allows; "" if they are.
 
@@ -178,7 +208,7 @@ def _belongs(
 
     def cost(z: float, count: int) -> float:
         event, times, extra = of_steps(z, count)
-        return charged_epsilon(event, times, delta, extra)
+        return charged_epsilon(event, times, delta, extra, beside)
 
     def drawn(z: float, count: int) -> bool:
         """Whether what inexact noise costs leaves half of ε and δ: no less noise is calibrated."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients, spent_digest
 from fl_lightning.ledger.correlated_checks import check_lines
+from fl_lightning.ledger.evaluation_checks import check_evaluations
 from fl_lightning.ledger.header_checks import check_header
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -43,9 +44,10 @@ def contradictions(header: Mapping[str, Any], releases: Sequence[Release]) -> li
     problems = [
         f"line {line}: {problem}"
         for line, release in enumerate(releases, 2)
+        if not release.evaluation
         for problem in _against_header(header, release, noise)
     ]
-    problems += list(check_lines(header, releases))
+    problems += list(check_lines(header, releases)) + list(check_evaluations(header, releases))
     return problems or list(_steps(header, releases))
 
 
@@ -183,13 +185,14 @@ def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[s
     spent: Any = np.zeros(everyone, dtype=np.int64) if summed else [0] * everyone
     limits: Any = most if summed else most.tolist()
     attempts: Counter[tuple[int, int]] = Counter()
-    for number, release in enumerate(releases):
+    updates = [(line, r) for line, r in enumerate(releases, 2) if not r.evaluation]
+    for number, (line, release) in enumerate(updates):
         place = release.client, release.round
         problem = _out_of_place(number, release, attempts[place], spent)
         attempts[place] += 1
         problem = problem or _too_many(release, spent, limits)
         if problem:
-            yield f"line {number + 2}: {problem}"
+            yield f"line {line}: {problem}"
             return
     yield from _one_multiplier(header, releases)
 

@@ -22,7 +22,7 @@ class OpenRounds:
         self._read = read
         self._count = 0
         self._first = 0  # round from which on all are in memory
-        self._rounds: dict[int, dict[int, list[Release]]] = {}
+        self._rounds: dict[int, dict[tuple[int, bool], list[Release]]] = {}
         self._order: list[Release] = []  # all of them, where nothing can be read
         self._add(found)
 
@@ -35,11 +35,12 @@ class OpenRounds:
         for past in [round for round in self._rounds if round < self._first]:
             del self._rounds[past]
 
-    def find(self, client: int, round: int) -> list[Release]:
-        """Those of a client in a round, oldest first."""
+    def find(self, client: int, round: int, *, evaluation: bool = False) -> list[Release]:
+        """Those of a client in a round, oldest first: its updates, or its evaluations."""
         if round < self._first:
-            return [r for r in self.all() if (r.client, r.round) == (client, round)]
-        return list(self._rounds.get(round, {}).get(client, ()))
+            place = client, round, evaluation
+            return [r for r in self.all() if (r.client, r.round, r.evaluation) == place]
+        return list(self._rounds.get(round, {}).get((client, evaluation), ()))
 
     def all(self) -> list[Release]:
         """All of them, oldest first."""
@@ -55,6 +56,6 @@ class OpenRounds:
         for release in releases:
             self._count += 1
             of_round = self._rounds.setdefault(release.round, {})
-            of_round.setdefault(release.client, []).append(release)
+            of_round.setdefault((release.client, release.evaluation), []).append(release)
             if self._read is None:
                 self._order.append(release)

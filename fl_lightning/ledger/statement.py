@@ -17,7 +17,9 @@ from fl_lightning.ledger.client_reports import (
 from fl_lightning.ledger.file import Ledger
 from fl_lightning.ledger.risks import attack_section, run_risks
 from fl_lightning.ledger.statement_assumptions import assumptions
+from fl_lightning.ledger.statement_evaluation import evaluation_section
 from fl_lightning.ledger.statement_groups import group_section
+from fl_lightning.ledger.statement_search import search_section, search_sentence
 from fl_lightning.privacy.config import SUMMED
 from fl_lightning.privacy.simulated import simulated_reason
 from fl_lightning.values.release import ALL_CLIENTS, Release
@@ -86,13 +88,15 @@ def privacy_statement(ledger: Ledger) -> str:
     nominal = header["setting"] == "abstract" or any_nominal(reports)
     protected = header["setting"] in _ADVERSARY and not nominal
     parts = ["# Privacy statement", _warning(header, nominal)]
-    parts.append(_headline_section(header, reports))
+    parts += [search_sentence(header), _headline_section(header, reports)]
+    parts.append(search_section(header))
     if protected:
         parts += [_who(header, releases), assumptions(header, releases)]
-    parts.append(_how(header, reports, releases))
+    parts += [_how(header, reports, releases), evaluation_section(header, reports)]
     if protected:
         parts.append(attack_section(header, run_risks(header, releases)))
-        parts.append(group_section(header, reports, releases))
+        if not header.get("search"):
+            parts.append(group_section(header, reports, releases))
         parts.append(_not_covered(header))
     parts.append(_record(ledger))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -250,20 +254,26 @@ def _span(values: list[float] | list[int]) -> str:
 
 
 def _not_covered(header: Mapping[str, Any]) -> str:
+    validation = "Validation and test figures are"
+    if header.get("evaluation"):
+        validation = "Test figures, and validation figures named `sim_only`, are"
     only_here = (
         "- The time that rounds took may depend on records, unless the nodes hold their answers."
         if header.get("nodes")
         else "- Values named `sim_only` and the time that rounds took are private; they exist "
         "because one machine simulates all clients, and must not be published."
     )
+    given = "of this one run, its hyperparameters given"
+    if header.get("search"):
+        given = "of this one run, and above, of the search that chose it"
     return "\n".join(
         (
             "## What is not covered",
             "",
-            "- Epsilon is of this one run, its hyperparameters given: other runs on the same data "
+            f"- Epsilon is {given}: other runs on the same data "
             "are not charged, nor is choosing a run, a round to stop at, a checkpoint or a "
             "hyperparameter by figures of private, validation or test data.",
-            "- Validation and test figures are computed from their own records without noise; "
+            f"- {validation} computed from their own records without noise; "
             "those records are not protected.",
             only_here,
             "- Facts that are true of the whole population may be learned; that is the purpose.",

@@ -54,11 +54,18 @@ def group_section(
         ]
 
     lines = ["## Groups", "", *_explanation(header["setting"], delta)]
+    if header["setting"] == "record+local" and header.get("evaluation"):
+        lines += ["", "Groups with both training and held-out records are not in the table."]
     if header["setting"] == "record+local":
         sizes = header.get("client_sizes")
         most = max(sizes) if sizes else math.inf
         rows = _rows("{} records of one client", figures(records_of_one_client, most))
         rows += _rows("one record at each of {} clients", figures(apart, len(clients)))
+        held = [c for c in _held_out(header, releases) if c.counts]
+        for g in (g for g in GROUPS if held and g <= max(header["evaluation"]["records"])):
+            steps = records_of_one_client(held, g)
+            figure = group_figure(steps, sampler, size=g, delta=delta, at=g * one)
+            rows += _rows("{} held-out records of one client", [figure])
     else:
         select = in_one_sum if header["setting"] in SUMMED else apart
         if header.get("coefficients") is not None:
@@ -90,6 +97,14 @@ def client_steps(header: Mapping[str, Any], releases: Sequence[Release]) -> dict
     }
 
 
+def _held_out(header: Mapping[str, Any], releases: Sequence[Release]) -> list[ClientSteps]:
+    """What records that were held out for private evaluations went through."""
+    from fl_lightning.ledger.accounts import accounts
+
+    units = [a.units()[-1] for a in accounts(header, releases).values() if a.held_out]
+    return [ClientSteps(Counter(unit.counts()), unit.delta) for unit in units]
+
+
 def _explanation(setting: str, delta: float) -> list[str]:
     lines = [
         "Several units together are protected less. The table takes the clients with the least "
@@ -104,7 +119,8 @@ def _explanation(setting: str, delta: float) -> list[str]:
             *lines,
             "",
             "A person with one record at each of m clients has m independent noises. Any other "
-            "group of records is protected at least as well as one of the same size at one client.",
+            "group of training records is protected at least as well as one of the same size at "
+            "one client.",
         ]
     if setting in SUMMED:
         return [

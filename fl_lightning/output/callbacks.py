@@ -22,14 +22,18 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from fl_lightning import plots
 from fl_lightning.output.client_tables import client_distributions, client_tables, epsilon_name
 from fl_lightning.output.console import quietly, say
-from fl_lightning.output.summary import released_ratios
+from fl_lightning.output.summary import EVALUATIONS, released_ratios
 from fl_lightning.privacy.simulated import simulated_because
 from fl_lightning.values.round import RoundResult
 from fl_lightning.values.rounding import round_up, round_up_to
 
+EVALUATION_COLUMNS = ("round", "accuracy", "standard_error", "clients")
+
 
 class RoundRecorder(pl.Callback):
-    """Writes `rounds.csv` and `layers.csv` in the run folder, and scalars to all loggers.
+    """Writes tables of rounds to the run folder, and scalars to all loggers.
+
+    `rounds.csv`, `layers.csv`, and of a run that has them `private_evaluation.csv`.
 
     Validation and test metrics reach the loggers through the module's own `log`.
 
@@ -70,8 +74,11 @@ class RoundRecorder(pl.Callback):
         self._rounds, self._resumed = first, None
         if not trainer.is_global_zero:
             return
-        for name, columns in (("rounds", plots.ROUND_COLUMNS), ("layers", plots.LAYER_COLUMNS)):
-            _keep_before(pl_module.run_path / f"{name}.csv", columns, first)
+        tables = {"rounds.csv": plots.ROUND_COLUMNS, "layers.csv": plots.LAYER_COLUMNS}
+        if pl_module.privacy.evaluate_every:  # a run without has no such file
+            tables[EVALUATIONS] = EVALUATION_COLUMNS
+        for name, columns in tables.items():
+            _keep_before(pl_module.run_path / name, columns, first)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -85,6 +92,10 @@ class RoundRecorder(pl.Callback):
         _write_rows(path / "rounds.csv", self._start, [_round_row(pl_module, {})])
         layers = path / "layers.csv"
         _write_rows(layers, layers.stat().st_size, _layer_rows(pl_module))
+        if (found := pl_module.evaluated) is not None:
+            row = [pl_module.result.round, found.accuracy, found.standard_error, found.clients]
+            told = path / EVALUATIONS
+            _write_rows(told, told.stat().st_size, [row])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -337,6 +348,8 @@ def _status(trainer: pl.Trainer, pl_module: Any) -> str:
     if spent is not None and simulated_because(pl_module.privacy) is not None:
         words.append("simulated")
     accuracy = _validation(trainer).get("sim_only/val_accuracy")
+    if pl_module.evaluated is not None:
+        words.append(f"private accuracy {pl_module.evaluated.accuracy:.3f}")
     if accuracy is not None:
         words.append(f"sim_only accuracy {accuracy:.3f}")
     return "  ".join(words)

@@ -27,6 +27,7 @@ from fl_lightning.privacy.simulated import simulated_because
 if TYPE_CHECKING:
     from rich.table import Table
 
+EVALUATIONS = "private_evaluation.csv"
 _PACKAGES = ("aadp-fl", "torch", "pytorch-lightning", "numpy", "dp-accounting", "wandb")
 
 
@@ -55,6 +56,8 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "test_accuracy": None if test is None else float(test),
         "test_metrics": _test_metrics(trainer),
         "sim_only_val_accuracy": float(validated[-1]) if validated else None,
+        **_private_evaluation(pl_module),
+        **_search(facts),
         "setting": privacy.setting,
         "privacy": privacy_kind(privacy),
         "simulated": simulated_because(privacy) is not None,
@@ -80,6 +83,24 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "seconds": seconds,
         "versions": _versions(),
     }
+
+
+def _private_evaluation(pl_module: Any) -> dict[str, Any]:
+    """The last private evaluation and the standard error of its noise; {} without any."""
+    rows = plots.read_rows(pl_module.run_path / EVALUATIONS)
+    if not pl_module.privacy.evaluate_every or not rows:
+        return {}
+    names = ("accuracy", "standard_error")
+    return {f"val_private_{name}": float(rows[-1][name]) for name in names}
+
+
+def _search(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What the search costs that chose the run, for the worst client; {} of a run of its own."""
+    found = facts.get("search")
+    if found is None:
+        return {}
+    epsilon, delta = max(zip(found["epsilon"], found["delta"], strict=True))
+    return {"search_epsilon_max": epsilon, "search_delta": delta}
 
 
 def _division_ratio(pl_module: Any) -> float | None:
@@ -160,12 +181,19 @@ def final_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         (f"test {name}", _show(value)) for name, value in summary.get("test_metrics", {}).items()
     ]
     rows.append(("sim_only validation accuracy", _show(summary["sim_only_val_accuracy"])))
+    if "val_private_accuracy" in summary:
+        figures = (summary["val_private_accuracy"], summary["val_private_standard_error"])
+        shown = " ± ".join(map(show_number, figures))
+        rows.append(("private validation accuracy, ± its noise", shown))
     rows.append(("privacy", summary["privacy"]))
     if summary["privacy"] != "none":
         spread = " / ".join(
             _show(summary[f"epsilon_{n}"], show_bound) for n in ("min", "median", "max")
         )
         rows.append(("ε by client, min / median / max", spread))
+        if "search_epsilon_max" in summary:
+            whole = show_bound(summary["search_epsilon_max"])
+            rows.append(("ε of the search that chose it", whole))
         rows.append(("δ (largest)", _show(summary["delta_max"])))
         rows.append(("layers against flat, noise energy", _show(summary["division_ratio"])))
         rows.append(("advantage of an attack, at most", _show(summary["attack_advantage_max"])))

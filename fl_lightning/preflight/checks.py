@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from fl_lightning.kernel_choice import kernels_for
-from fl_lightning.networks.inputs import meet_records
+from fl_lightning.networks.inputs import input_dtype, meet_records
+from fl_lightning.networks.outputs import predictions
 from fl_lightning.preflight.dry_round import dry_round
 from fl_lightning.preflight.proposed_run import ProposedRun
 from fl_lightning.preflight.trainer_check import check_trainer
 from fl_lightning.privacy.config import per_client
 from fl_lightning.privacy.history import ReleasedHistory
+from fl_lightning.release.evaluation import check_evaluation
 from fl_lightning.rules import Rules
 
 _LOG = logging.getLogger("pytorch_lightning")
@@ -51,7 +54,27 @@ def check_run(proposed: ProposedRun) -> bool:
     trainer.precision_plugin.convert_module(proposed.module)
     proposed.module.to(trainer.strategy.root_device)
     with kernels_for(rules, proposed.layout, sizes, proposed.rounds):
-        return dry_round(proposed)
+        vmaps = dry_round(proposed)
+    if rules.privacy.evaluate_every:
+        _check_evaluation(proposed)
+    return vmaps
+
+
+def _check_evaluation(proposed: ProposedRun) -> None:
+    """Whether the answers of held-out records can be counted."""
+    every, data, network = proposed.rules.privacy.evaluate_every, proposed.data, proposed.network
+    if proposed.member:
+        raise ValueError(f"evaluate_every={every}: a node has no private evaluation; use 0")
+    known = None
+    if data.val_fraction:
+        x, y = (t[:2].to(next(network.parameters()).device) for t in data.held_out)
+        was = network.training
+        network.eval()
+        with torch.no_grad():
+            outputs = network(x.to(input_dtype(network, data.x)))
+            known = predictions(outputs, y, proposed.loss, data.num_classes)
+        network.train(was)
+    check_evaluation(data, known)
 
 
 def _check_transform(proposed: ProposedRun) -> None:

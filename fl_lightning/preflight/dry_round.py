@@ -258,6 +258,7 @@ def _rules_of_two(rules: Rules) -> Rules:
         epsilon=None,
         noise_multiplier=1.0 if given is None else given,
         min_survivors=None,
+        evaluate_every=0,
     )
     return replace(
         rules,

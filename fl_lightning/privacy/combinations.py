@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MOST_BANDS = 64
+LARGEST_EVALUATION_SHARE = 0.5
 
 
 def check_joint(config: Any) -> None:
@@ -62,3 +63,40 @@ def check_correlation(config: Any) -> None:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} with correlation='{config.correlation}': {why}"
             )
+
+
+def check_evaluation(config: Any) -> None:
+    """Where private evaluations are planned, charged and proven.
+
+    Raises:
+        ValueError: naming both options and their values.
+    """
+    every, share = config.evaluate_every, config.evaluation_share
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"evaluate_every={every} must be a whole number of at least 0")
+    if not 0 < share <= LARGEST_EVALUATION_SHARE:
+        raise ValueError(f"evaluation_share={share} must be in (0, {LARGEST_EVALUATION_SHARE}]")
+    if not every:
+        return
+    reasons = {
+        "setting": (
+            config.setting not in ("record+local", "client+local", "client+aggregator"),
+            "only 'record+local', 'client+local' and 'client+aggregator' have private evaluations",
+        ),
+        "epsilon": (config.epsilon is None, "their noise is calibrated to it; give one"),
+        "noise_multiplier": (
+            config.noise_multiplier is not None,
+            "how many steps it allows beside evaluations is not planned; give epsilon alone",
+        ),
+        "noise_form": (
+            config.noise_form == "grid",
+            "their noise has no whole-number form; use 'wide' or 'fast'",
+        ),
+        "correlation": (
+            config.correlation != "none",
+            "the whole run is charged at once there; use 'none'",
+        ),
+    }
+    for name, (wrong, why) in reasons.items():
+        if wrong:
+            raise ValueError(f"{name}={getattr(config, name)!r} with evaluate_every={every}: {why}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fl_lightning.privacy.combinations import check_correlation, check_joint
+from fl_lightning.privacy.combinations import check_correlation, check_evaluation, check_joint
 from fl_lightning.privacy.comparators import Comparator, check_choices, check_comparator
 from fl_lightning.privacy.settings import (
     ADJACENCY_OF,
@@ -74,6 +74,12 @@ class PrivacyConfig:
         min_survivors: Under client+secure_sum, fewest clients of a cohort that stay and are honest;
             their shares alone are the whole noise, and a round with fewer is given up before
             anything is revealed. Null: the whole cohort.
+        evaluate_every: Rounds between private evaluations, the last round besides; 0: none. In one,
+            every client's number of right answers on its held-out records (data.val_fraction) is
+            released with noise, in the unit of the setting (docs/tuning.md).
+        evaluation_share: Part of ε that evaluations may cost where a client is the unit, in
+            (0, 0.5]. Where a record is, held-out records have the whole ε and training ones too:
+            no record is both.
         seed: Null: noise keys and coins come from the operating system. A number makes the run
             reproducible and therefore *simulated*: it protects nobody.
         noise_form: How noise is computed. ``wide``: float64 from 64 bits an element; ``fast``:
@@ -111,6 +117,8 @@ class PrivacyConfig:
     correlation: Literal["none", "banded"] = "none"
     bands: int = 2
     min_survivors: int | None = None
+    evaluate_every: int = 0
+    evaluation_share: float = 0.1
     seed: int | None = None
     noise_form: Literal["wide", "fast", "grid"] = "wide"
     rng: Literal["chacha20", "chacha8", "philox10"] = "chacha20"
@@ -123,6 +131,7 @@ class PrivacyConfig:
         _check_thresholds(self)
         check_joint(self)
         check_correlation(self)
+        check_evaluation(self)
         check_comparator(
             self.comparator, setting=self.setting, clipping=self.clipping,
             noise_form=self.noise_form, thresholds=self.resolved_thresholds,

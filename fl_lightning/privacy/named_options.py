@@ -13,7 +13,8 @@ _ORDER = (
     "clip_norm", "thresholds", "quantile", "quantile_lr", "vote_share", "clip_factor",
     "clipping?", "clip_function?", "votes_on?", "history", "history_rule?", "history_cosine?",
     "allocation", "share_floor", "cohort_sampling?", "correlation?", "bands?",
-    "min_survivors?", "nominal_sensitivity?", "seed", "noise_form?", "rng",
+    "min_survivors?", "evaluate_every?", "evaluation_share?", "nominal_sensitivity?",
+    "seed", "noise_form?", "rng",
 )  # fmt: skip
 
 

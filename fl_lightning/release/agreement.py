@@ -91,6 +91,10 @@ def check_deployable(rules: Rules) -> None:
             f"setting={privacy.setting!r}: nodes noise for themselves, under record+local, "
             "client+local or client+secure_sum; other settings are simulated only"
         )
+    if privacy.evaluate_every:
+        raise ValueError(
+            f"evaluate_every={privacy.evaluate_every}: nodes have no private evaluation yet; use 0"
+        )
     if privacy.comparator != Comparator():
         raise ValueError("comparator: rules of published methods are simulated only")
     if privacy.noise_multiplier is not None:

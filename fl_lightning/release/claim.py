@@ -77,7 +77,7 @@ def claim(
         keep = [i for i, line in enumerate(drawn.lines) if paid[i] or books.budget.can_pay(line)]
         _leave_out_the_others(books.history, rows, before, drawn, keep)
         fresh = [drawn.lines[i] for i in keep if not paid[i]]
-        _write(books, fresh)
+        write_lines(books, fresh)
     except BaseException:
         # What is not in the ledger must not be in a history that a checkpoint could keep.
         books.history.restore(rows, before)
@@ -99,7 +99,7 @@ def _draw_unlike_the_ledger(
     while True:
         drawn = draw(redraw, before)
         known = [books.ledger.find(line.client, line.round) for line in drawn.lines]
-        if not any(map(_same_noise_other_bytes, drawn.lines, known)):
+        if not any(map(same_noise_other_bytes, drawn.lines, known)):
             break
         books.history.restore(rows, before)
         redraw += 1
@@ -110,7 +110,8 @@ def _draw_unlike_the_ledger(
     return drawn, paid
 
 
-def _same_noise_other_bytes(line: Release, known: list[Release]) -> bool:
+def same_noise_other_bytes(line: Release, known: list[Release]) -> bool:
+    """Whether the ledger has other bytes with the noise of a line: it must be drawn anew."""
     return any(old.binding == line.binding and old.digest != line.digest for old in known)
 
 
@@ -125,7 +126,7 @@ def _leave_out_the_others(
         history.restore(rows[index], {name: value[index] for name, value in before.items()})
 
 
-def _write(books: Books, lines: list[Release]) -> None:
+def write_lines(books: Books, lines: list[Release]) -> None:
     """Write lines down, once, before any process hands out what they stand for.
 
     Raises:

@@ -272,7 +272,7 @@ class Summed:
             client=ALL_CLIENTS,
             event=event,
             extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.sampler_cost_at),
-            first_step=len(self.books.ledger),
+            first_step=len(self.books.ledger) - budget.evaluation_lines,
             digest=digest,
             largest_weight=largest or float(among.max()),
             clients=None if len(ids) == len(asked.weights) else encode(ids),

@@ -47,6 +47,8 @@ class Release:
         spent: of a sum, the digest of the steps that every client had spent before it.
         combined: of a sum of a run whose rounds share noise, the earlier rounds whose noise was
             drawn again in it, latest first. None: its noise is its own.
+        evaluation: whether it is a noised number of right answers on held-out records, and no
+            update; `clients` then are those whose records were in it. It has steps of its own.
 
     Raises:
         ValueError: a value outside its range.
@@ -75,6 +77,7 @@ class Release:
     clients: str | None = None
     spent: str | None = None
     combined: tuple[int, ...] | None = None
+    evaluation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("client", "round", "attempt", "first_step", "steps", "num_layers"):
@@ -96,9 +99,20 @@ class Release:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a hex string, got {getattr(self, name)!r}")
         self.event  # noqa: B018 - the event's own checks
-        if any(getattr(self, name) is not None for name in (*_OF_SUMS, _OF_CORRELATED)):
+        if self.evaluation:
+            self._check_evaluation()
+        elif any(getattr(self, name) is not None for name in (*_OF_SUMS, _OF_CORRELATED)):
             self._check_sum()
             self._check_combined()
+
+    def _check_evaluation(self) -> None:
+        for name in ("largest_weight", "spent", _OF_CORRELATED, "vote_noise_scale"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} must be None in an evaluation, got {getattr(self, name)}")
+        if self.clients is not None:
+            if self.client != ALL_CLIENTS:
+                raise ValueError(f"clients must be None in an evaluation of client {self.client}")
+            decode(self.clients)
 
     def _check_sum(self) -> None:
         if self.client != ALL_CLIENTS:
@@ -152,23 +166,29 @@ class Release:
 
 _OF_SUMS = ("largest_weight", "clients", "spent")
 _OF_CORRELATED = "combined"
-_FIELDS = tuple(f.name for f in fields(Release) if f.name not in (*_OF_SUMS, _OF_CORRELATED))
-KINDS = ("release", "sum")
+_APART = (*_OF_SUMS, _OF_CORRELATED, "evaluation")
+_FIELDS = tuple(f.name for f in fields(Release) if f.name not in _APART)
+_NAMES = {
+    "release": _FIELDS,
+    "sum": (*_FIELDS, *_OF_SUMS),
+    "evaluation": (*_FIELDS, "clients"),
+}
+KINDS = tuple(_NAMES)
 
 
 def release_entry(release: Release) -> dict[str, Any]:
     """A release as a ledger line holds it."""
-    names = (*_FIELDS, *_OF_SUMS) if release.is_sum else _FIELDS
+    kind = "evaluation" if release.evaluation else "sum" if release.is_sum else "release"
+    names = _NAMES[kind]
     # Written where it is stated, so that all other lines are as they were.
     names = names if release.combined is None else (*names, _OF_CORRELATED)
     values = {name: plain(getattr(release, name)) for name in names}
-    return {"kind": "sum" if release.is_sum else "release", **values}
+    return {"kind": kind, **values}
 
 
 def parse_release(entry: Mapping[str, Any]) -> Release:
     """The release of a ledger line; raises where a field is missing or out of range."""
-    names = (*_FIELDS, *_OF_SUMS) if entry["kind"] == "sum" else _FIELDS
-    known = {name: entry[name] for name in names}
+    known = {name: entry[name] for name in _NAMES[entry["kind"]]}
     for name in ("clip_norm", "shares"):
         known[name] = tuple(float(v) for v in known[name])
     if entry.get(_OF_CORRELATED) is not None:
@@ -177,7 +197,7 @@ def parse_release(entry: Mapping[str, Any]) -> Release:
         known[name] = float(known[name])
     for name in ("vote_noise_scale", "quantum", "largest_weight"):
         known[name] = None if known.get(name) is None else float(known[name])
-    release = Release(**known)
+    release = Release(**known, evaluation=entry["kind"] == "evaluation")
     if release.is_sum != (entry["kind"] == "sum"):
         raise ValueError("is a sum without largest_weight")
     return release

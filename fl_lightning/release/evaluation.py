@@ -1,0 +1,258 @@
+"""Private evaluations: how many held-out records the model gets right, released with noise.
+
+Each is planned before round 0, written to the ledger before it is seen, and is the same one, free
+of charge, when a run that was stopped repeats its round.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aadp_kernels import NoiseKey
+from fl_lightning.accounting.evaluation import EvaluationPlan, evaluation_cost, is_due
+from fl_lightning.data import FederatedDataModule
+from fl_lightning.keys import binding, digests, run_key
+from fl_lightning.local.gradient import Loss
+from fl_lightning.networks.inputs import input_dtype
+from fl_lightning.networks.outputs import predictions
+from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.privacy.mechanism import noise_event
+from fl_lightning.privacy.noised_counts import bounded_answers, noised_answers
+from fl_lightning.release.claim import Books, same_noise_other_bytes, write_lines
+from fl_lightning.rules import Rules
+from fl_lightning.values.client_set import encode
+from fl_lightning.values.release import ALL_CLIENTS, Release
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A released evaluation. Public.
+
+    Args:
+        accuracy: share of right answers with noise; it may lie outside [0, 1].
+        standard_error: standard deviation of its noise alone.
+        clients: how many clients were in it.
+    """
+
+    accuracy: float
+    standard_error: float
+    clients: int
+
+
+def plan_evaluations(
+    privacy: PrivacyConfig, data: FederatedDataModule, rounds: int
+) -> EvaluationPlan | None:
+    """The private evaluations of a run; None where there are none.
+
+    Args:
+        privacy: of the run.
+        data: of which the numbers of held-out records are read.
+        rounds: planned.
+    """
+    if not privacy.evaluate_every:
+        return None
+    return EvaluationPlan(
+        privacy.evaluate_every,
+        rounds,
+        privacy.evaluation_share,
+        privacy.unit == "record",
+        privacy.noise_form,
+        data.held_out_partition.sizes,
+    )
+
+
+class Evaluations:
+    """Releases of the held-out records of a run.
+
+    Args:
+        data: records and who holds them.
+        network: the global model.
+        loss: of each record.
+        privacy: of the run.
+        key: the run's secret.
+        books: what is paid from and written in; its budget has the plan.
+    """
+
+    def __init__(
+        self,
+        data: FederatedDataModule,
+        network: nn.Module,
+        loss: Loss,
+        *,
+        privacy: PrivacyConfig,
+        key: NoiseKey,
+        books: Books,
+    ) -> None:
+        plan = books.budget.evaluations
+        assert plan is not None
+        self.data, self.network, self.loss = data, network, loss
+        self.privacy, self.books, self.plan = privacy, books, plan
+        self.key = key.derive("evaluation")
+        self.clients = torch.from_numpy(np.flatnonzero(plan.records))
+
+    @classmethod
+    def of(
+        cls,
+        data: FederatedDataModule,
+        network: nn.Module,
+        loss: Loss,
+        rules: Rules,
+        key: NoiseKey,
+        books: Books | None,
+    ) -> Evaluations | None:
+        """The evaluations of a run; None where it has none."""
+        if books is None or books.budget.evaluations is None:
+            return None
+        return cls(data, network, loss, privacy=rules.privacy, key=key, books=books)
+
+    def due(self, round: int) -> bool:
+        """Whether a round ends with an evaluation."""
+        return is_due(round, self.plan.rounds, self.plan.every)
+
+    def right_answers(self) -> Tensor:
+        """Right answers of each client with held-out records, float64 [k]. Private."""
+        x, y = self.data.held_out
+        right = torch.zeros(len(x), dtype=torch.float64)
+        device, dtype = next(self.network.parameters()).device, input_dtype(self.network, x)
+        size, was = self.data.eval_batch_size, self.network.training
+        self.network.eval()
+        with torch.no_grad():
+            for begin in range(0, len(x), size):
+                rows = slice(begin, begin + size)
+                labels = y[rows].to(device)
+                outputs = self.network(x[rows].to(device, dtype))
+                known = predictions(outputs, labels, self.loss, self.data.num_classes)
+                assert known is not None, "the check before round 0 saw predictions"
+                right[rows] = (known == labels).double().cpu()
+        self.network.train(was)
+        held = self.data.held_out_partition
+        return torch.stack([right[held.client(k)].sum() for k in self.clients.tolist()])
+
+    def release(self, round: int, context: str) -> Evaluated | None:
+        """Evaluate the model, and write the ledger before anything is handed out.
+
+        Args:
+            round: that has just ended.
+            context: digest of what the model depends on and the round does not hold.
+
+        Returns:
+            None where no client can pay for another one.
+
+        Raises:
+            LedgerError: the ledger cannot be written; nothing was released.
+        """
+        books = self.books
+        records = torch.from_numpy(self.plan.records)[self.clients]
+        right = books.processes.first(self.right_answers)
+        answers = bounded_answers(right, records, self.privacy.unit)
+        multipliers = books.budget.evaluation_multiplier[self.clients]
+        params = [p.detach() for p in self.network.parameters()]
+        redraw = 0
+        while True:
+            inputs = [*params, answers, multipliers]
+            key = binding.round_key(self.key, context, round, redraw, *inputs)
+            noised, weights = noised_answers(
+                answers, multipliers, self.clients, self.privacy, key.derive("noise")
+            )
+            lines = self._lines(noised, multipliers, round, key)
+            known = [books.ledger.find(line.client, round, evaluation=True) for line in lines]
+            if not any(map(same_noise_other_bytes, lines, known)):
+                break
+            redraw += 1
+        paid = [
+            any(old.digest == line.digest for old in those)
+            for line, those in zip(lines, known, strict=True)
+        ]
+        keep = [i for i, line in enumerate(lines) if paid[i] or books.budget.can_pay(line)]
+        fresh = [lines[i] for i in keep if not paid[i]]
+        write_lines(books, fresh)
+        for line in fresh:
+            books.budget.spend(line)
+        return self._accuracy(noised[keep], multipliers, weights, records, keep)
+
+    def _lines(
+        self, noised: Tensor, multipliers: Tensor, round: int, key: NoiseKey
+    ) -> list[Release]:
+        """One line a client; one for all of them in a sum, by its client with the least noise."""
+        ids, zs = self.clients.tolist(), multipliers.tolist()
+        if self.privacy.summed:
+            ids, zs = [ALL_CLIENTS], [min(zs)]
+        shown = digests.digests([noised])
+        return [self._line(*one, round, key) for one in zip(ids, zs, shown, strict=True)]
+
+    def _line(self, client: int, z: float, digest: str, round: int, key: NoiseKey) -> Release:
+        budget, every = self.books.budget, self.plan.records
+        event = noise_event(self.privacy, z, 1.0)
+        deltas = budget.delta if client == ALL_CLIENTS else budget.delta[[client]]
+        costs = [evaluation_cost(event, self.plan.form, d) for d in np.unique(deltas).tolist()]
+        known = self.books.ledger.find(client, round, evaluation=True)
+        some = client == ALL_CLIENTS and not every.all()
+        return Release(
+            client=client,
+            round=round,
+            attempt=len(known),
+            first_step=budget.evaluation_lines if client == ALL_CLIENTS else self._before(client),
+            steps=1,
+            mechanism=event.mechanism,
+            noise_multiplier=z,
+            sampling_rate=1.0,
+            adjacency=event.adjacency,
+            num_layers=1,
+            clip_norm=(1.0,),
+            shares=(1.0,),
+            binding=run_key.public_name(key),
+            digest=digest,
+            epsilon_inflation=max(c.epsilon for c in costs),
+            tail_delta=max(c.delta for c in costs),
+            clients=encode(self.clients.numpy()) if some else None,
+            evaluation=True,
+        )
+
+    def _before(self, client: int) -> int:
+        return int(self.books.budget.evaluated[client])
+
+    def _accuracy(
+        self, noised: Tensor, multipliers: Tensor, weights: Tensor, records: Tensor, keep: list[int]
+    ) -> Evaluated | None:
+        if not keep:
+            return None
+        deviation = math.sqrt(2) if self.privacy.mechanism == "laplace" else 1.0
+        if self.privacy.summed:
+            divisor, noise = float(weights.sum()), float(multipliers.min())
+            clients = len(self.clients)
+        else:
+            whole = records.double() if self.privacy.unit == "record" else torch.ones(len(records))
+            divisor = float(whole[keep].sum())
+            noise = float(multipliers[keep].square().sum().sqrt())
+            clients = len(keep)
+        return Evaluated(float(noised.sum()) / divisor, deviation * noise / divisor, clients)
+
+
+def check_evaluation(data: Any, known: Tensor | None) -> None:
+    """Whether private evaluations have records to read and answers to count.
+
+    Args:
+        data: of the run.
+        known: classes that the network predicts for some records; None: it says none.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not data.val_fraction:
+        raise ValueError(
+            "evaluate_every with data.val_fraction=0: no client holds records out; give a fraction "
+            "above 0"
+        )
+    if known is None:
+        raise ValueError(
+            "evaluate_every: neither data nor outputs say which answers are right; only classes "
+            "have an accuracy"
+        )
+    if not data.held_out_partition.sizes.any():
+        raise ValueError("evaluate_every: no client has held-out records; raise data.val_fraction")

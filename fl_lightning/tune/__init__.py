@@ -1,0 +1,1 @@
+"""Choosing hyper-parameters by private scores, with a charge for the choice."""
