@@ -54,6 +54,7 @@ PARTS = (
     "processes",
     "correlated",
     "shared_noise",
+    "tuning",
     "pretrained",
     "margin",
     "audit",

@@ -237,10 +237,12 @@ def report() -> None:
         readme_figures,
         shared_noise,
         start,
+        tuning,
     )
     from bench.plots import draw
 
     headline.report()
+    tuning.report()
     cohort.report()
     correlated.report()
     shared_noise.report()

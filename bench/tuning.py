@@ -15,8 +15,6 @@ import gc
 import json
 import logging
 import os
-import resource
-import statistics
 import tempfile
 import time
 import warnings
@@ -26,14 +24,16 @@ import numpy as np
 import torch
 import yaml
 
-from bench import machine
+from bench import machine, pages
+from bench.accuracy_report import margin, shown, signed, table
 from bench.accuracy_runs import _share_right, build, compose, records
 from fl_lightning.accounting.repeat_and_select import TrialNumber, candidate_budget
 from fl_lightning.tune.space import Space
 
 RESULTS = machine.ROOT / "bench" / "results" / "tuning.json"
+PAGE = machine.ROOT / "docs" / "tuning.md"
 SPACE = machine.ROOT / "configs" / "sweeps" / "tuning.yaml"
-REPEATS = 10
+REPEATS = 5
 LAST_ROUND = 10**9  # rounds between evaluations: the last round alone
 
 
@@ -105,21 +105,52 @@ def chosen(runs: dict[str, Any], repeat: int, way: str) -> dict[str, Any]:
     return max(mine, key=lambda r: r[score])
 
 
-def accuracies(runs: dict[str, Any], way: str) -> dict[int, float]:
+def accuracies(runs: dict[str, Any], way: str, whole: list[int]) -> dict[int, float]:
     """Test accuracy of what a way chose, by repeat."""
-    return {repeat: chosen(runs, repeat, way)["test"] for repeat in range(REPEATS)}
+    return {repeat: chosen(runs, repeat, way)["test"] for repeat in whole}
 
 
-def seconds(runs: dict[str, Any]) -> float:
-    """CPU seconds of all runs."""
-    return sum(r["cpu_seconds"] for r in runs.values())
+WAYS = {
+    "charged": "search, charged: ε = 8 for all of it",
+    "uncharged": "search, uncharged: ε = 8 for each run",
+    "defaults": "fixed defaults, ε = 8",
+}
 
 
-def peak_memory() -> int:
-    """Kilobytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def repeats(runs: dict[str, Any]) -> list[int]:
+    """Repeats that are whole."""
+    drawn = yaml.safe_load(SPACE.read_text())
+    number, found = TrialNumber(**drawn["trials"]), []
+    for repeat in range(REPEATS):
+        count = number.draw(np.random.default_rng([repeat, 18]).random())
+        mine = [key for key in runs if key.startswith(f"{repeat} | ")]
+        found += [repeat] if len(mine) == 2 * count + 1 else []
+    return found
 
 
-def mean(values: dict[int, float]) -> float:
-    """Mean over the repeats."""
-    return statistics.mean(values.values())
+def tuning_table(runs: dict[str, Any]) -> str:
+    """Test accuracy of each way, and by how much it differs from the charged search."""
+    whole = repeats(runs)
+    values = {way: accuracies(runs, way, whole) for way in WAYS}
+    rows = [
+        (
+            name,
+            shown(values[way].values()),
+            "" if way == "charged" else signed(margin(values[way], values["charged"])),
+        )
+        for way, name in WAYS.items()
+    ]
+    trials = [sum(k.startswith(f"{r} | charged") for k in runs) for r in whole]
+    seconds = sum(run["cpu_seconds"] for run in runs.values())
+    text = table(("way", "test accuracy", "more than the charged search"), rows)
+    return (
+        f"{text}\n\nRuns of a search: {', '.join(map(str, trials))}. {len(runs)} runs took "
+        f"{seconds / 60:.0f} minutes of CPU time."
+    )
+
+
+def report() -> None:
+    """The table into its page; nothing where nothing was run."""
+    if RESULTS.exists():
+        runs = json.loads(RESULTS.read_text())["runs"]
+        pages.put(PAGE, "tuning", tuning_table(runs))

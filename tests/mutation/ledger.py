@@ -110,7 +110,7 @@ HEADERS = [
         ("two thirds of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.05, 1.0"),
         ("three halves of the noise are near", "_SLACK, _ROUNDING = 0.05, 1e-3", "_SLACK, _ROUNDING = 0.7, 1e-3"),
         ("too much noise", "return \"\" if least else f\"{where}, far below", "return \"\" if True else f\"{where}, far below"),
-        ("half the steps", "return charged_epsilon(event, times, delta, extra)", "return charged_epsilon(event, max(times // 2, 1), delta, extra)"),
+        ("half the steps", "return charged_epsilon(event, times, delta, extra, beside)", "return charged_epsilon(event, max(times // 2, 1), delta, extra, beside)"),
         ("a rate of 1", "event = NoiseEvent(header[\"mechanism\"], z, header[\"sampling_rate\"], header[\"adjacency\"])\n        return event, steps", "event = NoiseEvent(header[\"mechanism\"], z, 1.0, header[\"adjacency\"])\n        return event, steps"),
     ),
     *group(
@@ -274,7 +274,7 @@ ACCOUNTING = [
         ("largest weight of all clients", "among = asked.weights[clients] if plan is None else asked.weights", "among = asked.weights"),
         ("sums of everybody", "clients=None if len(ids) == len(asked.weights) else encode(ids),", "clients=None,"),
         ("nobody spent before", "spent=spent_digest(budget.spent),", "spent=spent_digest(0 * budget.spent),"),
-        ("the first step of every sum", "first_step=len(self.books.ledger),", "first_step=0,"),
+        ("the first step of every sum", "first_step=len(self.books.ledger) - budget.evaluation_lines,", "first_step=0,"),
         ("weights of all clients", "            asked[among],\n", "            asked[: len(among)],\n"),
     ),
     *group(
@@ -289,7 +289,7 @@ ACCOUNTING = [
         ("a sum of one client", "if self.client != ALL_CLIENTS:\n            raise", "if False:\n            raise"),
         ("a sum without a weight", "if weight is None or not (weight > 0 and math.isfinite(weight)):", "if False:"),
         ("a sum after nobody knows what", "if not isinstance(self.spent, str):", "if False:"),
-        ("a sum of nobody knows whom", "            decode(self.clients)\n\n", "            pass\n\n"),
+        ("a sum of nobody knows whom", "if self.clients is not None:\n            decode(self.clients)\n\n    def _check_combined", "if False:\n            decode(self.clients)\n\n    def _check_combined"),
         ("a sum that is none", "if release.is_sum != (entry[\"kind\"] == \"sum\"):", "if False:"),
     ),
     *group(

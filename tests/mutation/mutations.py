@@ -58,9 +58,10 @@ def all_mutations() -> list[Mutation]:
         secure_sums,
         shared_rounds,
         stopping,
+        tuning,
     )
 
     files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
-    files += risks, secure_sums, choices, audits, attacks
+    files += risks, secure_sums, choices, audits, attacks, tuning
     return [mutation for file in files for mutation in file.MUTATIONS]

@@ -31,7 +31,7 @@ MUTATIONS = [
         _RISK,
         ("the best client for the worst", "worst, median = ordered[-1]", "worst, median = ordered[0]"),
         ("the safest client for the median", "ordered[(len(ordered) - 1) // 2]", "ordered[0]"),
-        ("a bound without a guarantee", 'if header["setting"] in ("none", "abstract"):', 'if header["setting"] == "none":'),
+        ("a bound without a guarantee", 'if header["setting"] in ("none", "abstract") or', 'if header["setting"] == "none" or'),
         ("a bound without noise", "if not math.isfinite(worst.epsilon()):", "if False:"),
         ("figures rounded down", "math.ceil(value * 1000 - 1e-9)", "math.floor(value * 1000)"),
     ),
