@@ -23,6 +23,7 @@ class Rounds(pl.LightningModule):
     """Stands in for FederatedModule: results are functions of the round and of `shift`."""
 
     federation: Any = None
+    evaluated: Any = None
     run: Any = None
 
     def __init__(self, path: Path, privacy: PrivacyConfig | None = None, shift: float = 0.0):
