@@ -135,7 +135,7 @@ def test_named_functions_exist() -> None:
     ("question", "holds"),
     [
         ("the rule that makes a clip norm from released norms?", "def released_clip_norms("),
-        ("the line that makes a number public?", "_write(books, fresh)"),
+        ("the line that makes a number public?", "write_lines(books, fresh)"),
         ("what a new clipped layer needs?", "def backward("),
         ("what a new setting needs?", "ADJACENCY_OF = {"),
     ],
