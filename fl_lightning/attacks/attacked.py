@@ -172,9 +172,9 @@ def fit_watched(
 
 
 def _compare_releases(run: AttackedRun, again: Sequence[Release]) -> None:
-    known = {(line.client, line.round): line.digest for line in run.releases}
+    known = {(r.client, r.round, r.evaluation): r.digest for r in run.releases}
     for line in again:
-        if known.get((line.client, line.round)) != line.digest:
+        if known.get((line.client, line.round, line.evaluation)) != line.digest:
             raise ValueError(
                 f"run={run.folder}: computed again, client {line.client} released other bytes in "
                 f"round {line.round} than its ledger has; use the version, the machine and the "
