@@ -46,7 +46,7 @@ MUTATIONS = [
     *group(
         "fl_lightning/attacks/attacked.py",
         _MEMBERSHIP,
-        ("a replay of something else", "known.get((line.client, line.round)) != line.digest", "False"),
+        ("a replay of something else", "known.get((line.client, line.round, line.evaluation)) != line.digest", "False"),
         ("the run's own folder is trained in", "module.run_dir = str(folder)", "module.run_dir = str(run.folder)"),
     ),
     *group(
