@@ -11,7 +11,7 @@
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
-    margin    what dividing the budget over layers wins, by what it can win (half an hour)
+    margin    what dividing the budget over layers wins, by what it can win (ten minutes)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
     membership  attacks on membership without privacy, abstract, and at ε = 8, 3 and 1 (ten minutes)

@@ -27,6 +27,7 @@ from fl_lightning.release.clients import Clients
 
 DELTA = 1e-5
 _LOOKED_AT = 64  # records whose gradients give the raw norms
+_HARMED, _DRAWS = 256, 12  # records and draws that say how far noise moves predictions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Plan:
     """What a run is beside its network and records.
 
     Attributes:
-        privacy: options of PrivacyConfig; epsilon among them.
+        privacy: options of PrivacyConfig; epsilon or noise_multiplier among them.
         rounds: of one local step each, with a learning rate that falls to 0 along a line.
         rate: Poisson rate of a record in a step.
         lr: the server's first learning rate.
@@ -85,7 +86,9 @@ def trained(
     )  # fmt: skip
     count = data.num_clients
     history, everyone = ReleasedHistory(config, count, layout.dims), torch.arange(count)
-    z = multiplier(float(plan.privacy["epsilon"]), plan.rounds, plan.rate, tuple(layers.dims))
+    z = plan.privacy.get("noise_multiplier")
+    if z is None:
+        z = multiplier(float(plan.privacy["epsilon"]), plan.rounds, plan.rate, layers.dims)
     total = torch.full((count,), z, dtype=torch.float64)
     key = NoiseKey.from_seed(seed, rng=config.rng)
     for round in range(plan.rounds):
@@ -130,28 +133,75 @@ class RawRatios:
     def __init__(
         self, network: nn.Module, data: FederatedDataModule, rounds: tuple[int, ...]
     ) -> None:
-        self.network, self.rounds = network, rounds
-        self.x, self.y = data.x[:_LOOKED_AT], data.y[:_LOOKED_AT]
+        self.network, self.data, self.rounds = network, data, rounds
         self.found: list[float] = []
         self.norms: list[list[float]] = []
 
     def __call__(self, round: int, params: dict[str, Tensor]) -> None:
         if round not in self.rounds:
             return
-        layout = Layout.build(params)
-
-        def loss(given: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(functional_call(self.network, given, (x[None],)), y[None])[0]
-
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(params, self.x, self.y)
-        squares = torch.zeros(len(self.x), layout.num_layers, dtype=torch.float64)
-        for name, layer in zip(layout.names, layout.layer_of, strict=True):
-            squares[:, layer] += gradients[name].flatten(1).double().square().sum(1)
-        dims = torch.tensor(layout.dims, dtype=torch.float64)
-        norms = squares.sqrt().median(0).values
+        dims = torch.tensor(Layout.build(params).dims, dtype=torch.float64)
+        norms = _layer_norms(self.network, params, self.data)
         self.norms.append([round_to(n) for n in norms.tolist()])
         # Of L2 norms n; the function takes n·√d.
         self.found.append(round_to(float(division_ratio(norms * dims.sqrt(), dims))))
+
+
+def harm_ratio(
+    network: nn.Module, params: dict[str, Tensor], data: FederatedDataModule, size: float
+) -> float:
+    """How far noise moves predictions under the best division, over how far under flat clipping.
+
+    Both have one multiplier and let the median record's gradient through. Flat clipping has noise
+    of one size a coordinate, A² = Σ n_l²; the division that makes Σ d_l·A_l² least has
+    A_l² = (n_l/√d_l)·Σ n_j·√d_j. Their energies are in the ratio R; their harm need not be.
+
+    Args:
+        network: the model.
+        params: its parameters, at which gradients and predictions are taken.
+        data: its first records are looked at, private.
+        size: standard deviation of the flat noise, a coordinate.
+
+    Returns:
+        Mean Kullback-Leibler divergence of predictions before and after the one noise, over that of
+        the other. Near a fit that is how much the loss grows.
+    """
+    layout, norms = Layout.build(params), _layer_norms(network, params, data)
+    root = torch.tensor(layout.dims, dtype=torch.float64).sqrt()
+    best = ((norms / root) * (norms * root).sum()).sqrt() / norms.norm()
+    x, generator = data.x[:_HARMED], torch.Generator().manual_seed(0)
+
+    def predicted(moved: dict[str, Tensor]) -> Tensor:
+        return functional_call(network, moved, (x,)).log_softmax(1)
+
+    far = [0.0, 0.0]
+    with torch.no_grad():
+        still = predicted(params)
+        for _ in range(_DRAWS):
+            noise = {n: torch.randn(p.shape, generator=generator) for n, p in params.items()}
+            for i, scales in enumerate((best, torch.ones_like(best))):
+                moved = {
+                    name: params[name] + size * float(scales[layer]) * noise[name]
+                    for name, layer in zip(layout.names, layout.layer_of, strict=True)
+                }
+                far[i] += float((still.exp() * (still - predicted(moved))).sum(1).mean())
+    return round_to(far[0] / far[1])
+
+
+def _layer_norms(
+    network: nn.Module, params: dict[str, Tensor], data: FederatedDataModule
+) -> Tensor:
+    """Median L2 norm of each layer over the gradients of some records, [L]."""
+    layout, x, y = Layout.build(params), data.x[:_LOOKED_AT], data.y[:_LOOKED_AT]
+
+    def loss(given: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(network, given, (x[None],)), y[None])[0]
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(params, x, y)
+    squares = torch.zeros(len(x), layout.num_layers, dtype=torch.float64)
+    for name, layer in zip(layout.names, layout.layer_of, strict=True):
+        squares[:, layer] += gradients[name].flatten(1).double().square().sum(1)
+    return squares.sqrt().median(0).values
 
 
 def round_to(value: float) -> float:

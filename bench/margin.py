@@ -1,12 +1,13 @@
 """Whether dividing the budget over layers pays where theory says that it can: margin against R.
 
     python scripts/fetch_data.py reuters_r8; python scripts/fetch_data.py minilm
-    python -m bench margin                      # half an hour on one idle core; resumes
+    python -m bench margin                      # ten minutes on one idle core; resumes
 
-Networks from R = 1 to R = 0.4 (docs/algorithm.md), ten clients, `record+local`. Every method has
-three trials, a search for the learning rate on held-out training records of one seed; the seeds
-from 1 on read the test records once each, after the last round. Runs are those of
-bench/lean_rounds.py, kept in bench/results/margin.json, and none is run twice.
+Networks of several R (docs/algorithm.md), ten clients, `record+local`. Every method has three
+trials, a search for the learning rate on held-out training records of one seed; the seeds from 1 on
+read the test records once each, after the last round. Networks of MiniLM are looked at before their
+first round alone. Runs are those of bench/lean_rounds.py, kept in bench/results/margin.json, and
+none is run twice.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aadp_kernels import Layout
 from bench import machine
 from bench.accuracy_runs import compose
-from bench.lean_rounds import Plan, RawRatios, share_right, trained
+from bench.lean_rounds import Plan, RawRatios, harm_ratio, multiplier, share_right, trained
 from fl_lightning import FederatedDataModule
 from fl_lightning.data import Arrays
 from fl_lightning.data.sources import load
@@ -37,6 +39,7 @@ from fl_lightning.networks.pretrained import text_classifier
 PATH = machine.ROOT / "bench" / "results" / "margin.json"
 EPSILONS = (1.0, 3.0)
 SEEDS = (1, 2, 3, 4, 5)
+HARM_SEEDS = SEEDS[:3]
 TRIAL_SEED, CLIENTS = 0, 10
 _FACTOR = 3.0  # between learning rates of the search
 _TOKENS, _FROZEN = 8, 5
@@ -53,9 +56,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "AADP: joint, snr": _AADP | {"clipping": "joint", "allocation": "snr"},
 }
 BASE = "flat, fixed"
-# A run of LoRA takes as long as ten of the others.
-FEW_SEEDS = SEEDS[:3]
-FEW = tuple(m for m in METHODS if m not in ("per layer, fixed", "AADP: contribution"))
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,15 @@ def _mlp(inputs: int, classes: int, hidden: tuple[int, ...]) -> Callable[[int], 
 @functools.lru_cache(maxsize=2)
 def _adapted(start: str) -> nn.Module:
     given = compose(_R8, {})["model"]["network"]["init_args"]
+    options: dict[str, Any] = {"train": "all"} if start == "all" else {"lora_start": start}
     return text_classifier(
         given["model"], 8, labels=given["labels"], label_scale=given["scale"],
-        frozen_layers=_FROZEN, lora_start=start,  # pyright: ignore[reportArgumentType]
+        frozen_layers=_FROZEN, **options,
     )  # fmt: skip
 
 
-def _lora(start: str) -> Callable[[int], nn.Module]:
+def _upper(start: str) -> Callable[[int], nn.Module]:
+    """MiniLM's last layer, by a start of LoRA, or all of it."""
     return lambda seed: copy.deepcopy(_adapted(start))
 
 
@@ -119,10 +121,20 @@ CASES: dict[str, Case] = {
     "digits, one layer": Case(_digits, _mlp(64, 10, ()), 10, 1.0, 3.0, 1.0),
     "digits, 32-32-32": Case(_digits, _mlp(64, 10, (32, 32, 32)), 10, 1.0, 2.0, 1.0),
     "digits, 512-16": Case(_digits, _mlp(64, 10, (512, 16)), 10, 1.0, 1.0, 1.0),
-    "R8, MiniLM's features, 32": Case(_FEATURES, _mlp(384, 8, (32,)), 10, 1.0, 3.0, 1.0),
-    "R8, LoRA of MiniLM, A frozen": Case(_STATES, _lora("frozen_a"), 10, 0.05, 0.3, 1.0),
-    "R8, LoRA of MiniLM, orthogonal": Case(_STATES, _lora("orthogonal"), 10, 0.05, 0.1, 1.0),
+    "digits, 256": Case(_digits, _mlp(64, 10, (256,)), 10, 1.0, 1.0, 1.0),
 }
+
+
+# Networks that are looked at before the first round alone.
+STARTS: dict[str, tuple[Callable[[], Arrays], Callable[[int], nn.Module]]] = {
+    **{name: (case.records, case.network) for name, case in CASES.items()},
+    "R8, MiniLM's features, 32": (_FEATURES, _mlp(384, 8, (32,))),
+    "R8, LoRA of MiniLM, A frozen": (_STATES, _upper("frozen_a")),
+    "R8, LoRA of MiniLM, orthogonal": (_STATES, _upper("orthogonal")),
+    "R8, LoRA of MiniLM, A trained from B = 0": (_STATES, _upper("default")),
+    "R8, all of MiniLM's last layer": (_STATES, _upper("all")),
+}
+_START_NOISE = 0.01  # a coordinate: small, so that the curvature alone is seen
 
 
 class Study:
@@ -141,13 +153,17 @@ class Study:
         if key not in self.runs:
             found = one_run(CASES[case], method, epsilon, seed, lr, trial)
             facts = {"case": case, "method": method, "epsilon": epsilon, "seed": seed, "lr": lr}
-            self.runs[key] = facts | {"trial": trial} | found
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.runs, indent=0, ensure_ascii=False) + "\n")
-            os.replace(part, self.path)
+            self.keep(key, facts | {"trial": trial} | found)
             print(f"{key}: {found['accuracy']:.2f} %, {found['cpu_seconds']} s", flush=True)
         return self.runs[key]["accuracy"]
+
+    def keep(self, key: str, found: dict[str, Any]) -> None:
+        """Add a result to the file."""
+        self.runs[key] = found
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.runs, indent=0, ensure_ascii=False) + "\n")
+        os.replace(part, self.path)
 
 
 def one_run(
@@ -185,14 +201,63 @@ def tuned(study: Study, case: str, method: str, epsilon: float) -> None:
     up = accuracy(middle * _FACTOR) > accuracy(middle)
     accuracy(middle * _FACTOR**2 if up else middle / _FACTOR)
     best = max(found, key=lambda lr: found[lr])
-    for seed in FEW_SEEDS if "LoRA" in case else SEEDS:
+    for seed in SEEDS:
         study.do(case, method, epsilon, seed, best, False)
+
+
+def harm(study: Study, case: str, epsilon: float, seed: int) -> None:
+    """How far a round's noise moves predictions, before, amid and after the flat run of a seed."""
+    key = f"{case} | harm | {epsilon} | seed {seed}"
+    flat = study.runs.get(f"{case} | {BASE} | {epsilon} | seed {seed}")
+    if flat is None or key in study.runs:
+        return
+    known, found = CASES[case], []
+    data = FederatedDataModule(known.records(), CLIENTS, seed=seed, val_fraction=0.1)
+    network = known.network(seed).train()
+    dims = Layout.build({n: p for n, p in network.named_parameters() if p.requires_grad}).dims
+    z = multiplier(epsilon, known.rounds, known.rate, dims)
+    batch = known.rate * float(data.client_sizes.double().mean())
+    size = flat["lr"] * z * known.clip_norm / batch / CLIENTS**0.5
+
+    def watch(round: int, params: dict[str, Tensor]) -> None:
+        if round in (0, known.rounds // 2, known.rounds):
+            found.append(harm_ratio(network, params, data, size))
+
+    options = METHODS[BASE] | {"epsilon": epsilon, "clip_norm": known.clip_norm}
+    plan = Plan(options, known.rounds, known.rate, flat["lr"])
+    trained(network, data, plan, seed, watch=watch)
+    facts = {"case": case, "method": "harm", "epsilon": epsilon, "seed": seed, "trial": False}
+    study.keep(key, facts | {"harm_ratios": found})
+    print(f"{key}: {found}", flush=True)
+
+
+def start(study: Study, name: str) -> None:
+    """R and how far noise moves predictions, before the first round of one seed."""
+    key = f"{name} | start"
+    if key in study.runs:
+        return
+    records, make = STARTS[name]
+    data = FederatedDataModule(records(), CLIENTS, seed=SEEDS[0], val_fraction=0.1)
+    network = make(SEEDS[0]).train()
+    params = {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+    raw = RawRatios(network, data, (0,))
+    raw(0, params)
+    found = harm_ratio(network, params, data, _START_NOISE)
+    facts = {"case": name, "method": "start", "epsilon": None, "seed": SEEDS[0], "trial": False}
+    dims = list(Layout.build(params).dims)
+    more = {"raw_ratios": raw.found, "raw_norms": raw.norms, "dims": dims, "harm_ratios": [found]}
+    study.keep(key, facts | more)
+    print(f"{key}: R {raw.found[0]}, harm {found}", flush=True)
 
 
 def run_all() -> None:
     """Run what is not in the file of results yet, ε = 1 first."""
     study = Study()
+    for name in STARTS:
+        start(study, name)
     for epsilon in EPSILONS:
         for case in CASES:
-            for method in FEW if "LoRA" in case else METHODS:
+            for method in METHODS:
                 tuned(study, case, method, epsilon)
+            for seed in HARM_SEEDS:
+                harm(study, case, epsilon, seed)

@@ -229,6 +229,7 @@ def report() -> None:
         gpu_page,
         headline,
         inversion,
+        margin_report,
         membership,
         newcomer,
         nodes,
@@ -247,6 +248,7 @@ def report() -> None:
     correlated.report()
     shared_noise.report()
     pretrained.report()
+    margin_report.report()
     accuracy_report.report()
     faults.report()
     processes.report()
