@@ -109,7 +109,7 @@ def test_labels_of_several_records() -> None:
 
 
 def test_an_image_is_seen_without_privacy_and_not_at_epsilon_8() -> None:
-    data, search = images(), Search(steps=200)
+    data, search = images(), Search(steps=120)
     chosen = victims(data, count=3, records=1, seed=0)
     plain = attack(module_of(None, WITHOUT), data, chosen, multiplier=None, search=search, seed=0)
     seen = {n: f["ssim"]["value"] for n, f in plain.figures["attacks"].items()}
@@ -124,7 +124,8 @@ def test_an_image_is_seen_without_privacy_and_not_at_epsilon_8() -> None:
     assert picture(plain).axes
 
 
-def test_several_records_of_a_convolution_are_searched(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_several_records_of_a_convolution_are_searched() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = CNN(channels=[8])
