@@ -37,6 +37,8 @@ RUNS = {
     "client+aggregator, sampled": (SUM, {"clients_per_round": 2}),
 }
 ROUNDS, DUE = 8, [2, 5, 7]
+LONG = ("client+aggregator, sampled", "client+local, Laplace")  # many different compositions
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_is_planned_and_charged_within_the_target(runs, name):
     folder, module = runs(name)
     header, releases = read(folder)
@@ -68,7 +70,7 @@ def test_each_is_planned_and_charged_within_the_target(runs, name):
     assert len(evaluations) == len(DUE) * (1 if header["weights"] else 3)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_shown_while_a_run_goes_on_is_never_below_its_ledger(runs, name):
     folder, _ = runs(name)
     header, releases = read(folder)
@@ -147,7 +149,7 @@ def test_the_ledger_is_written_before_an_evaluation_is_seen(tmp_path, monkeypatc
     assert (tmp_path / "private_evaluation.csv").read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["record+local", "client+local", "client+aggregator, sampled"])
+@pytest.mark.parametrize("name", ["record+local", "client+local", "client+aggregator"])
 @pytest.mark.parametrize("seed", [7, None])
 def test_a_run_that_goes_on_has_the_same_evaluations_free_of_charge(tmp_path, name, seed):
     privacy, options = RUNS[name]
