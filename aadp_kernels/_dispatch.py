@@ -164,8 +164,8 @@ def record_kernels(x: Tensor) -> RecordKernels | None:
         type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
         and x.is_cpu
+        and not torch.compiler.is_compiling()  # first: a trace cannot look at a context
         and _COMPILING.get()
-        and not torch.compiler.is_compiling()
     ):
         return _record_kernels()
     return None

@@ -2,7 +2,7 @@
 
     python -m bench tuning            # runs that have no result yet; resumes
 
-The space is configs/sweeps/tuning.yaml. In each repeat a number of trials and their options are
+The space is configs/searches/digits.yaml. In each repeat a number of trials and their options are
 drawn as `python -m fl_lightning.tune` draws them, and tried twice: at the part of ε that a charged
 search leaves to a trial, judged by the private score, and at the whole ε, judged by the exact
 validation accuracy, which nothing is charged for. Of each the chosen model's test accuracy counts.
@@ -32,7 +32,7 @@ from fl_lightning.tune.space import Space
 
 RESULTS = machine.ROOT / "bench" / "results" / "tuning.json"
 PAGE = machine.ROOT / "docs" / "tuning.md"
-SPACE = machine.ROOT / "configs" / "sweeps" / "tuning.yaml"
+SPACE = machine.ROOT / "configs" / "searches" / "digits.yaml"
 REPEATS = 5
 LAST_ROUND = 10**9  # rounds between evaluations: the last round alone
 

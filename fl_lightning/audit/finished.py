@@ -129,7 +129,7 @@ def read_finished(run: Path) -> Finished:
     header, releases = read_ledger(run)
     with tempfile.TemporaryDirectory() as elsewhere:
         made = _Described(
-            RunFolder(), Stop(program=False), None, FederatedModule, FederatedDataModule,
+            RunFolder(), Stop(program=False), None, None, FederatedModule, FederatedDataModule,
             args=_arguments(run, elsewhere), seed_everything_default=1,
             auto_configure_optimizers=False, save_config_callback=None,
             parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},

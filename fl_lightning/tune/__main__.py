@@ -23,8 +23,9 @@ from fl_lightning.tune.search import Search
 
 _ABOUT = """\
 Random search whose choice is charged: the search, and the run that it chooses, keep (epsilon,
-delta). SEARCH.yaml has epsilon, delta, trials, config and space (configs/sweeps/tuning.yaml). What
-follows it are options of fit, for all runs. A search that was stopped goes on by the same command.
+delta). SEARCH.yaml has epsilon, delta, trials, config and space (configs/searches/digits.yaml).
+What follows it are options of fit, for all runs. A search that was stopped goes on by the same
+command.
 """
 
 
@@ -128,7 +129,8 @@ def _kept(place: Path) -> dict[str, Any]:
 def _config(argument: str) -> dict[str, Any]:
     if not argument.startswith("--config="):
         return {}
-    found = yaml.safe_load(Path(argument.partition("=")[2]).expanduser().read_text("utf-8"))
+    path = Path(argument.partition("=")[2]).expanduser()
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else {}
 
 

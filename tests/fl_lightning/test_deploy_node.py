@@ -256,8 +256,8 @@ class Killed(BaseException):
 
 
 PLACES = {
-    "before the ledger line": ("fl_lightning.release.claim._write", "before"),
-    "after the ledger line": ("fl_lightning.release.claim._write", "after"),
+    "before the ledger line": ("fl_lightning.release.claim.write_lines", "before"),
+    "after the ledger line": ("fl_lightning.release.claim.write_lines", "after"),
     "before the state is saved": ("fl_lightning.deploy.client_run.ClientRun._save", "before"),
     "after the state is saved": ("fl_lightning.deploy.client_run.ClientRun._save", "after"),
     "before the answer": ("fl_lightning.deploy.client_run.encode", "before"),

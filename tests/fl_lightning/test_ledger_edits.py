@@ -134,7 +134,7 @@ RECORDS: dict[str, tuple[Callable[[Entries], Any], str]] = {
     "a line of everybody": (lines(2, client=-1), "is a sum, the setting is record+local"),
     "a fact removed": (lambda e: e[0]["facts"].pop("noise_multiplier") and None, "is missing"),
     "nonsense": (facts(noise_multiplier="much"), "make no sense"),
-    "a newer schema": (facts(schema=3), "is of schema 3: this version reads schemas 0 to 2"),
+    "a newer schema": (facts(schema=4), "is of schema 4: this version reads schemas 0 to 3"),
 }
 
 

@@ -162,7 +162,7 @@ def of_lines(monkeypatch, *lines):
         found.add(
             SimpleNamespace(
                 event=event, steps=1, members=lambda everyone: np.arange(everyone), is_sum=False,
-                epsilon_inflation=on_top, tail_delta=tail,
+                epsilon_inflation=on_top, tail_delta=tail, evaluation=False,
             )
         )  # fmt: skip
     return float(found.epsilon()[0])

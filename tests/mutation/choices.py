@@ -12,7 +12,7 @@ DISPATCH = group(
     _WITHOUT,
     ("an inner choice ends an outer one", "_COMPILING.set(_COMPILING.get() and not really)", "_COMPILING.set(not really)"),
     ("plain torch for good", "        _COMPILING.reset(before)", "        pass"),
-    ("compiled parts of backward all the same", "        and _COMPILING.get()\n        and not torch.compiler", "        and not torch.compiler"),
+    ("compiled parts of backward all the same", "        and _COMPILING.get()\n    ):", "    ):"),
 )  # fmt: skip
 
 PLAN = group(
