@@ -42,7 +42,11 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     clone, home = folder / "aadp-fl", folder / "home"
     home.mkdir()
     keep = ("PATH", "LANG", "LC_ALL", "PIP_CONFIG_FILE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-    environment = {n: v for n, v in os.environ.items() if n in keep or n.lower().endswith("_proxy")}
+    kinds = ("pip_", "_proxy")  # where packages come from, and how they are reached
+    environment = {
+        n: v for n, v in os.environ.items()
+        if n in keep or n.lower().startswith(kinds) or n.lower().endswith(kinds)
+    }  # fmt: skip
     environment |= {"HOME": str(home), "PYTHONUNBUFFERED": "1", "PYTHON": sys.executable}
     steps: list[dict[str, Any]] = []
 

@@ -108,3 +108,11 @@ assert 0.99 < norm < 1.01, norm
 """
     done = run_without({*PACKAGES, "numba", "opacus", "fl_lightning"}, then)
     assert done.returncode == 0, done.stderr
+
+
+def test_constraints_leave_triton_to_torch() -> None:
+    """Torch for CUDA asks for one version of triton: another one here would let nothing install."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = names([line for line in lines if not line.startswith("#")])
+    assert "torch" in pinned
+    assert "triton" not in pinned
