@@ -134,6 +134,7 @@ def _begin(
     privacy = replace(
         rules.privacy,
         epsilon=None,
+        evaluate_every=0,  # canaries are in updates: an attack without evaluations shows less
         noise_multiplier=finished.multipliers()[client],
         delta=float(np.asarray(finished.header["delta"]).reshape(-1)[client]),
         seed=seed,

@@ -90,8 +90,9 @@ _FIELDS = ("there", "opposite", "noise")
 def _begin(finished: Finished, *, seed: int | None, folder: Path) -> Run:
     """A copy of the run before round 0, with the run's noise multipliers."""
     privacy = replace(
-        finished.rules.privacy, epsilon=None, noise_multiplier=finished.multipliers(), seed=seed
-    )
+        finished.rules.privacy, epsilon=None, evaluate_every=0,
+        noise_multiplier=finished.multipliers(), seed=seed,
+    )  # fmt: skip
     rules = replace(finished.rules, privacy=privacy, execution="loop")
     module = finished.module
 

@@ -33,6 +33,24 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("setting", ["record+local", "client+aggregator"])
+def test_a_run_with_private_evaluations_is_audited_without_them(tmp_path, setting, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    fit.main([
+        *("--run_dir", str(tmp_path), "--trainer.max_epochs", "1", "--trainer.logger", "false"),
+        *("--data.num_clients", "2", "--privacy.evaluate_every", "1"),
+        *("--privacy.setting", setting, "--privacy.delta", "1e-3"),
+        *("--model.network", "fl_lightning.models.LogisticRegression"),
+    ])  # fmt: skip
+    assert aadp(["audit", str(tmp_path), "--canaries", "20", "--seed", "3"]) == 0
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["passed"] is True
+    if setting == "record+local":  # held-out records are apart
+        assert found["epsilon_of_copy"] == pytest.approx(found["epsilon_proven"])
+    else:
+        assert found["epsilon_of_copy"] < found["epsilon_proven"]
+
+
 def made(shown=5.0):
     """An audit of four canaries with a given ε shown."""
     noise = np.ones((4, 1, 1))
