@@ -73,7 +73,7 @@ MUTATIONS = [
         "fl_lightning/audit/finished.py",
         _COPIES,
         ("every round counted", "client in row and not bool(", "not bool("),
-        ("no guarantee asked for", "if not charged or not proven or", "if not charged or"),
+        ("no guarantee asked for", "if not charged or not proven:", "if not charged:"),
     ),
     *group(
         "fl_lightning/audit/audit.py",
