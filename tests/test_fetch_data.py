@@ -161,6 +161,13 @@ def test_texts_and_tweets_become_tables(script):
     assert [line.split(",")[0] for line in written.splitlines()[1:]] == ["earn", "ship"]
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        archive.writestr("t.csv", 'source_id,text\nnews-of-health-12,"a, b"\n')
+        archive.writestr("t.csv", 'source_id,text\nnews-of-health-12,"a, b http://x.y/1Z?q c"\n')
     tweets = script.tweets_as_csv({"t.zip": packed.getvalue()})["tweets.csv"].decode()
-    assert tweets == 'account,text\nnews-of-health,"a, b"\n'
+    assert tweets == 'account,text\nnews-of-health,"a, b  c"\n'  # a link would name the account
+
+
+def test_rows_of_one_value_are_left_out(script, pandas) -> None:
+    files = {"some/t.pkl.compress": lzma.compress(table(pandas))}
+    written = script.frame_as_csv("t.csv", without=("sex", "F"))(files)["t.csv"]
+    assert written.decode() == 'sex,score,word\nM,1.5,"b,c"\n'
+    assert script.frame_as_csv("t.csv", without=("word", "F"))(files)["t.csv"].count(b"\n") == 3
