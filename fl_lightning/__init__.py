@@ -10,6 +10,7 @@ from fl_lightning.requirements import ESSENTIAL, check_packages, check_system
 
 if TYPE_CHECKING:
     from fl_lightning.data import FederatedDataModule, from_arrays
+    from fl_lightning.local.personal import fit_personal_layers
     from fl_lightning.module import FederatedModule
     from fl_lightning.privacy.config import PrivacyConfig
     from fl_lightning.processes.strategy import ClientParallelStrategy
@@ -24,6 +25,7 @@ __all__ = [
     "FederatedDataModule",
     "FederatedModule",
     "PrivacyConfig",
+    "fit_personal_layers",
     "from_arrays",
 ]
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "FederatedDataModule": "fl_lightning.data",
     "FederatedModule": "fl_lightning.module",
     "PrivacyConfig": "fl_lightning.privacy.config",
+    "fit_personal_layers": "fl_lightning.local.personal",
     "from_arrays": "fl_lightning.data",
 }
 

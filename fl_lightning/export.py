@@ -52,6 +52,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
         | setting `none` | says that there is no privacy; no statement |
         | public seed, or a generator that is no basis for a claim | calls the run simulated |
         | `abstract` | calls epsilon nominal |
+        | personal layers | says how a client fits its own |
         | low-rank adapters of peft | writes them beside the weights, in peft's format |
         | trained from Python | names the network's class, and not its arguments |
         | no test set, or a stopped run | the test accuracy is "-" |
@@ -80,7 +81,7 @@ def export(run: str | Path, out: str | Path | None = None) -> Path:
     plain = {name: str(value) for name, value in facts.items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(weights, {"format": "pt", **plain}))
     write_adapters(known["network"], weights, folder)
-    card = _card(facts, known["network"], weights)
+    card = _card(facts, known["network"], weights) + _personal_note(known.get("personal"))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if statement is not None:
         (folder / "privacy_statement.md").write_text(statement, encoding="utf-8")
@@ -225,6 +226,26 @@ from {module} import {name}
 
 model = {name}({arguments})
 model.load_state_dict(load_file("model.safetensors"))
+```
+"""
+
+
+def _personal_note(personal: Mapping[str, Any] | None) -> str:
+    """How a client makes the layers that are its own; "" where there are none."""
+    if personal is None:
+        return ""
+    names, steps, lr = (personal[name] for name in ("parameters", "steps", "lr"))
+    return f"""
+## Personal layers
+
+The file holds the public start of {", ".join(f"`{name}`" for name in names)}. Each client fits them
+to records of its own, `x` and `y`, as it did in training; what comes of it is as private as they
+are.
+
+```python
+from fl_lightning import fit_personal_layers
+
+fit_personal_layers(model, x, y, {names!r}, steps={steps}, lr={lr})
 ```
 """
 

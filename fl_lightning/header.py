@@ -73,13 +73,27 @@ def ledger_header(
         "dims": list(layout.dims),
         "torch": torch.__version__,
     }
-    return facts | correlation_facts(rules, budget) | evaluation_facts(budget)
+    return facts | local_facts(rules) | correlation_facts(rules, budget) | evaluation_facts(budget)
 
 
 def _schema(budget: Budget) -> int:
     if budget.evaluations is not None:
         return EVALUATION_SCHEMA
     return SCHEMA if budget.plan is None else CORRELATED_SCHEMA
+
+
+def local_facts(rules: Rules) -> dict[str, Any]:
+    """Facts of the header about local training beyond SGD; {} where there is none."""
+    facts: dict[str, Any] = {}
+    if rules.client_proximal:
+        facts["client_proximal"] = rules.client_proximal
+    if rules.personal:
+        facts["personal"] = {
+            "parameters": list(rules.personal),
+            "steps": rules.personal_steps,
+            "lr": rules.personal_lr,
+        }
+    return facts
 
 
 def evaluation_facts(budget: Budget) -> dict[str, Any]:

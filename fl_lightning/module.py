@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.kernel_choice import kernels_for
 from fl_lightning.ledger import Ledger
+from fl_lightning.local.personal import take_out_personal
 from fl_lightning.networks.check import check_network
-from fl_lightning.networks.inputs import input_dtype
-from fl_lightning.networks.metrics import computed, named_metrics, update_metrics
-from fl_lightning.networks.outputs import batch_sums, class_scores, record_loss
+from fl_lightning.networks.metrics import named_metrics
+from fl_lightning.networks.outputs import class_scores, record_loss
 from fl_lightning.preflight.checks import check_run
 from fl_lightning.preflight.proposed_run import ProposedRun, trained_layers
 from fl_lightning.privacy.config import PrivacyConfig
@@ -31,6 +31,8 @@ from fl_lightning.processes.together import Processes
 from fl_lightning.release.agreement import check_deployable
 from fl_lightning.release.evaluation import Evaluated
 from fl_lightning.release.federation import Federation
+from fl_lightning.release.held_out import HeldOutFigures
+from fl_lightning.release.personal_models import personal_models
 from fl_lightning.resumption import check_resumption, promise_of, run_facts, training_facts
 from fl_lightning.rules import Rules, planned_rounds
 from fl_lightning.run import Run, begin_run
@@ -72,6 +74,11 @@ class FederatedModule(pl.LightningModule):
         client_lr: learning rate of local SGD.
         client_momentum: momentum of local SGD, in [0, 1).
         client_proximal: μ of FedProx: local steps are drawn back to the global model, at least 0.
+        personal_layers: modules or parameters, by name, that each client fits to its own records in
+            every round and never sends (docs/settings.md); where clients are the unit, or without
+            privacy.
+        personal_steps: of full gradient descent in a fit, at least 1.
+        personal_lr: learning rate of a fit.
         server_optimizer: torch.optim class applied to the mean update as if it were a gradient;
             SGD with lr 1 is FedAvg, with momentum FedAvgM, Adam FedAdam.
         server_scheduler: torch.optim.lr_scheduler class stepped once a round, or null.
@@ -92,8 +99,7 @@ class FederatedModule(pl.LightningModule):
             (reduction='none') several numbers a record are averaged; see `PerRecord`.
         metrics: torchmetrics Metric or MetricCollection, or metrics by name: further figures of
             held-out and test records, each one number. Null: none.
-        run_dir: folder of the run: ledger, secret, statement. Null: the Trainer's
-            default_root_dir.
+        run_dir: folder of ledger, secret and statement. Null: the Trainer's default_root_dir.
 
     Raises:
         ValueError: for values out of range, here or, where they need the data, before round 0.
@@ -105,6 +111,7 @@ class FederatedModule(pl.LightningModule):
     run: Run | None = None
     result: RoundResult | None = None
     evaluated: Evaluated | None = None  # of the round at hand
+    _figures: HeldOutFigures  # of the evaluation at hand
 
     def __init__(
         self,
@@ -119,6 +126,9 @@ class FederatedModule(pl.LightningModule):
         client_lr: float = 0.1,
         client_momentum: float = 0.0,
         client_proximal: float = 0.0,
+        personal_layers: Sequence[str] = (),
+        personal_steps: int = 20,
+        personal_lr: float = 1.0,
         server_optimizer: OptimizerCallable = server_sgd,
         server_scheduler: LRSchedulerCallable | None = None,
         weighting: Literal["records", "uniform", "precision"] = "records",
@@ -136,6 +146,7 @@ class FederatedModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.network = network
+        check_network(network)
         self.rules = Rules(
             privacy=privacy or PrivacyConfig(),
             clients_per_round=clients_per_round,
@@ -146,6 +157,9 @@ class FederatedModule(pl.LightningModule):
             client_lr=client_lr,
             client_momentum=client_momentum,
             client_proximal=client_proximal,
+            personal=take_out_personal(network, personal_layers),
+            personal_steps=personal_steps,
+            personal_lr=personal_lr,
             weighting=weighting,
             denoise=denoise,
             planned_rounds=planned_rounds,
@@ -160,12 +174,10 @@ class FederatedModule(pl.LightningModule):
         self.metrics = named_metrics(metrics)
         self.run_dir = run_dir
         self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
-        check_network(network)
         self.processes = Processes()
         self._resumed: dict[str, Any] | None = None
         self._checked: tuple[pl.Trainer, bool] | None = None  # and whether clients can be vmapped
         self._training_facts: dict[str, Any] = {}
-        self._evaluated = torch.zeros(4, dtype=torch.float64)  # see `batch_sums`
 
     # The algorithm ------------------------------------------------------------------------------
 
@@ -282,14 +294,14 @@ class FederatedModule(pl.LightningModule):
 
     def proposed(self, data: FederatedDataModule, trainer: pl.Trainer) -> ProposedRun:
         """The run before anything of it exists."""
-        return ProposedRun(
-            self.rules, self, self.network, self.loss, self.server_optimizer,
-            self.server_scheduler, data, trainer, self.member, self.metrics,
-        )  # fmt: skip
+        server = self.server_optimizer, self.server_scheduler
+        what = self.rules, self, self.network, self.loss
+        return ProposedRun(*what, *server, data, trainer, self.member, self.metrics)
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
         self.processes = processes_of(self.trainer)
+        self.data.by_owner = bool(self.rules.personal)
         if stage == "fit" and (self._checked is None or self._checked[0] is not self.trainer):
             self.check(self.data, self.trainer)
 
@@ -358,39 +370,31 @@ class FederatedModule(pl.LightningModule):
         """Outputs of the global model."""
         return self.network(x)
 
+    def on_validation_epoch_start(self) -> None:
+        """Figures are those of the model as it is now, and of clients' own where they have them."""
+        vmaps = self.run is not None and self.run.releases.clients.vectorize
+        proposed = self.proposed(self.data, self.trainer)
+        self._figures = HeldOutFigures(proposed, personal_models(proposed, vectorize=vmaps))
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Held-out records of the clients: private, so only a simulation may look."""
-        self._evaluate(batch)
+        self._figures.add(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log what all processes found."""
-        self._log_evaluation("sim_only/val_")
+        self._log_figures("sim_only/val_")
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Test records, read once at the end."""
-        self._evaluate(batch)
+        self._figures.add(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log what all processes found."""
-        self._log_evaluation("test/")
+        self._log_figures("test/")
 
-    def _evaluate(self, batch: list[Tensor]) -> None:
-        x, y = batch
-        if not len(x):
-            return  # fewer records than processes
-        outputs = self.network(x.to(input_dtype(self.network, x)))
-        self._evaluated += batch_sums(outputs, y, self.loss, self.data.num_classes)
-        if self.metrics is not None:
-            update_metrics(self.metrics, outputs, y, self.loss)
-
-    def _log_evaluation(self, prefix: str) -> None:
-        (sums,) = self.processes.sum([self._evaluated])
-        self._evaluated = torch.zeros(4, dtype=torch.float64)
+    def _log_figures(self, prefix: str) -> None:
         several = self.processes.size > 1  # the maximum of equal values is each of them
-        values = {"loss": sums[1] / sums[0]}
-        if sums[3]:  # some outputs say nothing of a class
-            values["accuracy"] = sums[2] / sums[0]
-        if self.metrics is not None:
-            values |= computed(self.metrics)
-        for name, value in values.items():
+        for name, value in self._figures.values(self.processes).items():
             self.log(f"{prefix}{name}", value.float(), sync_dist=several, reduce_fx="max")

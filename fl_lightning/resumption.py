@@ -52,8 +52,11 @@ def run_facts(
         data: of the run.
         checkpoint: as Lightning fills it.
     """
+    fit = {"steps": rules.personal_steps, "lr": rules.personal_lr}
+    personal = {"parameters": list(rules.personal), **fit} if rules.personal else None
     return {
         "network": {"class_path": class_path(type(network))} | dict(spec or {}),
+        "personal": personal,
         "source": data.source if isinstance(data.source, str) else data.dataset_name,
         "clients": data.num_clients,
         "partition": data.partition_name,

@@ -21,8 +21,9 @@ class Rules:
     Args:
         privacy: what is promised to whom.
         clients_per_round, sampling_rate, batch_size, local_steps, local_epochs, client_lr,
-            client_momentum, client_proximal, weighting, denoise, planned_rounds, execution,
-            memory_budget, seed: as in `FederatedModule`.
+            client_momentum, client_proximal, personal_steps, personal_lr, weighting, denoise,
+            planned_rounds, execution, memory_budget, seed: as in `FederatedModule`.
+        personal: names of the parameters of personal layers.
         faults: how often clients fail or come late.
 
     Raises:
@@ -38,6 +39,9 @@ class Rules:
     client_lr: float = 0.1
     client_momentum: float = 0.0
     client_proximal: float = 0.0
+    personal: tuple[str, ...] = ()
+    personal_steps: int = 20
+    personal_lr: float = 1.0
     weighting: str = "records"
     denoise: bool = False
     planned_rounds: int | None = None
@@ -49,6 +53,7 @@ class Rules:
     def __post_init__(self) -> None:
         _check_batches(self)
         _check_ranges(self)
+        _check_personal(self)
         _check_denoise(self)
 
     @property
@@ -63,6 +68,9 @@ class Rules:
             local_epochs=self.local_epochs,
             seed=self.seed,
             proximal=self.client_proximal,
+            personal=self.personal,
+            personal_steps=self.personal_steps,
+            personal_lr=self.personal_lr,
         )
 
     @property
@@ -120,13 +128,14 @@ def _check_ranges(rules: Rules) -> None:
         raise ValueError(f"client_momentum={rules.client_momentum} must be in [0, 1)")
     if not 0 <= rules.client_proximal < float("inf"):
         raise ValueError(f"client_proximal={rules.client_proximal} must be at least 0 and finite")
-    for name in ("batch_size", "local_steps", "clients_per_round", "planned_rounds"):
+    whole = ("batch_size", "local_steps", "personal_steps", "clients_per_round", "planned_rounds")
+    for name in whole:
         value = getattr(rules, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if rules.local_epochs < 1:
         raise ValueError(f"local_epochs={rules.local_epochs} must be at least 1")
-    for name in ("client_lr", "memory_budget"):
+    for name in ("client_lr", "personal_lr", "memory_budget"):
         value = getattr(rules, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be positive and finite")
@@ -136,6 +145,16 @@ def _check_ranges(rules: Rules) -> None:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
     if rules.seed < 0:
         raise ValueError(f"seed={rules.seed} must be at least 0")
+
+
+def _check_personal(rules: Rules) -> None:
+    """Whether what personal layers saw of the records is covered by what is promised."""
+    if rules.personal and rules.privacy.unit == "record":
+        raise ValueError(
+            f"personal_layers with setting={rules.privacy.setting!r}: layers that are fitted to "
+            "records without noise shape every gradient that leaves the client, and no bound for "
+            "one record is known; use client+local, client+aggregator or client+secure_sum"
+        )
 
 
 def _check_denoise(rules: Rules) -> None:

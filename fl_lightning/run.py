@@ -193,7 +193,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
         run_id=run_id,
         records=records,
         releases=_releases(spec, key, books, max_examples, noise, terms),
-        evaluations=Evaluations.of(spec.data, spec.network, spec.loss, rules, key, books),
+        evaluations=Evaluations.of(spec, key, books),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,

@@ -76,6 +76,11 @@ def load_run(folder: str | Path) -> AttackedRun:
     if state.get("processes", [1]) != [1]:
         raise ValueError(f"run={folder}: it was computed by several processes; attack one of one")
     module, data = _made(folder / "config.yaml")
+    if module.rules.personal:
+        raise ValueError(
+            f"run={folder}: it has personal layers, so that no one model answers for all clients; "
+            "attacks know the global model alone"
+        )
     header, releases = (None, []) if not module.privacy.private else read(folder / FILE_NAME)
     weights = {
         name.removeprefix(_PREFIX): value

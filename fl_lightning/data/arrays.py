@@ -37,10 +37,12 @@ class Arrays:
         client_train: int64 [N], who each training record belongs to, 0 to G - 1; None where the
             data does not say. Public, like the partition that it makes.
         fields: the named inputs that a record is packed from; None where it is one array. Public.
+        client_test: int64 [M], who each test record belongs to, -1 for somebody else; None where
+            the data does not say.
 
     Raises:
         ValueError: wrong dtype, lengths or record shapes that differ, a label out of range, or a
-            client id that no record has.
+            client id that no training record has.
     """
 
     x_train: Tensor
@@ -51,6 +53,7 @@ class Arrays:
     name: str
     client_train: Tensor | None = None
     fields: Fields | None = None
+    client_test: Tensor | None = None
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -81,6 +84,8 @@ class Arrays:
             )
         if self.client_train is not None:
             _check_clients(self.client_train, len(self.x_train))
+        if self.client_test is not None:
+            _check_test_clients(self.client_test, self.client_train, len(self.x_test))
 
 
 def _check_clients(ids: Tensor, num_records: int) -> None:
@@ -95,11 +100,38 @@ def _check_clients(ids: Tensor, num_records: int) -> None:
         )
 
 
-def client_ids(column: Sequence[object] | ArrayLike | Tensor) -> Tensor:
-    """int64 [N] in order of first appearance, from any column: names, numbers or a tensor."""
-    values = column.tolist() if isinstance(column, Tensor | np.ndarray) else list(column)  # pyright: ignore[reportArgumentType]
-    ids = {value: i for i, value in enumerate(dict.fromkeys(values))}
-    return torch.tensor([ids[value] for value in values], dtype=torch.int64)
+def _check_test_clients(ids: Tensor, known: Tensor | None, num_records: int) -> None:
+    if known is None:
+        raise ValueError("client_test needs client_train, whose numbers it uses")
+    if ids.dtype != torch.int64 or tuple(ids.shape) != (num_records,):
+        raise ValueError(
+            f"client_test must be int64 [{num_records}], got {ids.dtype} {[*ids.shape]}"
+        )
+    if len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) <= int(known.max()):
+        raise ValueError(
+            f"client_test must use the ids of client_train, 0 to {int(known.max())}, or -1, got "
+            f"{int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def client_ids(
+    column: Sequence[object] | ArrayLike | Tensor,
+    known: Sequence[object] | ArrayLike | Tensor | None = None,
+) -> Tensor:
+    """int64 [N] in order of first appearance, from any column: names, numbers or a tensor.
+
+    Args:
+        column: one value a record.
+        known: the column whose first appearances count; others are -1. None: `column` itself.
+    """
+    values = _listed(column)
+    first = values if known is None else _listed(known)
+    ids = {value: i for i, value in enumerate(dict.fromkeys(first))}
+    return torch.tensor([ids.get(value, -1) for value in values], dtype=torch.int64)
+
+
+def _listed(column: Sequence[object] | ArrayLike | Tensor) -> list[object]:
+    return column.tolist() if isinstance(column, Tensor | np.ndarray) else list(column)  # pyright: ignore[reportArgumentType]
 
 
 def _records(name: str, value: ArrayLike | Tensor, codes: bool) -> Tensor:
@@ -125,6 +157,7 @@ def from_arrays(
     num_classes: int | None = None,
     name: str = "arrays",
     client: Sequence[object] | ArrayLike | Tensor | None = None,
+    client_test: Sequence[object] | ArrayLike | Tensor | None = None,
     codes: bool = False,
     targets: Literal["classes", "values"] = "classes",
 ) -> Arrays:
@@ -142,13 +175,16 @@ def from_arrays(
             the labels.
         name: what to call the data in reports.
         client: [N], who each training record belongs to: names or numbers; for partition=natural.
+        client_test: [M], who each test record belongs to, in the names of `client`; for the test of
+            personal layers.
         codes: whether records are integer codes (int64), such as characters for an embedding.
         targets: classes; or values, for y that is given to the loss as it is, [N, ...]: real
             numbers (regression), 0 and 1 for each label (several labels a record), or integers
             (tokens, with the loss's ignore_index where there is none).
 
     Raises:
-        ValueError: as `Arrays`, labels that are not integers, or only one of x_test and y_test.
+        ValueError: as `Arrays`, labels that are not integers, only one of x_test and y_test, or
+            client_test without client.
     """
     if (x_test is None) != (y_test is None):
         missing = "x_test" if x_test is None else "y_test"
@@ -161,8 +197,11 @@ def from_arrays(
         xt = _records("x_test", x_test, codes)  # pyright: ignore[reportArgumentType]
     xt = x[:0] if xt is None else xt
     y, yt, count = _targets(y_train, y_test, num_classes, targets)
+    if client_test is not None and client is None:
+        raise ValueError("client_test needs client, whose names it uses")
     owner = None if client is None else client_ids(client)
-    return Arrays(x, y, xt, yt, count, name, owner, fields)
+    test_owner = None if client_test is None else client_ids(client_test, client)
+    return Arrays(x, y, xt, yt, count, name, owner, fields, test_owner)
 
 
 def _targets(

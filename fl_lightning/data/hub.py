@@ -54,7 +54,15 @@ def from_hugging_face(
         num_classes=num_classes,
         name=name or getattr(train.info, "dataset_name", None) or "hugging_face",
         client=None if client is None else list(train[client]),
+        client_test=_owners(test, client),
     )
+
+
+def _owners(test: Any, client: str | None) -> list[Any] | None:
+    """Who test records belong to, where they say so."""
+    if test is None or client is None or client not in test.column_names:
+        return None
+    return list(test[client])
 
 
 def hugging_face(

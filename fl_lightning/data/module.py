@@ -72,10 +72,16 @@ class FederatedDataModule(pl.LightningDataModule):
         transform_args: further arguments of the transform.
         eval_batch_size: records per validation or test batch, at least 1.
 
+    Attributes:
+        by_owner: whether batches of held-out and test records say whose they are; a run with
+            personal layers sets it.
+
     Raises:
         ValueError: an argument out of range (at once), or data that does not fit (at setup).
         FileNotFoundError: at setup, when files are missing; says how to get them.
     """
+
+    by_owner = False
 
     def __init__(
         self,
@@ -219,14 +225,36 @@ class FederatedDataModule(pl.LightningDataModule):
     def held_out_partition(self) -> Partition:
         """Which rows of `held_out` each client holds; no training record is among them."""
         known = self._prepared
-        classes = (known.y.numpy(), known.y_val.numpy()) if known.y.ndim == 1 else None
-        natural = self.partition_name == "natural"
+        return self._dealt(known.y_val, None if known.owners is None else known.owners[1])
+
+    @cached_property
+    def test_partition(self) -> Partition:
+        """Which test records are whose, dealt as those that are held out.
+
+        Raises:
+            ValueError: natural clients, whose test records the data does not name.
+        """
+        whole = self._prepared.arrays
+        if self.partition_name == "natural" and whole.client_test is None:
+            raise ValueError(
+                f"source {whole.name!r} does not say whose its test records are, so no client's "
+                "personal layers can be tested: give client_test (from_arrays), or a client column"
+            )
+        owners = None if whole.client_test is None else whole.client_test.numpy()
+        return self._dealt(whole.y_test, owners)
+
+    def _dealt(self, y: Tensor, owners: np.ndarray | None) -> Partition:
+        """Records with labels y, and owners if any are known, as clients would hold them."""
+        known, natural = self._prepared, self.partition_name == "natural"
+        both = None
+        if natural and known.owners is not None and owners is not None:
+            both = known.owners[0], owners
         return held_out_partition(
             known.partition,
             self.seed,
-            labels=classes if self.num_classes else None,
-            owners=known.owners if natural else None,
-            count=len(known.x_val),
+            labels=(known.y.numpy(), y.numpy()) if self.num_classes and y.ndim == 1 else None,
+            owners=both,
+            count=len(y),
         )
 
     @property
@@ -312,14 +340,16 @@ class FederatedDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches (x, y) of the held-out records; an empty list where val_fraction is 0.
 
-        Each process of a Trainer gets its part of every batch, so that no record counts twice.
+        With `by_owner`, (x, y, client) of those that a client holds, sorted by it. Each process of
+        a Trainer gets its part of every batch, so that no record counts twice.
         """
-        return (
-            self._batches(self._prepared.x_val, self._prepared.y_val) if self.val_fraction else []
-        )
+        if not self.val_fraction:
+            return []
+        held = self.held_out_partition if self.by_owner else None
+        return self._batches(*self.held_out, held)
 
     def test_dataloader(self) -> DataLoader:
-        """Batches (x, y) of the test records.
+        """Batches of the test records, as those of `val_dataloader`.
 
         Raises:
             ValueError: the source has none.
@@ -327,15 +357,21 @@ class FederatedDataModule(pl.LightningDataModule):
         arrays = self._prepared.arrays
         if len(arrays.x_test) == 0:
             raise ValueError(f"source {arrays.name!r} has no test records: give x_test and y_test")
-        return self._batches(arrays.x_test, arrays.y_test)
+        held = self.test_partition if self.by_owner else None
+        return self._batches(arrays.x_test, arrays.y_test, held)
 
-    def _batches(self, x: Tensor, y: Tensor) -> DataLoader:
+    def _batches(self, x: Tensor, y: Tensor, held: Partition | None) -> DataLoader:
+        whole = (x, y)
+        if held is not None:
+            rows = torch.from_numpy(held.indices)
+            owners = np.repeat(np.arange(held.num_clients), held.sizes)
+            whole = (x[rows], y[rows], torch.from_numpy(owners))
         size, trainer = self.eval_batch_size, self.trainer
         shares = 1 if trainer is None else trainer.world_size
         rank = 0 if trainer is None else trainer.global_rank
         # Every process has as many batches, though its part of one may be empty.
         batches = [
-            (a.tensor_split(shares)[rank], b.tensor_split(shares)[rank])
-            for a, b in zip(x.split(size), y.split(size), strict=True)
+            tuple(part.tensor_split(shares)[rank] for part in batch)
+            for batch in zip(*(tensor.split(size) for tensor in whole), strict=True)
         ]
         return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]

@@ -84,9 +84,9 @@ def csv(
             raise ValueError(f"ranges: {column!r} must be finite, low < high, got {low}, {high}")
     reading = _Reading(label, classes, client, columns, known, ranges or {})
     names, x, y, owner = _table(Path(path).expanduser(), reading)
-    xt = yt = None
+    xt = yt = test_owner = None
     if test_path is not None:
-        test_names, xt, yt, _ = _table(Path(test_path).expanduser(), reading)
+        test_names, xt, yt, test_owner = _table(Path(test_path).expanduser(), reading)
         if test_names != names:
             raise ValueError(f"test_path={test_path!r} must have the columns of path={path!r}")
     elif test_fraction:
@@ -94,9 +94,12 @@ def csv(
         order = np.random.default_rng(0).permutation(len(x))
         test, train = np.sort(order[:held]), np.sort(order[held:])
         xt, yt, x, y = x[test], y[test], x[train], y[train]
+        test_owner = None if owner is None else [owner[i] for i in test]
         owner = None if owner is None else [owner[i] for i in train]
-    name = Path(path).stem
-    return from_arrays(x, y, xt, yt, num_classes=num_classes, name=name, client=owner)
+    return from_arrays(
+        x, y, xt, yt, num_classes=num_classes, name=Path(path).stem, client=owner,
+        client_test=test_owner,
+    )  # fmt: skip
 
 
 def _public(name: str, values: Sequence[str | int]) -> list[str]:

@@ -78,7 +78,7 @@ def by_author(
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction} must lie in [0, 1)")
     _check_known(texts, name, length)
-    train, test, owner = [], [], []
+    train, test, owner, test_owner = [], [], [], []
     for author, text in texts.items():
         codes = encode(text)
         cut = len(codes) - round(test_fraction * len(codes))
@@ -86,12 +86,13 @@ def by_author(
         train.append(windows)
         test.append(_windows(codes[cut:], length, stride))
         owner += [author] * len(windows)
+        test_owner += [author] * len(test[-1])
     if not owner:
         raise ValueError(f"length={length}: no author of {name} has {length + 1} characters")
     rows, held = np.concatenate(train), np.concatenate(test)
     return from_arrays(
         rows[:, :-1], rows[:, -1], held[:, :-1], held[:, -1], num_classes=NUM_CODES, name=name,
-        client=owner, codes=True,
+        client=owner, client_test=test_owner, codes=True,
     )  # fmt: skip
 
 

@@ -69,14 +69,16 @@ def tokenized_text(
         rows, held = _divided(rows, test_fraction)
     encode = encoder_inputs(tokenizer, max_tokens)
     train, test = encode(rows[text]), encode(held[text])
-    owner = None if client is None else rows[client]
+    owned: dict[str, Any] = {}
+    if client is not None:
+        owned = {"client": rows[client], "client_test": held[client]}
     name = Path(path).stem
     if label is None:
         y, yt = _next_tokens(train), _next_tokens(test)
-        return from_arrays(train, y, test, yt, name=name, client=owner, targets="values")
+        return from_arrays(train, y, test, yt, name=name, **owned, targets="values")
     known = [str(c) for c in classes] if classes else sorted({*rows[label], *held[label]})
     y, yt = (_numbers(part[label], known, label) for part in (rows, held))
-    return from_arrays(train, y, test, yt, num_classes=len(known), name=name, client=owner)
+    return from_arrays(train, y, test, yt, num_classes=len(known), name=name, **owned)
 
 
 def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:

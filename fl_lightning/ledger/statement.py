@@ -219,6 +219,7 @@ def _how(
             f"- {_releases(header, releases, len(active))} in "
             f"{len({r.round for r in releases})} rounds; noised steps a client: "
             f"{_span(steps)}.",
+            *_local_training(header),
             f"- Mechanism: {', '.join(mechanisms)}; noise multiplier (noise scale / sensitivity, "
             f"votes included{whole_run}): {_span(multipliers)}; sampling rate: {_span(rates)}.",
             f"- Composition: {_composition(header)}; random numbers: "
@@ -228,6 +229,22 @@ def _how(
             f"{_charged(header, releases, 'tail_delta')}.",
         )
     )
+
+
+def _local_training(header: Mapping[str, Any]) -> list[str]:
+    """What clients did beyond SGD on the released layers."""
+    lines, personal = [], header.get("personal")
+    if header.get("client_proximal"):
+        lines.append(
+            f"- Local steps were drawn back to the global model (FedProx, mu = "
+            f"{show_number(float(header['client_proximal']))}), which is public."
+        )
+    if personal:
+        lines.append(
+            f"- Personal layers ({', '.join(personal['parameters'])}): in every round each client "
+            "fitted them to its own records, from a public start, and sent none of them."
+        )
+    return lines
 
 
 def _composition(header: Mapping[str, Any]) -> str:
@@ -276,9 +293,19 @@ def _not_covered(header: Mapping[str, Any]) -> str:
             f"- {validation} computed from their own records without noise; "
             "those records are not protected.",
             only_here,
+            *_personal_outputs(header),
             "- Facts that are true of the whole population may be learned; that is the purpose.",
         )
     )
+
+
+def _personal_outputs(header: Mapping[str, Any]) -> list[str]:
+    if not header.get("personal"):
+        return []
+    return [
+        "- A client's personal layers are fitted to its records without noise: whoever is shown "
+        "them, or what they predict, is shown something of those records that nothing here covers."
+    ]
 
 
 def _record(ledger: Ledger) -> str:

@@ -66,6 +66,7 @@ class CohortGradient:
         shared: bool,
         probes: Params | None = None,
         constants: Params | None = None,
+        common: Params | None = None,
         weight: Tensor | None = None,
     ) -> tuple[Params, Params]:
         """Gradients with respect to parameters and probes, each stacked [k, ...].
@@ -75,7 +76,8 @@ class CohortGradient:
             batch: records of k clients.
             shared: whether all clients still hold the same parameters.
             probes: buffers whose gradients carry statistics out of the backward pass, [k, ...].
-            constants: buffers that are not differentiated, [k, ...].
+            constants: tensors of the network that are not differentiated, [k, ...].
+            common: the same, one for all clients.
             weight: what each client's loss is multiplied by, [k]; None: nothing.
         """
         total: tuple[Params, Params] | None = None
@@ -84,7 +86,7 @@ class CohortGradient:
             # Clip-in-backward has a shorter way for one client than under vmap.
             alone = self.watch is not None and len(part.x) == 1
             run = self._vmapped if self.vectorize and not alone else self._looped
-            grads = run(params, probes or {}, fixed, part, shared, weight)
+            grads = run(params, probes or {}, fixed, common or {}, part, shared, weight)
             if total is None:
                 total = grads
             else:
@@ -99,12 +101,13 @@ class CohortGradient:
         params: Params,
         probes: Params,
         fixed: Params,
+        common: Params,
         x: Tensor,
         y: Tensor,
         mask: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        buffers = {**probes, **fixed}
+        buffers = {**probes, **fixed, **common}
         if self.watch is None:
             outputs = apply_with(self.network, {**params, **buffers}, x)
         else:
@@ -119,15 +122,17 @@ class CohortGradient:
         params: Params,
         probes: Params,
         fixed: Params,
+        common: Params,
         batch: Batch,
         shared: bool,
         weight: Tensor | None,
     ) -> tuple[Params, Params]:
         records = (batch.x, batch.y, batch.mask)
-        if self._recorded is None or probes or fixed or weight is None or batch.x.is_cuda:
-            own_weight = None if weight is None else 0
+        held = probes or fixed or common
+        if self._recorded is None or held or weight is None or batch.x.is_cuda:
+            mapped = self._mapped(shared, None if weight is None else 0)
             with CohortConvolutions():
-                return self._mapped(shared, own_weight)(params, probes, fixed, *records, weight)
+                return mapped(params, probes, fixed, common, *records, weight)
         names = tuple(params)
         if (shared, names) not in self._recorded:
             self._recorded[shared, names] = Recorded(self._flat(shared, names))
@@ -137,7 +142,7 @@ class CohortGradient:
     def _mapped(self, shared: bool, weight: int | None) -> Callable[..., tuple[Params, Params]]:
         return vmap(
             grad(self._summed_loss, argnums=(0, 1)),
-            in_dims=(None if shared else 0, 0, 0, 0, 0, 0, weight),
+            in_dims=(None if shared else 0, 0, 0, None, 0, 0, 0, weight),
             randomness="different",
         )
 
@@ -148,7 +153,7 @@ class CohortGradient:
         def function(*inputs: Tensor) -> list[Tensor]:
             given = dict(zip(names, inputs, strict=False))
             with CohortConvolutions():
-                grads, _ = mapped(given, {}, {}, *inputs[len(names) :])
+                grads, _ = mapped(given, {}, {}, {}, *inputs[len(names) :])
             return [own(grads[name]) for name in names]
 
         return function
@@ -158,6 +163,7 @@ class CohortGradient:
         params: Params,
         probes: Params,
         fixed: Params,
+        common: Params,
         batch: Batch,
         shared: bool,
         weight: Tensor | None,
@@ -166,7 +172,7 @@ class CohortGradient:
         for i in range(len(batch.x)):
             own = {n: (v if shared else v[i]).detach().requires_grad_() for n, v in params.items()}
             seen = {n: v[i].detach().requires_grad_() for n, v in probes.items()}
-            rest = {n: v[i] for n, v in fixed.items()}
+            rest = {n: v[i] for n, v in fixed.items()} | common
             factor = None if weight is None else weight[i]
             records = (batch.x[i], batch.y[i], batch.mask[i])
             rows.append(self._gradient(own, seen, rest, records, factor))
@@ -188,7 +194,7 @@ class CohortGradient:
         """Gradients of one client; the backward pass too has its parameters in the network."""
 
         def work(_: nn.Module) -> tuple[Tensor, ...]:
-            loss = self._summed_loss(own, seen, fixed, *records, factor)
+            loss = self._summed_loss(own, seen, fixed, {}, *records, factor)
             return torch.autograd.grad(
                 loss, [*own.values(), *seen.values()], allow_unused=True, materialize_grads=True
             )
@@ -203,13 +209,20 @@ class CohortGradient:
 GradientHook = Callable[[int, Params, bool, Batch], Params]
 
 
-def plain_gradient(cohort_gradient: CohortGradient) -> GradientHook:
-    """Hook for training without per-record privacy: the mean gradient of the batch."""
+def plain_gradient(
+    cohort_gradient: CohortGradient, constants: Params | None = None
+) -> GradientHook:
+    """Hook for training without per-record privacy: the mean gradient of the batch.
+
+    Args:
+        cohort_gradient: of the network.
+        constants: tensors of the network that each client holds fixed, [k, ...].
+    """
 
     def hook(step: int, params: Params, shared: bool, batch: Batch) -> Params:
         # Dividing the loss costs nothing; dividing the gradients is a pass over memory.
         weight = batch.divisor.reciprocal()
-        grads, _ = cohort_gradient(params, batch, shared=shared, weight=weight)
+        grads, _ = cohort_gradient(params, batch, shared=shared, constants=constants, weight=weight)
         return _each_its_own(grads)
 
     return hook

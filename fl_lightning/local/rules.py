@@ -17,6 +17,9 @@ class LocalTraining:
     local_epochs: int
     seed: int
     proximal: float = field(default=0.0, repr=False)
+    personal: tuple[str, ...] = field(default=(), repr=False)  # names of parameters
+    personal_steps: int = field(default=20, repr=False)
+    personal_lr: float = field(default=1.0, repr=False)
 
     @property
     def noised_steps(self) -> int:
@@ -30,4 +33,7 @@ class LocalTraining:
 def named_rules(training: LocalTraining) -> str:
     """Every rule that noise is bound to; later ones only where they are used, so that it stays."""
     later = f", proximal={training.proximal!r}" if training.proximal else ""
+    if training.personal:
+        fit = (training.personal, training.personal_steps, training.personal_lr)
+        later += f", personal={fit!r}"
     return f"{training!r}{later}"

@@ -56,6 +56,7 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "test_accuracy": None if test is None else float(test),
         "test_metrics": _test_metrics(trainer),
         "sim_only_val_accuracy": float(validated[-1]) if validated else None,
+        **_personal(pl_module),
         **_private_evaluation(pl_module),
         **_search(facts),
         "setting": privacy.setting,
@@ -83,6 +84,12 @@ def run_summary(trainer: pl.Trainer, pl_module: Any, seconds: float) -> dict[str
         "seconds": seconds,
         "versions": _versions(),
     }
+
+
+def _personal(pl_module: Any) -> dict[str, Any]:
+    """Parameters that are each client's own, by which its records are judged; {} without any."""
+    names = pl_module.rules.personal
+    return {"personal_parameters": list(names)} if names else {}
 
 
 def _private_evaluation(pl_module: Any) -> dict[str, Any]:
@@ -185,6 +192,8 @@ def final_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         figures = (summary["val_private_accuracy"], summary["val_private_standard_error"])
         shown = " ± ".join(map(show_number, figures))
         rows.append(("private validation accuracy, ± its noise", shown))
+    if "personal_parameters" in summary:
+        rows.append(("accuracy is of clients' own", ", ".join(summary["personal_parameters"])))
     rows.append(("privacy", summary["privacy"]))
     if summary["privacy"] != "none":
         spread = " / ".join(

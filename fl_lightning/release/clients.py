@@ -16,6 +16,7 @@ from fl_lightning.data import FederatedDataModule
 from fl_lightning.keys import run_key
 from fl_lightning.local.batches import Batch, gather, poisson_rows, shuffled_rows
 from fl_lightning.local.gradient import CohortGradient, GradientHook, Loss, plain_gradient
+from fl_lightning.local.personal import fit_personal, start_of
 from fl_lightning.local.rules import LocalTraining
 from fl_lightning.local.training import train_cohort
 from fl_lightning.networks.inputs import input_dtype
@@ -121,16 +122,39 @@ class Clients:
         Returns:
             Local minus global parameters, each [k, ...].
         """
+        known = None if not self.training.personal else self.fit_personal(clients, params)
         stream = coins.derive("torch", int(self.numbers[clients[0]]))  # one a group
         torch_seed = int(run_key.public_name(stream)[:15], 16)
         with _seeded(torch_seed, self.device), torch.no_grad():
             return train_cohort(
                 params,
                 self._batches(clients.tolist(), coins, round),
-                hook or plain_gradient(self.plain),
+                hook or plain_gradient(self.plain, known),
                 lr=self.training.lr,
                 momentum=self.training.momentum,
                 proximal=self.training.proximal,
+                stacked=self.stacked,
+            )
+
+    def fit_personal(self, clients: Tensor, params: Params) -> Params:
+        """Personal layers of some clients, fitted to all their training records; private.
+
+        Args:
+            clients: ids [k], at least one.
+            params: global model, as for `train`.
+
+        Returns:
+            Their parameters, each [k, ...].
+        """
+        rules = self.training
+        with torch.no_grad():
+            return fit_personal(
+                self.plain,
+                start_of(self.network, rules.personal),
+                params,
+                self._all_records(tuple(clients.tolist())),
+                steps=rules.personal_steps,
+                lr=rules.personal_lr,
                 stacked=self.stacked,
             )
 

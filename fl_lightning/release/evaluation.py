@@ -12,20 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aadp_kernels import NoiseKey
 from fl_lightning.accounting.evaluation import EvaluationPlan, evaluation_cost, is_due
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.keys import binding, digests, run_key
-from fl_lightning.local.gradient import Loss
 from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.networks.outputs import predictions
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.privacy.mechanism import noise_event
 from fl_lightning.privacy.noised_counts import bounded_answers, noised_answers
 from fl_lightning.release.claim import Books, same_noise_other_bytes, write_lines
-from fl_lightning.rules import Rules
+from fl_lightning.release.personal_models import Trained, outputs_of, personal_models
 from fl_lightning.values.client_set import encode
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -71,45 +70,25 @@ class Evaluations:
     """Releases of the held-out records of a run.
 
     Args:
-        data: records and who holds them.
-        network: the global model.
-        loss: of each record.
-        privacy: of the run.
+        run: what is trained, and the records that clients hold out.
         key: the run's secret.
         books: what is paid from and written in; its budget has the plan.
     """
 
-    def __init__(
-        self,
-        data: FederatedDataModule,
-        network: nn.Module,
-        loss: Loss,
-        *,
-        privacy: PrivacyConfig,
-        key: NoiseKey,
-        books: Books,
-    ) -> None:
+    def __init__(self, run: Trained, key: NoiseKey, books: Books) -> None:
         plan = books.budget.evaluations
         assert plan is not None
-        self.data, self.network, self.loss = data, network, loss
-        self.privacy, self.books, self.plan = privacy, books, plan
+        self.run, self.books, self.plan = run, books, plan
+        self.privacy = run.rules.privacy
         self.key = key.derive("evaluation")
         self.clients = torch.from_numpy(np.flatnonzero(plan.records))
 
     @classmethod
-    def of(
-        cls,
-        data: FederatedDataModule,
-        network: nn.Module,
-        loss: Loss,
-        rules: Rules,
-        key: NoiseKey,
-        books: Books | None,
-    ) -> Evaluations | None:
+    def of(cls, run: Trained, key: NoiseKey, books: Books | None) -> Evaluations | None:
         """The evaluations of a run; None where it has none."""
         if books is None or books.budget.evaluations is None:
             return None
-        return cls(data, network, loss, privacy=rules.privacy, key=key, books=books)
+        return cls(run, key, books)
 
     def due(self, round: int) -> bool:
         """Whether a round ends with an evaluation."""
@@ -117,22 +96,31 @@ class Evaluations:
 
     def right_answers(self) -> Tensor:
         """Right answers of each client with held-out records, float64 [k]. Private."""
-        x, y = self.data.held_out
-        right = torch.zeros(len(x), dtype=torch.float64)
-        device, dtype = next(self.network.parameters()).device, input_dtype(self.network, x)
-        size, was = self.data.eval_batch_size, self.network.training
-        self.network.eval()
+        network, was = self.run.network, self.run.network.training
+        network.eval()
         with torch.no_grad():
-            for begin in range(0, len(x), size):
-                rows = slice(begin, begin + size)
-                labels = y[rows].to(device)
-                outputs = self.network(x[rows].to(device, dtype))
-                known = predictions(outputs, labels, self.loss, self.data.num_classes)
-                assert known is not None, "the check before round 0 saw predictions"
-                right[rows] = (known == labels).double().cpu()
-        self.network.train(was)
-        held = self.data.held_out_partition
+            right = self._right()
+        network.train(was)
+        held = self.run.data.held_out_partition
         return torch.stack([right[held.client(k)].sum() for k in self.clients.tolist()])
+
+    def _right(self) -> Tensor:
+        """1 for each held-out record that is answered right, else 0, float64 [M]."""
+        data, network, loss = self.run.data, self.run.network, self.run.loss
+        models = personal_models(self.run)
+        x, y = data.held_out
+        right, held = torch.zeros(len(x), dtype=torch.float64), data.held_out_partition
+        owned = torch.from_numpy(held.indices)
+        owners = torch.from_numpy(np.repeat(np.arange(held.num_clients), held.sizes))
+        device, dtype = next(network.parameters()).device, input_dtype(network, x)
+        batches = (t.split(data.eval_batch_size) for t in (owned, owners))
+        for some, who in zip(*batches, strict=True):
+            records, labels = x[some].to(device, dtype), y[some].to(device)
+            for rows, outputs in outputs_of(network, models, records, who):
+                known = predictions(outputs, labels[rows], loss, data.num_classes)
+                assert known is not None, "the check before round 0 saw predictions"
+                right[some[rows]] = (known == labels[rows]).double().cpu()
+        return right
 
     def release(self, round: int, context: str) -> Evaluated | None:
         """Evaluate the model, and write the ledger before anything is handed out.
@@ -152,7 +140,7 @@ class Evaluations:
         right = books.processes.first(self.right_answers)
         answers = bounded_answers(right, records, self.privacy.unit)
         multipliers = books.budget.evaluation_multiplier[self.clients]
-        params = [p.detach() for p in self.network.parameters()]
+        params = [p.detach() for p in self.run.network.parameters()]
         redraw = 0
         while True:
             inputs = [*params, answers, multipliers]

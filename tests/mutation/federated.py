@@ -41,6 +41,20 @@ LOCAL = group(
     ("drawn back twice as much", "g + proximal * (params[n] - global_params[n])", "g + 2 * proximal * (params[n] - global_params[n])"),
 )  # fmt: skip
 
+PERSONAL = group(
+    "fl_lightning/local/personal.py",
+    "tests/fl_lightning/test_personal_layers.py",
+    ("fitted with dropout", "    network.eval()\n", "    pass\n"),
+    ("modes are left in eval", "            layer.training = mode", "            pass"),
+    ("the sum in place of the mean", "weight = batch.divisor.reciprocal()", "weight = torch.ones_like(batch.divisor)"),
+    ("the last client's start for all", "shared = False", "shared = True"),
+    ("what is not finite stays", "torch.where(columns(finite, v), v, start[n])", "v"),
+    ("personal layers are released too", "        p.requires_grad_(False)", "        pass"),
+    ("half a shared parameter", "if id(p) in mine", "if False"),
+    ("nothing has to be left", "if found and not left", "if False"),
+    ("an exported model stays frozen", "requires_grad_(True)", "requires_grad_(False)"),
+)  # fmt: skip
+
 ALLOCATION = group(
     "fl_lightning/privacy/allocation.py",
     POLICY,
@@ -358,7 +372,7 @@ NAMED = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *NAMED, *LOCAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *RATIOS, *HISTORY,
+    *NAMED, *LOCAL, *PERSONAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *RATIOS, *HISTORY,
     *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES, *FLAT,
     *BUDGET, *RUNNING, *DENOISING, *SERVER_STEP, *EVALUATION, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
