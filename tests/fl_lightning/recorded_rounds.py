@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from aadp_kernels import Layout
 from fl_lightning.output.callbacks import RoundRecorder
 from fl_lightning.privacy.config import PrivacyConfig
+from fl_lightning.rules import Rules
 from fl_lightning.values.round import RoundResult
 
 K, M, L = 5, 3, 2
@@ -32,6 +33,7 @@ class Rounds(pl.LightningModule):
         self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
         self.layout = Layout.build(dict(self.network.named_parameters()))
         self.privacy = privacy or PrivacyConfig(seed=1)
+        self.rules = Rules(self.privacy)
         self.ledger: Any = object() if self.privacy.private else None
         self.run_path, self.shift = path, shift
         self.result: RoundResult | None = None
