@@ -68,10 +68,9 @@ def load_run(folder: str | Path) -> AttackedRun:
     checkpoint = AtomicCheckpointIO().load_checkpoint(
         folder / CHECKPOINT, map_location="cpu", weights_only=True
     )
-    state, rounds = checkpoint.get("aadp_fl"), 0
-    if state is not None:
-        rounds = rounds_done(checkpoint)
-    if not rounds:
+    state = checkpoint.get("aadp_fl")
+    rounds = 0 if state is None else rounds_done(checkpoint)
+    if state is None or not rounds:
         raise ValueError(f"run={folder}: it has done no round, so there is nothing to attack")
     if state.get("processes", [1]) != [1]:
         raise ValueError(f"run={folder}: it was computed by several processes; attack one of one")
