@@ -111,6 +111,10 @@ class FederatedModule(pl.LightningModule):
     run: Run | None = None
     result: RoundResult | None = None
     evaluated: Evaluated | None = None  # of the round at hand
+    network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
+    _resumed: dict[str, Any] | None = None
+    _training_facts: dict[str, Any]
+    _checked: tuple[pl.Trainer, bool] | None = None  # and whether clients can be vmapped
     _figures: HeldOutFigures  # of the evaluation at hand
 
     def __init__(
@@ -145,8 +149,8 @@ class FederatedModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.network = network
         check_network(network)
+        self.network = network
         self.rules = Rules(
             privacy=privacy or PrivacyConfig(),
             clients_per_round=clients_per_round,
@@ -168,16 +172,11 @@ class FederatedModule(pl.LightningModule):
             seed=seed,
             faults=Faults(dropout, deadline, seed),
         )
-        self.server_optimizer = server_optimizer
-        self.server_scheduler = server_scheduler
+        self.server_optimizer, self.server_scheduler = server_optimizer, server_scheduler
         self.loss: Callable[[Tensor, Tensor], Tensor] = record_loss(loss or cross_entropy)
         self.metrics = named_metrics(metrics)
         self.run_dir = run_dir
-        self.network_spec: dict[str, Any] | None = None  # class_path and init_args, if known
         self.processes = Processes()
-        self._resumed: dict[str, Any] | None = None
-        self._checked: tuple[pl.Trainer, bool] | None = None  # and whether clients can be vmapped
-        self._training_facts: dict[str, Any] = {}
 
     # The algorithm ------------------------------------------------------------------------------
 
