@@ -47,6 +47,20 @@ FEATURES = {
             "numba.core.caching.IndexDataCacheFile._load_index",
         ),
     ),
+    "parts of kernels": (
+        "what kernels call is compiled anew at every level",
+        (
+            "numba.core.codegen.JITCodeLibrary.get_pointer_to_function",
+            "numba.core.codegen.CPUCodeLibrary._optimize_final_module",
+            "numba.core.codegen.CPUCodeLibrary._finalize_dynamic_globals",
+            "numba.core.codegen.CPUCodeLibrary._finalize_final_module",
+            "numba.core.codegen.CodeLibrary.codegen",
+            "numba.core.compiler.CompilerBase",
+            "numba.core.compiler.DefaultPassBuilder.define_nopython_pipeline",
+            "numba.core.cpu.CPUContext.active_code_library",
+            "numba.core.registry.CPUDispatcher",
+        ),
+    ),
     "word of compiling": (
         "nothing says that a kernel is compiled",
         ("numba.core.event.Listener", "numba.core.event.register"),

@@ -52,6 +52,15 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     written, every process compiles anew.
     """
     options = {**_OPTIONS, **options}
+    if not has("parts of kernels"):
+        return _cached(function, options)
+    from aadp_kernels._cpu._parts import Part
+
+    return Part(function, options, partial(_cached, options=options))
+
+
+def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """A kernel with code of its own."""
     if not has("a cache on disk"):
         return numba.njit(**options)(function)
     try:
@@ -106,6 +115,8 @@ def _wide_vectors(_context):
     def mark(context, builder, _signature, _arguments):
         # Of two equal widths LLVM prefers 256 bits, for the sake of old processors' clock rates.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        if has("parts of kernels"):
+            context.active_code_library.optimised = True  # its callers may be without
         return context.get_dummy_value()
 
     return types.none(), mark

@@ -111,7 +111,7 @@ def _scale_rows(
         given = (a, g, dtype, features, out, l1, l2, norms)
         parallel(_row_norms, given, batch, threads, region)
     else:
-        _row_norms(a, g, dtype, features, out, l1, l2, norms, 0, batch)
+        _row_norms(a, g, dtype, features, out, l1, l2, norms, np.int64(0), batch)
     live, clean, width = memory(mask, batch, np.bool_), True, out * bytes_of(dtype)
     for b in range(batch):
         norm_a, norm_g = norms[b, 2], norms[b, 3]

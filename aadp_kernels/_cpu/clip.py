@@ -210,7 +210,8 @@ def _privatize(call, beside, threads, region):
     """Sum, decide and write: rows beside each other, or one after another on all threads."""
     rows, sums = call.numbers.shape[1], _sums_of(call)
     if threads == 1:
-        _privatize_rows(call, sums, 0, rows)
+        # Not 0, for which numba would compile the part once more, as for a number of its own.
+        _privatize_rows(call, sums, np.int64(0), rows)
     elif beside:
         parallel(_privatize_rows, (call, sums), rows, threads, region)
     else:

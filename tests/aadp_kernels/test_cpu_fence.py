@@ -21,7 +21,7 @@ from aadp_kernels._cpu import _fence, _jit, _parallel, gather_gemm, row_sums  # 
 
 NAMES = [(feature, name) for feature, (_, names) in _fence.FEATURES.items() for name in names]
 OF_FILE = {
-    "_jit": ("addresses", "a cache on disk", "wide vectors", "counting zeros"),
+    "_jit": ("addresses", "a cache on disk", "wide vectors", "counting zeros", "parts of kernels"),
     "_parallel": ("loops on torch's threads",),
     "gather_gemm": ("a register tile",),
 }
