@@ -4,6 +4,11 @@ Both ledgers are of the same sums of clients with unequal weights and ε. The li
 are those of schema 0, which this package still reads. One process, on whatever machine it is:
 
     python -m bench.ledger [--clients 2000] [--rounds 150]
+
+And a ledger of many lines, of releases of single clients, opened and verified as it is gone through
+(four minutes for a million lines; the time is of the processor, the memory that at the peak):
+
+    python -m bench.ledger --lines 1000000
 """
 
 from __future__ import annotations
@@ -12,6 +17,9 @@ import argparse
 import contextlib
 import gc
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -163,6 +171,77 @@ def compare(clients: int, rounds: int, folder: Path) -> dict[str, float]:
     return found
 
 
+def single_header(clients: int, rounds: int) -> dict[str, Any]:
+    """Facts of a run of `client+local` with a given multiplier and no target."""
+    sums = ("weights", "weighting", "min_survivors", "cohort_rate")
+    return header_of(clients, 1) | dict.fromkeys(sums) | {
+        "setting": "client+local",
+        "trust": "local",
+        "adjacency": "replace_one",
+        "epsilon": ["inf"] * clients,
+        "noise_multiplier": 1.0,
+        "noise_multiplier_given": True,
+        "affordable_steps": None,
+        "thresholds": "fixed",
+        "vote_share": 0.0,
+        "weighting": "records",
+        "planned_steps": [rounds] * clients,
+    }  # fmt: skip
+
+
+def write_lines(folder: Path, lines: int, clients: int = 100) -> None:
+    """A ledger of releases of single clients, with clip norms and digests of their own."""
+    rounds, chance = -(-lines // clients), np.random.default_rng(0)
+    header = single_header(clients, rounds)
+    cost = extra_of(header, votes=False)(NoiseEvent("gaussian", 1.0, adjacency="replace_one"), 1e-5)
+    with Ledger.create(folder, header) as ledger:
+        for round in range(rounds):
+            norms = chance.random((clients, len(LAYERS)))
+            ledger.append([
+                Release(
+                    client=client, round=round, first_step=round, steps=1, mechanism="gaussian",
+                    noise_multiplier=1.0, sampling_rate=1.0, adjacency="replace_one",
+                    num_layers=len(LAYERS), clip_norm=tuple(norms[client].tolist()),
+                    shares=(0.7149165125326328, 0.2850834874673673), binding=f"{round:064x}",
+                    digest=f"{round * clients + client + 2**40:064x}", tail_delta=cost.delta,
+                )
+                for client in range(clients)
+            ])  # fmt: skip
+
+
+def gone_through(folder: Path, what: str) -> dict[str, float]:
+    """Seconds of the processor, and memory at the peak, of a process that does one thing."""
+    code = (
+        "import pathlib, re, sys, time\n"
+        "from fl_lightning.ledger import Ledger, verify\n"
+        "status = pathlib.Path('/proc/self/status')\n"
+        "memory = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', status.read_text())[1])\n"
+        "import fl_lightning.ledger.verdict\n"
+        "before, start, what = memory(), time.process_time(), sys.argv[2]\n"
+        "if what == 'verify':\n"
+        "    assert verify(sys.argv[1]) == [], verify(sys.argv[1])[:3]\n"
+        "else:\n"
+        "    with Ledger.open(sys.argv[1]) as ledger:\n"
+        "        what == 'open' or [None for _ in ledger.releases]\n"
+        "print(time.process_time() - start, 1024 * (memory() - before))"
+    )
+    command = [sys.executable, "-c", code, str(folder), what]
+    seconds, memory = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ
+    ).stdout.split()
+    return {f"{what}_seconds": float(seconds), f"{what}_bytes": int(memory)}
+
+
+def many_lines(lines: int) -> dict[str, float]:
+    """Figures of a ledger of many lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_lines(Path(folder), lines)
+        found: dict[str, float] = {"lines": lines}
+        for what in ("open", "resume", "verify"):
+            found |= gone_through(Path(folder), what)
+        return found
+
+
 def read_by_schema_0(header: dict[str, Any]) -> set[str]:
     """Names of the facts that headers of schema 0 had."""
     new = "schema noise_multiplier noise_multiplier_given sampling_rate affordable_steps vote_share"
@@ -174,8 +253,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ledger", description=__doc__)
     parser.add_argument("--clients", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--lines", type=int, default=None, help="of a ledger of single releases")
     parser.add_argument("--out", default=None, help="folder to keep both ledgers in")
     options = parser.parse_args()
+    if options.lines is not None:
+        print(json.dumps(many_lines(options.lines), indent=2))
+        return
     with contextlib.ExitStack() as stack:
         folder = options.out or stack.enter_context(tempfile.TemporaryDirectory())
         found = compare(options.clients, options.rounds, Path(folder))

@@ -8,7 +8,6 @@ different number of steps (`step_curve`).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,7 +26,7 @@ from fl_lightning.accounting.sum_costs import (
     of_client,
 )
 from fl_lightning.values.event import NoiseEvent
-from fl_lightning.values.release import Release
+from fl_lightning.values.release import ALL_CLIENTS, Release
 
 if TYPE_CHECKING:
     from fl_lightning.accounting.step_curve import StepCurve
@@ -80,6 +79,9 @@ class RunningEpsilon:
         if self._whole is not None:
             self._whole.add(release)
             return
+        if release.client != ALL_CLIENTS:
+            self._add_one(release)
+            return
         ids = release.members(len(self._steps))
         multipliers = client_multipliers(self._header, release)
         self._steps[ids] += release.steps
@@ -89,6 +91,15 @@ class RunningEpsilon:
         on_top, tails = self._beyond(release, ids, multipliers)
         self._on_top[ids] += on_top
         self._tails[ids] += tails
+
+    def _add_one(self, release: Release) -> None:
+        """Count a line of one client: there may be a million of them."""
+        client, z = release.client, release.noise_multiplier
+        self._steps[client] += release.steps
+        self._least[client] = min(self._least[client], z)
+        self._precision[client] += release.steps / z**2 if z else math.inf
+        self._on_top[client] += release.epsilon_inflation
+        self._tails[client] += release.tail_delta
 
     def _beyond(
         self, release: Release, ids: npt.NDArray[np.int64], multipliers: Floats
@@ -102,7 +113,8 @@ class RunningEpsilon:
         for pair in set(pairs):
             one = extra(replace(release.event, noise_multiplier=pair[0]), _zero(pair[1]))
             costs[pair] = release.steps * one.epsilon, release.steps * one.delta
-        return np.array([costs[pair] for pair in pairs]).T
+        on_top, tails = np.array([costs[pair] for pair in pairs]).T
+        return on_top, tails
 
     def epsilon(self) -> Floats:
         """Epsilon of every client so far, [K]; 0 without releases, inf without noise."""
@@ -255,8 +267,9 @@ class _WholeRun:
         horizon = int(self._header["horizon"])
         pairs = list(zip(moved.largest.tolist(), delta[ids].tolist(), strict=True))
         for largest, own in set(pairs):
-            cost = functools.partial(extra, delta=_zero(own))
-            costs[largest, own] = whole_run(event, 1.0, largest, horizon, cost)[1]
+            costs[largest, own] = whole_run(
+                event, 1.0, largest, horizon, lambda event, own=own: extra(event, _zero(own))
+            )[1]
         tails = np.array([costs[pair].delta for pair in pairs])
         found = gaussian_epsilon(1 / moved.whole, delta[ids] - tails)
         self._found[ids] = found + np.array([costs[pair].epsilon for pair in pairs])

@@ -27,14 +27,16 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         path = folder / FILE
         self._descriptor: int | None = chain.open_locked(path, os.O_CREAT)
-        found = chain.scan(path, lambda index, entry: dict(entry))
+        found = chain.Reading(path, lambda index, entry: None)
+        for _ in found:
+            pass
         if found.problems:
             self.close()
             raise chain.LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
         if found.torn:
             os.ftruncate(self._descriptor, found.size)
         self._path = path
-        self._lines, self._hash = len(found.hashes), found.hashes[-1] if found.hashes else None
+        self._lines, self._hash = found.lines, found.hash or None
 
     def refuse(self, what: str, run: str, reason: str) -> None:
         """Write one refusal down; past `MOST_LINES` nothing is written.

@@ -10,8 +10,9 @@ import os
 from typing import TYPE_CHECKING
 
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.file import FILE_NAME, Ledger, LedgerWarning, read, scan
+from fl_lightning.ledger.file import Ledger, LedgerWarning, read, stored
 from fl_lightning.ledger.header import SCHEMA
+from fl_lightning.ledger.stored import FILE_NAME
 from fl_lightning.values.release import Release
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = [
     "Release",
     "read",
     "report",
-    "scan",
+    "stored",
     "verify",
 ]
 
@@ -61,4 +62,4 @@ def report(path: str | os.PathLike[str]) -> dict[int, ClientReport]:
     """
     from fl_lightning.ledger.client_reports import report_clients
 
-    return report_clients(*read(path))
+    return report_clients(*stored(path))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.file import read
+from fl_lightning.ledger.file import stored
 from fl_lightning.privacy.simulated import simulated_reason
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(problem, file=sys.stderr)
         if verdict.problems:
             return 1
-        header, releases = read(options.path)
+        header, releases = stored(options.path)
     except (OSError, LedgerError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

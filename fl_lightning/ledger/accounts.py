@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,6 +105,7 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
     # Of each kind of sum: by the clients that could be in it, how often and since which line.
     sums: dict[tuple[Any, ...], tuple[Release, dict[str | None, list[int]]]] = {}
     first: dict[tuple[int, Charge], int] = {}
+    known: dict[tuple[Any, ...], Charge] = {}  # most lines cost what others do
     evaluations = []
     for line, release in enumerate(releases):
         if release.evaluation:
@@ -115,13 +115,7 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
             _, sets = sums.setdefault(_kind(release), (release, {}))
             sets.setdefault(release.clients, [0, line])[0] += 1
             continue
-        charge = Charge(
-            release.event,
-            release.steps,
-            release.epsilon_inflation,
-            release.tail_delta,
-            release.guarantee,
-        )
+        charge = _charge_of(release, known)
         own = found.setdefault(release.client, _empty(header, release.client)).charges
         if sums:
             first.setdefault((release.client, charge), line)
@@ -137,6 +131,16 @@ def accounts(header: Mapping[str, Any], releases: Iterable[Release]) -> dict[int
             account.charges = {charge: account.charges[charge] for charge in ordered}
     _add_evaluations(header, found, evaluations)
     return found
+
+
+def _charge_of(release: Release, known: dict[tuple[Any, ...], Charge]) -> Charge:
+    """What a release of one client costs it; equal costs are one object, kept in `known`."""
+    beyond = release.steps, release.epsilon_inflation, release.tail_delta, release.guarantee
+    noise = release.mechanism, release.noise_multiplier, release.sampling_rate, release.adjacency
+    charge = known.get((noise, beyond))
+    if charge is None:
+        charge = known[noise, beyond] = Charge(release.event, *beyond)
+    return charge
 
 
 def _add_evaluations(
@@ -193,7 +197,7 @@ def _of_whole_run(header: Mapping[str, Any], releases: Sequence[Release]) -> dic
             float(moved.whole[client]),
             largest,
             horizon,
-            functools.partial(extra, delta=delta),
+            lambda event, delta=delta: extra(event, delta),
         )
         account.charges[Charge(event, 1, cost.epsilon, cost.delta, guarantee)] = 1
         account.rounds, account.largest = times, largest

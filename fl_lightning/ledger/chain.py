@@ -11,12 +11,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from fl_lightning.ledger.quick_lines import QuickLines
 
 _NO_HASH = "0" * 64
+_HASH = slice(-67, -3)  # where a line has its own
 # json.dumps would make one for every line.
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -38,66 +40,130 @@ def seal(entry: Mapping[str, Any], previous: str | None) -> tuple[bytes, str]:
     return text[:-1] + b',"hash":"%b"}\n' % digest.encode(), digest
 
 
-@dataclass
-class Scan:
-    """What a pass over the files found; entries and hashes stop at the first broken line."""
+class Place(NamedTuple):
+    """A place in a file: lines and bytes before it, and the hash of the last of these lines."""
 
-    entries: list[Any] = field(default_factory=list)
-    hashes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    size: int = 0
-    torn: bytes = b""
+    lines: int
+    hash: str
+    size: int
 
 
-def scan(path: Path, parse: Callable[[int, dict[str, Any]], Any]) -> Scan:
-    """Check the whole chain; `parse(index, entry)` turns entries into objects or raises."""
-    found = Scan()
-    data = path.read_bytes()
-    found.size = data.rfind(b"\n") + 1
-    found.torn = data[found.size :]
-    for index, line in enumerate(data[: found.size].split(b"\n")[:-1]):
+class Reading:
+    """One pass over a chained file: goes once through what `parse` makes of its lines, in order.
+
+    Lines are read one by one, so memory does not grow with the file. The pass ends at the first
+    broken line. What else it found is complete when it has ended.
+
+    Args:
+        path: of the file.
+        parse: (index, entry) → an object; raises where an entry is none.
+        quick: reads lines of a form that it knows, without `parse`; None: there are none.
+        start: where to begin, as a reading of the same file that is under way tells; None: at the
+            first line.
+
+    Attributes:
+        problems: why the chain cannot be trusted; [] if it can.
+        lines: lines that are in order.
+        hash: of the last of them, "" before the first.
+        size: their bytes.
+        torn: what follows the last line end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[int, dict[str, Any]], Any],
+        quick: QuickLines | None = None,
+        start: Place | None = None,
+    ) -> None:
+        self.path = path
+        self.problems: list[str] = []
+        self.lines, self.hash, self.size = start or Place(0, "", 0)
+        self.torn = b""
+        self._before: tuple[int, str, int] = self.place
+        self._parse, self._quick = parse, quick
+
+    @property
+    def place(self) -> Place:
+        """Behind the last line that it has given."""
+        return Place(self.lines, self.hash, self.size)
+
+    @property
+    def before(self) -> Place:
+        """Before the last line that it has given."""
+        return Place(*self._before)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Before the lines: whoever appends meanwhile writes lines first and then the head.
+        stated, digest = self._head()
+        there = ""
+        with self.path.open("rb") as file:
+            file.seek(self.size)
+            for line in file:
+                if line[-1:] != b"\n":
+                    self.torn = line
+                    break
+                self._before = self.lines, self.hash, self.size
+                try:
+                    known = None if self._quick is None else self._quick(line, self.hash)
+                    found, self.hash = known or self._read(line)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    reason = (
+                        str(error) if type(error) is ValueError else f"is unreadable ({error!r})"
+                    )
+                    self.problems.append(f"line {self.lines + 1} {reason}")
+                    return
+                self.lines += 1
+                self.size += len(line)
+                if self.lines == stated:
+                    there = self.hash
+                yield found
+        self._compare(stated, digest, there)
+
+    def _read(self, line: bytes) -> tuple[Any, str]:
+        entry = json.loads(line)
+        body = {k: v for k, v in entry.items() if k not in ("prev", "hash")}
+        own, digest = seal(body, entry["prev"])
+        if own != line:
+            raise ValueError("was changed: its hash does not match its content")
+        if entry["prev"] != (self.hash or _NO_HASH):
+            raise ValueError("does not follow the line before it: lines were removed or reordered")
+        found = self._parse(self.lines, body)
+        if self._quick is not None:
+            self._quick.learn(line, found)
+        return found, digest
+
+    def _head(self) -> tuple[int | None, str]:
+        """Lines and last hash by the head; None where it says nothing, or why in its place."""
         try:
-            _read_line(found, index, line, parse)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error) if type(error) is ValueError else f"is unreadable ({error!r})"
-            found.problems.append(f"line {index + 1} {reason}")
-            return found
-    _check_head(found, head_path(path))
-    return found
+            return read_head(head_path(self.path))
+        except FileNotFoundError:
+            return None, ""
+        except LedgerError as error:
+            return None, str(error)
+
+    def _compare(self, stated: int | None, digest: str, there: str) -> None:
+        """Compare the lines with the head; `there` is the hash of the line that it names."""
+        name = head_path(self.path).name
+        if stated is None:
+            if digest or self.lines > 1:
+                missing = f"{name} is missing: lines may have been removed"
+                self.problems.append(digest or missing)
+        elif stated > self.lines:
+            self.problems.append(
+                f"line {self.lines + 1} is missing: {name} counts {stated} lines, the file has "
+                f"{self.lines}"
+            )
+        elif there != digest or stated < 1:
+            self.problems.append(f"line {stated} is not the one in {name}")
 
 
-def _read_line(
-    found: Scan, index: int, line: bytes, parse: Callable[[int, dict[str, Any]], Any]
-) -> None:
-    entry = json.loads(line)
-    previous = found.hashes[-1] if found.hashes else None
-    body = {k: v for k, v in entry.items() if k not in ("prev", "hash")}
-    own, digest = seal(body, entry["prev"])
-    if own != line + b"\n":
-        raise ValueError("was changed: its hash does not match its content")
-    if entry["prev"] != (previous or _NO_HASH):
-        raise ValueError("does not follow the line before it: lines were removed or reordered")
-    found.entries.append(parse(index, body))
-    found.hashes.append(digest)
-
-
-def _check_head(found: Scan, head: Path) -> None:
-    lines = len(found.hashes)
-    try:
-        stated, digest = read_head(head)
-    except FileNotFoundError:
-        if lines > 1:
-            found.problems.append(f"{head.name} is missing: lines may have been removed")
-        return
-    except LedgerError as error:
-        found.problems.append(str(error))
-        return
-    if stated > lines:
-        found.problems.append(
-            f"line {lines + 1} is missing: {head.name} counts {stated} lines, the file has {lines}"
-        )
-    elif stated < 1 or found.hashes[stated - 1] != digest:
-        found.problems.append(f"line {stated} is not the one in {head.name}")
+def hashes(path: Path) -> Iterator[str]:
+    """The hash of every line of a file whose chain is unbroken, in order."""
+    with path.open("rb") as file:
+        for line in file:
+            if line[-1:] == b"\n":
+                yield line[_HASH].decode()
 
 
 def head_path(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,18 +98,28 @@ def _report_one(
     )
 
 
-def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
-    """Releases that charge less for inexact noise than their form, recomputed, costs.
+def undercharged(header: Mapping[str, Any], releases: Iterable[Release]) -> list[str]:
+    """Releases that charge less for inexact noise than their form, recomputed, costs."""
+    check = undercharged_lines(header)
+    return [problem for line, one in enumerate(releases, 2) for problem in check(line, one)]
 
-    A ledger whose header states no noise form or layer sizes cannot be checked: [].
+
+def undercharged_lines(header: Mapping[str, Any]) -> Callable[[int, Release], list[str]]:
+    """A check for releases that charge less for inexact noise than their form, recomputed, costs.
+
+    A ledger whose header states no noise form or layer sizes cannot be checked.
+
+    Returns:
+        A function (number of the line, release) → problems.
     """
     if "noise_form" not in header or "dims" not in header:
-        return []
+        return lambda line, release: []
     plan = plan_of(header) if header.get("coefficients") is not None else None
     extra = {votes: extra_of(header, votes=votes) for votes in (False, True)}
     known: dict[tuple[Any, ...], SamplerCost] = {}
-    problems = []
-    for line, release in enumerate(releases, 2):
+
+    def check(line: int, release: Release) -> list[str]:
+        problems = []
         votes = release.vote_noise_scale is not None
         whose = release.clients if release.is_sum else of_client(header["delta"], release.client)
         kind = release.event, votes, release.largest_weight, whose, release.evaluation
@@ -123,7 +133,9 @@ def undercharged(header: Mapping[str, Any], releases: Sequence[Release]) -> list
                     f"line {line} charges {name} {charged:.3g} for {release.steps} steps of form "
                     f"{header['noise_form']}, which cost {release.steps * least:.3g}"
                 )
-    return problems
+        return problems
+
+    return check
 
 
 def _extra_of_line(

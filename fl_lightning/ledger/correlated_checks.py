@@ -9,7 +9,7 @@ reach, no more and no fewer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,26 +106,36 @@ def cost_of_plan(header: Mapping[str, Any], members: npt.NDArray[np.bool_], delt
 
     def cost(z: float, _: int) -> tuple[NoiseEvent, int, SamplerCost]:
         event = NoiseEvent(header["mechanism"], z, header["sampling_rate"], header["adjacency"])
-        extra_at = functools.partial(extra, delta=delta)
-        run, inexact = whole_run(event, whole / z, largest / z, plan.horizon, extra_at)
+        run, inexact = whole_run(
+            event, whole / z, largest / z, plan.horizon, lambda event: extra(event, delta)
+        )
         return run, 1, inexact
 
     return cost
 
 
-def check_lines(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
-    """Lines that are not of the planned rounds, or combined other noises than they could."""
+def check_lines(header: Mapping[str, Any]) -> Callable[[int, Release], Iterator[str]]:
+    """A check for lines not of the planned rounds, or that combined other noises than they could.
+
+    Returns:
+        A function (number of the line, release) → problems, to be called for all lines in order.
+    """
     if header.get("coefficients") is None:
-        for line, release in enumerate(releases, 2):
-            if release.combined is not None:
-                yield f"line {line}: combined is stated, the header has no coefficients"
-        return
+        return _uncombined
     plan, schedule = plan_of(header), schedule_of(header)
     released: set[int] = set()
-    for line, release in enumerate(releases, 2):
+
+    def check(line: int, release: Release) -> Iterator[str]:
         for problem in _line(plan, schedule, release, released):
             yield f"line {line}: {problem}"
         released.add(release.round)
+
+    return check
+
+
+def _uncombined(line: int, release: Release) -> Iterator[str]:
+    if release.combined is not None:
+        yield f"line {line}: combined is stated, the header has no coefficients"
 
 
 def _line(

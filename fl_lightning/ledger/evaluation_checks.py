@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,20 +67,26 @@ def _calibrated(header: Mapping[str, Any], epsilon: float, delta: float, z: floa
         yield f"evaluation.noise_multiplier is {z}, calibrated would be {least}"
 
 
-def check_evaluations(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
-    """Lines of evaluations that contradict the header or each other, each with its line."""
+def check_evaluations(header: Mapping[str, Any]) -> Callable[[int, Release], Iterator[str]]:
+    """A check for lines of evaluations that contradict the header or each other.
+
+    Returns:
+        A function (number of the line, release) → problems, to be called for all lines in order.
+    """
     facts = header.get("evaluation")
     if facts is None:
-        return
+        return lambda line, release: iter(())
     everyone, records = num_clients(header), np.array(facts["records"])
     multipliers, there = evaluation_multipliers(header), np.flatnonzero(records)
     summed = header["setting"] == "client+aggregator"
     made: Counter[int] = Counter()
     attempts: Counter[tuple[int, int]] = Counter()
-    for line, release in enumerate(releases, 2):
+
+    def check(line: int, release: Release) -> Iterator[str]:
         if not release.evaluation:
-            continue
+            return
         problems = dict(_against_header(header, release))
+        z = release.noise_multiplier
         if (release.client == ALL_CLIENTS) != summed:
             problems["client"] = release.client, "another"
         elif summed:
@@ -89,7 +95,6 @@ def check_evaluations(header: Mapping[str, Any], releases: Sequence[Release]) ->
             z = float(multipliers[there].min())
         elif release.client >= everyone or not records[release.client]:
             problems["client"] = release.client, "one that has held-out records"
-            z = release.noise_multiplier
         else:
             z = float(multipliers[release.client])
         if "client" not in problems and release.noise_multiplier != z:
@@ -107,6 +112,8 @@ def check_evaluations(header: Mapping[str, Any], releases: Sequence[Release]) ->
             problems["evaluations"] = made[release.client], f"at most {facts['planned']}"
         for name, (stated, fact) in problems.items():
             yield f"line {line}: evaluation's {name} is {stated}, by the header it is {fact}"
+
+    return check
 
 
 def _against_header(

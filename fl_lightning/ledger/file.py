@@ -12,50 +12,27 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_lightning.accounting.sum_costs import SUM_FACTS
 from fl_lightning.ledger import chain
 from fl_lightning.ledger.chain import LedgerError
-from fl_lightning.ledger.header import check_facts, check_schema
+from fl_lightning.ledger.header import check_facts
 from fl_lightning.ledger.open_rounds import OpenRounds
-from fl_lightning.values.release import KINDS, Release, parse_release, release_entry
-
-FILE_NAME = "ledger.jsonl"
+from fl_lightning.ledger.stored import (
+    StoredReleases,
+    check_trust,
+    reading,
+    reading_on,
+    resolve,
+)
+from fl_lightning.ledger.survey import Survey, survey
+from fl_lightning.values.release import Release, release_entry
 
 
 class LedgerWarning(UserWarning):
     """A torn last line, left by a crash during a write, was set aside."""
-
-
-def _resolve(path: str | os.PathLike[str]) -> Path:
-    """The ledger's file from itself or from the run's directory."""
-    path = Path(path)
-    return path if path.suffix == ".jsonl" else path / FILE_NAME
-
-
-def _parser() -> Callable[[int, Mapping[str, Any]], dict[str, Any] | Release]:
-    """Turns the entries of one file, in order, into the header and releases; raises ValueError."""
-    header: dict[str, Any] = {}
-
-    def parse(index: int, entry: Mapping[str, Any]) -> dict[str, Any] | Release:
-        kind = entry["kind"]
-        if kind not in (KINDS if index else ("header",)):
-            expected = "release" if index else "header"
-            raise ValueError(f"is out of place: kind {kind!r} instead of {expected!r}")
-        if not index:
-            header.update(entry["facts"])
-            check_schema(header)
-            return dict(header)
-        if kind == "evaluation" and header.get("evaluation") is None:
-            raise ValueError("is an evaluation, of which the header says nothing")
-        if kind == "sum" and any(header.get(name) is None for name in SUM_FACTS):
-            raise ValueError(f"is a sum, for which the header must state {', '.join(SUM_FACTS)}")
-        return parse_release(entry)
-
-    return parse
 
 
 _OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
@@ -82,16 +59,21 @@ class Ledger:
         though they may never have left the client: epsilon can only be too high.
     """
 
-    def __init__(self, path: Path, descriptor: int | None, scan: chain.Scan) -> None:
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int | None,
+        header: Mapping[str, Any],
+        lines: OpenRounds,
+        head_hash: str,
+        size: int = 0,
+    ) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._header: dict[str, Any] = scan.entries[0]
-        self._size = scan.size
-        # A copy has no file of its own that it could read again.
-        self._lines = OpenRounds(
-            scan.entries[1:], None if descriptor is None else lambda: read(path)[1]
-        )
-        self._hash = scan.hashes[-1]
+        self._header: dict[str, Any] = dict(header)
+        self._lines = lines
+        self._hash = head_hash
+        self._size = size
         self._broken = ""
         _OPEN.add(self)
 
@@ -109,7 +91,7 @@ class Ledger:
             LedgerError: there is a ledger with releases, or it is in use.
         """
         facts = check_facts(header)
-        path = _resolve(path)
+        path = resolve(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = chain.open_locked(path, os.O_CREAT)
         try:
@@ -127,7 +109,7 @@ class Ledger:
                 chain.sync_directory(path.parent)
             except OSError as error:
                 raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
-            return cls(path, descriptor, chain.Scan([facts], [digest], size=len(line)))
+            return cls(path, descriptor, facts, OpenRounds(path), digest, len(line))
         except BaseException:
             os.close(descriptor)
             raise
@@ -149,25 +131,28 @@ class Ledger:
             LedgerError: the chain is broken, lines are missing, the ledger is in use, or is not
                 the one that is known.
         """
-        path = _resolve(path)
+        path = resolve(path)
         if not path.exists():
             raise FileNotFoundError(f"no ledger at {path}")
         descriptor = chain.open_locked(path)
         try:
-            found = chain.scan(path, _parser())
-            if found.problems:
-                raise LedgerError(f"{path} cannot be trusted: " + "; ".join(found.problems))
-            if not found.entries:
+            found = survey(path, None if known is None else known["releases"])
+            check_trust(path, found.reading)
+            if found.header is None:
                 raise LedgerError(f"{path} has no header: the run was stopped before it began")
             if known is not None:
                 _check_known(path, found, known)
+            rounds = OpenRounds(path, found.count, found.first)
+            for release in reading_on(path, found.header, found.start):
+                rounds.keep(release)
             try:
-                if found.torn:
-                    _set_aside(path, descriptor, found)
-                chain.write_head(path, len(found.hashes), found.hashes[-1])
+                if found.reading.torn:
+                    _set_aside(path, descriptor, found.reading)
+                chain.write_head(path, *found.reading.place[:2])
             except OSError as error:
                 raise LedgerError(f"cannot write the ledger in {path.parent}: {error}") from error
-            return cls(path, descriptor, found)
+            _, head, size = found.reading.place
+            return cls(path, descriptor, found.header, rounds, head, size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -186,8 +171,9 @@ class Ledger:
             path: directory or file of the ledger.
             header, releases, head_hash: of the ledger that is open there.
         """
-        found = chain.Scan([dict(header), *releases], [head_hash])
-        return cls(_resolve(path), None, found)
+        rounds = OpenRounds(None)
+        rounds.append(releases)
+        return cls(resolve(path), None, header, rounds, head_hash)
 
     def follow(self, releases: Sequence[Release], head_hash: str) -> None:
         """Take over, into a copy, releases that were appended where the ledger is open."""
@@ -236,13 +222,13 @@ class Ledger:
         self._remember(releases, digest)
 
     @property
-    def releases(self) -> tuple[Release, ...]:
-        """All releases, oldest first; read from the file each time.
+    def releases(self) -> Sequence[Release]:
+        """All releases so far, oldest first; read from the file whenever they are gone through.
 
         Raises:
-            LedgerError: the file is not what was written.
+            LedgerError: the file is not what was written; when they are gone through.
         """
-        return tuple(self._lines.all())
+        return self._lines.all()
 
     @property
     def header(self) -> dict[str, Any]:
@@ -302,18 +288,19 @@ class Ledger:
             self._broken = f"a failed append ({cause}) could not be taken back"
 
 
-def _check_known(path: Path, found: chain.Scan, known: Mapping[str, Any]) -> None:
+def _check_known(path: Path, found: Survey, known: Mapping[str, Any]) -> None:
     """Whether a ledger is the one that a checkpoint was saved with, or has gone on from there."""
-    if found.entries[0]["run_id"] != known["run_id"]:
+    assert found.header is not None
+    if found.header["run_id"] != known["run_id"]:
         raise LedgerError(f"{path.parent}: the ledger is of another run than the secret there")
-    count, lines = known["releases"], len(found.hashes)
-    if lines - 1 < count:
+    count = known["releases"]
+    if found.count < count:
         raise LedgerError(
-            f"{path.parent}: the ledger has {lines - 1} releases, the checkpoint knows of {count}: "
-            "lines were lost, the run cannot go on"
+            f"{path.parent}: the ledger has {found.count} releases, the checkpoint knows of "
+            f"{count}: lines were lost, the run cannot go on"
         )
     head = known.get("ledger_head")  # checkpoints of schema 0 do not have it
-    if head is not None and found.hashes[count] != head:
+    if head is not None and found.then != head:
         raise LedgerError(
             f"{path.parent}: the ledger is not the one that the checkpoint was saved with: after "
             f"{count} releases its last hash was {head}"
@@ -327,42 +314,48 @@ def _stated_lines(path: Path) -> int:
         return 0
 
 
-def _set_aside(path: Path, descriptor: int, scan: chain.Scan) -> None:
+def _set_aside(path: Path, descriptor: int, found: chain.Reading) -> None:
     torn = path.with_name(path.name + ".torn")
     with torn.open("ab") as file:
-        file.write(scan.torn + b"\n")
+        file.write(found.torn + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    os.ftruncate(descriptor, scan.size)
+    os.ftruncate(descriptor, found.size)
     os.fsync(descriptor)
     warnings.warn(
-        f"{path}: the last line was torn by a crash ({len(scan.torn)} bytes), moved to "
+        f"{path}: the last line was torn by a crash ({len(found.torn)} bytes), moved to "
         f"{torn.name}; its release had not left the client",
         LedgerWarning,
         stacklevel=3,
     )
 
 
-def scan(path: str | os.PathLike[str]) -> tuple[Path, chain.Scan]:
-    """The file of a ledger and all that its chain holds, problems included.
-
-    Raises:
-        FileNotFoundError: no ledger there.
-    """
-    path = _resolve(path)
-    return path, chain.scan(path, _parser())
-
-
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Release]]:
     """Header and releases of a ledger, checked, without opening it for appending.
+
+    All releases are in memory then; `stored` gives them one by one.
 
     Raises:
         FileNotFoundError: no ledger there.
         LedgerError: the chain is broken or lines are missing.
     """
-    path, found = scan(path)
-    if found.problems or not found.entries:
-        raise LedgerError(
-            f"{path} cannot be trusted: " + ("; ".join(found.problems) or "it has no header")
-        )
-    return found.entries[0], found.entries[1:]
+    header, releases = stored(path)
+    return header, list(releases)
+
+
+def stored(path: str | os.PathLike[str]) -> tuple[dict[str, Any], StoredReleases]:
+    """`read`, but releases are read from the file whenever they are gone through, and checked then.
+
+    Raises:
+        FileNotFoundError: no ledger there.
+        LedgerError: the chain is broken or lines are missing.
+    """
+    path = resolve(path)
+    found, header = reading(path), None
+    for entry in found:
+        header = header or entry
+    if header is None and not found.problems:
+        found.problems.append("it has no header")
+    check_trust(path, found)
+    assert header is not None
+    return header, StoredReleases(path, found.lines - 1)

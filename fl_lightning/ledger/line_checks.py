@@ -14,41 +14,90 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients, spent_digest
+from fl_lightning.ledger.client_reports import undercharged_lines
 from fl_lightning.ledger.correlated_checks import check_lines
 from fl_lightning.ledger.evaluation_checks import check_evaluations
 from fl_lightning.ledger.header_checks import check_header
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
 SUMMED = ("client+aggregator", "client+secure_sum")
+# (number of a line, release) → problems; called for all lines in order.
+Check = Callable[[int, Release], Iterable[str]]
 
 
-def contradictions(header: Mapping[str, Any], releases: Sequence[Release]) -> list[str]:
+def contradictions(header: Mapping[str, Any], releases: Iterable[Release]) -> list[str]:
     """Where a header and the lines below it cannot both be true, each with its line; [] if nowhere.
 
+    Lines that charge too little are looked for where nothing else is wrong.
+
     Args:
-        header, releases: of a ledger whose chain is unbroken.
+        header: of a ledger.
+        releases: its lines, oldest first; gone through once.
     """
-    if "planned_steps" not in header:
-        return []
-    found = check_header(header)
-    if found:
-        return [f"line 1 (header): {problem}" for problem in found]
+    checks, steps, multipliers = [], _nothing, _nothing
+    if "planned_steps" in header:
+        found = check_header(header)
+        if found:
+            return [f"line 1 (header): {problem}" for problem in found]
+        checks = [_check_facts(header), check_lines(header), check_evaluations(header)]
+        steps, multipliers = _check_steps(header), _check_multipliers(header)
+    first: list[tuple[Check, list[str]]] = [(check, []) for check in checks]
+    in_order: list[str] = []
+    then: list[tuple[Check, list[str]]] = [(multipliers, []), (undercharged_lines(header), [])]
+    fine: set[tuple[Any, ...]] = set()
+    for line, release in enumerate(releases, 2):
+        facts = _facts(release)
+        if facts is None or facts not in fine:
+            for check, problems in first:
+                problems += check(line, release)
+            if any(problems for _, problems in first):
+                continue
+            for check, problems in then:
+                problems += check(line, release)
+            if facts is not None and not any(problems for _, problems in then):
+                fine.add(facts)
+        in_order += steps(line, release)
+    together = [problem for _, problems in first for problem in problems]
+    return together or in_order or next((problems for _, problems in then if problems), [])
+
+
+def _facts(release: Release) -> tuple[Any, ...] | None:
+    """All that decides what is said of a line without those before it; None where more does.
+
+    Most lines of a client have the facts of others, which need not be looked at again.
+    """
+    if release.client == ALL_CLIENTS or release.evaluation or release.quantum is not None:
+        return None
+    return (
+        release.client, release.steps, release.mechanism, release.noise_multiplier,
+        release.sampling_rate, release.adjacency, release.vote_noise_scale, release.num_layers,
+        release.guarantee, release.epsilon_inflation, release.tail_delta,
+    )  # fmt: skip
+
+
+def _nothing(line: int, release: Release) -> Iterable[str]:
+    return ()
+
+
+def _check_facts(header: Mapping[str, Any]) -> Check:
+    """A check of each line with the facts of the run."""
     noise = _calibrated(header)
-    problems = [
-        f"line {line}: {problem}"
-        for line, release in enumerate(releases, 2)
-        if not release.evaluation
-        for problem in _against_header(header, release, noise)
-    ]
-    problems += list(check_lines(header, releases)) + list(check_evaluations(header, releases))
-    return problems or list(_steps(header, releases))
+
+    def check(line: int, release: Release) -> Iterator[str]:
+        if not release.evaluation:
+            for problem in _against_header(header, release, noise):
+                yield f"line {line}: {problem}"
+
+    return check
 
 
 def _against_header(
@@ -174,8 +223,29 @@ def _vote_noise_scale(header: Mapping[str, Any], multiplier: float) -> float:
     )[1]
 
 
-def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
-    """The first line before which one is missing or repeated, or that is one too many."""
+class _Attempts:
+    """Counts the lines of a client in a round, in eight bytes a line."""
+
+    def __init__(self) -> None:
+        self._rounds: dict[int, array[int]] = {}  # of each client, ascending
+        self._repeated: Counter[tuple[int, int]] = Counter()
+
+    def before(self, release: Release) -> int:
+        """How many were before this one, which counts from now on."""
+        rounds = self._rounds.setdefault(release.client, array("Q"))
+        if not rounds or rounds[-1] < release.round:
+            rounds.append(release.round)
+            return 0
+        place = bisect_left(rounds, release.round)
+        if rounds[place] != release.round:
+            rounds.insert(place, release.round)
+            return 0
+        self._repeated[release.client, release.round] += 1
+        return self._repeated[release.client, release.round]
+
+
+def _check_steps(header: Mapping[str, Any]) -> Check:
+    """A check for the first line before which one is missing or repeated, or that is too many."""
     everyone = num_clients(header)
     most = np.full(everyone, np.inf)
     if header.get("affordable_steps") is not None:
@@ -184,17 +254,21 @@ def _steps(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[s
     summed = header["setting"] in SUMMED
     spent: Any = np.zeros(everyone, dtype=np.int64) if summed else [0] * everyone
     limits: Any = most if summed else most.tolist()
-    attempts: Counter[tuple[int, int]] = Counter()
-    updates = [(line, r) for line, r in enumerate(releases, 2) if not r.evaluation]
-    for number, (line, release) in enumerate(updates):
-        place = release.client, release.round
-        problem = _out_of_place(number, release, attempts[place], spent)
-        attempts[place] += 1
+    attempts = _Attempts()
+    number, found = 0, False
+
+    def check(line: int, release: Release) -> Iterator[str]:
+        nonlocal number, found
+        if found or release.evaluation:
+            return
+        problem = _out_of_place(number, release, attempts.before(release), spent)
+        number += 1
         problem = problem or _too_many(release, spent, limits)
         if problem:
+            found = True
             yield f"line {line}: {problem}"
-            return
-    yield from _one_multiplier(header, releases)
+
+    return check
 
 
 def _out_of_place(number: int, release: Release, attempts: int, spent: Any) -> str:
@@ -233,17 +307,22 @@ def _too_many(release: Release, spent: Any, most: Any) -> str:
     )
 
 
-def _one_multiplier(header: Mapping[str, Any], releases: Sequence[Release]) -> Iterator[str]:
-    """A client's noise is calibrated once: all its lines have one event (schema 0)."""
+def _check_multipliers(header: Mapping[str, Any]) -> Check:
+    """A client's noise is calibrated once: a check that its lines have one event (schema 0)."""
     if header.get("schema") or header["setting"] in SUMMED:
-        return
+        return _nothing
     first: dict[int, Release] = {}
-    for line, release in enumerate(releases, 2):
+    found = False
+
+    def check(line: int, release: Release) -> Iterator[str]:
+        nonlocal found
         one = first.setdefault(release.client, release)
-        if release.event != one.event:
+        if not found and release.event != one.event:
+            found = True
             yield (
                 f"line {line}: noise_multiplier {release.noise_multiplier}, sampling_rate "
                 f"{release.sampling_rate}; before, client {release.client} had "
                 f"{one.noise_multiplier} and {one.sampling_rate}"
             )
-            return
+
+    return check

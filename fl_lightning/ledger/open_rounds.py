@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
+from fl_lightning.ledger.stored import StoredReleases
 from fl_lightning.values.release import Release
 
 
 class OpenRounds:
-    """Releases by round and client; memory does not grow with rounds that are appended.
+    """Releases by round and client; memory does not grow with rounds that are past.
 
     Args:
-        found: releases that are there already.
-        read: gives all releases again, oldest first; None: there is nothing to read them from, so
-            all are kept.
+        path: of the file that they stand in; None: there is nothing to read them from, so all are
+            kept.
+        count: how many there are already.
+        first: round from which on all are in memory, once they are kept.
     """
 
-    def __init__(
-        self, found: Sequence[Release], read: Callable[[], Sequence[Release]] | None
-    ) -> None:
-        self._read = read
-        self._count = 0
-        self._first = 0  # round from which on all are in memory
+    def __init__(self, path: Path | None, count: int = 0, first: int = 0) -> None:
+        self._path = path
+        self._count = count
+        self._first = first
         self._rounds: dict[int, dict[tuple[int, bool], list[Release]]] = {}
         self._order: list[Release] = []  # all of them, where nothing can be read
-        self._add(found)
+
+    def keep(self, release: Release) -> None:
+        """Keep one that is there already, if it is of a round that is under way."""
+        if release.round >= self._first:
+            of_round = self._rounds.setdefault(release.round, {})
+            of_round.setdefault((release.client, release.evaluation), []).append(release)
 
     def append(self, releases: Sequence[Release]) -> None:
         """Take new ones; those of rounds before the last two need not be in memory any more."""
-        self._add(releases)
-        if self._read is None or not releases:
-            return
-        self._first = max(self._first, min(r.round for r in releases) - 1)
-        for past in [round for round in self._rounds if round < self._first]:
-            del self._rounds[past]
+        for release in releases:
+            self.keep(release)
+        self._count += len(releases)
+        if self._path is None:
+            self._order += releases
+        elif releases:
+            self._forget(min(r.round for r in releases) - 1)
 
     def find(self, client: int, round: int, *, evaluation: bool = False) -> list[Release]:
         """Those of a client in a round, oldest first: its updates, or its evaluations."""
@@ -42,20 +49,17 @@ class OpenRounds:
             return [r for r in self.all() if (r.client, r.round, r.evaluation) == place]
         return list(self._rounds.get(round, {}).get((client, evaluation), ()))
 
-    def all(self) -> list[Release]:
-        """All of them, oldest first."""
-        if self._read is None:
-            return list(self._order)
-        # What an interrupted append left behind was never taken.
-        return list(self._read()[: self._count])
+    def all(self) -> Sequence[Release]:
+        """All of them so far, oldest first."""
+        if self._path is None:
+            return tuple(self._order)
+        return StoredReleases(self._path, self._count)
 
     def __len__(self) -> int:
         return self._count
 
-    def _add(self, releases: Iterable[Release]) -> None:
-        for release in releases:
-            self._count += 1
-            of_round = self._rounds.setdefault(release.round, {})
-            of_round.setdefault((release.client, release.evaluation), []).append(release)
-            if self._read is None:
-                self._order.append(release)
+    def _forget(self, first: int) -> None:
+        """Forget rounds before `first`, which the file has."""
+        self._first = max(self._first, first)
+        for past in [round for round in self._rounds if round < self._first]:
+            del self._rounds[past]

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fl_lightning.accounting.sum_costs import num_clients, of_clients
+from fl_lightning.ledger import chain
 from fl_lightning.ledger.accounts import accounts, largest_epsilon
 from fl_lightning.ledger.client_reports import show_bound
 from fl_lightning.values.release import Release
@@ -32,42 +33,41 @@ class RunFiles:
     """A checked ledger, and what the files beside it say of it.
 
     Args:
-        folder: of the run.
-        header, releases, hashes: of the ledger; hashes of all lines.
+        file: of the ledger, in the folder of its run.
+        header, releases: of the ledger.
     """
 
-    folder: Path
+    file: Path
     header: Mapping[str, Any]
     releases: Sequence[Release]
-    hashes: Sequence[str]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _epsilons: dict[int, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Fill `problems` and `notes`."""
-        self._checkpoint(self.folder / "checkpoints" / "last.ckpt")
-        self._statement(self.folder / "privacy_statement.md")
-        self._summary(self.folder / "summary.json")
-
-    @cached_property
-    def _lines(self) -> dict[str, int]:
-        return {digest: line for line, digest in enumerate(self.hashes, 1)}
+        folder = self.file.parent
+        self._checkpoint(folder / "checkpoints" / "last.ckpt")
+        self._statement(folder / "privacy_statement.md")
+        self._summary(folder / "summary.json")
 
     def _place(self, name: str, hashes: Sequence[str]) -> int | None:
         """The last line that a file names; a problem where it names lines of another ledger."""
-        known = [self._lines[digest] for digest in hashes if digest in self._lines]
+        wanted = set(hashes)
+        lines = {d: i for i, d in enumerate(chain.hashes(self.file), 1) if d in wanted}
+        known = [lines[digest] for digest in hashes if digest in lines]
         if not known:
             self.problems.append(f"{name} names head {hashes[-1]}, which no line of the ledger has")
             return None
-        if known[-1] < len(self.hashes):
-            self.notes.append(f"{name} is of line {known[-1]} of {len(self.hashes)}")
+        last = len(self.releases) + 1
+        if known[-1] < last:
+            self.notes.append(f"{name} is of line {known[-1]} of {last}")
         return known[-1]
 
     def _epsilon(self, line: int) -> float:
         """Largest ε over the clients up to a line."""
         if line not in self._epsilons:
-            found = accounts(self.header, self.releases[: line - 1])
+            found = accounts(self.header, islice(self.releases, line - 1))
             self._epsilons[line] = largest_epsilon(found)
         return self._epsilons[line]
 

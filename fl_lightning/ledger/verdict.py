@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from fl_lightning.ledger.client_reports import undercharged
-from fl_lightning.ledger.file import scan
+from fl_lightning.ledger import chain
 from fl_lightning.ledger.line_checks import contradictions
 from fl_lightning.ledger.run_checks import RunFiles
+from fl_lightning.ledger.stored import StoredReleases, reading, resolve
 
 SHORTEST = 16
 
@@ -47,35 +48,46 @@ def examine(path: str | os.PathLike[str], head: str | None = None) -> Verdict:
     """
     if head is not None and not re.fullmatch(rf"[0-9a-fA-F]{{{SHORTEST},64}}", head):
         raise ValueError(f"head={head!r} must be {SHORTEST} to 64 hex digits")
-    file, written = scan(path)
-    if written.problems:
-        return Verdict(written.problems, [])
-    if not written.entries:
+    file = resolve(path)
+    found = reading(file)
+    lines = iter(found)
+    header = next(lines, None)
+    problems = [] if header is None else _contradictions(header, lines)
+    for _ in lines:
+        pass  # a broken chain is what counts, also behind what a check broke off at
+    if found.problems:
+        return Verdict(found.problems, [])
+    if header is None:
         return Verdict(["line 1 is missing: the file has no header"], [])
-    header, releases = written.entries[0], written.entries[1:]
-    try:
-        problems = contradictions(header, releases) or undercharged(header, releases)
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        problems = [f"line 1 (header): its facts make no sense ({error!r})"]
     notes: list[str] = []
     if head is not None:
-        named, found = _named(head.lower(), written.hashes)
-        (notes if named else problems).append(found)
+        named, words = _named(head.lower(), chain.hashes(file))
+        (notes if named else problems).append(words)
     if not problems:
-        run = RunFiles(file.parent, header, releases, written.hashes)
+        run = RunFiles(file, header, StoredReleases(file, found.lines - 1))
         run.check()
         problems, notes = run.problems, [*notes, *run.notes]
-    return Verdict(problems, notes, len(releases), header.get("schema", 0), written.hashes[-1])
+    return Verdict(problems, notes, found.lines - 1, header.get("schema", 0), found.hash)
 
 
-def _named(head: str, hashes: Sequence[str]) -> tuple[bool, str]:
+def _contradictions(header: dict[str, Any], releases: Iterator[Any]) -> list[str]:
+    try:
+        return contradictions(header, releases)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        return [f"line 1 (header): its facts make no sense ({error!r})"]
+
+
+def _named(head: str, hashes: Iterable[str]) -> tuple[bool, str]:
     """Whether a hash names one line, and which or why not in words."""
-    lines = [line for line, digest in enumerate(hashes, 1) if digest.startswith(head)]
+    lines, last = [], 0
+    for last, digest in enumerate(hashes, 1):
+        if digest.startswith(head):
+            lines.append(last)
     if not lines:
         return False, f"no line has hash {head}: this is not the ledger that it was taken from"
     if len(lines) > 1:
         return False, f"hash {head} begins {len(lines)} lines: give more of it"
-    later = len(hashes) - lines[0]
+    later = last - lines[0]
     if not later:
         return True, f"head {head} is the last line, {lines[0]}"
     return True, f"head {head} is line {lines[0]}; {later} lines were written after it"

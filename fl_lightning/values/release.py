@@ -17,7 +17,7 @@ from fl_lightning.values.plain_json import plain
 ALL_CLIENTS = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Release:
     """One release of one client, or of a cohort as one sum: public facts, never data.
 

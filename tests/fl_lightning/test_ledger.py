@@ -32,7 +32,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ledger.append([])
         before, digest, header = ledger.releases, ledger.head_hash, ledger.header
     with Ledger.open(tmp_path) as ledger:
-        assert ledger.releases == before == (release(0, 7), odd)
+        assert [*ledger.releases] == [*before] == [release(0, 7), odd]
         assert ledger.head_hash == digest
         assert ledger.header == header
         assert header["epsilon"] == [1.0, "inf"]

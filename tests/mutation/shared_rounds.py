@@ -127,7 +127,7 @@ MUTATIONS = [
         ("any setting", "if stated != needed:", "if False:"),
         ("planned steps", "if not (fits and", "if not (True or"),
         ("sensitivities", "        yield \"sensitivity is not that of", "        return\n        yield \"sensitivity is not that of"),
-        ("a round's cost for the run's", "whole_run(event, whole / z, largest / z,", "whole_run(event, 1 / z, largest / z,"),
+        ("a round's cost for the run's", "event, whole / z, largest / z, plan.horizon,", "event, 1 / z, largest / z, plan.horizon,"),
         ("rounds beyond the plan", "if round >= plan.horizon:", "if round > plan.horizon:"),
         ("rounds twice", "if before and round <= max(before):", "if before and round < max(before):"),
         ("clients of other rounds", "if len(strangers):", "if False:"),
@@ -136,7 +136,7 @@ MUTATIONS = [
     *group(
         "fl_lightning/ledger/correlated_checks.py",
         _NO_PLAN,
-        ("combined noise of independent rounds", "            if release.combined is not None:", "            if False:"),
+        ("combined noise of independent rounds", "    if release.combined is not None:", "    if False:"),
     ),
     *group(
         "fl_lightning/ledger/header_checks.py",
