@@ -16,9 +16,9 @@ from aadp_kernels import (
     clip_sum_noise,
     layer_norms,
     privatize_,
-    sample_noise,
 )
 from fl_lightning.keys import binding, digests
+from fl_lightning.local.rows import flat_rows
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.noise_parts import noise_part
@@ -28,6 +28,7 @@ from fl_lightning.values.round import Params, PrivateUpdate
 
 _ROW = torch.zeros(1, dtype=torch.int64)
 _CLIENTS_AT_ONCE = 64
+_ELEMENTS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,8 @@ class NoisedSum:
             clients=clients,
             votes_at=None if self.policy.votes_at is None else self.policy.votes_at[0],
         )
-        for i, value in enumerate(tensors):
-            weighted = value.double().cpu() * weights.double().view(-1, *[1] * (value.ndim - 1))
-            self.total[i] += weighted.sum(0)
+        for total, value in zip(self.total, tensors, strict=True):
+            _add_rows(total, value, weights.double())
         return [stats.votes.sum(0), stats.clipped.sum(0), stats.nonfinite.sum(0)]
 
     def _add_quanta(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -278,7 +278,7 @@ class NoisedSum:
             count = self._meet()
             return self.total, self.votes[None].float(), count
         count = self._meet()
-        sums = self._noised_quanta(key) if self.gridded else self._noised(key)
+        sums = self._noised_once(key)
         if self.policy.votes_at is None:
             return sums, self.votes[None], count
         config = self.history.config
@@ -298,16 +298,20 @@ class NoisedSum:
         return int(count)
 
     def _noised(self, key: NoiseKey) -> list[Tensor]:
-        """The sums with noise, float64: rounded noise on a rounded sum would show the sum."""
+        """The sums with their parts of noise, float64, as `_noised_once` has it."""
         layout, scale = self.layout, self.policy.noise_scale[0]
         places = zip(self.total, layout.shapes, layout.layer_of, layout.offsets, strict=True)
         return [
-            total + self._noise(shape, float(scale[layer]), key, layer, offset)
+            total + self._noise_parts(shape, float(scale[layer]), key, layer, offset)
             for total, shape, layer, offset in places
         ]
 
-    def _noised_quanta(self, key: NoiseKey) -> list[Tensor]:
-        """Whole-number sums with whole-number noise, as multiples of the quanta, float64."""
+    def _noised_once(self, key: NoiseKey) -> list[Tensor]:
+        """The sums with one noise, float64: rounded noise on a rounded sum would show the sum.
+
+        Whole-number sums get whole-number noise and become multiples of the quanta. The noise of
+        all layers is drawn in one call: that of a small layer alone costs as much as that of many.
+        """
         config = self.history.config
         nobody = [torch.empty(0, *shape, dtype=torch.float64) for shape in self.layout.shapes]
         noised, _ = clip_sum_noise(
@@ -320,7 +324,8 @@ class NoisedSum:
             key=key,
             step=0,
             accumulate=self.total,
-            form="grid",
+            form=config.noise_form,
+            correlation=self._correlation(),
         )
         return noised
 
@@ -328,25 +333,13 @@ class NoisedSum:
         """Add the parts of noise on votes, where there are votes."""
         if self.policy.vote_noise_scale is not None:
             layers, scale = self.layout.num_layers, float(self.policy.vote_noise_scale[0])
-            self.votes = self.votes + self._noise((layers,), scale, key, layers, 0)
+            self.votes = self.votes + self._noise_parts((layers,), scale, key, layers, 0)
 
-    def _noise(
+    def _noise_parts(
         self, shape: tuple[int, ...], scale: float, key: NoiseKey, layer: int, offset: int
     ) -> Tensor:
         mechanism, form = self.history.config.mechanism, self.history.config.noise_form
-        if self.survivors is None:
-            return sample_noise(
-                shape,
-                mechanism=mechanism,
-                scale=scale,
-                key=key,
-                step=0,
-                layer=layer,
-                offset=offset,
-                dtype=torch.float64,
-                form=form,
-                correlation=self._correlation(),
-            )
+        assert self.survivors is not None
         total = torch.zeros(shape, dtype=torch.float64)
         clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)
         for group in clients.split(_CLIENTS_AT_ONCE) if len(clients) else ():
@@ -362,3 +355,17 @@ class NoisedSum:
                 form=form,
             ).sum(0)
         return total
+
+
+def _add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """Add rows [k, ...], each times its weight [k], to a float64 total, in float64.
+
+    Some rows at a time: a copy of a cohort in float64 is larger than the cache.
+    """
+    flat, sums = flat_rows(rows), total.view(-1)
+    size = max(1, _ELEMENTS_AT_ONCE // max(1, flat.shape[1]))
+    for part, weight in zip(flat.split(size), weights.split(size), strict=True):
+        if len(part) == 1:
+            sums.add_(part[0].double().cpu(), alpha=float(weight))
+        else:
+            sums += (part.double().cpu() * weight[:, None]).sum(0)

@@ -65,6 +65,18 @@ EDITS = [
 ]
 
 
+def plain_lines(path: Path, rounds: int = 3) -> Path:
+    """A closed ledger whose lines are all of the form that is read without a parser; its file."""
+    everything = [
+        release(k, r, first_step=5 * r, clip_norm=(1.0, 0.5 + r))
+        for r in range(rounds)
+        for k in (0, 1)
+    ]
+    with Ledger.create(path, HEADER) as ledger:
+        ledger.append(everything)
+    return path / "ledger.jsonl"
+
+
 def parsed(index: int, entry: dict[str, Any]) -> Any:
     return parse_release(entry)
 
@@ -131,7 +143,7 @@ def test_quick_lines_refuse_what_a_parser_refuses(tmp_path: Path, old: bytes, ne
 
 @pytest.mark.parametrize("where", ["hash", "prev", "digest"])
 def test_a_line_that_is_known_by_its_form_is_hashed(tmp_path: Path, where: str) -> None:
-    file = filled(tmp_path)
+    file = plain_lines(tmp_path)
     lines = file.read_bytes().splitlines(keepends=True)
     entry = json.loads(lines[5])
     value = entry[where].encode()
@@ -142,6 +154,16 @@ def test_a_line_that_is_known_by_its_form_is_hashed(tmp_path: Path, where: str) 
         found = reading(file, skim=skim)
         assert len(list(found)) == 5
         assert found.problems[0].startswith("line 6 ")
+
+
+def test_lines_of_a_known_form_follow_each_other(tmp_path: Path) -> None:
+    file = plain_lines(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    for changed in ([*lines[:4], lines[5], lines[4], lines[6]], [*lines[:4], *lines[5:]]):
+        file.write_bytes(b"".join(changed))
+        assert verify(file)[0].startswith("line 5 does not follow the line before it")
+        with pytest.raises(LedgerError, match="line 5 does not follow"):
+            Ledger.open(tmp_path)
 
 
 def test_releases_are_a_sequence(tmp_path: Path) -> None:
@@ -195,8 +217,7 @@ def test_memory_does_not_grow_with_lines(tmp_path: Path, what: str) -> None:
     peaks = []
     for rounds in (300, 3000):
         folder = tmp_path / str(rounds)
-        with Ledger.create(folder, HEADER) as ledger:
-            ledger.append([release(k, r, first_step=5 * r) for r in range(rounds) for k in (0, 1)])
+        plain_lines(folder, rounds)
         verify(folder)  # imports, and what else is made once
         tracemalloc.start()
         if what == "verify":

@@ -211,7 +211,7 @@ FILES = [
         ("numbers below 0", "or min(found) < 0:", "or False:"),
         ("any number of layers", "len(norms) != layers or len(parts) != layers", "len(norms) != layers"),
         ("zeros before a number", 'rb"(0|[1-9][0-9]{0,17})"', 'rb"([0-9]{1,18})"'),
-        ("whoever reads first is right", "self._shared[match.group(*_SHARED)]", "self._shared[match.group(*_SHARED[:4], 15)]"),
+        ("whoever reads first is right", "_SHARED = (1, 7, 9, 13, 15)", "_SHARED = (1, 7, 9, 13)"),
         ("a grid is that of the first line", "(values[\"quantum\"],) = grid", "(_,) = grid"),
     ),
     *group(

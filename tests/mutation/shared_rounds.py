@@ -55,7 +55,7 @@ MUTATIONS = [
         ("a round that shares nothing", "Correlation((1.0, *self.coefficients), tuple((key, 0) for key in self.earlier))", "Correlation((1.0,), ())"),
         ("one band less", "tuple((key, 0) for key in self.earlier)", "tuple((key, 0) for key in self.earlier[:1])"),
         ("noise of release norms", "return math.hypot(1.0, *self.coefficients)", "return 1.0"),
-        ("independent noise in layers", "                form=form,\n                correlation=self._correlation(),", "                form=form,\n                correlation=None,"),
+        ("independent noise in layers", "            form=config.noise_form,\n            correlation=self._correlation(),", "            form=config.noise_form,\n            correlation=None,"),
     ),
     *group(
         "fl_lightning/privacy/mechanism.py",
