@@ -120,15 +120,19 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
         return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier, delta))
 
 
-@lru_cache(maxsize=4)
 def composed_pld(key: tuple[tuple[NoiseEvent, int], ...], guess: float) -> Any:
     """Composed pessimistic PLD on a grid of 1e-4 (many steps: 1e-5) of the expected epsilon."""
+    steps = sum(count for _, count in key)
+    fine = max(1e-2, min(1.0, 1e4 / steps)) ** 0.5
+    return _composed_on(key, 1e-4 * 2.0 ** round(math.log2(max(guess, 1e-2) * fine)))
+
+
+@lru_cache(maxsize=8)
+def _composed_on(key: tuple[tuple[NoiseEvent, int], ...], interval: float) -> Any:
+    """`composed_pld` on a grid of this interval; many guesses have the same."""
     import dp_accounting as dpa
     from dp_accounting.pld import pld_privacy_accountant as pld
 
-    steps = sum(count for _, count in key)
-    fine = max(1e-2, min(1.0, 1e4 / steps)) ** 0.5
-    interval = 1e-4 * 2.0 ** round(math.log2(max(guess, 1e-2) * fine))
     replaced = any(event.sampled_replacement for event, _ in key)
     if replaced and not all(event.sampled_replacement for event, _ in key):
         raise ValueError("counts must not mix sampled and unsampled events under replace_one")
