@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fl_lightning.audit.family import Family
-from fl_lightning.audit.findings import Bound, Floats, independent, one_run
+from fl_lightning.audit.findings import Bound, Floats, independent, last_model, one_run
 from fl_lightning.audit.finished import Finished, read_finished
 from fl_lightning.audit.local_copy import Seen, local_trials
 from fl_lightning.audit.readings import log_ratios
@@ -131,6 +131,8 @@ def judge(
     family = Family.of(account)
     bounds = [independent(family, scores, seen.coins, confidence)]
     bounds += one_run(family, scores, seen.coins, confidence)
+    if seen.last is not None:
+        bounds.append(last_model(family, seen.last, seen.coins, confidence))
     return Audit(
         setting=finished.header["setting"],
         mechanism=mechanism,

@@ -62,17 +62,54 @@ def independent(family: Family, scores: Floats, coins: Coins, confidence: float)
     )
 
 
+def last_model(family: Family, scores: Floats, coins: Coins, confidence: float) -> Bound:
+    """Canaries that have a last model each, of which one output is known.
+
+    A quarter of them tells the reader where to draw the line, and which side is which; the others
+    are guessed.
+    """
+    tried = max(1, len(scores) // 4)
+    line, above = best_line(scores[:tried], coins[:tried])
+    guesses = (scores[tried:] > line) == above
+    right = int((guesses == coins[tried:]).sum())
+    low, high = accuracy_limits(right, len(guesses), confidence)
+    return Bound(
+        "last model, black box",
+        "as independent canaries; the reader knows one output",
+        family.shown(_reaches(low)),
+        family.needed(_reaches(high)),
+        right,
+        len(guesses),
+        len(scores),
+    )
+
+
+def best_line(scores: Floats, coins: Coins) -> tuple[float, bool]:
+    """The line that most scores lie on their side of, and whether those above it are there."""
+    order = np.argsort(scores, kind="stable")
+    values, there = scores[order], coins[order]
+    # Right guesses with i scores below the line, where those above are there.
+    right = np.concatenate([[0], np.cumsum(~there)]) + (
+        there.sum() - np.concatenate([[0], np.cumsum(there)])
+    )
+    most, least = int(right.argmax()), int(right.argmin())
+    above = right[most] >= len(scores) - right[least]
+    at = most if above else least
+    ends = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
+    return float(ends[at]), bool(above)
+
+
+def _reaches(accuracy: float) -> Possible:
+    return lambda risk: accuracy <= 0.5 or (1 + risk.advantage()) / 2 >= accuracy
+
+
 def _by_guesses(
     scores: Floats, coins: Coins, threshold: float, confidence: float
 ) -> tuple[Possible, Possible, int, int]:
     """All coins guessed; a member is possible if its accuracy reaches the limit."""
     right = int(((scores > threshold) == coins).sum())
-    limits = accuracy_limits(right, len(scores), confidence)
-
-    def reaches(accuracy: float) -> Possible:
-        return lambda risk: accuracy <= 0.5 or (1 + risk.advantage()) / 2 >= accuracy
-
-    return reaches(limits[0]), reaches(limits[1]), right, len(scores)
+    low, high = accuracy_limits(right, len(scores), confidence)
+    return _reaches(low), _reaches(high), right, len(scores)
 
 
 def _by_alarms(

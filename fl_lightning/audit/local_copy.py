@@ -21,6 +21,7 @@ from torch import Tensor
 from aadp_kernels import NoiseKey
 from fl_lightning.audit.canary import HUGE, Canary, choose_canary, shifts, unit_rows
 from fl_lightning.audit.finished import Finished
+from fl_lightning.audit.last_model import Floats, LastModels
 from fl_lightning.audit.readings import Readings, joined, read_pieces
 from fl_lightning.data import Arrays, FederatedDataModule
 from fl_lightning.data.differences import different_records
@@ -50,6 +51,7 @@ class Seen:
         rate: probability that a unit takes part in a step.
         charged: ε by the ledger of the copy, of its worst canary.
         seconds: wall-clock time of the copy.
+        last: of each canary, how much less its loss is in its last model [n]; None: not known.
     """
 
     coins: np.ndarray
@@ -57,6 +59,7 @@ class Seen:
     rate: float
     charged: float
     seconds: float
+    last: Floats | None = None
 
 
 def local_trials(
@@ -77,9 +80,11 @@ def local_trials(
     started = time.perf_counter()
     canary = _canary(finished, client)
     run = _begin(finished, client, canary, len(coins), seed=seed, folder=folder)
-    watch = _watch_records if run.spec.rules.privacy.unit == "record" else _watch_updates
+    records = run.spec.rules.privacy.unit == "record"
+    watch = _watch_records if records else _watch_updates
+    last = LastModels(finished.module.network, canary, len(coins), _as_it_moves(finished, client))
     taken: list[tuple[int, Tensor, Tensor]] = []
-    known = watch(run, canary, torch.from_numpy(coins), taken)
+    known = watch(run, canary, torch.from_numpy(coins), taken, last)
     clients = run.releases.clients
     clients.at_once = max(1, min(clients.at_once, _AT_ONCE // sum(run.spec.layout.dims)))
     for round in range(run.planned_rounds):
@@ -93,8 +98,18 @@ def local_trials(
     run.ledger.close()
     return Seen(
         coins, _in_order(taken, len(coins)), run.budget.sampling_rate, charged,
-        time.perf_counter() - started,
+        time.perf_counter() - started, last.scores(),
     )  # fmt: skip
+
+
+def _as_it_moves(finished: Finished, client: int) -> float:
+    """What a released gradient, or update, of a copy moves the model by in the run.
+
+    A canary is its client's only record.
+    """
+    if finished.rules.privacy.unit != "record":
+        return 1.0
+    return -finished.rules.client_lr / int(finished.data.client_sizes[client])
 
 
 def _canary(finished: Finished, client: int) -> Canary:
@@ -196,7 +211,11 @@ def vote_rows(votes: Tensor, policy: LayerPolicy, replaced: bool) -> tuple[Tenso
 
 
 def _watch_records(
-    run: Run, canary: Canary, coins: Tensor, taken: list[tuple[int, Tensor, Tensor]]
+    run: Run,
+    canary: Canary,
+    coins: Tensor,
+    taken: list[tuple[int, Tensor, Tensor]],
+    last: LastModels,
 ) -> Callable[[Any], None]:
     """Toss the canaries into the batches of local steps; read what each noised step shows."""
     privacy, layout, clients = run.spec.rules.privacy, run.spec.layout, run.releases.clients
@@ -212,6 +231,7 @@ def _watch_records(
         def step(number: int, params: Params, shared: bool, batch: Batch) -> Params:
             batch = _tossed(batch, coins[ids], replaced)
             mean = hook(number, params, shared, batch)
+            last.add(ids, mean)
             policy = hook.policy
             assert policy is not None
             sums = {
@@ -242,12 +262,18 @@ def _tossed(batch: Batch, there: Tensor, replaced: bool) -> Batch:
 
 
 def _watch_updates(
-    run: Run, canary: Canary, coins: Tensor, taken: list[tuple[int, Tensor, Tensor]]
+    run: Run,
+    canary: Canary,
+    coins: Tensor,
+    taken: list[tuple[int, Tensor, Tensor]],
+    last: LastModels,
 ) -> Callable[[Any], None]:
     """Put crafted updates in the place of trained ones; read what each release shows."""
     privacy, layout, clients = run.spec.rules.privacy, run.spec.layout, run.releases.clients
     replaced = privacy.resolved_adjacency == "replace_one"
     direction = crafted_update(layout, privacy.p)
+    if privacy.p == 2:
+        direction = _towards(canary, direction, layout)
     rows = unit_rows(direction, layout)
     round_of: list[int] = []
 
@@ -264,9 +290,23 @@ def _watch_updates(
         moved = shifts([HUGE * row for row in rows], update.policy, privacy)
         reading = read_pieces(pieces, moved, privacy.mechanism)
         taken.append((round_of[-1], update.clients, reading))
+        last.add(update.clients, update.update)
 
     clients.train = crafted  # pyright: ignore[reportAttributeAccessIssue]
     return read
+
+
+def _towards(canary: Canary, direction: Params, layout: Any) -> Params:
+    """The descent of the canary's loss, which its last model shows; as given in layers at rest.
+
+    To Gaussian noise all directions are alike.
+    """
+    moves = [bool(row.norm() > 0) for row in unit_rows(canary.gradient, layout)]
+    named = zip(layout.names, layout.layer_of, strict=True)
+    return {
+        n: -canary.gradient[n].cpu().float() / HUGE if moves[layer] else direction[n]
+        for n, layer in named
+    }
 
 
 def crafted_update(layout: Any, p: int) -> Params:

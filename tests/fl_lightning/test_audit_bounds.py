@@ -10,7 +10,14 @@ from fl_lightning.accounting.risk import Risk, risk_of
 from fl_lightning.audit.bounds import accuracy_limits, can_be, pair_p_value, shown_by_pair
 from fl_lightning.audit.choice import best_threshold, simulated
 from fl_lightning.audit.family import Family
-from fl_lightning.audit.findings import _by_guesses, independent, one_run, surest
+from fl_lightning.audit.findings import (
+    _by_guesses,
+    best_line,
+    independent,
+    last_model,
+    one_run,
+    surest,
+)
 from fl_lightning.values.event import NoiseEvent
 
 
@@ -162,3 +169,25 @@ def test_alarms_are_counted_apart_for_canaries_that_are_there_and_others():
     bound = independent(family, scores, coins, 0.99)
     assert 0.3 * family.epsilon(1.0) < bound.shown < family.epsilon(1.0) < bound.at_most
     assert bound.guesses < 500
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_line_that_most_scores_keep_to(above):
+    coins = np.array([False, False, True, False, True, True])
+    coins = coins if above else ~coins
+    line, found = best_line(np.array([3.0, 1.0, 5.0, 6.0, 8.0, 9.0]), coins)
+    assert (line, found) == (4.0, above)
+    scores = np.array([1.0, 2.0])
+    assert best_line(scores, np.array([True, True]))[0] in (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_last_model_is_counted_by_canaries_that_drew_no_line(sign):
+    """Scores of any scale, place and sign; less is shown than is true, and not much less."""
+    family = family_of(1.0)
+    scores, coins = gaussian_scores(1.0, 8000, 4)
+    bound = last_model(family, sign * 1e6 * (scores - 3.0), coins, 0.99)
+    assert (bound.guesses, bound.canaries) == (6000, 8000)
+    assert 0.85 * family.epsilon(1.0) < bound.shown < family.epsilon(1.0) < bound.at_most
+    random = last_model(family, scores, np.random.default_rng(1).random(8000) < 0.5, 0.99)
+    assert random.shown == 0.0

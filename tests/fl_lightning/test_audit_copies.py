@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fl_lightning.accounting.risk import Risk
+from fl_lightning.audit import last_model
 from fl_lightning.audit.audit import judge
 from fl_lightning.audit.finished import Finished
 from fl_lightning.models import MLP
 from fl_lightning.privacy import clipping, mechanism, noised_sum
-from fl_lightning.release import one_by_one
+from fl_lightning.release import one_by_one, summed
 
 CONFIDENCE = 0.99
 
@@ -65,6 +66,44 @@ def test_less_is_shown_than_is_proven_and_half_of_it_at_least(finished, setting,
     assert audit.seen.charged == pytest.approx(audit.proven, rel=1e-6)
     noise = [value for value in audit.noise_seen if value is not None]
     assert noise == pytest.approx([1.0] * len(noise), abs=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"adjacency": "replace_one", "thresholds": "fixed"}])
+def test_the_last_model_shows_less_than_all_releases_and_more_than_nothing(finished, options):
+    audit = found(finished(**options), 800)
+    black_box = audit.bounds[-1]
+    assert (black_box.name, black_box.guesses) == ("last model, black box", 600)
+    assert 0.2 * audit.proven <= black_box.shown <= audit.main.at_most
+    assert black_box.shown <= audit.proven
+
+
+def test_a_last_model_is_the_first_one_with_its_own_releases(finished):
+    """Scores by hand, of a copy whose noised gradients are listened to."""
+    run = finished(rounds=2)
+    heard: dict[int, list] = {}
+    add = last_model.LastModels.add
+
+    def listen(self, clients, update):
+        for i, k in enumerate(clients.tolist()):
+            heard.setdefault(k, []).append({n: v[i].clone() for n, v in update.items()})
+        heard["models"] = self
+        add(self, clients, update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last_model.LastModels, "add", listen)
+        audit = found(run, 20)
+    models = heard.pop("models")
+    assert {k: len(steps) for k, steps in heard.items()} == dict.fromkeys(range(20), 4)
+    canary, network = models.canary, run.module.network
+    factor = -run.rules.client_lr / int(run.data.client_sizes[audit.client])
+    label = torch.zeros(1)
+    for k in (0, 7):
+        moved = {n: p + factor * sum(s[n] for s in heard[k]) for n, p in canary.params.items()}
+        before, after = (
+            float(canary.loss(torch.func.functional_call(network, p, canary.record[None]), label))
+            for p in (canary.params, moved)
+        )
+        assert audit.seen.last[k] == pytest.approx((before - after) / 2**30, rel=1e-4, abs=1e-9)
 
 
 # Faults of the code that an audit shares with the run --------------------------------------------
@@ -201,6 +240,17 @@ def test_an_audit_catches_faults_in_sums(finished, monkeypatch, fault):
     run = finished("client+aggregator", rounds=1, cohort_sampling="fixed", thresholds="fixed")
     SUM_FAULTS[fault](monkeypatch)
     assert not found(run, 120).passed
+
+
+def test_an_audit_catches_sums_that_were_charged_for_half(finished, monkeypatch):
+    """By twice the noise's energy in the ledger than in the sum."""
+    event = summed.noise_event
+    with monkeypatch.context() as patch:
+        patch.setattr(summed, "noise_event", lambda p, z, rate: event(p, 2**0.5 * z, rate))
+        run = finished("client+aggregator", rounds=1, cohort_sampling="fixed", thresholds="fixed")
+    audit = found(run, 120)
+    assert not audit.passed
+    assert audit.seen.charged > audit.proven
 
 
 def test_an_audit_of_sums_ends_in_time(finished):

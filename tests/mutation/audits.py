@@ -35,6 +35,8 @@ MUTATIONS = [
         "fl_lightning/audit/findings.py",
         _BOUNDS,
         ("limits exchanged", "return reaches(true[0], false[1]), reaches(true[1], false[0])", "return reaches(true[1], false[0]), reaches(true[0], false[1])"),
+        ("the line drawn by those that are guessed", "line, above = best_line(scores[:tried], coins[:tried])", "line, above = best_line(scores[tried:], coins[tried:])"),
+        ("the wrong side of the line", "guesses = (scores[tried:] > line) == above", "guesses = scores[tried:] > line"),
         ("all canaries guessed", "guesses = max(1, round(share * len(scores)))", "guesses = len(scores)"),
     ),
     *group(
@@ -68,6 +70,11 @@ MUTATIONS = [
         _COPIES,
         ("canaries always there", "return replace(batch, mask=batch.mask * there[:, None])", "return batch"),
         ("rounds by the ledger", "rounds = finished.participations(client)", "rounds = max(1, len(finished.releases) // finished.data.num_clients // 2)"),
+    ),
+    *group(
+        "fl_lightning/audit/last_model.py",
+        _COPIES,
+        ("only the last release is in it", "moved[clients] += self.factor", "moved[clients] = self.factor"),
     ),
     *group(
         "fl_lightning/audit/finished.py",
