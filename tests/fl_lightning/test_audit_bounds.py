@@ -191,3 +191,9 @@ def test_a_last_model_is_counted_by_canaries_that_drew_no_line(sign):
     assert 0.85 * family.epsilon(1.0) < bound.shown < family.epsilon(1.0) < bound.at_most
     random = last_model(family, scores, np.random.default_rng(1).random(8000) < 0.5, 0.99)
     assert random.shown == 0.0
+
+
+def test_canaries_that_are_guessed_do_not_move_the_line():
+    scores = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    coins = np.array([False, True, False, False, False, True, True, True])
+    assert last_model(family_of(1.0), scores, coins, 0.99).right == 3
