@@ -23,6 +23,6 @@ def test_rows_are_in_order_and_more_than_proven_is_named():
     first, second, *_ = CASES
     results = {f"{second}, ε = 8": result(9.0, False), f"{first}, ε = 8": result(6.0)}
     rows = audit_table(ordered(results)).splitlines()
-    assert rows[2] == f"| {first}, ε = 8 | 8.00 | 6.00 | 75 % | 2.00 | 1.00 | 500 | 12 s |"
+    assert rows[2] == f"| {first}, ε = 8 | 8.00 | 6.00 | 75 % | 2.00 | 1.00 | - | 500 | 12 s |"
     assert "9.00 (more than proven)" in rows[3]
     assert "99 % confidence, δ = 1e-05" in rows[-1]
