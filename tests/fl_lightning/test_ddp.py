@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fl_lightning import ledger as ledgers
 from fl_lightning.output.checkpoint import CHECKPOINT
+from fl_lightning.values.release import Release
 from tests.fl_lightning.ddp_jobs import go
 from tests.fl_lightning.ddp_runs import ENVIRONMENT, charged
 
@@ -128,7 +130,8 @@ def table(path):
 def lines(folder):
     """Ledger lines without what only binds or chains them."""
     _, releases = ledgers.read(folder)
-    return [{n: getattr(r, n) for n in r.__slots__ if n != "digest"} for r in releases]
+    names = [field.name for field in fields(Release) if field.name != "digest"]
+    return [{name: getattr(r, name) for name in names} for r in releases]
 
 
 def close(a, b, **tolerance):
