@@ -121,6 +121,20 @@ class ClipRule:
     votes_at: Tensor | None
 
 
+class OneClient(NamedTuple):
+    """How to clip one client's records.
+
+    Attributes:
+        clip: Clip norm, 0-d.
+        mask: [B] or [1], 0 marks padding; None: no padding.
+        votes_at: Threshold of the votes, 0-d and NaN for none; None: no votes.
+    """
+
+    clip: Tensor
+    mask: Tensor | None
+    votes_at: Tensor | None
+
+
 class Geometry(NamedTuple):
     """How a layer's positions and columns lie in a record, public and hashable.
 
@@ -246,16 +260,8 @@ class RecordKernels(Protocol):
         """g times the clip factors of the records of g aᵀ: (g, its sum, whether clean, counts)."""
         ...
 
-    def scale_single(
-        self,
-        a: Tensor,
-        g: Tensor,
-        needed: GradientsNeeded,
-        clip: Tensor,
-        mask: Tensor | None,
-        votes_at: Tensor | None,
-    ) -> Any:
-        """`scale_linear` of one client: a [B, in], g [B, out], mask [B] or [1], the others []."""
+    def scale_single(self, a: Tensor, g: Tensor, needed: GradientsNeeded, one: OneClient) -> Any:
+        """`scale_linear` of one client: a [B, in], g [B, out]."""
         ...
 
     def product_sums(
@@ -264,8 +270,61 @@ class RecordKernels(Protocol):
         """Clipped sums of products over positions: weight, bias and counts; None: too large."""
         ...
 
+    def product_single(
+        self,
+        a: Tensor,
+        g: Tensor,
+        geometry: Geometry,
+        out: int,
+        needed: GradientsNeeded,
+        one: OneClient,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`product_sums` of one client: weight [out, columns], bias [out], counts [3]."""
+        ...
+
+    def gram_squares(self, a: Tensor, g: Tensor, bias: bool, bound: float) -> Tensor:
+        """Squared norms, float64 [R], of g[r]ᵀ a[r], a [R, P, columns] and g [R, P, out].
+
+        Σ_st (a_s·a_t)(g_s·g_t), and `bound` times (Σ_t ‖a_t‖‖g_t‖)² for what cancels.
+        """
+        ...
+
     def norm_layer_sums(
         self, a: Tensor, g: Tensor, n: int, rule: ClipRule
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped sums of a normalisation layer's weight and bias [K, n], and counts [K, 3]."""
+        ...
+
+    def norm_layer_single(
+        self,
+        x: Tensor,
+        g: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        n: int,
+        needed: GradientsNeeded,
+        one: OneClient,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`norm_layer_sums` of one client, [n], [n] and [3].
+
+        x and g are [B, ..., n elements]; mean and scale, one a position, normalise x.
+        """
+        ...
+
+    def embedding_sums(
+        self, index: Tensor, g: Tensor, tokens: int, padding: int | None, rule: ClipRule
+    ) -> tuple[Tensor, Tensor]:
+        """Clipped sums [K, tokens, D] of rows g [K, B, T, D] of tokens [K, B, T]; counts [K, 3]."""
+        ...
+
+    def embedding_single(
+        self,
+        index: Tensor,
+        g: Tensor,
+        tokens: int,
+        padding: int | None,
+        needed: GradientsNeeded,
+        one: OneClient,
+    ) -> tuple[Tensor, Tensor]:
+        """`embedding_sums` of one client: index [B, T], g [B, T, D]."""
         ...

@@ -7,7 +7,6 @@ without the cost of some twenty small torch calls a slice.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
+from aadp_kernels._cpu.limits import array_of, levels
 from aadp_kernels._cpu.row_sums import absolute, bytes_of, jit_sums, memory, square
 from aadp_kernels._cpu.tensor_table import address
 from aadp_kernels.certified import largest
-from aadp_kernels.contract import ClipRule, GradientsNeeded
+from aadp_kernels.contract import ClipRule, GradientsNeeded, OneClient
 from aadp_kernels.threads import run_on_threads
 
 # As kernels take them, and a factor that covers the roundings of a scaled row.
@@ -184,16 +184,6 @@ def factors_and_counts(
     return torch.from_numpy(factor), torch.from_numpy(counts)
 
 
-def levels(votes_at: Tensor | None, clients: int) -> np.ndarray:
-    """Vote thresholds [K], NaN for no votes."""
-    return _no_votes(clients) if votes_at is None else array_of(votes_at)
-
-
-@lru_cache(maxsize=64)
-def _no_votes(clients: int) -> np.ndarray:
-    return np.full(clients, np.nan)
-
-
 class Scaled(NamedTuple):
     """Output gradients of a linear layer times the clip factors of their records.
 
@@ -225,15 +215,9 @@ def scale_linear(a: Tensor, g: Tensor, rule: ClipRule) -> Scaled:
     return Scaled(scaled, total, clean, torch.from_numpy(counts))
 
 
-def scale_single(
-    a: Tensor,
-    g: Tensor,
-    needed: GradientsNeeded,
-    clip: Tensor,
-    mask: Tensor | None,
-    votes_at: Tensor | None,
-) -> Scaled:
+def scale_single(a: Tensor, g: Tensor, needed: GradientsNeeded, one: OneClient) -> Scaled:
     """`RecordKernels.scale_single`."""
+    clip, mask, votes_at = one
     a, g = a.resolve_neg().contiguous(), g.resolve_neg().contiguous()
     batch, out = g.shape
     scaled, total = torch.empty_like(g), g.new_empty(out)
@@ -248,9 +232,3 @@ def scale_single(
         *region_for(a.numel() + g.numel()),
     )  # fmt: skip
     return Scaled(scaled, total, clean, counts)
-
-
-def array_of(x: Tensor) -> np.ndarray:
-    """A small tensor as the one kind of array that kernels are compiled for, never 0-d."""
-    array = np.ascontiguousarray(x.detach().numpy())
-    return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)

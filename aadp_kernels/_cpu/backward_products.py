@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
-from aadp_kernels._cpu.backward_linear import array_of, clip_factor, levels
+from aadp_kernels._cpu.backward_linear import clip_factor
 from aadp_kernels._cpu.gather_gemm import COLUMNS1, COLUMNS2, VECTOR, tile1, tile2
 from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, memory, square
-from aadp_kernels.certified import largest
-from aadp_kernels.contract import ClipRule, Geometry
-from aadp_kernels.threads import run_on_threads
+from aadp_kernels.contract import Geometry
 
 # Elements of a record's gradient, and of its input and output, that a core's own cache holds.
 MOST = 1 << 17
@@ -86,7 +83,7 @@ class ProductPlan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(geometry: Geometry, out: int, dtype: torch.dtype) -> ProductPlan:
+def product_plan(geometry: Geometry, out: int, dtype: torch.dtype) -> ProductPlan:
     high, wide = (n + 2 * pad for n, pad in zip(geometry.size, geometry.padding, strict=True))
     base = [
         y * geometry.step[0] * wide + x * geometry.step[1]
@@ -256,16 +253,11 @@ def clip_units(
                 add_scaled(sum_b[unit], lowered, own)
 
 
-def _aligned(kind: Callable[..., np.ndarray], elements: int, dtype: np.dtype) -> np.ndarray:
-    """Memory by np.zeros or np.empty that begins with a line of the cache."""
-    whole = kind(elements * dtype.itemsize + 64, np.uint8)
-    return whole[-whole.ctypes.data % 64 :]
-
-
 def rows_of(x: Tensor) -> np.ndarray:
     """Records [K, B, ...] as rows [K * B, elements]."""
     size = math.prod(x.shape[2:])
-    return x.detach().reshape(x.shape[0] * x.shape[1], size).numpy()
+    # Contiguous: kernels are compiled for no other kind of array.
+    return x.detach().reshape(x.shape[0] * x.shape[1], size).contiguous().numpy()
 
 
 def split_records(clients: int, batch: int) -> tuple[int, int]:
@@ -278,51 +270,3 @@ def total_of(units: np.ndarray, clients: int) -> Tensor:
     """Sums over the units of each client, [K, elements]."""
     parts = torch.from_numpy(units).view(clients, len(units) // clients, -1)
     return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
-
-
-def product_sums(
-    a: Tensor, g: Tensor, geometry: Geometry, out: int, rule: ClipRule
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`RecordKernels.product_sums`.
-
-    Args:
-        a: inputs [K, B, ...], float32 or float64.
-        g: output gradients [K, B, ...].
-        geometry: of the layer.
-        out: features of the output.
-        rule: how to clip.
-
-    Returns:
-        Weight [K, out, columns], bias [K, out] and counts [K, 3], the sums in the dtype of g and
-        whatever the number of threads; None if a record is too large to stay in the cache.
-    """
-    if not fits(geometry, out, a.dtype):
-        return None
-    needed, mask = rule.needed, rule.mask
-    weight, bias = needed.weight, needed.bias
-    clients, batch = mask.shape
-    rows_a, rows_g = (rows_of(t) for t in (a, g))
-    dtype, plan = rows_g.dtype, _plan(geometry, out, g.dtype)
-    per_client, each = split_records(clients, batch)
-    units = clients * per_client
-    size = plan.groups * plan.rows * plan.width if weight else 0
-    sum_w, sum_b, counts = (
-        np.zeros((units, n), t) for n, t in ((size, dtype), (out * bias, dtype), (3, np.float64))
-    )
-
-    def work(begin: int, end: int) -> None:
-        kinds = (np.zeros, np.zeros, np.empty, np.empty)
-        own = [_aligned(kind, n, dtype) for kind, n in zip(kinds, plan.sizes(), strict=True)]
-        clip_units(
-            rows_a, rows_g, plan, weight, bias, largest(g.dtype),
-            1 - 2 * torch.finfo(g.dtype).eps, needed.p, array_of(mask), array_of(rule.clip),
-            levels(rule.votes_at, clients), per_client, each,
-            np.array([part.ctypes.data for part in own]), dtype, sum_w, sum_b, counts, begin, end,
-        )  # fmt: skip
-
-    products = len(plan.base) * plan.rows * plan.width
-    run_on_threads(work, units, elements=clients * batch * (products // 8 + rows_g.shape[1]))
-    sums = total_of(sum_w, clients)
-    sums = sums.view(clients, plan.groups, -1, plan.width)[..., : out // plan.groups]
-    sums = sums.transpose(2, 3).reshape(clients, out, -1)
-    return sums, total_of(sum_b, clients), total_of(counts, clients)

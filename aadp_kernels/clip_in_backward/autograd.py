@@ -6,6 +6,7 @@ enough and no gradient of a whole model is held per record.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from aadp_kernels.clip_in_backward.clip import rule_of
-from aadp_kernels.clip_in_backward.matrix_rules import Linear, Results
+from aadp_kernels.clip_in_backward.matrix_rules import Results
 from aadp_kernels.contract import ClipRule, GradientsNeeded
 
 
@@ -23,6 +24,28 @@ class LayerKind(Protocol):
 
     def forward(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
         """The ordinary layer."""
+        ...
+
+    def kept(self, x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, ...]:
+        """The ordinary layer, and what its backward would have to compute again."""
+        ...
+
+    def single_client(
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """Gradients of the arguments of `ClippedLayer.forward` for one client.
+
+        Args:
+            saved: x, weight, bias, clip, mask, votes_at and probe, without the clients' axis.
+            kept: what `kept` gave beside the output.
+            grad: gradient of the output.
+            needs: which arguments need a gradient, `saved` first.
+            p: norm of the clipping.
+
+        Returns:
+            None if this short way is not open.
+        """
         ...
 
     def backward(self, x: Tensor, grad: Tensor, weight: Any, rule: ClipRule) -> Results:
@@ -89,11 +112,12 @@ class _PlainClippedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, clip, mask, votes_at, probe, kind, p) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The ordinary layer."""
-        ctx.save_for_backward(x, weight, bias, probe)
+        output, *kept = kind.kept(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, probe, *kept)
         # Not saved as what a checkpointed forward computes again: a caller who gave them for one
         # forward has taken them back by then, and the layer's own mean no clipping.
         ctx.how = kind, p, clip, mask, votes_at
-        return kind.forward(x, weight, bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -106,12 +130,12 @@ class _PlainClippedLayer(torch.autograd.Function):
 
 
 def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Results of `_PlainClippedLayer.backward`; a linear layer has a short way."""
-    (x, weight, bias, probe), needs = ctx.saved_tensors, ctx.needs_input_grad
+    """Results of `_PlainClippedLayer.backward`, in the layer's short way where that is open."""
+    (x, weight, bias, probe, *kept), needs = ctx.saved_tensors, ctx.needs_input_grad
     kind, p, *given = ctx.how
     saved = (x, weight, bias, *given, probe)
-    if isinstance(kind, Linear) and not in_functorch():
-        results = kind.single_client(saved, grad, needs, p)
+    if not in_functorch():
+        results = kind.single_client(saved, kept, grad, needs, p)
         if results is not None:
             return results
     return _gradients(saved, grad, needs, kind, p)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aadp_kernels._dispatch import product_norms, record_kernels
 from aadp_kernels.certified import largest
-from aadp_kernels.contract import ClipRule, GradientsNeeded
+from aadp_kernels.contract import ClipRule, GradientsNeeded, OneClient, RecordKernels
 
 # Neighbours that an accelerator sums in their own dtype; sums of these sums are float64.
 RUN = 16
@@ -38,6 +39,61 @@ def rule_of(
         if branches_on_data(votes_at) and record_kernels(votes_at) is None:
             votes_at = None if bool(votes_at.isnan().all()) else votes_at
     return ClipRule(needed, clip.detach().to(torch.float64).expand(count[0]), live, votes_at)
+
+
+class Single(NamedTuple):
+    """One client's backward of a layer, outside of vmap, where compiled kernels do all of it.
+
+    A small layer's step is mostly the time of calls, so nothing is made here that they need not.
+
+    Attributes:
+        kernels: The kernels.
+        needed: Gradients that are wanted.
+        one: How to clip.
+        counted: What the counts are the gradient of, or None.
+    """
+
+    kernels: RecordKernels
+    needed: GradientsNeeded
+    one: OneClient
+    counted: Tensor | None
+
+    def results(
+        self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, counts: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of a layer, None for those that are not wanted."""
+        seen = None
+        if self.counted is not None:
+            seen = torch.as_tensor(counts).to(self.counted.dtype)
+        needed = self.needed
+        return (
+            x if needed.x else None, weight if needed.weight else None,
+            bias if needed.bias else None, None, None, None, seen, None, None,
+        )  # fmt: skip
+
+
+def single(
+    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], p: int, *same: Tensor | None
+) -> Single | None:
+    """How one client's backward is computed in a short way; None if that way is not open.
+
+    Args:
+        saved: x, weight, bias, clip, mask, votes_at and probe of a layer.
+        grad: gradient of its output.
+        needs: which of the arguments need a gradient.
+        p: norm of the clipping.
+        *same: what must have the dtype of the gradient.
+    """
+    kernels = record_kernels(grad)
+    if kernels is None or not grad.numel() or torch.is_autocast_enabled("cpu"):
+        return None
+    if any(t is not None and t.dtype != grad.dtype for t in same):
+        return None
+    _, _, _, clip, mask, votes_at, probe = saved
+    counted = probe if needs[6] else None
+    needed = GradientsNeeded(p, needs[0], needs[1], needs[2], counted is not None)
+    one = OneClient(clip, mask, None if counted is None else votes_at)
+    return Single(kernels, needed, one, counted)
 
 
 def needs_l1(rule: ClipRule) -> bool:

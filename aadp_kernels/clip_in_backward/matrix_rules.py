@@ -24,6 +24,7 @@ from aadp_kernels.clip_in_backward.clip import (
     per_record,
     piece_norms,
     row_sums,
+    single,
     slack_of,
     slice_elements,
     weighted_sum,
@@ -49,6 +50,10 @@ class Matrix:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The ordinary layer."""
         raise NotImplementedError
+
+    def kept(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """`LayerKind.kept`."""
+        return (self.forward(x, weight, bias),)
 
     def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         """The ordinary gradient of x [K, B, ...]; weight is [K, ...] or [1, ...]."""
@@ -126,6 +131,22 @@ class Matrix:
             counts,
         )
 
+    def single_client(
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """`LayerKind.single_client`."""
+        x, weight = saved[:2]
+        short = single(saved, grad, needs, p, x, weight)
+        if short is None:
+            return None
+        geometry = self.geometry(x[None], grad[None], weight)
+        sums = short.kernels.product_single(x, grad, geometry, len(weight), short.needed, short.one)
+        if sums is None:
+            return None
+        grad_x = self.input_grad(x[None], grad[None], weight[None])[0] if needs[0] else None
+        return short.results(grad_x, sums[0].view(weight.shape) if needs[1] else None, *sums[1:])
+
     def prefers_gram(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
         """Whether Gram matrices are the cheapest way to the norms that the rule needs."""
         return False
@@ -193,7 +214,7 @@ class Linear(Matrix):
     def prefers_gram(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
         positions = math.prod(grad.shape[2:-1])
         fits = grad.is_cpu and rule.needed.weight and not needs_l1(rule)
-        return fits and gram_is_cheaper(positions, *weight.shape)
+        return fits and gram_is_cheaper(positions, weight.shape[1], len(weight), grad)
 
     def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
         positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
@@ -242,35 +263,19 @@ class Linear(Matrix):
         return sum_w, scaled.sum(1) if needed.bias else None, counts
 
     def single_client(
-        self, saved: tuple[Any, ...], grad: Tensor, needs: Sequence[bool], p: int
-    ) -> tuple[Tensor | None, ...] | None:
-        """`backward` of one client, without tables and the axis of the clients.
-
-        A small layer's step is mostly the time of such calls.
-
-        Args:
-            saved: x [B, in], weight, bias, clip [], mask [B] or [1], votes_at [], probe, or None.
-            grad: gradient of the output, [B, out].
-            needs: which arguments of the layer need a gradient, `saved` first.
-            p: norm of the clipping.
-
-        Returns:
-            Gradients of the arguments of the layer; None if this way is not open.
-        """
-        x, weight, _, clip, mask, votes_at, probe = saved
-        same = x.dtype == grad.dtype == weight.dtype and x.dim() == 2 and len(x)
-        kernels = record_kernels(grad) if same else None
-        if kernels is None or torch.is_autocast_enabled("cpu"):
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        x, weight = saved[:2]
+        if x.dim() > 2:
+            return super().single_client(saved, kept, grad, needs, p)
+        short = single(saved, grad, needs, p, x, weight)
+        if short is None:
             return None
-        counted = probe if needs[6] else None
-        needed = GradientsNeeded(p, needs[0], needs[1], needs[2], counted is not None)
-        scaled, total, clean, counts = kernels.scale_single(
-            x, grad, needed, clip, mask, None if counted is None else votes_at
-        )
+        scaled, total, clean, counts = short.kernels.scale_single(x, grad, short.needed, short.one)
         grad_x = grad.mm(weight) if needs[0] else None
         grad_w = scaled.t().mm(x if clean else _without_nan(x)) if needs[1] else None
-        seen = None if counted is None else counted.new_tensor(counts)
-        return grad_x, grad_w, total if needs[2] else None, None, None, None, seen, None, None
+        return short.results(grad_x, grad_w, total, counts)
 
 
 def _without_nan(a: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from aadp_kernels.clip_in_backward.clip import (
     per_record,
     piece_norms,
     row_sums,
+    single,
     slack_of,
     weighted_sum,
     zeroed,
@@ -40,10 +42,34 @@ class Embedding:
         """The ordinary layer."""
         return F.embedding(x, weight, self.padding_idx)
 
+    def kept(self, x: Tensor, weight: Tensor, bias: None) -> tuple[Tensor, ...]:
+        """`LayerKind.kept`."""
+        return (self.forward(x, weight, bias),)
+
+    def single_client(
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """`LayerKind.single_client`."""
+        x, weight = saved[:2]
+        short = single(saved, grad, needs, p, weight)
+        if short is None:
+            return None
+        index = x.reshape(len(x), -1).to(torch.int64)
+        sums, counts = short.kernels.embedding_single(
+            index, grad.reshape(*index.shape, -1), len(weight), self.padding_idx, short.needed,
+            short.one,
+        )  # fmt: skip
+        return short.results(None, sums, None, counts)
+
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor, rule: ClipRule) -> Results:
         """Rows of equal tokens of a record add up before its norm is taken."""
         tokens, dim = weight.shape[1:]
         index, g = self.rows(x, grad.to(compute_dtype(grad)))
+        kernels = record_kernels(g)
+        if kernels is not None:
+            found = kernels.embedding_sums(index.long(), g, tokens, self.padding_idx, rule)
+            return _embedding_results(*found, rule.needed)
         sums = g.new_zeros(index.shape[0] * tokens, dim)
         counts = g.new_zeros(index.shape[0], 3, dtype=torch.float64)
         first = torch.arange(index.shape[0], device=x.device)[:, None, None] * tokens
@@ -57,13 +83,7 @@ class Embedding:
             sums.index_add_(0, (rows + first[k]).flatten(), part.flatten(0, 2))
             if seen is not None:
                 counts[k] += seen
-        needed = rule.needed
-        return (
-            None,
-            sums.view(-1, tokens, dim) if needed.weight else None,
-            None,
-            counts if needed.counts else None,
-        )
+        return _embedding_results(sums.view(-1, tokens, dim), counts, rule.needed)
 
     def rows(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [K, B, T] and the gradients of their rows [K, B, T, D], zero for padding."""
@@ -72,6 +92,11 @@ class Embedding:
         if self.padding_idx is not None:
             g = torch.where((index == self.padding_idx)[..., None], 0.0, g)
         return index, g
+
+
+def _embedding_results(sums: Tensor, counts: Tensor, needed: GradientsNeeded) -> Results:
+    """Sums and counts, None where they are not needed."""
+    return None, sums if needed.weight else None, None, counts if needed.counts else None
 
 
 def token_sums(index: Tensor, g: Tensor) -> Tensor:
@@ -112,6 +137,39 @@ class Norm:
         if self.kind == "layer":
             return F.layer_norm(x, self.shape, weight, bias, self.eps)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def kept(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """`LayerKind.kept`: mean and scale of every position, where kernels will ask for them."""
+        if self.kind != "layer" or not self._plain(x, weight, bias):
+            return (self.forward(x, weight, bias),)
+        assert self.eps is not None
+        return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+
+    def _plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether the short way of a backward will be open."""
+        same = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+        return same and record_kernels(x) is not None and not torch.is_autocast_enabled("cpu")
+
+    def single_client(
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """`LayerKind.single_client`."""
+        x, weight, bias = saved[:3]
+        short = single(saved, grad, needs, p, x) if kept else None
+        if short is None:
+            return None
+        mean, scale = kept
+        sums = short.kernels.norm_layer_single(
+            x, grad, mean, scale, math.prod(self.shape), short.needed, short.one
+        )
+        grad_x = None
+        if needs[0]:
+            grad_x = torch.ops.aten.native_layer_norm_backward(
+                grad, x, self.shape, mean, scale, weight, bias, (True, False, False)
+            )[0]
+        weights, biases = (t.view(self.shape) for t in sums[:2])
+        return short.results(grad_x, weights, biases, sums[2])
 
     def backward(self, x: Tensor, grad: Tensor, weight: Tensor | None, rule: ClipRule) -> Results:
         """A record's gradient has the weight's own size, so the whole batch is held at once."""
@@ -205,6 +263,17 @@ class Bias:
     def forward(self, x: Tensor, weight: None, bias: Tensor) -> Tensor:
         """The ordinary sum."""
         return x + bias
+
+    def kept(self, x: Tensor, weight: None, bias: Tensor) -> tuple[Tensor, ...]:
+        """`LayerKind.kept`."""
+        return (self.forward(x, weight, bias),)
+
+    def single_client(
+        self, saved: Sequence[Any], kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool],
+        p: int,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """`LayerKind.single_client`: there is none."""
+        return None
 
     def backward(self, x: Tensor, grad: Tensor, weight: None, rule: ClipRule) -> Results:
         """A record's gradient is that of its output, summed to the bias's shape."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aadp_kernels._dispatch import record_kernels
 from aadp_kernels.clip_in_backward.clip import (
     needs_l1,
     piece_norms,
@@ -17,13 +18,15 @@ from aadp_kernels.clip_in_backward.clip import (
 )
 from aadp_kernels.contract import ClipRule
 
-# What an operation in float64, with its conversion, costs more than one in float32.
-_WIDE = 2.5
+# What an entry of a Gram matrix costs more than one of a product in float32: it is float64, with
+# its conversion; compiled, half of the entries are enough.
+_WIDE, _COMPILED = 2.5, 1.25
 
 
-def gram_is_cheaper(positions: int, columns: int, out: int) -> bool:
+def gram_is_cheaper(positions: int, columns: int, out: int, like: Tensor) -> bool:
     """Whether Gram matrices in float64 cost less than the product: P²(d + p) against P·d·p."""
-    return _WIDE * positions * (columns + out) <= columns * out
+    wide = _WIDE if record_kernels(like) is None else _COMPILED
+    return wide * positions * (columns + out) <= columns * out
 
 
 def gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
@@ -39,6 +42,9 @@ def gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
     """
     positions, width = a.shape[1], a.shape[2] + g.shape[2]
     bound = (width + positions**2 + 16) * torch.finfo(torch.float64).eps
+    kernels = record_kernels(a)
+    if kernels is not None:
+        return kernels.gram_squares(a, g, bias, bound)
     rows, found = max(1, slice_elements(a.device) // max(1, positions * width)), []
     for part, slope in zip(a.split(rows), g.split(rows), strict=True):
         of_a, of_g = _gram(part), _gram(slope)
@@ -69,7 +75,7 @@ def norms_of_products(
     """
     needed = rule.needed
     fits = a.is_cpu and needed.weight and not needs_l1(rule)
-    if fits and gram_is_cheaper(*a.shape[1:], g.shape[2]):
+    if fits and gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2], a):
         square = gram_squares(a, g, bias=needed.bias)
         return None, square.view(*count, -1).sum(-1)
     bias = g.sum(1).view(*count, -1)

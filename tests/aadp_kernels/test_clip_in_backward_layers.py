@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from aadp_kernels import Bias, Layout, with_clipping
-from aadp_kernels.clip_in_backward import clip, matrix_rules, other_rules
+from aadp_kernels.clip_in_backward import clip, matrix_rules, other_rules, products
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 CLIENTS, BATCH = 3, 5
@@ -198,7 +198,7 @@ def test_sums_and_counts(name, p, mode):
 
 
 def without_numba(patch):
-    for module in (clip, matrix_rules):
+    for module in (clip, matrix_rules, products):
         patch.setattr(module, "record_kernels", lambda _: None)
 
 
@@ -212,6 +212,7 @@ def implementation(request, monkeypatch):
         without_numba(monkeypatch)
     if name == "torch, numba norms":
         monkeypatch.setattr("aadp_kernels._cpu.records.product_sums", lambda *_: None)
+        monkeypatch.setattr("aadp_kernels._cpu.records.product_single", lambda *_: None)
 
 
 @pytest.fixture(params=["all at once", "slices of one record", "norms without gradients"])

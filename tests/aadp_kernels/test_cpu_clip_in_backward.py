@@ -8,11 +8,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadp_kernels import clipped_conv1d, clipped_conv2d, clipped_linear
+from aadp_kernels import (
+    clipped_conv1d,
+    clipped_conv2d,
+    clipped_embedding,
+    clipped_layer_norm,
+    clipped_linear,
+)
 
 pytest.importorskip("numba")
 
 from aadp_kernels._cpu import backward_products as kernel
+from aadp_kernels._cpu import records
+from aadp_kernels._cpu.gram import gram_squares
 
 
 def clipped(records, clip, p, mask):
@@ -104,6 +112,65 @@ def test_bits_do_not_depend_on_threads(batch):
     assert torch.equal(results[0], results[2])
 
 
+def _embedding():
+    torch.manual_seed(0)
+    x, slope = torch.randint(9, (64, 40)), torch.randn(64, 40, 96)
+    weight = torch.zeros(9, 96, requires_grad=True)
+    (clipped_embedding(x, weight, clip=torch.tensor(50.0)) * slope).sum().backward()
+    return weight.grad
+
+
+def _layer_norm():
+    torch.manual_seed(0)
+    x, slope = torch.randn(64, 40, 96), torch.randn(64, 40, 96)
+    weight = torch.ones(96, requires_grad=True)
+    y = clipped_layer_norm(x, (96,), weight, clip=torch.tensor(20.0))
+    # A gradient of y's own values could depend on the threads of torch's normalisation.
+    (y * slope).sum().backward()
+    return weight.grad
+
+
+def _squares():
+    torch.manual_seed(0)
+    return gram_squares(torch.randn(64, 9, 400), torch.randn(64, 9, 300), True, 1e-12)
+
+
+@pytest.mark.parametrize("result", [_embedding, _layer_norm, _squares])
+@pytest.mark.parametrize("region", [True, False])
+def test_neither_do_those_of_other_kernels(result, region, monkeypatch):
+    """On torch's threads, or on others where those are not to be had."""
+    if not region:
+        monkeypatch.setattr("aadp_kernels._cpu._parallel._USABLE", False)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(result())
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_rows_of_equal_tokens_add_up_before_the_norm():
+    """Of two rows that cancel nothing is left to clip; of two that are equal twice as much."""
+    x = torch.tensor([[1, 2, 1, 0], [3, 3, 2, 0]])
+    slope = torch.zeros(2, 4, 2, dtype=torch.float64)
+    slope[0, 0], slope[0, 2] = torch.tensor([3.0, 4.0]), torch.tensor([-3.0, -4.0])
+    slope[0, 1], slope[1, 0] = torch.tensor([0.0, 1.0]), torch.tensor([1.5, 2.0])
+    slope[1, 1], slope[:, 3] = slope[1, 0], 100.0  # padding
+    weight = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    probe = torch.zeros(3, requires_grad=True)
+    y = clipped_embedding(
+        x, weight, padding_idx=0, clip=torch.tensor(2.5), votes_at=torch.tensor(6.9), probe=probe
+    )
+    (y * slope).sum().backward()
+    want = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.5, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(weight.grad, want)
+    assert probe.grad.tolist() == [0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("size", [1e-24, 1e-12, 1.0, 1e6])
 def test_a_record_alone_never_passes_the_clip_norm_in_float32(p, size):
@@ -142,13 +209,13 @@ def test_records_that_are_too_large_take_another_way(monkeypatch):
     torch.manual_seed(0)
     x, weight = torch.randn(5, 3, 6), torch.randn(4, 6)
     results = []
-    calls, used = [], kernel.product_sums
+    calls, used = [], records.product_single
 
-    def product_sums(*arguments):
+    def product_single(*arguments):
         calls.append(used(*arguments))
         return calls[-1]
 
-    monkeypatch.setattr("aadp_kernels._cpu.records.product_sums", product_sums)
+    monkeypatch.setattr("aadp_kernels._cpu.records.product_single", product_single)
     for most in (kernel.MOST, 3):
         monkeypatch.setattr(kernel, "MOST", most)
         leaf = weight.clone().requires_grad_()

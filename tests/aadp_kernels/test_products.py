@@ -13,10 +13,12 @@ from aadp_kernels.clip_in_backward import matrix_rules, products
 P, IN, OUT = 3, 40, 48  # Gram matrices are cheaper
 
 
-@pytest.fixture(autouse=True)
-def no_record_stays_in_the_cache(monkeypatch):
+@pytest.fixture(autouse=True, params=["torch", "numba"])
+def no_record_stays_in_the_cache(request, monkeypatch):
     """Such records have a kernel that is faster still."""
     monkeypatch.setattr("aadp_kernels._cpu.backward_products.MOST", 3)
+    if request.param == "torch":
+        monkeypatch.setattr(products, "record_kernels", lambda _: None)
 
 
 def records(n: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -34,11 +36,12 @@ def gradients(a, g):
 
 
 def test_what_is_cheaper_is_a_matter_of_operations():
-    assert products.gram_is_cheaper(64, 384, 384)
-    assert products.gram_is_cheaper(64, 384, 1536)
-    assert products.gram_is_cheaper(P, IN, OUT)
-    assert not products.gram_is_cheaper(512, 384, 384)
-    assert not products.gram_is_cheaper(2, 4, 1000)
+    like = torch.zeros(1)
+    assert products.gram_is_cheaper(64, 384, 384, like)
+    assert products.gram_is_cheaper(64, 384, 1536, like)
+    assert products.gram_is_cheaper(P, IN, OUT, like)
+    assert not products.gram_is_cheaper(512, 384, 384, like)
+    assert not products.gram_is_cheaper(4, 4, 1000, like)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -51,6 +54,16 @@ def test_squares_of_norms_are_never_too_small(bias, dtype, monkeypatch):
     found = products.gram_squares(a, g, bias=bias)
     assert bool((found >= true).all())
     torch.testing.assert_close(found, true, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 7, 33])
+@pytest.mark.parametrize("columns", [5, 512, 1100])
+def test_squares_of_records_of_any_shape(positions, columns):
+    torch.manual_seed(positions)
+    a, g = torch.randn(3, positions, columns), torch.randn(3, positions, 9)
+    w, b = gradients(a, g)
+    true = w.square().sum((1, 2)) + b.square().sum(1)
+    torch.testing.assert_close(products.gram_squares(a, g, bias=True), true, rtol=1e-10, atol=0)
 
 
 def test_what_cancels_is_not_taken_for_small():

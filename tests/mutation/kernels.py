@@ -334,6 +334,37 @@ PRODUCTS = group(
     ("clip factor not rounded down", "g.dtype.type(factor * shrink if factor < 1 else factor)", "g.dtype.type(factor * (1 + 1e-7))"),
 )  # fmt: skip
 
+JOINED_UNITS = group(
+    "aadp_kernels/_cpu/product_sums.py",
+    _CPU_BACKWARD,
+    ("only the first unit", "range(k * per_client + 1, (k + 1) * per_client)", "range(0)"),
+    ("columns of the first group", "k, i = part // (parts * plan.groups), part // parts % plan.groups", "k, i = part // (parts * plan.groups), 0"),
+    ("sums begin where they were", "sum_w[begin:end], sum_b[begin:end], counts[begin:end] = 0, 0, 0", "sum_b[begin:end], counts[begin:end] = 0, 0"),
+)  # fmt: skip
+
+GRAM_KERNEL = group(
+    "aadp_kernels/_cpu/gram.py",
+    "tests/aadp_kernels/test_products.py",
+    ("half of the products only", "total += own + 2 * rest", "total += own + rest"),
+    ("what cancels is taken for small", "return max(total, 0.0) + bound * lengths * lengths", "return max(total, 0.0)"),
+    ("bias not in the norm", "rest += (of_a[s, t] + bias) * of_g[s, t]", "rest += of_a[s, t] * of_g[s, t]"),
+    ("only the last columns", "out[s + i, t + j] += found[i][j]", "out[s + i, t + j] = found[i][j]"),
+    ("products of the first columns again", "out[t, k] = np.float64(x[t, low + k])", "out[t, k] = np.float64(x[t, k])"),
+)  # fmt: skip
+
+EMBEDDING_ROWS = group(
+    "aadp_kernels/_cpu/backward_embedding.py",
+    f"{_CPU_BACKWARD}::test_rows_of_equal_tokens_add_up_before_the_norm "
+    "tests/aadp_kernels/test_clip_in_backward_layers.py::test_sums_and_counts -k embedding",
+    ("equal tokens apart in the norm", "total += square(both)", "total += whole"),
+    ("equal tokens apart in the L1 norm", "norm1 += absolute(both) if l1 else 0.0", "norm1 += absolute(rows[order[start]]) if l1 else 0.0"),
+    ("padding in the norm", "            if token != padding:\n", "            if True:\n"),
+    ("padding in the sum", "                if index[record, t] != padding:\n", "                if True:\n"),
+    ("factors left out of the sum", "factors[record], g[record, t, low:high]", "g.dtype.type(1), g[record, t, low:high]"),
+    ("mask ignored", "if not mask[k, record % batch]:", "if False:"),
+    ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),
+)  # fmt: skip
+
 REUSE = group(
     "aadp_kernels/_reuse.py",
     "tests/aadp_kernels/test_reuse.py",
@@ -354,11 +385,12 @@ NORM_LAYERS = group(
     ("norm of the first parameter only", "for i in range(first, last):\n                    norm1", "for i in range(first, first + 1):\n                    norm1"),
     ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),
     ("mask ignored", "if not mask[k, b]:", "if not mask[k, b] and clip[k] < 0:"),
+    ("inputs not centred", "(x[j] - mean[t]) * scale[t]", "x[j] * scale[t]"),
 )  # fmt: skip
 
 MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
     *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
-    *ROWS,    *LINEAR_ROWS, *PRODUCTS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
+    *ROWS, *LINEAR_ROWS, *PRODUCTS, *JOINED_UNITS, *GRAM_KERNEL, *EMBEDDING_ROWS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,
 ]  # fmt: skip
