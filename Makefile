@@ -65,12 +65,14 @@ tables: $(TEST)  ## write the figures of bench/results into docs/, README.md and
 bench: $(VENV)/installed-bench  ## kernels, private steps and rounds against peers, about an hour; ARGS=--quick
 	$(BIN)/python -m bench kernels dp_step rounds $(ARGS)
 
-bench-peers:  ## peers that need other versions than ours, in .venv-peers
-	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -r bench/requirements-peers.txt
+bench-peers:  ## peers that need other versions than ours, each in a .venv of its own
+	for name in peers jax opake; do \
+	  test -x .venv-$$name/bin/python || $(PYTHON) -m venv .venv-$$name; \
+	  .venv-$$name/bin/python -m pip install -r bench/requirements-$$name.txt || exit 1; \
+	done
 
 mutate: $(TEST)  ## one mistake at a time, and whether the tests notice; minutes
 	$(BIN)/python -m tests.mutation $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(FLOWER_VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOWER_VENV) .venv-peers .venv-jax .venv-opake build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,25 +25,38 @@ class Child:
     """A runner of `bench.worker` in the peers' environment.
 
     Args:
-        peer: Name of a peer of `bench.worker`.
+        peer: Name of a peer of `bench.worker`, or a module with its `build`.
         folder: For the data; may be removed once this is built.
         options: What the peer needs.
+        scale: Of the noise.
+        rows: Clients whose results come one by one; None: all results at once.
+        python: Of the peer's environment; None: that of `make bench-peers` for pfl and Flower.
 
     Raises:
         ImportError: The environment or the library is not there.
     """
 
-    def __init__(self, peer: str, folder: str, **options: object) -> None:
-        if not PYTHON.exists():
-            raise ImportError(f"no environment {PYTHON.parent.parent.name}: make bench-peers")
-        self.scale, self.rows = options["scale"], options["rows"]
+    def __init__(
+        self,
+        peer: str,
+        folder: str,
+        options: Mapping[str, object],
+        *,
+        scale: float,
+        rows: int | None = None,
+        python: Path | None = None,
+    ) -> None:
+        python = python or PYTHON
+        if not python.exists():
+            raise ImportError(f"no environment {python.parent.parent.name}: make bench-peers")
+        self.scale, self.rows = scale, rows
         path = Path(folder) / "problem.pt"
-        torch.save(options, path)
+        torch.save(dict(options), path)
         environment = {
             "OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ, "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         self.process = subprocess.Popen(
-            [PYTHON, "-m", "bench.worker", peer, str(path)],
+            [python, "-m", "bench.worker", peer, str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         ready = self._read()
@@ -77,10 +91,14 @@ class Child:
         path = Path(self._ask(do="results", scale=scale)["path"])
         rows = torch.load(path)
         path.unlink()
-        return rows[0] if self.rows is None else [torch.stack(t) for t in zip(*rows, strict=True)]
+        return rows if self.rows is None else [torch.stack(t) for t in zip(*rows, strict=True)]
 
     def timer(self) -> measure.Timer:
         return self.run
+
+    def peak_extra(self) -> int | None:
+        """`measure.peak_extra` of a call, in the peer's process."""
+        return self._ask(do="peak", scale=self.scale)["bytes"]
 
     def close(self) -> None:
         """End the process."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench import measure, minilm, parity, steps
+from bench import measure, minilm, parity, step_peers, steps
 from bench.kernels import note_failure
+from bench.step_peers import RemoteRunner
 from bench.steps import Setup
 
 
@@ -49,13 +51,23 @@ class StepRunner:
     def run(self) -> None:
         self.step(self.setup.scale)
 
+    def timer(self) -> measure.Timer:
+        return measure.timer(self.run, self.setup.device, before=self.restore)
+
+    def peak_extra(self) -> int | None:
+        """Memory of a step, in bytes."""
+        return measure.peak_extra(lambda: (release(self.model), self.run()), self.setup.device)
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
     def gradients(self, scale: float) -> list[Tensor]:
         """Gradients of a step from the first parameters."""
         self.restore()
         return [g.detach().clone() for g in self.step(scale)]
 
 
-def gate(runner: StepRunner, level: str) -> str:
+def gate(runner: StepRunner | RemoteRunner, level: str) -> str:
     """Equal clipped gradients, noise of the right scale, new noise every step.
 
     Raises:
@@ -110,19 +122,39 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
     """Gate every side, then time those that passed, in turns."""
     rngs = ("chacha20",) if quick else ("philox10", "chacha20")
     entries: dict[str, dict] = {}
-    passed: dict[str, StepRunner] = {}
-    for name, (kind, level, build) in steps.sides(setup, rngs).items():
-        entries[name] = entry = {"kind": kind, "clips": level}
-        try:
-            runner = StepRunner(setup, build)
-            entry["first_call"] = measure.first_call(runner.run, setup.device)
-            entry["gate"] = gate(runner, level)
-            passed[name] = runner
-        except Exception as error:
-            note_failure(name, entry, error)
-    timers = {
-        name: measure.timer(r.run, setup.device, before=r.restore) for name, r in passed.items()
+    passed: dict[str, StepRunner | RemoteRunner] = {}
+    local = {
+        name: (kind, level, partial(StepRunner, build=build))
+        for name, (kind, level, build) in steps.sides(setup, rngs).items()
     }
+    with ExitStack() as running:
+        for name, (kind, level, make) in {**local, **step_peers.sides(setup)}.items():
+            entries[name] = entry = {"kind": kind, "clips": level}
+            try:
+                runner = make(setup)
+                running.callback(runner.close)
+                if isinstance(runner, RemoteRunner):
+                    entry["version"] = runner.version
+                entry["first_call"] = measure.first_call(runner.run, setup.device)
+                entry["gate"] = gate(runner, level)
+                passed[name] = runner
+            except Exception as error:
+                note_failure(name, entry, error)
+        time_sides(setup, passed, entries, budget, quick)
+    size = sum(p.numel() for p in setup.model.parameters())
+    return {"network": setup.name, "batch": setup.size, "p": setup.p, "parameters": size,
+            "sides": entries}  # fmt: skip
+
+
+def time_sides(
+    setup: Setup,
+    passed: Mapping[str, StepRunner | RemoteRunner],
+    entries: dict[str, dict],
+    budget: float,
+    quick: bool,
+) -> None:
+    """Seconds and memory of the sides that passed, in turns, into their entries."""
+    timers = {name: runner.timer() for name, runner in passed.items()}
 
     def failed(name: str, error: Exception) -> None:
         note_failure(name, entries[name], error)
@@ -136,15 +168,10 @@ def measure_setup(setup: Setup, budget: float, quick: bool) -> dict:
         entries[name]["seconds"] = seconds
         if name in repeated:
             entries[name]["in_a_row"] = repeated[name]
-        entries[name]["peak_extra"] = measure.peak_extra(
-            lambda r=passed[name]: (release(r.model), r.run()), setup.device
-        )
+        entries[name]["peak_extra"] = passed[name].peak_extra()
         floor = samples.get("no privacy", seconds)
         ratio = measure.ratios(seconds, floor)[0]
         print(f"  {name}: {1e3 * measure.quantiles(seconds)[0]:.2f} ms, {ratio:.2f} x", flush=True)
-    size = sum(p.numel() for p in setup.model.parameters())
-    return {"network": setup.name, "batch": setup.size, "p": setup.p, "parameters": size,
-            "sides": entries}  # fmt: skip
 
 
 def release(model: nn.Module) -> None:

@@ -193,8 +193,10 @@ def _pfl(problem: Problem) -> Runner:
     clip = float(problem.groups("all")[0][1])
     with tempfile.TemporaryDirectory() as folder:
         return Child(
-            "pfl_laplace", folder, tensors=problem.tensors, rows=problem.rows, clip=clip,
-            scale=problem.scale,
+            "pfl_laplace", folder,
+            {"tensors": problem.tensors, "rows": problem.rows, "clip": clip,
+             "scale": problem.scale},
+            scale=problem.scale, rows=problem.rows,
         )  # fmt: skip
 
 

@@ -124,6 +124,10 @@ def dp_step_summary(results: dict) -> list[str]:
         "per layer": "Opacus, hooks, per layer",
         "ghost": "Opacus, ghost clipping",
         "fast gradient clipping": "Opacus, fast gradient clipping",
+        "Opake": "Opake",
+        "jax_privacy": "jax_privacy",
+        "nan_safe": "jax_privacy, nan_safe",
+        "JAX by hand": "JAX, vmap by hand",
     }
     lines = [f"| step | no privacy | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for title, case in results.items():

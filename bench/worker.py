@@ -1,20 +1,26 @@
-"""The other end of `bench.child`: runs in the peers' environment, without this package."""
+"""The other end of `bench.child`: runs in a peer's environment, without this package."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from bench import measure
 
 
 def pfl_laplace(
     tensors: list[Tensor], rows: int | None, clip: float, scale: float
-) -> tuple[str, Callable[[float], list[list[Tensor]]]]:
+) -> tuple[str, Callable[[float], list[Any]]]:
     """pfl's local Laplace mechanism: one L1 norm and one noise scale for all tensors of a client.
 
     Without noise only its clipping runs, since its scale is clip / epsilon.
@@ -28,7 +34,7 @@ def pfl_laplace(
 
     set_framework_module(pytorch_ops)
 
-    def run(noise: float) -> list[list[Tensor]]:
+    def run(noise: float) -> list[Any]:
         mechanism = LaplaceMechanism(clip, clip / (noise or scale))
         results = []
         for row in range(rows or 1):
@@ -37,12 +43,21 @@ def pfl_laplace(
             if noise:
                 statistics, _ = mechanism.add_noise(statistics, 1)
             results.append([statistics[name] for name in values])
-        return results
+        return results if rows else results[0]
 
     return version("pfl"), run
 
 
 PEERS = {"pfl_laplace": pfl_laplace}
+# Threads of whoever ran before spin for a while and would take the cores.
+PAUSE = 0.005
+
+
+def tensors_of(results: Any) -> Any:
+    """Results with every array as a tensor."""
+    if isinstance(results, list):
+        return [tensors_of(each) for each in results]
+    return results if isinstance(results, Tensor) else torch.from_numpy(np.array(results))
 
 
 def main() -> None:
@@ -55,7 +70,8 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:
-        version, run = PEERS[peer](**torch.load(path))
+        build = PEERS[peer] if peer in PEERS else importlib.import_module(peer).build
+        version, run = build(**torch.load(path))
     except Exception as error:
         say(error=f"{type(error).__name__}: {error}")
         return
@@ -63,9 +79,15 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         try:
+            if command["do"] == "peak":
+                again = partial(run, command["scale"])
+                say(bytes=measure.peak_extra(again, torch.device("cpu")))
+                continue
+            time.sleep(PAUSE)
             start = time.perf_counter()
             results = run(command["scale"])
             seconds = time.perf_counter() - start
+            time.sleep(PAUSE)
         except Exception as error:
             say(error=f"{type(error).__name__}: {error}")
             continue
@@ -73,7 +95,7 @@ def main() -> None:
             say(seconds=seconds)
             continue
         with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
-            torch.save(results, file)
+            torch.save(tensors_of(results), file)
         say(path=file.name)
 
 

@@ -15,7 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, child, dp_step, kernels, measure, ours, parity, peers, report, worker
+from bench import (
+    cases,
+    child,
+    dp_step,
+    kernels,
+    measure,
+    ours,
+    parity,
+    peers,
+    report,
+    step_peers,
+    worker,
+)
 from bench import steps as private_steps
 from bench.contender import Contender, Local, gate
 from bench.problem import Problem
@@ -217,7 +229,7 @@ def test_a_missing_library_of_the_other_environment_is_said(
 ) -> None:
     monkeypatch.setattr(child, "PYTHON", Path(sys.executable))
     with pytest.raises(ImportError, match="no_such_peer"):
-        child.Child("no_such_peer", str(tmp_path), scale=1.0, rows=None)
+        child.Child("no_such_peer", str(tmp_path), {}, scale=1.0)
 
 
 def test_worker_answers(
@@ -273,6 +285,37 @@ def test_vmap_peer_passes_on_every_network() -> None:
         setup = private_steps.Setup.build(name, 6, CPU)
         runner = dp_step.StepRunner(setup, private_steps.vmap_grad)
         assert dp_step.gate(runner, "layer") == "equal clipped gradients"
+
+
+def test_a_step_in_another_process_is_gated_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_SELF_PYTHON", sys.executable)
+    setup = private_steps.Setup.build("MLP", 8, CPU)
+    for variant, wrong in (("", None), ("no noise", "noise")):
+        peer = step_peers.StepPeer("self", "tests.step_peer", variant, "layer")
+        runner = step_peers.RemoteRunner(setup, peer)
+        try:
+            assert runner.version == "1.0"
+            if wrong is None:
+                assert dp_step.gate(runner, "layer") == "equal clipped gradients"
+                assert 0 < runner.timer()() < 10
+                assert (runner.peak_extra() or 0) >= 0
+            else:
+                with pytest.raises(parity.ParityError, match=wrong):
+                    dp_step.gate(runner, "layer")
+        finally:
+            runner.close()
+
+
+def test_steps_whose_environment_is_missing_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BENCH_JAX_PYTHON", "BENCH_OPAKE_PYTHON"):
+        monkeypatch.setenv(name, "/nowhere/bin/python")
+    setup = private_steps.Setup.build("MLP", 8, CPU)
+    found = step_peers.sides(setup)
+    assert set(found) == {"JAX, vmap by hand", "jax_privacy", "jax_privacy, nan_safe", "Opake"}
+    for _, _, make in found.values():
+        with pytest.raises(ImportError, match="make bench-peers"):
+            make(setup)
+    assert step_peers.sides(private_steps.Setup.build("MLP", 8, CPU, p=1)) == {}
 
 
 def test_a_gpu_machine_needs_little_more_than_torch(tmp_path: Path) -> None:
