@@ -11,6 +11,7 @@
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
+    natural   tests of 50 clinics, tweets of 16 accounts, under privacy (half an hour)
     margin    what dividing the budget over layers wins, by what it can win (ten minutes)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
@@ -56,6 +57,7 @@ PARTS = (
     "shared_noise",
     "tuning",
     "pretrained",
+    "natural",
     "margin",
     "audit",
     "nodes",

@@ -39,12 +39,14 @@ class Plan:
         rounds: of one local step each, with a learning rate that falls to 0 along a line.
         rate: Poisson rate of a record in a step.
         lr: the server's first learning rate.
+        vectorize: whether clients train under one vmap; a loop over them suits large layers.
     """
 
     privacy: dict[str, Any]
     rounds: int
     rate: float
     lr: float
+    vectorize: bool = True
 
 
 @functools.lru_cache
@@ -81,8 +83,8 @@ def trained(
     layout, layers = Layout.build(params, flat), Layout.build(params)
     training = LocalTraining(1.0, 0.0, plan.rate, None, 1, 1, seed)
     clients = Clients(
-        data, network, cross_entropy, layout, privacy=config, training=training, vectorize=True,
-        max_examples=1 << 30,
+        data, network, cross_entropy, layout, privacy=config, training=training,
+        vectorize=plan.vectorize, max_examples=1 << 30,
     )  # fmt: skip
     count = data.num_clients
     history, everyone = ReleasedHistory(config, count, layout.dims), torch.arange(count)
@@ -112,13 +114,17 @@ def trained(
     return {"released_ratio": released}
 
 
-def share_right(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Records whose class is right, in percent."""
+def share_right(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Records whose class is right, in percent: `accuracy`, and `recall`, the mean over classes."""
     network.eval()
     with torch.no_grad():
-        found = torch.cat([network(part).argmax(1) for part in x.split(512)])
+        right = torch.cat([network(part).argmax(1) for part in x.split(512)]) == y
     network.train()
-    return 100 * float((found == y).double().mean())
+    recalls = [right[y == c].double().mean() for c in y.unique()]
+    return {
+        "accuracy": round(100 * float(right.double().mean()), 3),
+        "recall": round(100 * float(torch.stack(recalls).mean()), 3),
+    }
 
 
 class RawRatios:

@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Case:
         rounds, rate: of a run.
         lr: middle of the search for the learning rate.
         clip_norm: of all layers together; the first where it is tracked.
+        vectorize: see `Plan`.
     """
 
     records: Callable[[], Arrays]
@@ -76,6 +77,7 @@ class Case:
     rate: float
     lr: float
     clip_norm: float
+    vectorize: bool = True
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,20 +140,25 @@ _START_NOISE = 0.01  # a coordinate: small, so that the curvature alone is seen
 
 
 class Study:
-    """The file of results, written whole after every run."""
+    """Cases, methods, and the file of results, written whole after every run."""
 
-    def __init__(self, path: Path = PATH) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path = PATH,
+        cases: Mapping[str, Case] = CASES,
+        methods: Mapping[str, dict[str, Any]] = METHODS,
+    ) -> None:
+        self.path, self.cases, self.methods = path, cases, methods
         self.runs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def do(
-        self, case: str, method: str, epsilon: float, seed: int, lr: float, trial: bool
+        self, case: str, method: str, epsilon: float | None, seed: int, lr: float, trial: bool
     ) -> float:
         """Accuracy of a run in percent, from the file if it is there."""
         what = f"trial, lr {lr:.4g}" if trial else f"seed {seed}"
         key = f"{case} | {method} | {epsilon} | {what}"
         if key not in self.runs:
-            found = one_run(CASES[case], method, epsilon, seed, lr, trial)
+            found = one_run(self.cases[case], self.methods[method], epsilon, seed, lr, trial)
             facts = {"case": case, "method": method, "epsilon": epsilon, "seed": seed, "lr": lr}
             self.keep(key, facts | {"trial": trial} | found)
             print(f"{key}: {found['accuracy']:.2f} %, {found['cpu_seconds']} s", flush=True)
@@ -167,21 +174,27 @@ class Study:
 
 
 def one_run(
-    case: Case, method: str, epsilon: float, seed: int, lr: float, trial: bool
+    case: Case, method: dict[str, Any], epsilon: float | None, seed: int, lr: float, trial: bool
 ) -> dict[str, Any]:
-    """One run: accuracy on held-out records (a trial) or on the test records, and R."""
+    """One run: accuracy on held-out records (a trial) or on the test records, and R.
+
+    Without ε there is no noise; gradients are clipped all the same.
+    """
     start = time.process_time()
     arrays = case.records()
     held = 0.3 if trial else 0.1
     data = FederatedDataModule(arrays, CLIENTS, seed=seed, val_fraction=held)
     network = case.network(seed).train()
     raw = RawRatios(network, data, () if trial else (0, case.rounds // 2, case.rounds))
-    options = METHODS[method] | {"epsilon": epsilon, "clip_norm": case.clip_norm}
-    found = trained(network, data, Plan(options, case.rounds, case.rate, lr), seed, watch=raw)
+    options = method | {"epsilon": epsilon, "clip_norm": case.clip_norm}
+    if epsilon is None:
+        options["noise_multiplier"] = 0.0
+    plan = Plan(options, case.rounds, case.rate, lr, case.vectorize)
+    found = trained(network, data, plan, seed, watch=raw)
     known = data._prepared
     x, y = (known.x_val, known.y_val) if trial else (arrays.x_test, arrays.y_test)
     return {
-        "accuracy": round(share_right(network, x, y), 3),
+        **share_right(network, x, y),
         **found,
         "raw_ratios": raw.found,
         "raw_norms": raw.norms,
@@ -189,7 +202,9 @@ def one_run(
     }
 
 
-def tuned(study: Study, case: str, method: str, epsilon: float) -> None:
+def tuned(
+    study: Study, case: str, method: str, epsilon: float | None, seeds: Sequence[int] = SEEDS
+) -> None:
     """Three learning rates, up or down from the middle, then the seeds with the best."""
     found: dict[float, float] = {}
 
@@ -197,11 +212,11 @@ def tuned(study: Study, case: str, method: str, epsilon: float) -> None:
         found[lr] = study.do(case, method, epsilon, TRIAL_SEED, lr, True)
         return found[lr]
 
-    middle = CASES[case].lr
+    middle = study.cases[case].lr
     up = accuracy(middle * _FACTOR) > accuracy(middle)
     accuracy(middle * _FACTOR**2 if up else middle / _FACTOR)
     best = max(found, key=lambda lr: found[lr])
-    for seed in SEEDS:
+    for seed in seeds:
         study.do(case, method, epsilon, seed, best, False)
 
 
@@ -211,7 +226,7 @@ def harm(study: Study, case: str, epsilon: float, seed: int) -> None:
     flat = study.runs.get(f"{case} | {BASE} | {epsilon} | seed {seed}")
     if flat is None or key in study.runs:
         return
-    known, found = CASES[case], []
+    known, found = study.cases[case], []
     data = FederatedDataModule(known.records(), CLIENTS, seed=seed, val_fraction=0.1)
     network = known.network(seed).train()
     dims = Layout.build({n: p for n, p in network.named_parameters() if p.requires_grad}).dims
@@ -223,8 +238,8 @@ def harm(study: Study, case: str, epsilon: float, seed: int) -> None:
         if round in (0, known.rounds // 2, known.rounds):
             found.append(harm_ratio(network, params, data, size))
 
-    options = METHODS[BASE] | {"epsilon": epsilon, "clip_norm": known.clip_norm}
-    plan = Plan(options, known.rounds, known.rate, flat["lr"])
+    options = study.methods[BASE] | {"epsilon": epsilon, "clip_norm": known.clip_norm}
+    plan = Plan(options, known.rounds, known.rate, flat["lr"], known.vectorize)
     trained(network, data, plan, seed, watch=watch)
     facts = {"case": case, "method": "harm", "epsilon": epsilon, "seed": seed, "trial": False}
     study.keep(key, facts | {"harm_ratios": found})

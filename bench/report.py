@@ -235,6 +235,7 @@ def report() -> None:
         inversion,
         margin_report,
         membership,
+        natural,
         newcomer,
         nodes,
         pretrained,
@@ -253,6 +254,7 @@ def report() -> None:
     shared_noise.report()
     pretrained.report()
     margin_report.report()
+    natural.report()
     accuracy_report.report()
     faults.report()
     processes.report()
