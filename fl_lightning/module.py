@@ -275,8 +275,7 @@ class FederatedModule(pl.LightningModule):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(data, FederatedDataModule):
             raise ValueError(
-                f"datamodule={data!r}: FederatedModule needs a FederatedDataModule, which knows "
-                "who holds which record"
+                f"datamodule={data!r} must be a FederatedDataModule, which knows who holds what"
             )
         return data
 
@@ -372,8 +371,9 @@ class FederatedModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Figures are those of the model as it is now, and of clients' own where they have them."""
         vmaps = self.run is not None and self.run.releases.clients.vectorize
-        proposed = self.proposed(self.data, self.trainer)
-        self._figures = HeldOutFigures(proposed, personal_models(proposed, vectorize=vmaps))
+        proposed, away = self.proposed(self.data, self.trainer), self.federation is not None
+        models = personal_models(proposed, vectorize=vmaps, elsewhere=away)
+        self._figures = HeldOutFigures(proposed, models)
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -23,6 +23,7 @@ from fl_lightning.deploy.node import Node
 from fl_lightning.deploy.policy import Policy
 from fl_lightning.deploy.service import serve
 from fl_lightning.ledger import LedgerError
+from fl_lightning.local.personal import take_out_personal
 from fl_lightning.module import cross_entropy
 from fl_lightning.networks.inputs import meet_records
 from fl_lightning.networks.outputs import record_loss
@@ -56,6 +57,18 @@ def _parser() -> ArgumentParser:
             help="take the part of this client of data that is divided, for trials; null: all",
         )
         one.add_subclass_arguments(nn.Module, "network", required=True)
+        one.add_argument(
+            "--personal_layers",
+            type=list[str],
+            default=[],
+            help="layers that stay with the holder: no server gets them, nor sends any",
+        )
+        one.add_argument(
+            "--seed",
+            type=int,
+            default=1,
+            help="of the first values of these layers: the server's seed_everything",
+        )
         one.add_subclass_arguments(nn.Module, "loss", required=False)
         one.add_argument("--memory_budget", type=float, default=1.0, help="GiB for activations")
         one.set_defaults({"data.num_clients": 1, "data.val_fraction": 0.0})
@@ -67,7 +80,8 @@ def _holding(options: Any, made: Any) -> Holding:
     data = made.data.only(options.client or 0)
     meet_records(made.network, data)
     loss = getattr(made, "loss", None)
-    return Holding(data, made.network, loss, made.policy, options.memory_budget)
+    personal = take_out_personal(made.network, options.personal_layers)
+    return Holding(data, made.network, loss, made.policy, options.memory_budget, personal)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     try:
         config = parser.parse_args(arguments)
-        options, made = config[config.command], parser.instantiate(config)[config.command]
+        options = config[config.command]
+        torch.manual_seed(options.seed)
+        made = parser.instantiate(config)[config.command]
         holding = _holding(options, made)
         digest = network_digest(holding.network, record_loss(holding.loss or cross_entropy))
         if config.command == "digest":

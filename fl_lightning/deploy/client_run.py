@@ -55,6 +55,7 @@ class Holding:
         loss: of each record, or None: cross entropy.
         policy: of its holder.
         memory_budget: GiB for activations.
+        personal: names of the parameters that stay with the holder, taken out of the network.
     """
 
     data: Any
@@ -62,6 +63,7 @@ class Holding:
     loss: torch.nn.Module | None
     policy: Policy
     memory_budget: float = 1.0
+    personal: tuple[str, ...] = ()
 
 
 class ClientRun:
@@ -294,6 +296,13 @@ def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule
     try:
         privacy, training = privacy_of(terms, policy.epsilon, policy.delta), training_of(terms)
         check_terms(policy, terms, privacy, training)
+        if sorted(training.personal) != sorted(holding.personal):
+            raise Refused(
+                f"policy: personal layers are {list(training.personal)}, the holder keeps "
+                f"{list(holding.personal)}"
+            )
+        for name in holding.personal:
+            holding.network.get_parameter(name).requires_grad_(True)  # the module takes them out
         module = FederatedModule(
             holding.network,
             privacy,
@@ -304,6 +313,9 @@ def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule
             client_lr=training.lr,
             client_momentum=training.momentum,
             client_proximal=training.proximal,
+            personal_layers=training.personal,
+            personal_steps=training.personal_steps,
+            personal_lr=training.personal_lr,
             planned_rounds=terms.rounds,
             execution="loop",
             memory_budget=holding.memory_budget,

@@ -29,7 +29,8 @@ class Policy:
         delta: δ of one run, in [0, 1); below 1 / records where records are protected.
         runs: runs that may release anything, ever, at least 1.
         rounds: most rounds that a run may plan for, at least 1.
-        local_steps: most local steps in one round, or passes where a run counts those; at least 1.
+        local_steps: most local steps in one round, or passes where a run counts those, and most
+            steps of a fit of personal layers; at least 1.
         networks: digests of what may be trained; `python -m fl_lightning.deploy digest` prints that
             of the node's own network.
         settings: what may be protected: one record of the holder (`record+local`), or all of its
@@ -92,6 +93,7 @@ def check_terms(
     """
     steps = training.local_steps or training.local_epochs
     steps = training.noised_steps if privacy.unit == "record" else steps
+    steps = max(steps, training.personal_steps) if training.personal else steps
     limits: Sequence[tuple[str, object, bool, object]] = (
         ("network", terms.network, terms.network in policy.networks, "one of its networks"),
         ("setting", privacy.setting, privacy.setting in policy.settings, policy.settings),

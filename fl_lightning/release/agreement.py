@@ -95,10 +95,6 @@ def check_deployable(rules: Rules) -> None:
         raise ValueError(
             f"evaluate_every={privacy.evaluate_every}: nodes have no private evaluation yet; use 0"
         )
-    if rules.personal:
-        raise ValueError(
-            f"personal_layers={list(rules.personal)}: nodes have none yet; leave them empty"
-        )
     if privacy.comparator != Comparator():
         raise ValueError("comparator: rules of published methods are simulated only")
     if privacy.noise_multiplier is not None:

@@ -15,7 +15,7 @@ from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.networks.metrics import computed, update_metrics
 from fl_lightning.networks.outputs import batch_sums
 from fl_lightning.processes.together import Processes
-from fl_lightning.release.personal_models import PersonalModels, outputs_of
+from fl_lightning.release.personal_models import ModelsElsewhere, PersonalModels, outputs_of
 
 
 class Evaluable(Protocol):
@@ -39,7 +39,7 @@ class HeldOutFigures:
         personal: each client's own model, in place of the global one; None: there are none.
     """
 
-    def __init__(self, run: Evaluable, personal: PersonalModels | None) -> None:
+    def __init__(self, run: Evaluable, personal: PersonalModels | ModelsElsewhere | None) -> None:
         self.network, self.loss, self.metrics = run.network, run.loss, run.metrics
         self.num_classes, self.personal = run.data.num_classes, personal
         self._sums = torch.zeros(4, dtype=torch.float64)  # see `batch_sums`

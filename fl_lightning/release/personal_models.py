@@ -85,13 +85,34 @@ class PersonalModels:
                 self._fitted[client] = {name: value[i] for name, value in fitted.items()}
 
 
-def personal_models(run: Trained, *, vectorize: bool = False) -> PersonalModels | None:
-    """`PersonalModels` of the run; None where it has no personal layers."""
-    return PersonalModels(run, vectorize=vectorize) if run.rules.personal else None
+class ModelsElsewhere:
+    """The models of clients whose records are not here: nobody here can judge them."""
+
+    def outputs(self, x: Tensor, owners: Tensor) -> Iterator[tuple[Tensor, object]]:
+        """Nothing."""
+        return iter(())
+
+
+def personal_models(
+    run: Trained, *, vectorize: bool = False, elsewhere: bool = False
+) -> PersonalModels | ModelsElsewhere | None:
+    """The clients' own models; None where the run has no personal layers.
+
+    Args:
+        run: with its network on its device.
+        vectorize: as in `PersonalModels`.
+        elsewhere: whether clients' records are at nodes.
+    """
+    if not run.rules.personal:
+        return None
+    return ModelsElsewhere() if elsewhere else PersonalModels(run, vectorize=vectorize)
 
 
 def outputs_of(
-    network: nn.Module, models: PersonalModels | None, x: Tensor, owners: Tensor | None
+    network: nn.Module,
+    models: PersonalModels | ModelsElsewhere | None,
+    x: Tensor,
+    owners: Tensor | None,
 ) -> Iterator[tuple[Tensor | slice, object]]:
     """Outputs for records [B, ...], in parts: positions, and what the model for them gives.
 

@@ -254,7 +254,7 @@ def test_a_datamodule_of_another_kind_is_refused(tmp_path):
         def val_dataloader(self):
             return [0]
 
-    with pytest.raises(ValueError, match="needs a FederatedDataModule"):
+    with pytest.raises(ValueError, match="must be a FederatedDataModule"):
         train(tmp_path, records=Plain())
 
 

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fl_lightning import FederatedModule, fit
 from fl_lightning.deploy.__main__ import main
 from fl_lightning.deploy.frames import ask, receive_frame, send_frame
 from fl_lightning.deploy.service import listen, serve
 from fl_lightning.ledger import verify
+from fl_lightning.release.agreement import network_digest
 from fl_lightning.values.message import decode, encode
 from tests.fl_lightning import nodes as n
 
@@ -30,8 +33,9 @@ def short(tmp_path_factory):
     return tmp_path_factory.mktemp("s")
 
 
-def write_config(folder: Path, **policy) -> Path:
+def write_config(folder: Path, personal: Sequence[str] = (), **policy) -> Path:
     options = {
+        "personal_layers": list(personal),
         "folder": str(folder / "holder"),
         "policy": str(folder / "policy.yaml"),
         "data": {"source": "digits", "num_clients": 5},
@@ -46,6 +50,30 @@ def write_config(folder: Path, **policy) -> Path:
 def printed_digest(folder: Path, capsys) -> str:
     main(["digest", "--config", str(write_config(folder))])
     return capsys.readouterr().out.strip()
+
+
+def test_the_digest_has_the_start_of_layers_that_stay(short, capsys, monkeypatch, tmp_path):
+    """The same at the server, whose run names the same layers and the same seed."""
+    printed = []
+    for personal in ((), ["fc1"], ["fc1"]):
+        main(["digest", "--config", str(write_config(short, personal))])
+        printed.append(capsys.readouterr().out.strip())
+    assert printed[0] != printed[1] == printed[2]
+    seen = []
+
+    def stop(module, stage):
+        seen.append(network_digest(module.network, module.loss))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(FederatedModule, "setup", stop)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    with pytest.raises(SystemExit):
+        fit.main([
+            *("--run_dir", str(tmp_path / "run"), "--trainer.logger", "false"),
+            *("--model.network", "fl_lightning.models.CNN", "--model.personal_layers", "[fc1]"),
+            *("--privacy.setting", "client+local", "--privacy.delta", "0.01"),
+        ])  # fmt: skip
+    assert seen == printed[1:2]
 
 
 def test_a_service_answers_until_it_is_stopped(short, capsys):

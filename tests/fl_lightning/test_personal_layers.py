@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +20,17 @@ from fl_lightning import (
     fit_personal_layers,
     from_arrays,
 )
+from fl_lightning.deploy.client_run import Holding
+from fl_lightning.deploy.node import Node
 from fl_lightning.ledger import read
 from fl_lightning.ledger.statement import privacy_statement
-from fl_lightning.release.agreement import check_deployable
+from fl_lightning.local.personal import take_out_personal
+from fl_lightning.module import cross_entropy
+from fl_lightning.networks.outputs import record_loss
+from fl_lightning.release.agreement import network_digest, propose
 from fl_lightning.release.personal_models import PersonalModels
+from fl_lightning.rules import Rules
+from tests.fl_lightning import nodes
 from tests.fl_lightning.resuming import go
 
 FIT = {"personal_layers": ["head"], "personal_steps": 3, "personal_lr": 0.7}
@@ -211,10 +220,59 @@ def test_a_shared_parameter_is_not_half_personal():
         module_of(None, network)
 
 
-def test_nodes_refuse_them(federation):
-    module = module_of(federation(30, (6,)), privacy=CLIENT)
-    with pytest.raises(ValueError, match=r"personal_layers=.*nodes have none yet"):
-        check_deployable(module.rules)
+OF_NODES = {"personal_layers": ["2"], "personal_steps": 3, "personal_lr": 0.5}
+HOLDERS = {"setting": "client+local", "epsilon": 50.0, "seed": 5}
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Nodes that keep layers of their network, closed in the end."""
+    made = []
+
+    def make(client=0, layers=("2",), **options):
+        network = nodes.network()
+        personal = take_out_personal(network, layers)
+        digest = network_digest(network, record_loss(cross_entropy))
+        policy = nodes.policy(simulation=True, epsilon=50.0, networks=[digest], **options)
+        data = nodes.population().only(client)
+        holding = Holding(data, network, None, policy, personal=personal)
+        made.append(Node(holding, tmp_path / f"holder{len(made)}", client))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_nodes_keep_them_and_give_the_simulated_run(holder, tmp_path):
+    simulated = nodes.module(tmp_path / "simulated", OF_NODES, **HOLDERS)
+    nodes.trainer(3).fit(simulated, nodes.population())
+    run = nodes.deployed(
+        tmp_path / "run", [holder(k) for k in range(nodes.CLIENTS)], rules=OF_NODES, **HOLDERS
+    )
+    for a, b in zip(simulated.network.parameters(), run.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(run.network[0].weight, nodes.network()[0].weight)
+    assert run.ledger.header["personal"] == simulated.ledger.header["personal"]
+    # Whose records are elsewhere cannot be judged here.
+    assert run.trainer.test(run, nodes.population(), verbose=False) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("kept", "options", "message"),
+    [
+        ((), {}, "personal layers are .*, the holder keeps"),
+        (("2",), {"local_steps": 2}, "local steps is 3, the holder allows at most 2"),
+    ],
+)
+def test_a_holder_decides_what_stays(holder, tmp_path, kept, options, message):
+    node = holder(0, kept, **options)
+    (network,) = node._holding.policy.networks
+    rules = Rules(PrivacyConfig(**HOLDERS, delta=1e-3), personal=("2.weight", "2.bias"))
+    rules = replace(rules, personal_steps=3, local_steps=2)
+    terms = propose(rules, run=nodes.RUN, client=0, clients=3, network=network, rounds=3)
+    answer = nodes.join(node, terms)
+    assert re.search(message, answer["refused"])
 
 
 def test_an_exported_model_is_fitted_as_in_training(federation):
