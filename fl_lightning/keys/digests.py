@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aadp_kernels import threads
 
 _PIECE = 1 << 16
+_PLAIN = (torch.float32, torch.float64, torch.int64)
 Part = bytes | str | int | float | Tensor
 
 
@@ -80,6 +82,10 @@ def _on_threads(work: Callable[[int], str], count: int, size: int) -> list[str]:
 
 def _bytes(value: Tensor) -> memoryview | bytes:
     """The memory of a tensor, row by row."""
+    quick = value.is_cpu and value.dtype in _PLAIN and value.is_contiguous()
+    if quick and value.numel() and not value.is_neg():
+        # Most are: of a deep network there are hundreds in a round.
+        return value.detach().numpy().reshape(-1).view(np.uint8).data
     flat = value.detach().contiguous().cpu().view(-1)
     # An empty tensor may have a stride of 0, which cannot be seen as bytes.
     return flat.view(torch.uint8).numpy().data if len(flat) else b""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from fl_lightning.ledger.quick_lines import QuickLines
 
 _NO_HASH = "0" * 64
+_HEAD_LENGTH = 128
 _HASH = slice(-67, -3)  # where a line has its own
 # json.dumps would make one for every line.
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -179,7 +180,11 @@ def read_head(head: Path) -> tuple[int, str]:
         LedgerError: it cannot be read.
     """
     try:
-        content = json.loads(head.read_bytes())
+        text = b""
+        # It may be written over meanwhile.
+        while (now := head.read_bytes()) != text:
+            text = now
+        content = json.loads(text)
         return int(content["entries"]), str(content["hash"])
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"{head.name} is unreadable ({error!r})") from error
@@ -191,11 +196,32 @@ def write_head(path: Path, lines: int, digest: str) -> None:
     draft = head.with_name(head.name + ".new")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        write_all(descriptor, canonical({"entries": lines, "hash": digest}) + b"\n")
+        write_all(descriptor, _head_text(lines, digest))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.replace(draft, head)
+
+
+def move_head(path: Path, lines: int, digest: str) -> None:
+    """Write the next head over the last one, which `write_head` wrote.
+
+    It has the same length and lies within one sector of a disk, so a crash leaves the old one or
+    the new one. It is not awaited on disk: an older head is behind its file, which is no problem.
+    """
+    head, text = head_path(path), _head_text(lines, digest)
+    if not head.exists() or head.stat().st_size != len(text):
+        write_head(path, lines, digest)
+        return
+    descriptor = os.open(head, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, text, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _head_text(lines: int, digest: str) -> bytes:
+    return canonical({"entries": lines, "hash": digest}).ljust(_HEAD_LENGTH - 1) + b"\n"
 
 
 def write_all(descriptor: int, data: bytes) -> None:

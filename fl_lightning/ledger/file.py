@@ -209,7 +209,7 @@ class Ledger:
         try:
             chain.write_all(self._descriptor, data)
             os.fsync(self._descriptor)
-            chain.write_head(self.path, len(self) + 1 + len(lines), digest)
+            chain.move_head(self.path, len(self) + 1 + len(lines), digest)
         except OSError as error:
             self._roll_back(error)
             raise LedgerError(
@@ -284,7 +284,10 @@ class Ledger:
         try:
             os.ftruncate(self._descriptor, self._size)
             os.fsync(self._descriptor)
-        except OSError:
+            known = len(self) + 1, self._hash
+            if chain.read_head(chain.head_path(self.path)) != known:
+                chain.write_head(self.path, *known)
+        except (OSError, LedgerError):
             self._broken = f"a failed append ({cause}) could not be taken back"
 
 

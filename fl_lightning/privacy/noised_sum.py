@@ -18,17 +18,16 @@ from aadp_kernels import (
     privatize_,
 )
 from fl_lightning.keys import binding, digests
-from fl_lightning.local.rows import flat_rows
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.noise_parts import noise_part
+from fl_lightning.privacy.row_sums import add_rows
 from fl_lightning.processes.together import Processes
 from fl_lightning.values.release import ALL_CLIENTS
 from fl_lightning.values.round import Params, PrivateUpdate
 
 _ROW = torch.zeros(1, dtype=torch.int64)
 _CLIENTS_AT_ONCE = 64
-_ELEMENTS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ class NoisedSum:
             clients=clients,
             votes_at=None if self.policy.votes_at is None else self.policy.votes_at[0],
         )
-        for total, value in zip(self.total, tensors, strict=True):
-            _add_rows(total, value, weights.double())
+        add_rows(self.total, tensors, weights)
         return [stats.votes.sum(0), stats.clipped.sum(0), stats.nonfinite.sum(0)]
 
     def _add_quanta(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -246,9 +244,12 @@ class NoisedSum:
             divisor, expected_votes: as in `release`.
         """
         policy, history = self.policy, self.history
+        mean = (torch.cat([value.view(-1) for value in sums]) / divisor).split(self.layout.sizes)
         released = {
-            name: (value / divisor)[None].to(dtype)
-            for name, value, dtype in zip(self.layout.names, sums, self.dtypes, strict=True)
+            name: value.to(dtype).view(1, *shape)
+            for name, value, dtype, shape in zip(
+                self.layout.names, mean, self.dtypes, self.layout.shapes, strict=True
+            )
         }
         if policy.votes_at is not None:
             history.observe_votes(_ROW, votes, torch.tensor([expected_votes]))
@@ -355,17 +356,3 @@ class NoisedSum:
                 form=form,
             ).sum(0)
         return total
-
-
-def _add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Add rows [k, ...], each times its weight [k], to a float64 total, in float64.
-
-    Some rows at a time: a copy of a cohort in float64 is larger than the cache.
-    """
-    flat, sums = flat_rows(rows), total.view(-1)
-    size = max(1, _ELEMENTS_AT_ONCE // max(1, flat.shape[1]))
-    for part, weight in zip(flat.split(size), weights.split(size), strict=True):
-        if len(part) == 1:
-            sums.add_(part[0].double().cpu(), alpha=float(weight))
-        else:
-            sums += (part.double().cpu() * weight[:, None]).sum(0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fl_lightning.ledger import Ledger, LedgerError, LedgerWarning, verify
+from fl_lightning.ledger import Ledger, LedgerError, LedgerWarning, chain, verify
 from tests.fl_lightning.filled_ledger import HEADER, filled, release, reopen
 
 
@@ -51,9 +51,8 @@ def test_a_torn_line_that_was_acknowledged_is_an_error(tmp_path: Path) -> None:
             Ledger.open(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("nth", [1, 2])
-def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int) -> None:
+@pytest.mark.parametrize("call", ["write", "fsync", "pwrite"])
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Whichever call of an append fails: nothing counts, and the file is as before."""
     file = filled(tmp_path)
     before = file.read_bytes(), file.with_suffix(".head").read_bytes()
@@ -62,10 +61,10 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, n
     def failing(*arguments: Any) -> Any:
         nonlocal seen
         seen += 1
-        if seen != (1 if call == "replace" else nth):
+        if seen > 1:
             return original(*arguments)
-        if call == "write":
-            original(arguments[0], arguments[1][:7])
+        if call != "fsync":
+            original(arguments[0], arguments[1][:14], *arguments[2:])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Ledger.open(tmp_path) as ledger:
@@ -79,6 +78,49 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, n
         ledger.append([release(0, 9)])
         assert len(ledger) == 7
     assert len(reopen(tmp_path)) == 7
+
+
+def test_lines_are_on_disk_before_the_head_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One write and one fsync for the lines of a round; the head then stays the same file."""
+    head = filled(tmp_path).with_suffix(".head")
+    calls: list[str] = []
+
+    def noted(name: str) -> Any:
+        original = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        return call
+
+    with Ledger.open(tmp_path) as ledger:
+        before = head.stat()
+        with monkeypatch.context() as patch:
+            for name in ("write", "fsync", "pwrite", "replace"):
+                patch.setattr(os, name, noted(name))
+            ledger.append([release(0, 9), release(1, 9)])
+        assert calls == ["write", "fsync", "pwrite"]
+        after = head.stat()
+        assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+        assert chain.read_head(head) == (9, ledger.head_hash)
+
+
+@pytest.mark.parametrize("text", [None, b'{"entries":7,"hash":"%b"}\n'])
+def test_a_head_of_an_older_version_or_none_is_written_anew(
+    tmp_path: Path, text: bytes | None
+) -> None:
+    head = filled(tmp_path).with_suffix(".head")
+    with Ledger.open(tmp_path) as ledger:
+        head.unlink()
+        if text is not None:
+            head.write_bytes(text % ledger.head_hash.encode())
+            assert verify(tmp_path) == []
+        ledger.append([release(0, 9)])
+        assert chain.read_head(head) == (8, ledger.head_hash)
+    assert verify(tmp_path) == []
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +139,7 @@ def test_interrupted_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     with Ledger.open(tmp_path) as ledger:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", interrupted)
+            patch.setattr(os, "pwrite", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ledger.append([release(0, 9)])
         with pytest.raises(LedgerError, match="open the ledger again"):

@@ -128,7 +128,7 @@ def test_lines_of_an_interrupted_append_were_never_taken(tmp_path: Path) -> None
     with Ledger.create(tmp_path, header) as ledger:
         ledger.append([lines[0]])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fl_lightning.ledger.chain.write_head", interrupt)
+            patch.setattr("fl_lightning.ledger.chain.move_head", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 ledger.append([lines[1]])
         assert list(ledger.releases) == [lines[0]]
