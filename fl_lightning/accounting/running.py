@@ -282,6 +282,9 @@ def gaussian_epsilon(multipliers: Floats, delta: Floats) -> Floats:
     In closed form (Balle and Wang 2018, arXiv 1805.06530, eq. 6), never rounded down; inf where
     there is no noise, or a delta is not above 0.
     """
+    pairs, back = np.unique(np.stack([multipliers, delta], 1), axis=0, return_inverse=True)
+    if len(pairs) < len(multipliers):  # most clients are like others
+        return gaussian_epsilon(*pairs.T)[back.ravel()]
     found = np.full(len(multipliers), np.inf)
     usable = (multipliers > 0) & (delta > 0)
     move, wanted = 1 / multipliers[usable], delta[usable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -44,10 +45,17 @@ def check_choices(options: Any) -> None:
     Raises:
         ValueError: naming field, value and choices.
     """
-    for name, hint in get_type_hints(type(options)).items():
+    for name, choices in _choices(type(options)).items():
         value = getattr(options, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(hint))}")
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """The choices of each field that has a list of them; text of annotations takes long to read."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def check_comparator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from aadp_kernels import (
     clip_sum_noise,
     layer_norms,
     privatize_,
+    sample_noise,
 )
 from fl_lightning.keys import binding, digests
 from fl_lightning.privacy.history import ReleasedHistory
@@ -58,6 +60,19 @@ class SharedNoise:
     def deviation(self) -> float:
         """Standard deviation of the noise, in units of that of independent noise."""
         return math.hypot(1.0, *self.coefficients)
+
+
+@lru_cache(maxsize=8)
+def _with_votes(layout: Layout) -> Layout:
+    """The layout with one layer more, of a vote for each of its layers."""
+    names = layout.names, layout.layer_names
+    count = layout.num_layers
+    return Layout(
+        (*names[0], ""),  # no parameter has this name
+        (*layout.shapes, torch.Size([count])),
+        (*names[1], ""),
+        (*layout.layer_of, count),
+    )
 
 
 class NoisedSum:
@@ -279,13 +294,16 @@ class NoisedSum:
             count = self._meet()
             return self.total, self.votes[None].float(), count
         count = self._meet()
-        sums = self._noised_once(key)
-        if self.policy.votes_at is None:
-            return sums, self.votes[None], count
-        config = self.history.config
-        votes = noised_votes(
-            self.votes[None], self.policy, config, key, 0, _ROW, correlation=self._correlation()
-        )
+        config, voting = self.history.config, self.policy.votes_at is not None
+        if voting and config.noise_form != "grid":
+            *sums, votes = self._noised_once(key, votes=True)
+            return sums, votes[None].float(), count
+        # Where a layer has no noise the grid form has no quanta to count.
+        once = self.gridded or config.noise_form != "grid"
+        sums = self._noised_once(key) if once else self._noised(key)
+        votes = self.votes[None]
+        if voting:
+            votes = noised_votes(votes, self.policy, config, key, 0, _ROW)
         return sums, votes, count
 
     def _correlation(self) -> Correlation | None:
@@ -299,32 +317,37 @@ class NoisedSum:
         return int(count)
 
     def _noised(self, key: NoiseKey) -> list[Tensor]:
-        """The sums with their parts of noise, float64, as `_noised_once` has it."""
+        """The sums with noise, tensor by tensor; float64, as `_noised_once` has it."""
         layout, scale = self.layout, self.policy.noise_scale[0]
         places = zip(self.total, layout.shapes, layout.layer_of, layout.offsets, strict=True)
         return [
-            total + self._noise_parts(shape, float(scale[layer]), key, layer, offset)
+            total + self._noise(shape, float(scale[layer]), key, layer, offset)
             for total, shape, layer, offset in places
         ]
 
-    def _noised_once(self, key: NoiseKey) -> list[Tensor]:
+    def _noised_once(self, key: NoiseKey, *, votes: bool = False) -> list[Tensor]:
         """The sums with one noise, float64: rounded noise on a rounded sum would show the sum.
 
         Whole-number sums get whole-number noise and become multiples of the quanta. The noise of
         all layers is drawn in one call: that of a small layer alone costs as much as that of many.
+        With `votes` these are the last layer, whose address and noise are those of `noised_votes`.
         """
-        config = self.history.config
-        nobody = [torch.empty(0, *shape, dtype=torch.float64) for shape in self.layout.shapes]
+        config, layout, total = self.history.config, self.layout, self.total
+        scale = self.policy.noise_scale[0]
+        if votes:
+            assert self.policy.vote_noise_scale is not None
+            layout, total = _with_votes(layout), [*total, self.votes]
+            scale = torch.cat([scale, self.policy.vote_noise_scale])
         noised, _ = clip_sum_noise(
-            nobody,
-            layout=self.layout,
-            clip=self.policy.clip_norm[0],
-            scale=self.policy.noise_scale[0],
+            [torch.empty(0, *shape, dtype=torch.float64) for shape in layout.shapes],
+            layout=layout,
+            clip=torch.ones_like(scale),
+            scale=scale,
             p=config.p,
             mechanism=config.mechanism,
             key=key,
             step=0,
-            accumulate=self.total,
+            accumulate=total,
             form=config.noise_form,
             correlation=self._correlation(),
         )
@@ -334,13 +357,24 @@ class NoisedSum:
         """Add the parts of noise on votes, where there are votes."""
         if self.policy.vote_noise_scale is not None:
             layers, scale = self.layout.num_layers, float(self.policy.vote_noise_scale[0])
-            self.votes = self.votes + self._noise_parts((layers,), scale, key, layers, 0)
+            self.votes = self.votes + self._noise((layers,), scale, key, layers, 0)
 
-    def _noise_parts(
+    def _noise(
         self, shape: tuple[int, ...], scale: float, key: NoiseKey, layer: int, offset: int
     ) -> Tensor:
         mechanism, form = self.history.config.mechanism, self.history.config.noise_form
-        assert self.survivors is not None
+        if self.survivors is None:
+            return sample_noise(
+                shape,
+                mechanism=mechanism,
+                scale=scale,
+                key=key,
+                step=0,
+                layer=layer,
+                offset=offset,
+                dtype=torch.float64,
+                form=form,
+            )
         total = torch.zeros(shape, dtype=torch.float64)
         clients = torch.cat(self.clients) if self.clients else torch.empty(0, dtype=torch.int64)
         for group in clients.split(_CLIENTS_AT_ONCE) if len(clients) else ():
