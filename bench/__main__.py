@@ -11,7 +11,8 @@
     correlated noise that is drawn again: what it leaves in a model, and its time (five minutes)
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
-    natural   tests of 50 clinics, tweets of 16 accounts, under privacy (half an hour)
+    natural   tests of 50 clinics, tweets of 16 accounts, under privacy (twenty minutes)
+    lora      LoRA against a frozen encoder's head, AADP against flat clipping on it (an hour)
     margin    what dividing the budget over layers wins, by what it can win (ten minutes)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
@@ -58,6 +59,7 @@ PARTS = (
     "tuning",
     "pretrained",
     "natural",
+    "lora",
     "margin",
     "audit",
     "nodes",

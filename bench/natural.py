@@ -2,7 +2,7 @@
 
     python scripts/fetch_data.py covid_testing; python scripts/fetch_data.py health_tweets
     python scripts/fetch_data.py minilm
-    python -m bench natural         # half an hour on one core; resumes
+    python -m bench natural         # twenty minutes on one core; resumes
 
 `record+local`, δ = 1e-5. Every case has the same number of trials at every ε, each judged by
 held-out training records of one seed; the seeds from 1 on read the test records once each, after

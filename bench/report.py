@@ -233,6 +233,7 @@ def report() -> None:
         gpu_page,
         headline,
         inversion,
+        lora_report,
         margin_report,
         membership,
         natural,
@@ -254,6 +255,7 @@ def report() -> None:
     shared_noise.report()
     pretrained.report()
     margin_report.report()
+    lora_report.report()
     natural.report()
     accuracy_report.report()
     faults.report()
