@@ -94,8 +94,8 @@ def _sum_parallel(first, records, second, parts, threads, region):
         parallel(clip_records, first, records, threads, region)
         parallel(add_rows, second, parts, threads, region)
     else:
-        clip_records(*first, 0, records)
-        add_rows(*second, 0, parts)
+        clip_records(*first, np.int64(0), records)
+        add_rows(*second, np.int64(0), parts)
 
 
 def embedding_sums(

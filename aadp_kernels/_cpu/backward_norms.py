@@ -87,7 +87,7 @@ def _clip_parallel(given, units, threads, region):
     if region != 0:
         parallel(clip_units, given, units, threads, region)
     else:
-        clip_units(*given, 0, units)
+        clip_units(*given, np.int64(0), units)
 
 
 def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,7 +94,7 @@ def _gram_parallel(given, records, threads, region):
     if region != 0:
         parallel(gram_records, given, records, threads, region)
     else:
-        gram_records(*given, 0, records)
+        gram_records(*given, np.int64(0), records)
 
 
 def gram_squares(a: Tensor, g: Tensor, bias: bool, bound: float) -> Tensor:

@@ -83,8 +83,8 @@ def _sum_parallel(given, units, joining, parts, threads, region):
         parallel(_sum_units, given, units, threads, region)
         parallel(_add_units, joining, parts, threads, region)
     else:
-        _sum_units(*given, 0, units)
-        _add_units(*joining, 0, parts)
+        _sum_units(*given, np.int64(0), units)
+        _add_units(*joining, np.int64(0), parts)
 
 
 def product_sums(
@@ -134,7 +134,7 @@ def sums_of_rows(
         _sum_parallel(given, units, joining, parts, threads, region)
     else:
         run_on_threads(partial(_sum_units, *given), units, elements=elements)
-        _add_units(*joining, 0, parts)
+        _add_units(*joining, np.int64(0), parts)
     return whole, total_of(sum_b, clients), total_of(counts, clients)
 
 
