@@ -16,6 +16,8 @@ from bench.kernels import note_failure
 from bench.step_peers import RemoteRunner
 from bench.steps import Setup
 
+LONG = 1.0  # seconds of a step
+
 
 def jobs(quick: bool, gpu: bool) -> list[tuple[str, int, int]]:
     """(network, batch, p) of each comparison."""
@@ -161,7 +163,9 @@ def time_sides(
 
     samples = measure.interleaved(timers, 15 if quick else 25, 0.4 * budget, failed)
     rows = {name: measure.in_a_row(timers[name], 10) for name in samples}
-    repeated = {} if quick else measure.interleaved(rows, 15, 0.3 * budget, failed)
+    # What takes long gains nothing from its like before it, and ten of it take ten times as long.
+    long = max(measure.quantiles(taken)[0] for taken in samples.values()) > LONG
+    repeated = {} if quick or long else measure.interleaved(rows, 15, 0.3 * budget, failed)
     for name, seconds in samples.items():
         if "failed" in entries[name] or "skipped" in entries[name]:
             continue

@@ -13,7 +13,7 @@ from opake.random import fold_in, key
 from torch import Tensor
 from torch.func import functional_call
 
-from bench import steps
+from bench import minilm, steps
 
 
 def build(
@@ -21,7 +21,7 @@ def build(
     clips: list[float], members: list[list[str]], lr: float,
 ) -> tuple[str, Callable[[float], list[Tensor]]]:  # fmt: skip
     """Version, and a step from the first parameters; arguments as of `bench.jax_steps.build`."""
-    model = steps.network(network, torch.device("cpu"))
+    model = minilm.written_out(steps.network(network, torch.device("cpu")))
     model.load_state_dict(parameters, strict=False)
     start = {n: p.detach() for n, p in steps.trained(model).items()}
     held = {n: p.clone() for n, p in start.items()}

@@ -243,7 +243,7 @@ def ours(setup: Setup, form: str, rng: str) -> Built:
 
 def vmap_grad(setup: Setup) -> Built:
     """Per-sample gradients by vmap(grad), clipped layer by layer, torch noise."""
-    model, layout = setup.model, setup.layout
+    model, layout = minilm.written_out(setup.model), setup.layout
     gradients_of = per_sample_gradients(model)
 
     def step(scale: float) -> list[Tensor]:
