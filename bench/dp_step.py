@@ -164,7 +164,8 @@ def time_sides(
     samples = measure.interleaved(timers, 15 if quick else 25, 0.4 * budget, failed)
     rows = {name: measure.in_a_row(timers[name], 10) for name in samples}
     # What takes long gains nothing from its like before it, and ten of it take ten times as long.
-    long = max(measure.quantiles(taken)[0] for taken in samples.values()) > LONG
+    medians = (measure.quantiles(taken)[0] for taken in samples.values())
+    long = max(medians, default=0.0) > LONG
     repeated = {} if quick or long else measure.interleaved(rows, 15, 0.3 * budget, failed)
     for name, seconds in samples.items():
         if "failed" in entries[name] or "skipped" in entries[name]:
