@@ -117,8 +117,8 @@ def test_a_changed_held_out_record_moves_one_client_by_one(runs):
     _, module = runs("record+local")
     evaluations = module.run.evaluations
     before = evaluations.right_answers()
-    _, y = evaluations.data.held_out
-    row = int(evaluations.data.held_out_partition.client(1)[0])
+    _, y = evaluations.run.data.held_out
+    row = int(evaluations.run.data.held_out_partition.client(1)[0])
     kept = int(y[row])
     try:
         moves = []
