@@ -161,7 +161,8 @@ def of_lines(monkeypatch, *lines):
         event = NoiseEvent("gaussian", z, 0.5)
         found.add(
             SimpleNamespace(
-                event=event, steps=1, members=lambda everyone: np.arange(everyone), is_sum=False,
+                client=0, noise_multiplier=z, event=event, steps=1, is_sum=False,
+                members=lambda everyone: np.arange(everyone),
                 epsilon_inflation=on_top, tail_delta=tail, evaluation=False,
             )
         )  # fmt: skip
