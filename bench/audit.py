@@ -30,18 +30,18 @@ _FIXED = [*_SUM, "--privacy.cohort_sampling", "fixed"]
 _LAPLACE = ["--privacy.mechanism", "laplace"]
 # Title: options of the run, and how many canaries.
 CASES: dict[str, tuple[list[str], int]] = {
-    "record+local, Gaussian": ([], 500),
-    "client+local, Gaussian": (["--privacy.setting", "client+local"], 500),
-    "client+aggregator, Gaussian": (_FIXED, 400),
+    "record+local, Gaussian": ([], 1000),
+    "client+local, Gaussian": (["--privacy.setting", "client+local"], 1000),
+    "client+aggregator, Gaussian": (_FIXED, 1000),
     "record+local, Laplace": (_LAPLACE, 1000),
     "client+local, Laplace": (["--privacy.setting", "client+local", *_LAPLACE], 1000),
     "client+aggregator, noise that rounds share": (
         [*_FIXED, "--privacy.correlation", "banded", "--model.clients_per_round", "2"],
-        200,
+        1000,
     ),
     "client+aggregator, Gaussian, secret cohorts of 5": (
         [*_SUM, "--model.clients_per_round", "5"],
-        200,
+        1000,
     ),
 }
 
