@@ -128,6 +128,7 @@ RECORDS: dict[str, tuple[Callable[[Entries], Any], str]] = {
     "deltas of fewer clients": (facts(delta=[1e-3] * 2), "delta is not a list of 3 numbers"),
     "noise of fewer clients": (facts(noise_multiplier=[1.0] * 2), "noise_multiplier is not a list"),
     "tails of one step": (lines(2, tail_delta=half), "line 3 charges tail_delta"),
+    "tails of a later step": (lines(-1, tail_delta=half), "charges tail_delta"),
     "cutoff": (facts(tail_cutoff=3.0), "tail_cutoff is 3.0"),
     "votes": (facts(vote_share=0.0), "vote_share is 0.0"),
     "a client too many": (lines(2, client=3), "client 3 is not among the 3 clients"),
