@@ -219,3 +219,24 @@ def test_without_noise_a_sum_is_clipped_weighted_and_divided(setting: str) -> No
     for name, value in want.items():
         torch.testing.assert_close(release.update[name][0].double(), value, rtol=1e-5, atol=1e-7)
     assert release.sim_only["clipped_fraction"][0].tolist() == pytest.approx([2 / 3, 1.0])
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_the_noise_of_votes_in_a_sum_has_the_scale_that_is_charged(monkeypatch, mechanism) -> None:
+    """Drawn in one call with that of the layers, for hundreds of sums with keys of their own."""
+    z, rho, seen = 1.5, 0.05, []
+    for number in range(300):
+        total, layout, history = pooled_sum(
+            "client+aggregator", mechanism, clients=3, multiplier=z, thresholds="quantile"
+        )
+        total.key = NoiseKey.from_seed(number)
+        monkeypatch.setattr(history, "observe_votes", lambda _, votes, __: seen.append(votes))
+        total.release(divisor=2.0, expected_votes=3.0)
+    layers = layout.num_layers
+    scale = z / math.sqrt(rho) * math.sqrt(layers) / 2
+    if mechanism == "laplace":
+        scale = z / rho * layers / 2
+    noise = torch.cat(seen)
+    assert accepts(noise, mechanism, scale)
+    assert not accepts(noise, mechanism, scale * 2 / 3)
+    assert not accepts(noise, mechanism, scale * 3 / 2)
