@@ -30,7 +30,7 @@ class Rounds(pl.LightningModule):
     def __init__(self, path: Path, privacy: PrivacyConfig | None = None, shift: float = 0.0):
         super().__init__()
         self.automatic_optimization = False
-        self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
         self.layout = Layout.build(dict(self.network.named_parameters()))
         self.privacy = privacy or PrivacyConfig(seed=1)
         self.rules = Rules(self.privacy)

@@ -72,8 +72,9 @@ def test_one_row_a_client_and_layer(tmp_path: Path) -> None:
     seen = rows(tmp_path, "layers")
     assert len(seen) == 2 * M * L
     assert list(seen[9].values())[:-1] == ["1", "2", "1", "5", "6", "7", "8", "9"]
-    # Contributions 6 and 7 of two layers of six numbers each: (6 + 7)²/(2·(6² + 7²)).
-    assert seen[8]["division_ratio"] == seen[9]["division_ratio"] == f"{169 / 170:.6g}"
+    # Contributions 6 and 7 of layers of six and nine numbers: (6 + 7)²/((6²/6 + 7²/9)·15).
+    expected = f"{169 / ((6 + 49 / 9) * 15):.6g}"
+    assert seen[8]["division_ratio"] == seen[9]["division_ratio"] == expected
 
 
 @pytest.mark.parametrize(
