@@ -45,12 +45,15 @@ class LateWandbLogger(WandbLogger):
         super().log_metrics(metrics, step)
 
 
-def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | None:
+def default_logger(
+    run_path: Path, name: str | None = None, project: str | None = None
+) -> LateWandbLogger | None:
     """W&B logger: online where a key is configured, else offline; None under WANDB_MODE=disabled.
 
     Args:
         run_path: folder of the run; W&B's id is kept there, so that a resumed run goes on with it.
         name: shown name of the run.
+        project: W&B's; None: as the environment says, or "aadp-fl".
     """
     mode = os.environ.get("WANDB_MODE", "")
     if mode == "disabled":
@@ -63,7 +66,7 @@ def default_logger(run_path: Path, name: str | None = None) -> WandbLogger | Non
     logger = LateWandbLogger(
         name=name,
         save_dir=run_path,
-        project=os.environ.get("WANDB_PROJECT", "aadp-fl"),
+        project=project or os.environ.get("WANDB_PROJECT", "aadp-fl"),
         id=os.environ.get("WANDB_RUN_ID") or own,
         log_model=False,
         resume="allow",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,14 @@ from fl_lightning.output.checkpoint import CHECKPOINT
 from fl_lightning.output.console import say, speak_any_encoding
 from fl_lightning.tune.plan import SearchPlan, check_given, given_seed
 from fl_lightning.tune.search import Search
+from fl_lightning.tune.shown import shown_by_wandb
 
 _ABOUT = """\
 Random search whose choice is charged: the search, and the run that it chooses, keep (epsilon,
-delta). SEARCH.yaml has epsilon, delta, trials, config and space (configs/searches/digits.yaml).
-What follows it are options of fit, for all runs. A search that was stopped goes on by the same
-command.
+delta). SEARCH.yaml has epsilon, delta, trials, config, fixed and space
+(configs/searches/digits.yaml), or is a random sweep of W&B (configs/sweeps/digits.yaml), whose
+run_cap is the mean number of runs. What follows it are options of fit, for all runs. A search that
+was stopped goes on by the same command.
 """
 
 
@@ -45,20 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="true",
         help="whether the chosen model reads the test set, once",
     )
+    for name in ("epsilon", "delta"):
+        words = "of the whole search, where the file has none: a number, or a list for the clients"
+        parser.add_argument(f"--{name}", type=json.loads, metavar="NUMBERS", help=words)
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="W&B's project that gets the chosen run, and no other"
+    )
     options, given = parser.parse_known_args(arguments)
     speak_any_encoding()
+    budget = {n: getattr(options, n) for n in ("epsilon", "delta")}
+    folder = options.run_dir.expanduser()
     try:
         check_given(_joined(given))
-        plan = SearchPlan.read(options.search)
-        _search(plan, options.run_dir.expanduser(), given, options.read_test_set)
+        plan = SearchPlan.read(options.search, {n: v for n, v in budget.items() if v is not None})
+        chosen = _search(plan, folder, given, options.read_test_set)
+        if chosen is not None and options.wandb:
+            say(shown_by_wandb(chosen, folder / "wandb_of_chosen", options.wandb))
     except (ValueError, OSError, LedgerError, SearchLossError) as error:
         say(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def _search(plan: SearchPlan, folder: Path, given: list[str], test: str) -> None:
-    common = with_shipped([*(f"--config={name}" for name in plan.config), *_joined(given)])
+def _search(plan: SearchPlan, folder: Path, given: list[str], test: str) -> Path | None:
+    files = [f"--config={name}" for name in plan.config]
+    common = with_shipped([*files, *_words(plan.fixed), *_joined(given)])
     seed = given_seed(common, [_config(argument) for argument in common])
 
     def run(options: Mapping[str, Any], place: Path, facts: dict[str, Any]) -> None:
@@ -69,7 +83,7 @@ def _search(plan: SearchPlan, folder: Path, given: list[str], test: str) -> None
         best = search.best(say)
         if best is None:
             say("no candidate was drawn, which was possible: nothing is shown")
-            return
+            return None
         place = folder / "trials" / f"{best:05d}"
         shown = {**plan.options(1.0, search.clients), **search.options(best)}
         shown |= {"read_test_set": test == "true", **_kept(place)}
@@ -83,6 +97,7 @@ def _search(plan: SearchPlan, folder: Path, given: list[str], test: str) -> None
         "(largest over the clients) for the whole search; everything else in the folder stays "
         "private"
     )
+    return target
 
 
 def _joined(given: Sequence[str]) -> list[str]:
@@ -100,6 +115,8 @@ def _candidate(arguments: list[str], place: Path, facts: dict[str, Any]) -> None
     """Train a candidate, or go on with it; what it prints goes to a file of its folder."""
     from fl_lightning import fit
 
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     resume = ["--ckpt_path", "last"] if (place / CHECKPOINT).is_file() else []
     before = os.environ.get("WANDB_MODE")
     os.environ["WANDB_MODE"] = "disabled"  # what a candidate logs would be shown

@@ -15,11 +15,12 @@ from fl_lightning.accounting.repeat_and_select import (
     candidate_budget,
 )
 from fl_lightning.tune.space import FIXED, Space
+from fl_lightning.tune.sweep import is_sweep, plan_of
 
 # Evaluated after the last round alone: one score a candidate.
 LAST_ROUND = 10**9
 _ALLOWED = ("privacy.setting", "privacy.seed", "seed_everything")
-_KEYS = ("epsilon", "delta", "trials", "space", "config")
+_KEYS = ("epsilon", "delta", "trials", "space", "config", "fixed")
 Numbers = float | Sequence[float]
 
 
@@ -32,6 +33,7 @@ class SearchPlan:
         number: law of the number of candidates.
         space: law of a candidate's options.
         config: configuration files of all candidates.
+        fixed: options of all candidates besides, by dotted name.
 
     Raises:
         ValueError: naming the option.
@@ -41,7 +43,8 @@ class SearchPlan:
     delta: Numbers
     number: TrialNumber
     space: Space
-    config: Sequence[str] = field(default_factory=tuple)
+    config: Sequence[str] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta"):
@@ -50,10 +53,15 @@ class SearchPlan:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number, or a list")
             if not all(0 < v < (1 if name == "delta" else float("inf")) for v in values):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0 and finite")
+        check_given([f"--{name}" for name in self.fixed])
 
     @classmethod
-    def read(cls, path: Path) -> SearchPlan:
-        """The plan of a YAML file.
+    def read(cls, path: Path, given: Mapping[str, Any] | None = None) -> SearchPlan:
+        """The plan of a YAML file: of a search, or of a random sweep of W&B.
+
+        Args:
+            path: of the file.
+            given: what the file lacks, `epsilon` and `delta` for instance.
 
         Raises:
             ValueError: it has something else than a plan.
@@ -63,21 +71,39 @@ class SearchPlan:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        try:
+            return cls._of(plan_of(found) if is_sweep(found) else found, given or {})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _of(cls, found: Any, given: Mapping[str, Any]) -> SearchPlan:
         if not isinstance(found, dict):
-            raise ValueError(f"{path}: it must have {', '.join(_KEYS)}")
+            raise ValueError(f"it must have {', '.join(_KEYS)}")
+        for key, value in given.items():
+            if key in found:
+                raise ValueError(f"{key} is {found[key]} there already: --{key}={value} is refused")
+        found = {**found, **given}
         unknown = [str(key) for key in found if key not in _KEYS]
         missing = [key for key in ("epsilon", "delta", "space") if key not in found]
-        if unknown or missing:
-            wrong = f"{unknown[0]!r} is none of" if unknown else f"{missing[0]} is missing of"
-            raise ValueError(f"{path}: {wrong} {', '.join(_KEYS)}")
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(_KEYS)}")
+        if missing:
+            raise ValueError(f"{missing[0]} is missing, there or as --{missing[0]}")
         trials, config = found.get("trials") or {}, found.get("config") or []
         if not isinstance(trials, dict) or not set(trials) <= {"law", "mean", "shape"}:
-            raise ValueError(f"{path}: trials={trials!r} takes law, mean and shape")
+            raise ValueError(f"trials={trials!r} takes law, mean and shape")
+        for key in trials.keys() - {"law"}:
+            if not _is_number(trials[key]):
+                raise ValueError(f"trials.{key}={trials[key]!r} must be a number")
         config = [config] if isinstance(config, str) else config
         if not isinstance(config, list) or not all(isinstance(c, str) for c in config):
-            raise ValueError(f"{path}: config={config!r} must be a file, or a list of files")
-        number = TrialNumber(**trials)
-        return cls(found["epsilon"], found["delta"], number, Space(found["space"]), tuple(config))
+            raise ValueError(f"config={config!r} must be a file, or a list of files")
+        fixed = found.get("fixed") or {}
+        if not isinstance(fixed, dict):
+            raise ValueError(f"fixed={fixed!r} must be options with their values")
+        number, space = TrialNumber(**trials), Space(found["space"])
+        return cls(found["epsilon"], found["delta"], number, space, tuple(config), fixed)
 
     def budgets(self, clients: int) -> list[CandidateBudget]:
         """What each client may spend in a candidate, [clients]."""

@@ -75,7 +75,9 @@ class Search:
         os.chmod(path, 0o600)
         self._entries, self._hash = self._read(path)
         name = run_key.public_name(self.key.derive("search"))
-        first = {"kind": "plan", "search": name, "config": list(self.plan.config), **self.facts}
+        fixed = {"fixed": dict(self.plan.fixed)} if self.plan.fixed else {}
+        common = {"config": list(self.plan.config), **fixed}
+        first = {"kind": "plan", "search": name, **common, **self.facts}
         if not self._entries:
             self._write(first)
         elif _plain(self._entries[0]) != _plain(first):

@@ -19,6 +19,7 @@ FIXED = (
 )  # fmt: skip
 FIXED_SECTIONS = ("data.", "checkpoint.", "client_tables.")
 Options = dict[str, Any]
+_Draw = Callable[[np.random.Generator, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Space:
     """Options by their dotted name, each with how it is drawn.
 
     Args:
-        laws: {name: {law: arguments}}: `choice` of a list, `uniform` or `log_uniform` between two
-            numbers.
+        laws: {name: {law: arguments}}. `choice` takes a list, `weighted_choice` pairs of a value
+            and its weight. `uniform`, `log_uniform` and `int_uniform` (both ends included) take two
+            bounds; `normal` and `log_normal` mean and standard deviation. All but `int_uniform`
+            take a third number besides, a step: what is drawn is rounded to multiples of it.
 
     Raises:
         ValueError: a law that there is not, or an option that all trials must share.
@@ -60,28 +63,77 @@ def _check_law(name: str, law: Any) -> None:
         raise ValueError(f"space: {name}: {kind} takes a list, not {values!r}")
     if kind == "choice":
         return
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or len(values) != 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"space: {name}: {kind} takes two numbers, not {values}")
-    if not values[0] < values[1] or (kind == "log_uniform" and values[0] <= 0):
+    if kind == "weighted_choice":
+        pairs = all(isinstance(v, list) and len(v) == 2 for v in values)
+        if not pairs or not all(_is_number(w) and w >= 0 for _, w in values):
+            raise ValueError(f"space: {name}: {kind} takes pairs of value and weight: {values}")
+        if not sum(w for _, w in values) > 0:
+            raise ValueError(f"space: {name}: {kind}={values} must have a weight above 0")
+        return
+    if kind == "int_uniform":
+        if len(values) != 2 or not all(isinstance(v, int) and _is_number(v) for v in values):
+            raise ValueError(f"space: {name}: {kind} takes two integers, not {values}")
+    elif len(values) not in (2, 3) or not all(map(_is_number, values)):
+        raise ValueError(f"space: {name}: {kind} takes two numbers, and a step, not {values}")
+    if len(values) == 3 and not values[2] > 0:
+        raise ValueError(f"space: {name}: {kind}={values} must have a step above 0")
+    if kind in ("normal", "log_normal"):
+        if not values[1] > 0:
+            raise ValueError(f"space: {name}: {kind}={values} must have a deviation above 0")
+    elif not values[0] < values[1] or (kind == "log_uniform" and values[0] <= 0):
         least = " and above 0" if kind == "log_uniform" else ""
         raise ValueError(f"space: {name}: {kind}={values} must be ascending{least}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _choice(generator: np.random.Generator, values: list[Any]) -> Any:
     return values[int(generator.integers(len(values)))]
 
 
-def _uniform(generator: np.random.Generator, values: list[float]) -> float:
-    return float(generator.uniform(*values))
+def _weighted_choice(generator: np.random.Generator, values: list[Any]) -> Any:
+    weights = np.array([weight for _, weight in values], dtype=float)
+    return values[int(generator.choice(len(values), p=weights / weights.sum()))][0]
 
 
-def _log_uniform(generator: np.random.Generator, values: list[float]) -> float:
-    return float(math.exp(generator.uniform(*map(math.log, values))))
+def _int_uniform(generator: np.random.Generator, values: list[int]) -> int:
+    return int(generator.integers(values[0], values[1], endpoint=True))
 
 
-_LAWS: dict[str, Callable[[np.random.Generator, Any], Any]] = {
+def _stepped(draw: Callable[[np.random.Generator, float, float], float]) -> _Draw:
+    """Draws of `draw` with two numbers, rounded to multiples of the third if there is one."""
+
+    def drawn(generator: np.random.Generator, values: list[float]) -> float:
+        found = draw(generator, *values[:2])
+        return float(round(found / values[2]) * values[2] if len(values) > 2 else found)
+
+    return drawn
+
+
+def _uniform(generator: np.random.Generator, low: float, high: float) -> float:
+    return generator.uniform(low, high)
+
+
+def _log_uniform(generator: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
+
+
+def _normal(generator: np.random.Generator, mean: float, deviation: float) -> float:
+    return generator.normal(mean, deviation)
+
+
+def _log_normal(generator: np.random.Generator, mean: float, deviation: float) -> float:
+    return math.exp(generator.normal(mean, deviation))
+
+
+_LAWS: dict[str, _Draw] = {
     "choice": _choice,
-    "uniform": _uniform,
-    "log_uniform": _log_uniform,
+    "weighted_choice": _weighted_choice,
+    "int_uniform": _int_uniform,
+    "uniform": _stepped(_uniform),
+    "log_uniform": _stepped(_log_uniform),
+    "normal": _stepped(_normal),
+    "log_normal": _stepped(_log_normal),
 }

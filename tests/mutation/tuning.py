@@ -8,6 +8,7 @@ _NOISE = "tests/fl_lightning/test_noised_counts.py"
 _EVALUATION = "tests/fl_lightning/test_private_evaluation.py"
 _SELECT = "tests/fl_lightning/test_repeat_and_select.py"
 _TUNE = "tests/fl_lightning/test_tune.py"
+_SWEEP = "tests/fl_lightning/test_tune_sweep.py"
 
 MUTATIONS = [
     *group(
@@ -81,5 +82,29 @@ MUTATIONS = [
         _TUNE,
         ("all of epsilon for each", '"epsilon": [b.epsilon * shrink for b in budgets],', '"epsilon": [b.epsilon + b.loss for b in budgets],'),
         ("candidates log", '"trainer.logger": False,', '"trainer.logger": None,'),
+        ("fixed options are not checked", 'check_given([f"--{name}" for name in self.fixed])', "pass"),
+    ),
+    *group(
+        "fl_lightning/tune/sweep.py",
+        _SWEEP,
+        ("any method", 'if sweep.get("method") != "random":', "if False:"),
+        ("a cap for a mean is dropped", 'if "run_cap" in sweep:', "if False:"),
+        ("stopping at a score", 'if "target" in metric:', "if False:"),
+        ("any early end", 'if key == "early_terminate":', "if False:"),
+        ("exponents for values", '"log_uniform_values": (_RANGE, _of("log_uniform")),', '"log_uniform_values": (_RANGE, _exponents),'),
+        ("an inverse that is not turned", "_exponents(-high, -low)", "_exponents(low, high)"),
+        ("weights are dropped", 'if "probabilities" in given:', "if False:"),
+    ),
+    *group(
+        "fl_lightning/tune/space.py",
+        _SWEEP,
+        ("the last integer is never drawn", "endpoint=True", "endpoint=False"),
+        ("no steps", "if len(values) > 2 else found", "if False else found"),
+        ("a normal law of variance", "return generator.normal(mean, deviation)", "return generator.normal(mean, deviation**2)"),
+    ),
+    *group(
+        "fl_lightning/tune/search.py",
+        _SWEEP,
+        ("fixed options may change", 'fixed = {"fixed": dict(self.plan.fixed)} if self.plan.fixed else {}', "fixed = {}"),
     ),
 ]  # fmt: skip
