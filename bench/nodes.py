@@ -26,8 +26,9 @@ import yaml
 
 from bench import machine, pages
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
-from fl_lightning.deploy.client_run import ClientRun, Holding
+from fl_lightning.deploy.client_run import ClientRun
 from fl_lightning.deploy.frames import ask
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.node import Node
 from fl_lightning.deploy.policy import Policy
 from fl_lightning.ledger import Ledger
@@ -62,7 +63,9 @@ def messages(network: dict[str, Any], folder: Path) -> tuple[bytes, list[bytes]]
     """What a server sends: its proposal, and the model of every round."""
     made = module(network, folder)
     digest = network_digest(made.network, made.loss)
-    terms = propose(made.rules, run=RUN, client=0, clients=1, network=digest, rounds=ROUNDS + 3)
+    terms = propose(
+        made.rules, run=RUN, client=0, clients=1, network=digest, rounds=ROUNDS + 3, span=ROUNDS + 3
+    )
     params = {n: p.detach() for n, p in made.network.named_parameters()}
     rounds = [
         encode({"do": "release", "run": RUN, "round": r, "context": "", "known": r}, params)

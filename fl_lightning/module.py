@@ -294,7 +294,8 @@ class FederatedModule(pl.LightningModule):
         """The run before anything of it exists."""
         server = self.server_optimizer, self.server_scheduler
         what = self.rules, self, self.network, self.loss
-        return ProposedRun(*what, *server, data, trainer, self.member, self.metrics)
+        away = self.federation is not None
+        return ProposedRun(*what, *server, data, trainer, self.member, self.metrics, away)
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is done."""
@@ -371,8 +372,8 @@ class FederatedModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Figures are those of the model as it is now, and of clients' own where they have them."""
         vmaps = self.run is not None and self.run.releases.clients.vectorize
-        proposed, away = self.proposed(self.data, self.trainer), self.federation is not None
-        models = personal_models(proposed, vectorize=vmaps, elsewhere=away)
+        proposed = self.proposed(self.data, self.trainer)
+        models = personal_models(proposed, vectorize=vmaps, elsewhere=proposed.elsewhere)
         self._figures = HeldOutFigures(proposed, models)
 
     on_test_epoch_start = on_validation_epoch_start

@@ -15,7 +15,7 @@ from aadp_kernels import NoiseKey
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.accounting.cohort import cohort_schedule, participations_of
 from fl_lightning.accounting.correlated import CorrelatedPlan, best_for
-from fl_lightning.header import correlation_facts, ledger_header
+from fl_lightning.accounting.evaluation import EvaluationPlan
 from fl_lightning.keys import binding, run_key
 from fl_lightning.keys.released_noise import ReleasedNoise
 from fl_lightning.ledger import Ledger, LedgerError
@@ -32,11 +32,12 @@ from fl_lightning.release.evaluation import Evaluated, Evaluations, plan_evaluat
 from fl_lightning.release.federation import agreements, write_members
 from fl_lightning.release.one_by_one import OneByOne
 from fl_lightning.release.remote import Remote, join
+from fl_lightning.release.remote_evaluation import RemoteEvaluations, held_out_elsewhere
 from fl_lightning.release.remote_sum import RemoteSum
 from fl_lightning.release.summed import Summed, noise_parts_needed
 from fl_lightning.resumption import check_promise
+from fl_lightning.run_ledger import open_ledger
 from fl_lightning.run_spec import RunSpec
-from fl_lightning.values.plain_json import plain
 
 _LOG = logging.getLogger("pytorch_lightning")
 
@@ -72,7 +73,7 @@ class Run:
     run_id: str
     records: str
     releases: OneByOne | Summed | Remote
-    evaluations: Evaluations | None
+    evaluations: Evaluations | RemoteEvaluations | None
     max_examples: int
     process_counts: list[int]
     last_paid_round: int
@@ -158,7 +159,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
     budget = _budget(spec, schedule, rate, plan, planned)
     key = _find_key(spec)
     run_id = run_key.public_name(key.derive("run"))
-    terms = _join(spec, budget, run_id)
+    terms = _join(spec, budget, run_id, planned)
     records = run_key.public_name(key.derive("records", data.digest()))
     if resumed is not None:
         if resumed["run_id"] != run_id:
@@ -168,7 +169,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
         check_promise(rules, resumed["promise"], records)
         history.load_checkpoint(resumed["history"])
         budget.load_state_dict(resumed["budget"])
-    ledger = _open_ledger(spec, budget, run_id) if rules.privacy.private else None
+    ledger = open_ledger(spec, budget, run_id) if rules.privacy.private else None
     if ledger is not None:
         budget.follow(ledger.header)
     last_paid_round = -1
@@ -182,6 +183,7 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
     max_examples = max(1, int(memory / bytes_per_example(spec.network, example)))
     books = None if ledger is None else Books(history, budget, ledger, spec.processes)
     noise = _released_noise(spec, key, ledger) if plan is not None else None
+    releases = _releases(spec, key, books, max_examples, noise, terms)
     return Run(
         spec=spec,
         planned_rounds=planned,
@@ -192,8 +194,8 @@ def begin_run(spec: RunSpec, planned: int) -> Run:
         key=key,
         run_id=run_id,
         records=records,
-        releases=_releases(spec, key, books, max_examples, noise, terms),
-        evaluations=Evaluations.of(spec, key, books),
+        releases=releases,
+        evaluations=_evaluations(spec, key, books, releases),
         max_examples=max_examples,
         process_counts=counts,
         last_paid_round=last_paid_round,
@@ -256,7 +258,7 @@ def _budget(
         spec.layout.dims,
         noise_parts_needed(rules, everyone),
         plan,
-        plan_evaluations(rules.privacy, spec.data, rounds),
+        _planned_evaluations(spec, rounds),
     )
     if spec.resumed is None and rules.privacy.private and spec.federation is None:
 
@@ -268,7 +270,31 @@ def _budget(
     return budget
 
 
-def _join(spec: RunSpec, budget: Budget, run_id: str) -> list[Agreement]:
+def _planned_evaluations(spec: RunSpec, rounds: int) -> EvaluationPlan | None:
+    """Private evaluations of the records that clients, or nodes, hold out; None: there are none."""
+    privacy = spec.rules.privacy
+    if not privacy.evaluate_every:
+        return None
+    if spec.federation is not None:
+        records = held_out_elsewhere(spec.federation.members, privacy)
+    else:
+        records = spec.data.held_out_partition.sizes
+    return plan_evaluations(privacy, records, spec.span or rounds)
+
+
+def _evaluations(
+    spec: RunSpec, key: NoiseKey, books: Books | None, releases: OneByOne | Summed | Remote
+) -> Evaluations | RemoteEvaluations | None:
+    """Who releases the private evaluations that are planned."""
+    if books is None or books.budget.evaluations is None:
+        return None
+    if spec.federation is None:
+        return Evaluations(spec, key, books, spec.number)
+    assert isinstance(releases, Remote)
+    return RemoteEvaluations(releases, spec.rules.privacy, spec.params)
+
+
+def _join(spec: RunSpec, budget: Budget, run_id: str, planned: int) -> list[Agreement]:
     """The terms of each node. A run that begins takes the noise multipliers that nodes computed."""
     if spec.federation is None:
         return []
@@ -278,6 +304,7 @@ def _join(spec: RunSpec, budget: Budget, run_id: str) -> list[Agreement]:
         run=run_id,
         network=network_digest(spec.network, spec.loss),
         steps=budget.planned_steps,
+        span=planned,
     )
     if spec.resumed is None:
         join(spec.federation, terms, budget)
@@ -305,44 +332,6 @@ def _find_key(spec: RunSpec) -> NoiseKey:
 
     processes.first(make)
     return key(True)
-
-
-def _open_ledger(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
-    """The ledger: the file itself in process 0, a copy elsewhere."""
-    opened: list[Ledger] = []
-
-    def facts() -> tuple[Any, ...]:
-        opened.append(ledger := _ledger_file(spec, budget, run_id))
-        return ledger.header, ledger.releases, ledger.head_hash
-
-    known = spec.processes.first(facts)
-    return opened[0] if opened else Ledger.copy_of(spec.folder, *known)
-
-
-def _ledger_file(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
-    if spec.resumed is None:
-        facts = {} if spec.search is None else {"search": spec.search}
-        header = ledger_header(spec.rules, spec.data, spec.layout, budget, run_id) | facts
-        if spec.federation is not None:
-            header["nodes"] = [member.name for member in spec.federation.members]
-        if spec.number is not None and spec.rules.privacy.summed:
-            header["member"] = spec.number
-        return Ledger.create(spec.folder, header)
-    ledger = Ledger.open(spec.folder, spec.resumed)
-    facts = correlation_facts(spec.rules, budget)
-    if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):
-        ledger.close()
-        raise LedgerError(
-            f"{spec.folder}: the ledger has other coefficients, rounds or sensitivities than the "
-            "run now has; noise that rounds share is planned once"
-        )
-    if spec.rules.privacy.summed and not ledger.header.get("schema"):
-        ledger.close()
-        raise LedgerError(
-            f"{spec.folder}: the ledger is of schema 0, which had a line for every client of "
-            "a sum: go on with the version that began the run, or start a new one"
-        )
-    return ledger
 
 
 def _releases(

@@ -38,6 +38,7 @@ class RunSpec:
         federation: nodes that release for themselves; None: all clients are simulated here.
         search: facts of the search that the run is a candidate of; None: of none.
         number: at a node, what its client is called in the federation; None: not a node.
+        span: at a node, rounds of the federation's run.
     """
 
     rules: Rules
@@ -52,6 +53,7 @@ class RunSpec:
     resumed: dict[str, Any] | None
     federation: Federation | None = None
     number: int | None = None
+    span: int | None = None
     search: dict[str, Any] | None = None
 
     def params(self) -> Params:

@@ -28,6 +28,7 @@ ROOMS = (
     "plots",
     "module",
     "run",
+    "run_ledger",
     "run_spec",
     "header",
     "resumption",

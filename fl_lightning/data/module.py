@@ -290,6 +290,8 @@ class FederatedDataModule(pl.LightningDataModule):
     def only(self, client: int) -> FederatedDataModule:
         """The records of one client as a population of one, in the order that they have here.
 
+        Those that it holds out are held out there too.
+
         Raises:
             ValueError: there is no such client.
         """
@@ -299,10 +301,13 @@ class FederatedDataModule(pl.LightningDataModule):
         x, y, known = self.x[rows], self.y[rows], self._prepared
         whole = known.arrays
         arrays = Arrays(x, y, x[:0], y[:0], whole.num_classes, whole.name, fields=whole.fields)
-        one = FederatedDataModule(arrays, num_clients=1, val_fraction=0.0, min_client_size=1)
+        held = torch.from_numpy(self.held_out_partition.client(client))
+        x_val, y_val = (values[held] for values in self.held_out)
+        fraction = self.val_fraction if len(held) else 0.0
+        one = FederatedDataModule(arrays, num_clients=1, val_fraction=fraction, min_client_size=1)
         one.transform, problem = self.transform, known.transform_problem
         alone = Partition(np.arange(len(x)), np.array([0, len(x)]))
-        one.__dict__["_prepared"] = _Prepared(arrays, x, y, x[:0], y[:0], alone, problem)
+        one.__dict__["_prepared"] = _Prepared(arrays, x, y, x_val, y_val, alone, problem)
         return one
 
     def announce_sizes(self, sizes: list[int]) -> None:

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from fl_lightning.data import FederatedDataModule
-from fl_lightning.deploy.client_run import Holding
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.node import Node
 from fl_lightning.deploy.policy import Policy
 from fl_lightning.deploy.service import serve

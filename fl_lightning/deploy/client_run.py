@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from fl_lightning.deploy.policy import Policy, Refused, check_terms
+from fl_lightning.deploy.holding import Holding, member_module
+from fl_lightning.deploy.policy import Refused
 from fl_lightning.kernel_choice import kernels_for
 from fl_lightning.keys import digests
 from fl_lightning.ledger.statement import privacy_statement
-from fl_lightning.module import FederatedModule
 from fl_lightning.output.checkpoint import CHECKPOINT, AtomicCheckpointIO
 from fl_lightning.processes.together import Processes
 from fl_lightning.release.agreement import (
     Agreement,
-    check_deployable,
-    network_digest,
     parse_agreement,
-    privacy_of,
     terms_of,
-    training_of,
 )
+from fl_lightning.release.evaluation import Evaluations
 from fl_lightning.release.sum_part import SumPart
 from fl_lightning.release.summed import Summed
 from fl_lightning.resumption import promise_of
@@ -43,27 +40,6 @@ from fl_lightning.values.round import Params
 TERMS_FILE = "terms.json"
 ME = torch.tensor([0])  # the one client of a node's population
 _POLICY = ("clip_norm", "shares", "contribution", "noise_scale")
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What a node holds, apart from its folder. Private.
-
-    Args:
-        data: its records, a population of one.
-        network: what it trains; of its own code, never of a server's.
-        loss: of each record, or None: cross entropy.
-        policy: of its holder.
-        memory_budget: GiB for activations.
-        personal: names of the parameters that stay with the holder, taken out of the network.
-    """
-
-    data: Any
-    network: torch.nn.Module
-    loss: torch.nn.Module | None
-    policy: Policy
-    memory_budget: float = 1.0
-    personal: tuple[str, ...] = ()
 
 
 class ClientRun:
@@ -80,7 +56,7 @@ class ClientRun:
         self.terms = terms
         self.folder = folder
         self._policy = holding.policy
-        self._module = _module(holding, terms, folder)
+        self._module = member_module(holding, terms, folder)
         self._data = holding.data
         self._module.check(holding.data, _no_trainer(terms.rounds))
         self._run: Run | None = None
@@ -114,7 +90,7 @@ class ClientRun:
         state = AtomicCheckpointIO().load_checkpoint(
             folder / CHECKPOINT, map_location="cpu", weights_only=True
         )
-        made._answered = state.get("answered", {})
+        made._answered = state.get("answers", {})
         made._run = begin_run(made._spec(state["aadp_fl"]), terms.rounds)
         return made
 
@@ -139,6 +115,7 @@ class ClientRun:
         return {
             "noise_multiplier": float(self.run.budget.multiplier[0]),
             "affordable": int(self.run.budget.affordable[0]),
+            "evaluation_multiplier": float(self.run.budget.evaluation_multiplier[0]),
             **self._lines(known),
         }
 
@@ -149,11 +126,11 @@ class ClientRun:
                 "lost here, and with them what was spent; the holder must put them back"
             )
 
-    def _lines(self, known: int) -> dict[str, Any]:
-        """Ledger lines that the server lacks, that of the last release besides, and the head."""
+    def _lines(self, first: int) -> dict[str, Any]:
+        """Ledger lines from one on, and the head."""
         ledger = self.run.ledger
         assert ledger is not None
-        lines = ledger.releases[min(known, max(len(ledger) - 1, 0)) :]
+        lines = ledger.releases[first:]
         return {"lines": [release_entry(line) for line in lines], "head": ledger.head_hash}
 
     def release(self, params: Params, round: int, context: str, known: int) -> bytes:
@@ -169,20 +146,60 @@ class ClientRun:
             Refused: nothing is left to spend, or the server has more lines than the ledger.
             LedgerError: the ledger cannot be written; nothing was released.
         """
-        self._check_known(known)
         if self._module.rules.privacy.summed:
             raise Refused("request: the run has sums, whose parts are never released alone")
-        run = self.run
-        if self._module.rules.privacy.seed is None:
-            context = run.context(torch.tensor([self.terms.client]))
-        request = digests.digest([context, round, *params.values()])
-        if self._answered.get("request") != request:
-            if not len(run.releases.cohort(ME.numpy(), round)):
-                raise Refused("spent: nothing is left of the budget of this run")
-            self._release(params, round, context, request)
-        return encode({"did": "release", **self._lines(known)}, self._answered["tensors"])
 
-    def _release(self, params: Params, round: int, context: str, request: str) -> None:
+        def made(context: str) -> dict[str, Tensor]:
+            if not len(self.run.releases.cohort(ME.numpy(), round)):
+                raise Refused("spent: nothing is left of the budget of this run")
+            return self._released(params, round, context)
+
+        return self._answer("release", params, round, context, known, made)
+
+    def evaluate(self, params: Params, round: int, context: str, known: int) -> bytes:
+        """A private evaluation of a model, as the message that leaves the node.
+
+        Args, Raises: as of `release`; and none may be due after that round.
+        """
+        run, evaluations = self.run, self.run.evaluations
+        if not isinstance(evaluations, Evaluations) or not evaluations.due(round):
+            raise Refused(f"request: no evaluation is due after round {round}")
+
+        def made(context: str) -> dict[str, Tensor]:
+            with torch.no_grad():
+                for name, value in run.spec.params().items():
+                    value.copy_(params[name])
+            answers, _, paid = evaluations.noised(round, context)
+            if not paid:
+                raise Refused("evaluation: all that were planned are released")
+            return {"answers": answers}
+
+        return self._answer("evaluate", params, round, context, known, made)
+
+    def _answer(
+        self,
+        what: str,
+        params: Params,
+        round: int,
+        context: str,
+        known: int,
+        made: Callable[[str], dict[str, Tensor]],
+    ) -> bytes:
+        """What is released: the kept answer to the same request, else one that is made and kept."""
+        self._check_known(known)
+        if self._module.rules.privacy.seed is None:
+            context = self.run.context(torch.tensor([self.terms.client]))
+        request = digests.digest([context, round, *params.values()])
+        if self._answered.get(what, {}).get("request") != request:
+            tensors = made(context)
+            line = self.releases - 1  # of the release, or of one that it repeats
+            self._answered[what] = {"request": request, "tensors": tensors, "line": line}
+            self._save()
+        kept = self._answered[what]
+        return encode({"did": what, **self._lines(min(known, kept["line"]))}, kept["tensors"])
+
+    def _released(self, params: Params, round: int, context: str) -> dict[str, Tensor]:
+        """The numbers of a release, which is paid for."""
         run, rules = self.run, self._module.rules
         with kernels_for(rules, run.spec.layout, run.spec.data.client_sizes, run.planned_rounds):
             update = run.releases.release(ME, params, round, context)
@@ -192,9 +209,7 @@ class ClientRun:
         policy = {f"policy.{name}": getattr(update.policy, name)[0] for name in _POLICY}
         released = {f"update.{name}": value[0] for name, value in update.update.items()}
         history = {"l1_norm": self.run.history.l1_norm[0]}
-        tensors = {n: t.clone() for n, t in (policy | released | history).items()}
-        self._answered = {"request": request, "tensors": tensors}
-        self._save()
+        return {n: t.clone() for n, t in (policy | released | history).items()}
 
     @property
     def noise_parts(self) -> int | None:
@@ -238,7 +253,7 @@ class ClientRun:
         """State and last answer, durable: after a crash before it, the ledger is one line ahead."""
         run, module = self.run, self._module
         state = run.state_dict() | {"promise": promise_of(module.rules, run.records)}
-        kept = {"aadp_fl": state, "answered": self._answered}
+        kept = {"aadp_fl": state, "answers": self._answered}
         AtomicCheckpointIO().save_checkpoint(kept, self.folder / CHECKPOINT)
 
     def write_statement(self) -> None:
@@ -266,6 +281,7 @@ class ClientRun:
             last_model=_never,
             resumed=resumed,
             number=self.terms.client,
+            span=self.terms.span,
         )
 
     def checked_params(self, tensors: dict[str, Tensor]) -> Params:
@@ -284,54 +300,6 @@ class ClientRun:
             if not bool(value.isfinite().all()):
                 raise Refused(f"request: parameter '{name}' is not finite")
         return {name: tensors[name].to(like.device) for name, like in wanted.items()}
-
-
-def _module(holding: Holding, terms: Agreement, folder: Path) -> FederatedModule:
-    """The rules of a run around the holder's own network.
-
-    Raises:
-        Refused: the policy does not allow the terms, or they make no sense.
-    """
-    policy = holding.policy
-    try:
-        privacy, training = privacy_of(terms, policy.epsilon, policy.delta), training_of(terms)
-        check_terms(policy, terms, privacy, training)
-        if sorted(training.personal) != sorted(holding.personal):
-            raise Refused(
-                f"policy: personal layers are {list(training.personal)}, the holder keeps "
-                f"{list(holding.personal)}"
-            )
-        for name in holding.personal:
-            holding.network.get_parameter(name).requires_grad_(True)  # the module takes them out
-        module = FederatedModule(
-            holding.network,
-            privacy,
-            sampling_rate=training.sampling_rate,
-            batch_size=training.batch_size,
-            local_steps=training.local_steps,
-            local_epochs=training.local_epochs,
-            client_lr=training.lr,
-            client_momentum=training.momentum,
-            client_proximal=training.proximal,
-            personal_layers=training.personal,
-            personal_steps=training.personal_steps,
-            personal_lr=training.personal_lr,
-            planned_rounds=terms.rounds,
-            execution="loop",
-            memory_budget=holding.memory_budget,
-            seed=training.seed,
-            loss=holding.loss,
-            run_dir=str(folder),
-        )
-        module.member = True
-        check_deployable(module.rules)
-    except Refused:
-        raise
-    except ValueError as error:  # of the terms alone: no record was looked at
-        raise Refused(f"terms: {error}") from error
-    if terms.network != network_digest(holding.network, module.loss):
-        raise Refused("policy: network is another one than the node's own")
-    return module
 
 
 def _never(rounds: int) -> Any:

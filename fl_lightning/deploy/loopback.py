@@ -292,12 +292,15 @@ def demonstration(
     return {"data": data, "network": network}, policy
 
 
-def server_arguments(rounds: int, source: str, setting: str = "record+local") -> str:
+def server_arguments(
+    rounds: int, source: str, setting: str = "record+local", evaluate_every: int = 0
+) -> str:
     """Options of the server's half of the demonstration."""
     sums = f" --privacy.min_survivors={_SURVIVORS}" if setting == SUM else ""
     return (
         f"--data.source={source} --model.network.image_size={_SIZES[source]} "
-        f"--trainer.max_epochs={rounds} --model.execution=loop --privacy.setting={setting}{sums}"
+        f"--trainer.max_epochs={rounds} --model.execution=loop --privacy.setting={setting}{sums} "
+        f"--privacy.evaluate_every={evaluate_every}"
     )
 
 
@@ -309,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", choices=tuple(_SIZES), default="digits")
     settings = "record+local", "client+local", SUM
     parser.add_argument("--setting", choices=settings, default=settings[0])
+    words = "rounds between private evaluations (default 0: none)"
+    parser.add_argument("--evaluate_every", type=int, default=0, metavar="N", help=words)
     parser.add_argument("--folder", type=Path, help="new folder for everything; default: in runs/")
     options = parser.parse_args(arguments)
     stamp = time.strftime("federation-%Y%m%d-%H%M%S")
@@ -319,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{options.nodes} nodes are up after {time.monotonic() - begun:.0f} s: {folder}")
         loopback.submit(
             {
-                "arguments": server_arguments(options.rounds, options.source, options.setting),
+                "arguments": server_arguments(
+                    options.rounds, options.source, options.setting, options.evaluate_every
+                ),
                 "run-dir": str(folder / "run"),
                 "nodes": options.nodes,
                 "corrupt": _CORRUPT if options.setting == SUM else 0,

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fl_lightning.deploy.client_run import TERMS_FILE, ClientRun, Holding
+from fl_lightning.deploy.client_run import TERMS_FILE, ClientRun
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.journal import Journal
 from fl_lightning.deploy.policy import Refused
 from fl_lightning.ledger import FILE_NAME, LedgerError
@@ -83,15 +84,15 @@ class Node:
             return encode(self._hello())
         if what == "join":
             return encode(self._join(head))
-        if what == "release":
-            return self._release(head, dict(tensors))
+        if what in ("release", "evaluate"):
+            return self._release(what, head, dict(tensors))
         if what.startswith("sum-") and self._sums is not None:
             return self._sums.answer(what, head, tensors)
         if what == "end":
             for run in self._open.values():
                 run.write_statement()
             return encode({"did": "end"})
-        raise Refused("request: it must be hello, join, release or end")
+        raise Refused("request: it must be hello, join, release, evaluate or end")
 
     def _hello(self) -> dict[str, Any]:
         policy, data = self._holding.policy, self._holding.data
@@ -101,8 +102,13 @@ class Node:
             "epsilon": policy.epsilon,
             "delta": policy.delta,
             "records": int(data.client_sizes[0]) if policy.announce_records else None,
+            "held_out": self._held_out() if policy.announce_records else None,
             "number": self._number,
         }
+
+    def _held_out(self) -> int:
+        data = self._holding.data
+        return int(data.held_out_partition.sizes[0]) if data.val_fraction else 0
 
     def _join(self, head: Mapping[str, Any]) -> dict[str, Any]:
         known = _count(head, "known")
@@ -127,13 +133,14 @@ class Node:
         self._open[terms.run] = run
         return {"did": "join", **run.facts(known)}
 
-    def _release(self, head: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    def _release(self, what: str, head: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
         run, round, known = self._run_of(head), _count(head, "round"), _count(head, "known")
         context = head.get("context")
         if not isinstance(context, str) or len(context) > 128:
             raise Refused("request: context must be a short text")
         params = run.checked_params(tensors)
-        return run.release(params, round, context, known)
+        answer = run.release if what == "release" else run.evaluate
+        return answer(params, round, context, known)
 
     def _secure_sums(self) -> SumActions | None:
         """The actions of secure sums, where the holder allows any."""

@@ -204,7 +204,7 @@ def _charged(header: Mapping[str, Any], releases: Sequence[Release], name: str) 
 def _how(
     header: Mapping[str, Any], reports: Mapping[int, ClientReport], releases: Sequence[Release]
 ) -> str:
-    active = [r for r in reports.values() if r.releases]
+    active = [r for r in reports.values() if r.releases > r.evaluations]
     if not active:
         return ""
     multipliers = [z for r in active for z in r.noise_multipliers]

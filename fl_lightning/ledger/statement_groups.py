@@ -47,7 +47,7 @@ def group_section(
     delta = min(r.delta for r in active)
 
     def figures(select: _SELECT, most: float) -> list[GroupFigure]:
-        sizes = [g for g in GROUPS if g <= most]
+        sizes = [g for g in GROUPS if g <= most and clients]
         return [
             group_figure(select(clients, g), sampler, size=g, delta=delta, at=g * one)
             for g in sizes

@@ -30,6 +30,7 @@ class ProposedRun:
         trainer: of the run.
         member: whether its one client is a node, which adds to sums with others.
         metrics: further figures of held-out records.
+        elsewhere: whether its clients are nodes, whose records are not here.
     """
 
     rules: Rules
@@ -42,6 +43,7 @@ class ProposedRun:
     trainer: pl.Trainer
     member: bool = False
     metrics: MetricCollection | None = None
+    elsewhere: bool = False
 
     @property
     def layout(self) -> Layout:

@@ -18,7 +18,7 @@ from fl_lightning.privacy.comparators import Comparator
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.rules import Rules
 
-PROTOCOL = 1
+PROTOCOL = 2
 # Of the holder, or of no meaning where one client releases for itself.
 _NOT_PROPOSED = ("epsilon", "delta", "noise_multiplier", "comparator")
 
@@ -33,6 +33,7 @@ class Agreement:
         clients: clients of the run.
         network: `network_digest` of what is trained.
         rounds: rounds that the client's noise is planned for.
+        span: rounds of the whole run, which private evaluations are planned for.
         privacy: options of `PrivacyConfig` without the holder's own.
         training: of `LocalTraining`.
     """
@@ -42,6 +43,7 @@ class Agreement:
     clients: int
     network: str
     rounds: int
+    span: int
     privacy: Mapping[str, Any]
     training: Mapping[str, Any]
 
@@ -65,16 +67,17 @@ def network_digest(network: nn.Module, loss: object) -> str:
 
 
 def propose(
-    rules: Rules, *, run: str, client: int, clients: int, network: str, rounds: int
+    rules: Rules, *, run: str, client: int, clients: int, network: str, rounds: int, span: int
 ) -> Agreement:
     """The terms that a server offers to one client.
 
     Args:
         rules: of the run.
-        run, client, clients, network, rounds: as in `Agreement`.
+        run, client, clients, network, rounds, span: as in `Agreement`.
     """
     privacy = {n: v for n, v in vars(rules.privacy).items() if n not in _NOT_PROPOSED}
-    return Agreement(run, client, clients, network, rounds, privacy, asdict(rules.training))
+    training = asdict(rules.training)
+    return Agreement(run, client, clients, network, rounds, span, privacy, training)
 
 
 def check_deployable(rules: Rules) -> None:
@@ -90,10 +93,6 @@ def check_deployable(rules: Rules) -> None:
         raise ValueError(
             f"setting={privacy.setting!r}: nodes noise for themselves, under record+local, "
             "client+local or client+secure_sum; other settings are simulated only"
-        )
-    if privacy.evaluate_every:
-        raise ValueError(
-            f"evaluate_every={privacy.evaluate_every}: nodes have no private evaluation yet; use 0"
         )
     if privacy.comparator != Comparator():
         raise ValueError("comparator: rules of published methods are simulated only")
@@ -129,12 +128,14 @@ def parse_agreement(terms: Any) -> Agreement:
         ValueError: naming what is missing or of another type.
     """
     names = [*Agreement.__dataclass_fields__]
+    if isinstance(terms, dict) and "span" not in terms:  # of a node that began under protocol 1
+        terms = {**terms, "span": terms.get("rounds")}
     if not isinstance(terms, dict) or sorted(terms) != sorted(names):
         raise ValueError(f"terms must have {', '.join(names)}")
     for name in ("run", "network"):
         if not (isinstance(terms[name], str) and len(terms[name]) == 64 and _is_hex(terms[name])):
             raise ValueError(f"terms: {name} must be 64 hex digits")
-    for name, least in (("client", 0), ("clients", 1), ("rounds", 1)):
+    for name, least in (("client", 0), ("clients", 1), ("rounds", 1), ("span", 1)):
         if type(terms[name]) is not int or not least <= terms[name] < 2**31:
             raise ValueError(f"terms: {name} must be a whole number from {least}")
     if terms["client"] >= terms["clients"]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from aadp_kernels import NoiseKey
 from fl_lightning.accounting.evaluation import EvaluationPlan, evaluation_cost, is_due
-from fl_lightning.data import FederatedDataModule
 from fl_lightning.keys import binding, digests, run_key
 from fl_lightning.networks.inputs import input_dtype
 from fl_lightning.networks.outputs import predictions
@@ -44,25 +43,21 @@ class Evaluated:
     clients: int
 
 
-def plan_evaluations(
-    privacy: PrivacyConfig, data: FederatedDataModule, rounds: int
-) -> EvaluationPlan | None:
-    """The private evaluations of a run; None where there are none.
+def plan_evaluations(privacy: PrivacyConfig, records: np.ndarray, rounds: int) -> EvaluationPlan:
+    """The private evaluations of a run with `privacy.evaluate_every`.
 
     Args:
         privacy: of the run.
-        data: of which the numbers of held-out records are read.
+        records: held-out records of each client, int64 [K].
         rounds: planned.
     """
-    if not privacy.evaluate_every:
-        return None
     return EvaluationPlan(
         privacy.evaluate_every,
         rounds,
         privacy.evaluation_share,
         privacy.unit == "record",
         privacy.noise_form,
-        data.held_out_partition.sizes,
+        records,
     )
 
 
@@ -73,22 +68,19 @@ class Evaluations:
         run: what is trained, and the records that clients hold out.
         key: the run's secret.
         books: what is paid from and written in; its budget has the plan.
+        number: at a node, what its one client is called in the federation.
     """
 
-    def __init__(self, run: Trained, key: NoiseKey, books: Books) -> None:
+    def __init__(
+        self, run: Trained, key: NoiseKey, books: Books, number: int | None = None
+    ) -> None:
         plan = books.budget.evaluations
         assert plan is not None
         self.run, self.books, self.plan = run, books, plan
         self.privacy = run.rules.privacy
         self.key = key.derive("evaluation")
         self.clients = torch.from_numpy(np.flatnonzero(plan.records))
-
-    @classmethod
-    def of(cls, run: Trained, key: NoiseKey, books: Books | None) -> Evaluations | None:
-        """The evaluations of a run; None where it has none."""
-        if books is None or books.budget.evaluations is None:
-            return None
-        return cls(run, key, books)
+        self._numbers = self.clients if number is None else torch.tensor([number])
 
     def due(self, round: int) -> bool:
         """Whether a round ends with an evaluation."""
@@ -123,6 +115,17 @@ class Evaluations:
         return right
 
     def release(self, round: int, context: str) -> Evaluated | None:
+        """Evaluate the model, as `noised`; None where no client can pay for another one."""
+        noised, weights, keep = self.noised(round, context)
+        if not keep:
+            return None
+        # A sum is one number, of all that have a part in it.
+        some = slice(None) if self.privacy.summed else keep
+        multipliers = self.books.budget.evaluation_multiplier[self.clients][some]
+        records = torch.from_numpy(self.plan.records)[self.clients][some]
+        return evaluated(self.privacy, noised[some], multipliers, weights[some], records)
+
+    def noised(self, round: int, context: str) -> tuple[Tensor, Tensor, list[int]]:
         """Evaluate the model, and write the ledger before anything is handed out.
 
         Args:
@@ -130,7 +133,8 @@ class Evaluations:
             context: digest of what the model depends on and the round does not hold.
 
         Returns:
-            None where no client can pay for another one.
+            (noised numbers of right answers, weights, places of those that are paid for); see
+            `noised_answers`. Others must not be handed out.
 
         Raises:
             LedgerError: the ledger cannot be written; nothing was released.
@@ -146,7 +150,7 @@ class Evaluations:
             inputs = [*params, answers, multipliers]
             key = binding.round_key(self.key, context, round, redraw, *inputs)
             noised, weights = noised_answers(
-                answers, multipliers, self.clients, self.privacy, key.derive("noise")
+                answers, multipliers, self._numbers, self.privacy, key.derive("noise")
             )
             lines = self._lines(noised, multipliers, round, key)
             known = [books.ledger.find(line.client, round, evaluation=True) for line in lines]
@@ -162,7 +166,7 @@ class Evaluations:
         write_lines(books, fresh)
         for line in fresh:
             books.budget.spend(line)
-        return self._accuracy(noised[keep], multipliers, weights, records, keep)
+        return noised, weights, keep
 
     def _lines(
         self, noised: Tensor, multipliers: Tensor, round: int, key: NoiseKey
@@ -205,21 +209,26 @@ class Evaluations:
     def _before(self, client: int) -> int:
         return int(self.books.budget.evaluated[client])
 
-    def _accuracy(
-        self, noised: Tensor, multipliers: Tensor, weights: Tensor, records: Tensor, keep: list[int]
-    ) -> Evaluated | None:
-        if not keep:
-            return None
-        deviation = math.sqrt(2) if self.privacy.mechanism == "laplace" else 1.0
-        if self.privacy.summed:
-            divisor, noise = float(weights.sum()), float(multipliers.min())
-            clients = len(self.clients)
-        else:
-            whole = records.double() if self.privacy.unit == "record" else torch.ones(len(records))
-            divisor = float(whole[keep].sum())
-            noise = float(multipliers[keep].square().sum().sqrt())
-            clients = len(keep)
-        return Evaluated(float(noised.sum()) / divisor, deviation * noise / divisor, clients)
+
+def evaluated(
+    privacy: PrivacyConfig, noised: Tensor, multipliers: Tensor, weights: Tensor, records: Tensor
+) -> Evaluated:
+    """The accuracy that noised answers say.
+
+    Args:
+        privacy: of the run.
+        noised: one number a client [k], or their sum [1].
+        multipliers, weights: of each client in it [k]; see `noised_answers`.
+        records: held-out records of each [k].
+    """
+    deviation = math.sqrt(2) if privacy.mechanism == "laplace" else 1.0
+    if privacy.summed:
+        divisor, noise = float(weights.sum()), float(multipliers.min())
+    else:
+        whole = records.double() if privacy.unit == "record" else torch.ones(len(records))
+        divisor = float(whole.sum())
+        noise = float(multipliers.square().sum().sqrt())
+    return Evaluated(float(noised.sum()) / divisor, deviation * noise / divisor, len(multipliers))
 
 
 def check_evaluation(data: Any, known: Tensor | None) -> None:

@@ -31,6 +31,7 @@ class Member:
         epsilon, delta: what its holder promises for one run.
         records: how many it has; None: it does not say.
         number: client number that it asks for, for comparisons with a simulation; None: any.
+        held_out: how many records it keeps for private evaluations; None: it does not say.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Member:
     delta: float
     records: int | None
     number: int | None = None
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def parse_member(facts: Mapping[str, Any]) -> Member:
         ValueError: something is missing or cannot be.
     """
     try:
-        member = Member(**{name: facts[name] for name in Member.__dataclass_fields__})
+        known = {"held_out": None, **facts}  # nodes.json of older runs has none
+        member = Member(**{name: known[name] for name in Member.__dataclass_fields__})
         good = (
             isinstance(member.name, str)
             and len(member.name) == 64
@@ -130,6 +133,7 @@ def parse_member(facts: Mapping[str, Any]) -> Member:
             and 0 <= float(member.delta) < 1
             and (member.records is None or int(member.records) >= 1)
             and (member.number is None or int(member.number) >= 0)
+            and (member.held_out is None or int(member.held_out) >= 0)
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"a node says too little of itself: {error}") from error
@@ -179,7 +183,7 @@ def shared(values: Sequence[float]) -> float | list[float]:
 
 
 def agreements(
-    rules: Rules, members: Sequence[Member], *, run: str, network: str, steps: np.ndarray
+    rules: Rules, members: Sequence[Member], *, run: str, network: str, steps: np.ndarray, span: int
 ) -> list[Agreement]:
     """What is proposed to each node.
 
@@ -189,6 +193,7 @@ def agreements(
         run: public name of the run.
         network: `network_digest`.
         steps: noised steps that the schedule plans for each client, [K].
+        span: rounds of the run.
 
     Returns:
         Clients of one ε and δ plan for as many rounds as the one of them with most: they have the
@@ -206,6 +211,7 @@ def agreements(
             clients=len(members),
             network=network,
             rounds=most[member.epsilon, member.delta],
+            span=span,
         )
         for client, member in enumerate(members)
     ]

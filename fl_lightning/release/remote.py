@@ -56,6 +56,8 @@ def join(federation: Federation, terms: Sequence[Agreement], budget: Budget) -> 
             raise ValueError(f"{who} refuses: {head['refused']}")
         budget.multiplier[client] = float(head["noise_multiplier"])
         budget.affordable[client] = int(head["affordable"])
+        if budget.evaluations is not None:
+            budget.evaluation_multiplier[client] = float(head["evaluation_multiplier"])
 
 
 class Remote:
@@ -115,22 +117,19 @@ class Remote:
         Raises:
             LedgerError: the copy of the ledger cannot be written.
         """
-        answers = self._ask(clients.tolist(), params, round, context)
+        answers = self.ask("release", clients.tolist(), params, round, context)
         taken: list[tuple[int, Params, dict[str, Tensor], Release]] = []
         for client, (head, tensors) in answers.items():
             try:
-                lines = self._lines(client, head)
                 update = _update(tensors, params)
                 seen = [*(v[None] for v in update.values()), tensors["l1_norm"][None]]
-                if digests.digests(seen) != [lines[-1].digest]:
-                    raise ValueError("it is not what the ledger line stands for")
                 policy = _policy(tensors, self.clients.layout.num_layers)
+                line = self.paid(client, head, digests.digests(seen)[0])
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 _LOG.warning(f"client {client}: its release is left out: {error}")
                 continue
-            self._copy(client, lines, str(head["head"]))
             self.books.history.l1_norm[client] = tensors["l1_norm"].double()
-            taken.append((client, update, policy, lines[-1]))
+            taken.append((client, update, policy, line))
         if not taken:
             nobody = self.books.history.policy(clients[:0], self.books.budget.multiplier[:0])
             return PrivateUpdate.nothing(params, nobody, self.clients.layout.num_layers)
@@ -152,15 +151,23 @@ class Remote:
         """One server: nothing to put together."""
         return released
 
-    # ---------------------------------------------------------------------------------------------
+    # What is asked of nodes ----------------------------------------------------------------------
 
-    def _ask(
-        self, clients: list[int], params: Params, round: int, context: str
+    def ask(
+        self, what: str, clients: list[int], params: Params, round: int, context: str
     ) -> dict[int, Answer]:
-        """The releases of a round; nodes that forgot the run, or never heard of it, join first."""
+        """Answers of a round that came in time; nodes that forgot the run join it again first.
+
+        Args:
+            what: "release", or "evaluate" for a private evaluation.
+            clients: ids.
+            params: global model.
+            round: round number.
+            context: as in `release`.
+        """
 
         def request(client: int) -> bytes:
-            head = {"do": "release", "run": self.terms[client].run, "round": round}
+            head = {"do": what, "run": self.terms[client].run, "round": round}
             head |= {"context": context, "known": self._known[client]}
             return encode(head, params)
 
@@ -181,32 +188,51 @@ class Remote:
                     self._left.add(client)
         return {k: a for k, a in answers.items() if not _reason(a) and "lines" in a[0]}
 
-    def _lines(self, client: int, head: dict[str, Any]) -> list[Release]:
-        """The node's ledger lines that the server does not have yet, or has of this very release.
+    def paid(self, client: int, head: dict[str, Any], digest: str) -> Release:
+        """The ledger line of an answer, which is copied with all others that came along.
+
+        Args:
+            client: who answers.
+            head: of the answer.
+            digest: of what was released.
 
         Raises:
-            ValueError: none, or one that the agreement does not allow.
+            ValueError: no line stands for it, or one is not as agreed; nothing is copied.
+            LedgerError: the copy of the ledger cannot be written.
         """
         lines = [replace(parse_release(e), client=client) for e in head["lines"]]
-        header = self.books.ledger.header
         for line in lines:
-            facts = (line.mechanism, line.sampling_rate, line.adjacency, line.num_layers)
-            wanted = (header["mechanism"], header["sampling_rate"], header["adjacency"])
-            if facts != (*wanted, len(header["layers"])):
-                raise ValueError(f"its ledger line is of {facts}, the run of {wanted}")
-            if line.noise_multiplier != float(self.books.budget.multiplier[client]):
-                raise ValueError(f"its ledger line has multiplier {line.noise_multiplier}")
-        if not lines:
-            raise ValueError("it comes without its ledger line")
-        return lines
+            self._check(line)
+        own = [line for line in lines if line.digest == digest]
+        if not own:
+            raise ValueError("it is not what the ledger line stands for")
+        self._copy(client, lines, str(head["head"]))
+        return own[-1]
+
+    def _check(self, line: Release) -> None:
+        """Whether a node's ledger line is of this run and its noise."""
+        header, budget = self.books.ledger.header, self.books.budget
+        if line.evaluation:
+            wanted = (header["mechanism"], 1.0, header["adjacency"], 1)
+            multiplier = budget.evaluation_multiplier[line.client]
+        else:
+            rate, layers = header["sampling_rate"], len(header["layers"])
+            wanted = (header["mechanism"], rate, header["adjacency"], layers)
+            multiplier = budget.multiplier[line.client]
+        facts = (line.mechanism, line.sampling_rate, line.adjacency, line.num_layers)
+        if facts != wanted:
+            raise ValueError(f"its ledger line is of {facts}, the run of {wanted}")
+        if line.noise_multiplier != float(multiplier):
+            raise ValueError(f"its ledger line has multiplier {line.noise_multiplier}")
 
     def _copy(self, client: int, lines: list[Release], head: str) -> None:
         ledger = self.books.ledger
-        fresh = [
-            line
-            for line in lines
-            if not any(old.attempt == line.attempt for old in ledger.find(client, line.round))
-        ]
+
+        def is_new(line: Release) -> bool:
+            known = ledger.find(client, line.round, evaluation=line.evaluation)
+            return all(old.attempt != line.attempt for old in known)
+
+        fresh = [line for line in lines if is_new(line)]
         ledger.append(fresh)
         for line in fresh:
             self.books.budget.spend(line)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig, from_arrays
-from fl_lightning.deploy.client_run import Holding
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.node import RUNS, Node
 from fl_lightning.deploy.policy import Policy
 from fl_lightning.module import cross_entropy
@@ -23,12 +23,12 @@ RULES = {"sampling_rate": 0.5, "local_steps": 2, "execution": "loop"}
 RUN = "ab" * 32
 
 
-def population() -> FederatedDataModule:
+def population(held_out: float = 0) -> FederatedDataModule:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(90, 8, generator=generator)
     y = torch.randint(0, 3, (90,), generator=generator)
     arrays = from_arrays(x, y, x_test=x[:20], y_test=y[:20], num_classes=3)
-    return FederatedDataModule(arrays, num_clients=CLIENTS, val_fraction=0)
+    return FederatedDataModule(arrays, num_clients=CLIENTS, val_fraction=held_out)
 
 
 def network() -> torch.nn.Module:
@@ -46,10 +46,9 @@ def policy(**options) -> Policy:
     return Policy(**(known | options))
 
 
-def node(folder: Path, client: int = 0, **options) -> Node:
-    return Node(
-        Holding(population().only(client), network(), None, policy(**options)), folder, client
-    )
+def node(folder: Path, client: int = 0, held_out: float = 0, **options) -> Node:
+    records = population(held_out).only(client)
+    return Node(Holding(records, network(), None, policy(**options)), folder, client)
 
 
 def say(to: Node, head: dict, tensors: dict | None = None) -> tuple[dict, dict]:
@@ -77,17 +76,18 @@ def module(folder: Path, rules: dict | None = None, **privacy) -> FederatedModul
 
 def deployed(folder: Path, nodes: list[Node], *, rounds: int = 3, callbacks=(), **privacy):
     """A run of some rounds with nodes for its clients."""
-    rules = privacy.pop("rules", None)
+    rules, held_out = privacy.pop("rules", None), privacy.pop("held_out", 0)
     made = module(folder, rules, **privacy)
     made.federation = federation(nodes)
-    trainer(rounds, callbacks=list(callbacks)).fit(made, population())
+    trainer(rounds, callbacks=list(callbacks)).fit(made, population(held_out))
     return made
 
 
 def terms(rounds: int = 10, rules: dict | None = None, **privacy) -> Agreement:
     config = PrivacyConfig(**({"epsilon": EPSILON, "delta": DELTA} | privacy))
     chosen = Rules(config, **({"sampling_rate": 0.5, "local_steps": 2} | (rules or {})))
-    return propose(chosen, run=RUN, client=0, clients=CLIENTS, network=digest(), rounds=rounds)
+    plan = {"rounds": rounds, "span": rounds}
+    return propose(chosen, run=RUN, client=0, clients=CLIENTS, network=digest(), **plan)
 
 
 def join(to: Node, agreement: Agreement | None = None, **changed) -> dict:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_lightning.deploy.client_run import Holding
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.node import Node
 from fl_lightning.deploy.secure_sum.federated import with_secure_sums
 from fl_lightning.deploy.secure_sum.keys import Identity

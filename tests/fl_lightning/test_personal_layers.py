@@ -20,7 +20,7 @@ from fl_lightning import (
     fit_personal_layers,
     from_arrays,
 )
-from fl_lightning.deploy.client_run import Holding
+from fl_lightning.deploy.holding import Holding
 from fl_lightning.deploy.node import Node
 from fl_lightning.ledger import read
 from fl_lightning.ledger.statement import privacy_statement
@@ -270,7 +270,7 @@ def test_a_holder_decides_what_stays(holder, tmp_path, kept, options, message):
     (network,) = node._holding.policy.networks
     rules = Rules(PrivacyConfig(**HOLDERS, delta=1e-3), personal=("2.weight", "2.bias"))
     rules = replace(rules, personal_steps=3, local_steps=2)
-    terms = propose(rules, run=nodes.RUN, client=0, clients=3, network=network, rounds=3)
+    terms = propose(rules, run=nodes.RUN, client=0, clients=3, network=network, rounds=3, span=3)
     answer = nodes.join(node, terms)
     assert re.search(message, answer["refused"])
 

@@ -318,14 +318,6 @@ def test_no_held_out_records_no_evaluation(tmp_path, monkeypatch):
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
-def test_nodes_have_none_yet():
-    from fl_lightning.release.agreement import check_deployable
-    from fl_lightning.rules import Rules
-
-    with pytest.raises(ValueError, match="evaluate_every=3"):
-        check_deployable(Rules(PrivacyConfig(evaluate_every=3)))
-
-
 def test_counts_of_one_event_add_up():
     """Evaluations that happen to have the multiplier of the updates are counted with them."""
     from fl_lightning.accounting.exactness import SamplerCost, charged_epsilon

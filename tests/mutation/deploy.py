@@ -6,6 +6,7 @@ from tests.mutation.mutations import Mutation, group
 
 _NODE = "tests/fl_lightning/test_deploy_node.py::test_"
 _EQUALITY = "tests/fl_lightning/test_deploy_equality.py::test_"
+_EVALUATION = "tests/fl_lightning/test_deploy_evaluation.py::test_"
 _SERVICE = "tests/fl_lightning/test_deploy_service.py::test_"
 _SOCKET = "tests/fl_lightning/test_deploy_socket.py::test_"
 _TERMS = _NODE + "hostile_terms_are_refused_and_the_journal_shows_it"
@@ -30,7 +31,7 @@ MUTATIONS = [
     ),
     _one("fl_lightning/deploy/policy.py", _NODE + "a_network_is_one_that_the_policy_names", "any network", "terms.network in policy.networks", "True"),
     *group(
-        _RUN,
+        "fl_lightning/deploy/holding.py",
         _TERMS,
         ("the policy is not asked", "check_terms(policy, terms, privacy, training)", "pass"),
     ),
@@ -48,10 +49,10 @@ MUTATIONS = [
         ("an old answer to a new model", "request = digests.digest([context, round, *params.values()])", "request = digests.digest([context, round])"),
         ("one answer for all rounds", "request = digests.digest([context, round, *params.values()])", "request = digests.digest([context, *params.values()])"),
     ),
-    _one(_RUN, _NODE + "the_same_question_gets_the_same_answer_and_is_charged_once", "a question asked twice is computed twice", 'if self._answered.get("request") != request:', "if True:"),
-    _one(_RUN, _NODE + "a_server_has_no_say_in_what_secret_noise_is_bound_to", "the server's words bind secret noise", "            context = run.context(torch.tensor([self.terms.client]))", "            pass"),
-    _one(_RUN, _NODE + "a_killed_node_repeats_its_release_for_nothing", "the state is not kept", '"tensors": tensors}\n        self._save()', '"tensors": tensors}'),
-    _one(_RUN, _EQUALITY + "nodes_that_are_late_are_left_out_and_their_lines_come_later", "lines that a server lacks are kept back", "min(known, max(len(ledger) - 1, 0))", "max(len(ledger) - 1, 0)"),
+    _one(_RUN, _NODE + "the_same_question_gets_the_same_answer_and_is_charged_once", "a question asked twice is computed twice", 'if self._answered.get(what, {}).get("request") != request:', "if True:"),
+    _one(_RUN, _NODE + "a_server_has_no_say_in_what_secret_noise_is_bound_to", "the server's words bind secret noise", "            context = self.run.context(torch.tensor([self.terms.client]))", "            pass"),
+    _one(_RUN, _NODE + "a_killed_node_repeats_its_release_for_nothing", "the state is not kept", '"line": line}\n            self._save()', '"line": line}'),
+    _one(_RUN, _EQUALITY + "nodes_that_are_late_are_left_out_and_their_lines_come_later", "lines that a server lacks are kept back", "self._lines(min(known, kept", "self._lines(max(known, kept"),
     *group(
         _ANSWERS,
         _TERMS,
@@ -76,7 +77,7 @@ MUTATIONS = [
     _one("fl_lightning/deploy/service.py", _SERVICE + "a_socket_has_one_service_and_a_dead_one_leaves_none", "two services on one socket", "if _alive(path):", "if False:"),
     _one("fl_lightning/deploy/frames.py", _SERVICE + "messengers_that_hang_up_or_send_too_much_keep_nobody_waiting", "messages of any length", "if size > most:", "if False:"),
     _one("fl_lightning/deploy/__main__.py", _SERVICE + "a_wrong_policy_is_one_line", "the policy's networks are not compared", "if digest not in holding.policy.networks:", "if False:"),
-    _one("fl_lightning/release/remote.py", _EQUALITY + "a_forged_release_is_left_out", "a forged release is taken", "if digests.digests(seen) != [lines[-1].digest]:", "if False:"),
+    _one("fl_lightning/release/remote.py", _EQUALITY + "a_forged_release_is_left_out", "a forged release is taken", "        if not own:\n", "        own = lines\n        if not own:\n"),
     _one("fl_lightning/release/remote.py", _EQUALITY + "personal_promises_reach_the_run", "one multiplier for all", 'budget.multiplier[client] = float(head["noise_multiplier"])', 'budget.multiplier[:] = float(head["noise_multiplier"])'),
     _one("fl_lightning/release/remote.py", _EQUALITY + "secret_noise_is_the_nodes_own_and_every_ledger_is_whole", "lines are not copied", "        ledger.append(fresh)\n", ""),
     _one("fl_lightning/release/remote.py", _EQUALITY + "what_a_deployed_run_says_of_itself", "heads are not kept", "self.heads[client] = head", "pass"),
@@ -87,6 +88,42 @@ MUTATIONS = [
         ("settings of a server's noise", 'if privacy.setting not in ("record+local", "client+local"):', "if False:"),
         ("given multipliers", "if privacy.noise_multiplier is not None:", "if False:"),
         ("simulated drop-outs", "if rules.faults.dropout or rules.faults.deadline is not None:", "if False:"),
+    ),
+    *group(
+        _RUN,
+        _EVALUATION + "the_same_question_is_charged_once_and_another_again",
+        ("an evaluation in the place of a release", "self._answered[what] = {", "self._answered.clear()\n            self._answered[what] = {"),
+        ("the last line for every answer", 'self._lines(min(known, kept["line"]))', "self._lines(min(known, self.releases - 1))"),
+        ("evaluations of the last model", "                    value.copy_(params[name])", "                    pass"),
+        ("more than were planned", "            if not paid:\n", "            if False:\n"),
+    ),
+    _one(_RUN, _EVALUATION + "none_is_given_after_a_round_that_plans_none", "after any round", "or not evaluations.due(round):", "or False:"),
+    _one("fl_lightning/deploy/holding.py", _EVALUATION + "a_node_without_held_out_records_takes_no_part", "a holder that keeps no records", "if privacy.evaluate_every and not holding.data.val_fraction:", "if False:"),
+    *group(
+        "fl_lightning/release/remote_evaluation.py",
+        _EVALUATION + "an_evaluation_that_is_lost_or_forged_is_left_out_and_its_line_comes_later",
+        ("a forged evaluation is taken", "digests.digests([answers])[0]", 'head["lines"][-1]["digest"]'),
+    ),
+    *group(
+        "fl_lightning/release/remote_evaluation.py",
+        _EVALUATION + "nodes_that_keep_their_numbers_back_count_alike",
+        ("unknown numbers weigh as one record", 'if member.held_out is None and privacy.unit == "record":', "if False:"),
+    ),
+    *group(
+        "fl_lightning/release/evaluation.py",
+        _EVALUATION + "a_public_seed_gives_the_evaluations_of_the_simulation",
+        ("noise of client 0 at every node", "self.clients if number is None else torch.tensor([number])", "self.clients"),
+    ),
+    *group(
+        "fl_lightning/release/evaluation.py",
+        _EVALUATION + "accuracies_of_some_are_weighed_by_their_records",
+        ("all nodes weigh alike", 'if privacy.unit == "record" else torch.ones', "if False else torch.ones"),
+        ("noises that do not add up", "multipliers.square().sum().sqrt()", "multipliers.max()"),
+    ),
+    *group(
+        "fl_lightning/run.py",
+        _EVALUATION + "nodes_that_are_not_in_a_round_are_evaluated_after_it",
+        ("evaluations planned for the node's own rounds", "spec.span or rounds", "rounds"),
     ),
     *group(
         "fl_lightning/release/clients.py",
