@@ -13,6 +13,7 @@ from fl_lightning.ledger.statement import privacy_statement
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.release.evaluation import evaluated
 from fl_lightning.release.federation import parse_member
+from fl_lightning.values.release import parse_release
 from tests.fl_lightning import nodes as n
 from tests.fl_lightning.test_deploy_node import PLACES, Killed
 
@@ -250,8 +251,7 @@ def test_the_same_question_is_charged_once_and_another_again(node, tmp_path):
     n.release(one, 1, known=1)
     first = evaluate(one, known=2)
     update = n.release(one, 1, known=3)
-    assert update[0]["lines"][0]["round"] == 1
-    assert not update[0]["lines"][0].get("evaluation")
+    assert [parse_release(e).evaluation for e in update[0]["lines"]] == [False, True]
     assert evaluate(one, known=3)[1]["answers"] == first[1]["answers"]
     assert len(lines_of(tmp_path)) == 3
     other = evaluate(one, known=3, params=n.model(0.5))

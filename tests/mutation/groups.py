@@ -61,7 +61,7 @@ WORDS = group(
     STATEMENT,
     ("sums like independent noises", "select = in_one_sum if header[\"setting\"] in SUMMED else apart", "select = apart"),
     ("independent noises like sums", "select = in_one_sum if header[\"setting\"] in SUMMED else apart", "select = in_one_sum"),
-    ("groups larger than the population", "sizes = [g for g in GROUPS if g <= most]", "sizes = list(GROUPS)"),
+    ("groups larger than the population", "sizes = [g for g in GROUPS if g <= most and clients]", "sizes = list(GROUPS)"),
     ("sum of everybody charged to nobody", "for client in release.members(len(found)).tolist():", "for client in release.members(0).tolist():"),
     ("steps of a sum not counted", "rounds[client][release.round] += release.steps", "rounds[client][release.round] = 1"),
 )  # fmt: skip

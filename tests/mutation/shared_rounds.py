@@ -80,8 +80,12 @@ MUTATIONS = [
         "fl_lightning/run.py",
         _RESUME,
         ("a lost file of noise", "        noise.find(release.binding)", "        pass"),
-        ("another plan", "if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):", "if False:"),
         ("coefficients are chosen again", "return tuple(spec.resumed[\"budget\"].get(\"coefficients\", (1.0,)))", "pass"),
+    ),
+    *group(
+        "fl_lightning/run_ledger.py",
+        _RESUME,
+        ("another plan", "if any(ledger.header.get(name) != plain(value) for name, value in facts.items()):", "if False:"),
     ),
     *group(
         "fl_lightning/resumption.py",
