@@ -37,6 +37,7 @@ def clip_sum_noise(
     step: int | Tensor = 0,
     client: int | Tensor = 0,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     votes_at: Tensor | None = None,
     accumulate: Sequence[Tensor] | None = None,
     last: bool = True,
@@ -47,7 +48,7 @@ def clip_sum_noise(
     """Sum of clipped per-record gradients, plus noise.
 
     For each layer, with g_i record i's gradient of all tensors of the layer:
-    `sum_i mask_i * min(1, clip / norm(g_i, p)) * g_i + scale * standard_noise`.
+    `sum_i mask_i * weights_i * min(1, clip / norm(g_i, p)) * g_i + scale * standard_noise`.
 
     Args:
         per_sample: Floating tensors [B, *shape], in the order of the layout. Private.
@@ -61,6 +62,8 @@ def clip_sum_noise(
         step: Step of the release, in [0, 2^32); also a 0-d int64 tensor.
         client: Client id, in [0, 2^32); also a 0-d int64 tensor.
         mask: [B] of 0 and 1; 0 marks padding. Private.
+        weights: [B] in [0, 1], what a clipped gradient is multiplied by; votes and counts are not.
+            None: 1. Not for the grid form. Public.
         votes_at: L1 thresholds [L] of the votes, or None.
         accumulate: Sums that earlier micro-batches of this step returned with `last=False`; they
             are added to in place.
@@ -76,12 +79,13 @@ def clip_sum_noise(
 
     Raises:
         ValueError: A shape, dtype or range that does not fit; laplace with p=2; noise without a
-            key; an `impl` that is unknown, cannot run here or lacks the form.
+            key; weights in the grid form; an `impl` that is unknown, cannot run here or lacks the
+            form.
         ReusedNoiseError: Noise that this key object has drawn before, see `NoiseKey`.
 
     Guarantees:
-        Each record's float64 contribution has a norm of at most C; below C its factor is exactly
-        one. Products and sums are float64. Noise goes in once, with the last micro-batch, and
+        Each record's float64 contribution has a norm of at most weights_i * C; below C its factor
+        is exactly weights_i. Products and sums are float64. Noise goes in once, with the last micro-batch, and
         equals `sample_noise` at (key, step, client, layer, element). The grid form quantises each
         record and sums integers, see `aadp_kernels.grid`.
 
@@ -108,6 +112,8 @@ def clip_sum_noise(
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)
     live = _counted(mask, batch, device)
+    if weights is not None:
+        weights = _weights(weights, batch, device, form)
     ids = _validate.client_ids(client, device)
     noisy_ones = noisy_layers(layout, scale)
     noise = None
@@ -123,7 +129,7 @@ def clip_sum_noise(
         running = _running_sums(accumulate, layout, device, quanta is not None)
     if last:
         claim_layers(key, noise, client, layout, noisy_ones)
-    given = {"bounds": Bounds(clip, p, votes_at), "mask": live, "sums": running}
+    given = {"bounds": Bounds(clip, p, votes_at), "mask": live, "weights": weights, "sums": running}
     if last and quanta is None:
         return backend.clip_sum_noise(per_sample, layout, **given, scale=scale, noise=noise)
     sums, stats = backend.clip_sum(per_sample, layout, **given, quanta=quanta)
@@ -146,6 +152,20 @@ def _counted(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
     if tuple(mask.shape) != (batch,):
         raise ValueError(f"mask must have shape [{batch}], got {tuple(mask.shape)}")
     return mask.to(device) != 0
+
+
+def _weights(weights: Tensor, batch: int, device: torch.device, form: str) -> Tensor:
+    """Weights of the records, float64 [B]."""
+    if form == "grid":
+        raise ValueError("weights must be None with form='grid': its records are whole quanta")
+    if tuple(weights.shape) != (batch,):
+        raise ValueError(f"weights must have shape [{batch}], got {tuple(weights.shape)}")
+    weights = weights.to(device, torch.float64)
+    if weights.is_cpu and not bool(((weights >= 0) & (weights <= 1)).all()):
+        raise ValueError(
+            f"weights must lie in [0, 1], got {float(weights.min())} to {float(weights.max())}"
+        )
+    return weights
 
 
 def _quanta(scale: Tensor, clip: Tensor, mechanism: str) -> Tensor:

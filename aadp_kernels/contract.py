@@ -202,12 +202,13 @@ class Backend(Protocol):
         *,
         bounds: Bounds,
         mask: Tensor,
+        weights: Tensor | None,
         sums: Sequence[Tensor] | None,
         quanta: Tensor | None,
     ) -> tuple[list[Tensor], ClipStats]:
         """Add clipped records to `sums` in place, or to zeros: float64, or int64 of the quanta [L].
 
-        `mask` is bool [B].
+        `mask` is bool [B]; `weights` float64 [B], None: all are 1.
         """
         ...
 
@@ -218,6 +219,7 @@ class Backend(Protocol):
         *,
         bounds: Bounds,
         mask: Tensor,
+        weights: Tensor | None,
         sums: Sequence[Tensor] | None,
         scale: Tensor,
         noise: Noise | None,

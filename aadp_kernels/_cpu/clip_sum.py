@@ -50,16 +50,29 @@ def _sums(address, bytes_each, count, l1, l2):
 
 @jit
 def clip_records(
-    places, sizes, bytes_each, bounds, units, p, l1, mask, sums, decisions, each, totals, begin, end
+    places,
+    sizes,
+    bytes_each,
+    bounds,
+    units,
+    p,
+    l1,
+    weights,
+    sums,
+    decisions,
+    each,
+    totals,
+    begin,
+    end,
 ):
     """Norms, decisions and sums of units of `each` records, record by record.
 
     `places`, `sizes` (elements a record) and `bytes_each` are [T], tensors in the order of the
-    layers, which begin at `bounds` [L + 1]; `units` is 0 .. L. `sums` [2, B, L] and `decisions`
-    [B, L] are filled; totals [units, elements] are added to.
+    layers, which begin at `bounds` [L + 1]; `units` is 0 .. L; `weights` [B] are 0 for padding.
+    `sums` [2, B, L] and `decisions` [B, L] are filled; totals [units, elements] are added to.
     """
     for unit in range(begin, end):
-        for row in range(unit * each, min(len(mask), (unit + 1) * each)):
+        for row in range(unit * each, min(len(weights), (unit + 1) * each)):
             start = 0
             for layer in range(len(bounds) - 1):
                 for k in range(bounds[layer], bounds[layer + 1]):
@@ -68,7 +81,7 @@ def clip_records(
                     sums[0, row, layer] += norm1
                     sums[1, row, layer] += total
                 decide(sums, units, p, decisions, row, layer)
-                factor = decisions.numbers[FACTOR, row, layer] if mask[row] else 0.0
+                factor = decisions.numbers[FACTOR, row, layer] * weights[row]
                 for k in range(bounds[layer], bounds[layer + 1]):
                     part = totals[unit, start : start + sizes[k]]
                     start += sizes[k]
@@ -86,6 +99,7 @@ def _clip_records(
     layout: Layout,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor,
     sums: Sequence[Tensor],
 ) -> ClipStats:
     """`clip_sum` in one walk over memory; sums do not depend on the number of threads."""
@@ -106,7 +120,7 @@ def _clip_records(
     def work(begin: int, end: int) -> None:
         clip_records(
             *(np.array(column, np.int64) for column in table), edges, np.arange(layers + 1), p,
-            seen, mask.numpy(), norms, decisions, each, totals, begin, end,
+            seen, weights.numpy(), norms, decisions, each, totals, begin, end,
         )  # fmt: skip
 
     run_on_threads(work, units, elements=batch * totals.shape[1])
@@ -127,23 +141,32 @@ def clip_sum(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     quanta: Tensor | None,
 ) -> tuple[list[Tensor], ClipStats]:
     """`Backend.clip_sum` of float64 sums; plain torch has those of quanta."""
     assert quanta is None
     clip, p, votes_at = bounds
+    seen = p == 1 or votes_at is not None
     totals = list(sums or (torch.zeros(s, dtype=torch.float64) for s in layout.shapes))
+    if not len(mask):  # whoever adds noise to sums has none
+        votes, count = (
+            torch.zeros(layout.num_layers, dtype=d) for d in (torch.float64, torch.int64)
+        )
+        return totals, ClipStats(votes.expand(0, -1) if seen else None, votes, count, count)
     if sum(layout.sizes) <= MOST:
-        return totals, _clip_records(per_sample, layout, bounds, mask, totals)
+        kept = mask.double() if weights is None else weights * mask
+        return totals, _clip_records(per_sample, layout, bounds, mask, kept, totals)
     table = TensorTable.of_layout(layout, [native(t) for t in per_sample], None, totals)
     norm1, norm = norms(table, len(mask), p)
     finite = torch.isfinite(norm)
     live = finite & mask[:, None]
     dims = torch.tensor(layout.dims, dtype=torch.float64)
     factor, clipped = clip_factors(norm, clip, live, dims, torch.float64)
+    if weights is not None:
+        factor = factor * weights[:, None]
     add_clipped(table, live.numpy(), factor.numpy())
-    seen = p == 1 or votes_at is not None
     return totals, ClipStats(
         norm1 if seen else None, ballots(norm1, votes_at, live).sum(0), clipped.sum(0),
         (mask[:, None] & ~finite).sum(0),
@@ -156,12 +179,14 @@ def clip_sum_noise(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     scale: Tensor,
     noise: Noise | None,
 ) -> tuple[list[Tensor], ClipStats]:
     """`Backend.clip_sum_noise`."""
-    totals, stats = clip_sum(per_sample, layout, bounds=bounds, mask=mask, sums=sums, quanta=None)
+    given = {"bounds": bounds, "mask": mask, "weights": weights, "sums": sums}
+    totals, stats = clip_sum(per_sample, layout, **given, quanta=None)
     dtypes = [t.dtype for t in per_sample]
     results = [torch.empty(s, dtype=d) for s, d in zip(layout.shapes, dtypes, strict=True)]
     if noise is None:

@@ -23,6 +23,7 @@ def clip_sum(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     quanta: Tensor | None,
 ) -> tuple[list[Tensor], ClipStats]:
@@ -50,6 +51,8 @@ def clip_sum(
             factor, clipped = clip_factors(
                 norm, clip[layer], live, layout.dims[layer], torch.float64
             )
+            if weights is not None:
+                factor = factor * weights[piece]
             for i, part in zip(members, parts, strict=True):
                 total = sums[i].view(-1)
                 if quanta is None:
@@ -82,12 +85,14 @@ def clip_sum_noise(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     scale: Tensor,
     noise: Noise | None,
 ) -> tuple[list[Tensor], ClipStats]:
     """`Backend.clip_sum_noise`."""
-    sums, stats = clip_sum(per_sample, layout, bounds=bounds, mask=mask, sums=sums, quanta=None)
+    given = {"bounds": bounds, "mask": mask, "weights": weights, "sums": sums}
+    sums, stats = clip_sum(per_sample, layout, **given, quanta=None)
     drawn = [None] * layout.num_layers if noise is None else draw(noise, layout, scale)
     results = []
     for i, (value, record) in enumerate(zip(sums, per_sample, strict=True)):

@@ -136,7 +136,8 @@ def _clip_sum(case: Case) -> None:
     if case.sums not in ("all", "first"):
         before = [torch.zeros(_SIZE, dtype=torch.int64 if grid else torch.float64)]
     shared = {
-        "bounds": _bounds(case), "mask": torch.ones(_RECORDS, dtype=torch.bool), "sums": before
+        "bounds": _bounds(case), "mask": torch.ones(_RECORDS, dtype=torch.bool), "weights": None,
+        "sums": before,
     }  # fmt: skip
     if grid or case.sums in ("first", "middle"):
         quanta = _bounds(case).clip if grid else None

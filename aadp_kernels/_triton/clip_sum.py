@@ -98,6 +98,7 @@ def clip_sum(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     quanta: Tensor | None,
 ) -> tuple[list[Tensor], ClipStats]:
@@ -108,7 +109,7 @@ def clip_sum(
         totals = [torch.empty(shape, dtype=kind, device=mask.device) for shape in layout.shapes]
     draw, flags = _draw(None, mask.device), {"FRESH": sums is None, "LAST": False}
     stats = _both_launches(
-        per_sample, layout, bounds, mask, (totals, totals), quanta, bounds.clip, draw=draw,
+        per_sample, layout, bounds, mask, weights, (totals, totals), quanta, bounds.clip, draw=draw,
         flags=flags,
     )  # fmt: skip
     return list(totals), stats
@@ -120,6 +121,7 @@ def clip_sum_noise(
     *,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     sums: Sequence[Tensor] | None,
     scale: Tensor,
     noise: Noise | None,
@@ -132,7 +134,7 @@ def clip_sum_noise(
     ]
     before = sums or [torch.empty(0, dtype=torch.float64, device=device)] * len(results)
     stats = _both_launches(
-        per_sample, layout, bounds, mask, (before, results), None, scale,
+        per_sample, layout, bounds, mask, weights, (before, results), None, scale,
         draw=_draw(noise, device), flags={"FRESH": fresh, "LAST": True},
     )  # fmt: skip
     return results, stats
@@ -143,6 +145,7 @@ def _both_launches(
     layout: Layout,
     bounds: Bounds,
     mask: Tensor,
+    weights: Tensor | None,
     places: tuple[Sequence[Tensor], Sequence[Tensor]],
     quanta: Tensor | None,
     scale: Tensor,
@@ -163,6 +166,8 @@ def _both_launches(
     )
     factors = torch.empty((layout.num_layers, len(mask)), dtype=torch.float64, device=device)
     stats = _clip(plan, layout, tensors, factors, bounds, mask, quanta)
+    if weights is not None:
+        factors *= weights
     _sum(plan, tensors, factors, scale, draw, flags | {"GRID": quanta is not None})
     return stats
 

@@ -94,12 +94,19 @@ def _bytes(value: Tensor) -> memoryview | bytes:
 def _feed(state: Any, parts: Iterable[Part]) -> None:
     for part in parts:
         if isinstance(part, Tensor):
-            kind, data = f"{part.dtype}{tuple(part.shape)}", _bytes(part)
+            data = _bytes(part)
+            head = _head(part.dtype, part.shape, len(data))
         else:
-            kind = type(part).__name__
             data = part if isinstance(part, bytes) else repr(part).encode()
-        state.update(f"{kind}:{len(data)}:".encode())
+            head = f"{type(part).__name__}:{len(data)}:".encode()
+        state.update(head)
         state.update(data)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head(dtype: torch.dtype, shape: torch.Size, size: int) -> bytes:
+    """Kind and length of a tensor's bytes; written out once for those of a kind."""
+    return f"{dtype}{tuple(shape)}:{size}:".encode()
 
 
 @functools.cache

@@ -108,7 +108,7 @@ class RoundRecorder(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or not _this_round(trainer, pl_module):
             return
-        scalars = _scalars(pl_module)
+        scalars = _scalars(pl_module) if trainer.loggers else {}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=pl_module.result.round)
 
@@ -310,10 +310,11 @@ def _scalars(pl_module: Any) -> dict[str, float]:
         ("released/noise_scale", result.noise_scale),
         ("sim_only/clipped_fraction", result.clipped_fraction),
     ):
-        for layer, column in zip(pl_module.layout.layer_names, np.asarray(field).T, strict=False):
-            known = column[~np.isnan(column)]
-            if len(known):
-                scalars[f"{name}/{layer}"] = float(known.mean())
+        known = ~np.isnan(field)
+        sums, counts = np.where(known, field, 0.0).sum(0), known.sum(0)
+        for layer, total, count in zip(pl_module.layout.layer_names, sums, counts, strict=False):
+            if count:
+                scalars[f"{name}/{layer}"] = float(total / count)
     return scalars
 
 

@@ -16,14 +16,12 @@ from aadp_kernels import (
     NoiseKey,
     clip_sum_noise,
     layer_norms,
-    privatize_,
     sample_noise,
 )
 from fl_lightning.keys import binding, digests
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.noise_parts import noise_part
-from fl_lightning.privacy.row_sums import add_rows
 from fl_lightning.processes.together import Processes
 from fl_lightning.values.release import ALL_CLIENTS
 from fl_lightning.values.round import Params, PrivateUpdate
@@ -75,6 +73,12 @@ def _with_votes(layout: Layout) -> Layout:
     )
 
 
+@lru_cache(maxsize=8)
+def _nobody(layout: Layout) -> list[Tensor]:
+    """The updates of no client."""
+    return [torch.empty(0, *shape, dtype=torch.float64) for shape in layout.shapes]
+
+
 class NoisedSum:
     """Weighted sum of clipped client updates; private until `release`.
 
@@ -114,14 +118,16 @@ class NoisedSum:
         grid = history.config.noise_form == "grid"
         self.gridded = grid and bool((self.policy.noise_scale > 0).all())
         kind = torch.int64 if self.gridded else torch.float64
-        self.total = [torch.zeros(s, dtype=kind) for s in layout.shapes]
+        self._whole = torch.zeros(layout.elements, dtype=kind)
+        parts = zip(self._whole.split(layout.sizes), layout.shapes, strict=True)
+        self.total = [part.view(shape) for part, shape in parts]  # in the memory of the whole
         self.dtypes = list(dtypes or [torch.float32] * len(layout.shapes))
         self.votes = torch.zeros(layout.num_layers, dtype=torch.float64)
         self.clipped = torch.zeros(layout.num_layers, dtype=torch.float64)
         self.nonfinite = torch.zeros(layout.num_layers, dtype=torch.float64)
 
     def add(self, update: Params, clients: Tensor, weights: Tensor) -> None:
-        """Clip the updates [k, ...] layer by layer (they are overwritten) and add them up.
+        """Clip the updates [k, ...] layer by layer and add them up.
 
         Args:
             update: local minus global parameters, private.
@@ -132,26 +138,29 @@ class NoisedSum:
         self.dtypes = [value.dtype for value in tensors]
         stats = self._add_quanta(tensors, weights) if self.gridded else None
         if stats is None:
-            stats = self._add(tensors, clients, weights)
+            stats = self._add(tensors, weights)
         for kept, seen in zip((self.votes, self.clipped, self.nonfinite), stats, strict=True):
             kept += seen.cpu()
         self.clients.append(clients)
 
-    def _add(self, tensors: list[Tensor], clients: Tensor, weights: Tensor) -> list[Tensor]:
+    def _add(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
         """Clip, weight and add in float64; votes, clipped and non-finite counts [L]."""
-        stats = privatize_(
+        here = tensors[0].is_cpu
+        sums, stats = clip_sum_noise(
             tensors,
             layout=self.layout,
             clip=self.policy.clip_norm[0],
-            scale=torch.zeros(self.layout.num_layers),
+            scale=None,
             p=self.history.config.p,
-            key=None,
-            step=0,
-            clients=clients,
+            weights=weights,
             votes_at=None if self.policy.votes_at is None else self.policy.votes_at[0],
+            accumulate=self.total if here else None,
+            last=False,
         )
-        add_rows(self.total, tensors, weights)
-        return [stats.votes.sum(0), stats.clipped.sum(0), stats.nonfinite.sum(0)]
+        if not here:
+            for total, value in zip(self.total, sums, strict=True):
+                total += value.cpu()
+        return [stats.votes, stats.clipped, stats.nonfinite]
 
     def _add_quanta(self, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
         """Clip, cut every client to whole quanta of the noise and add those; counts [L].
@@ -189,7 +198,7 @@ class NoisedSum:
             work()
             if self.key.simulated or self.processes.size == 1:
                 return ""  # a public seed binds no values, and one process has them all
-            return digests.digest([*self.total, self.votes])
+            return digests.digest([self._whole, self.votes])
 
         self.parts = self.processes.together(digest)
 
@@ -204,7 +213,7 @@ class NoisedSum:
             One row [1, ...]: the mean update.
         """
         policy = self.policy
-        values = [*self.total, self.votes] if self.processes.size == 1 else self.parts
+        values = [self._whole, self.votes] if self.processes.size == 1 else self.parts
         hidden = [*values, policy.noise_scale, divisor]
         if self.shared is None:
             key = binding.step_key(self.key, 0, hidden)
@@ -243,7 +252,7 @@ class NoisedSum:
             Sums by parameter and votes [L], float64: what goes into a secure sum.
         """
         assert self.survivors is not None
-        key = binding.step_key(self.key, 0, [*self.total, self.votes, self.policy.noise_scale])
+        key = binding.step_key(self.key, 0, [self._whole, self.votes, self.policy.noise_scale])
         self.total = self._noised(key)
         self._noise_votes(key)
         return self.total, self.votes
@@ -259,11 +268,17 @@ class NoisedSum:
             divisor, expected_votes: as in `release`.
         """
         policy, history = self.policy, self.history
-        mean = (torch.cat([value.view(-1) for value in sums]) / divisor).split(self.layout.sizes)
+        mean = torch.cat([value.view(-1) for value in sums]) / divisor
+        if len(set(self.dtypes)) == 1:
+            mean = mean.to(self.dtypes[0])  # once for all
         released = {
             name: value.to(dtype).view(1, *shape)
             for name, value, dtype, shape in zip(
-                self.layout.names, mean, self.dtypes, self.layout.shapes, strict=True
+                self.layout.names,
+                mean.split(self.layout.sizes),
+                self.dtypes,
+                self.layout.shapes,
+                strict=True,
             )
         }
         if policy.votes_at is not None:
@@ -339,7 +354,7 @@ class NoisedSum:
             layout, total = _with_votes(layout), [*total, self.votes]
             scale = torch.cat([scale, self.policy.vote_noise_scale])
         noised, _ = clip_sum_noise(
-            [torch.empty(0, *shape, dtype=torch.float64) for shape in layout.shapes],
+            _nobody(layout),
             layout=layout,
             clip=torch.ones_like(scale),
             scale=scale,

@@ -74,7 +74,8 @@ class WeightedMean:
         for name, layer in zip(self.layout.names, self.layout.layer_of, strict=True):
             value = update[name]
             row = weights[:, layer].to(value.device, value.dtype)
-            part = (row @ flat_rows(value)).view(value.shape[1:])
+            part = value[0] * row if len(value) == 1 else row @ flat_rows(value)
+            part = part.view(value.shape[1:])
             self.total[name] = self.total[name] + part if name in self.total else part
 
     def signal(self) -> Tensor:
@@ -93,6 +94,7 @@ class WeightedMean:
         """Write the negative mean into `.grad`: a server SGD step of lr 1 is then FedAvg."""
         parameters = dict(network.named_parameters())
         signal = self.signal() if denoise else None
+        weights = self.weight.tolist()
         for name, layer in zip(self.layout.names, self.layout.layer_of, strict=True):
-            mean = -self.total[name] / float(self.weight[layer])
+            mean = self.total[name] / -weights[layer]
             parameters[name].grad = mean if signal is None else mean * float(signal[layer])

@@ -64,6 +64,25 @@ def test_equals_the_formula(p, clip, rows, monkeypatch):
         assert stat.clipped[layer] == (joint.norm(p=p, dim=1) > clip[layer])[live].sum()
 
 
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("rows", [1, 1 << 22])
+def test_a_weight_multiplies_what_is_clipped_and_nothing_else(impl, p, rows, monkeypatch):
+    monkeypatch.setattr(spec, "_ELEMENTS_AT_ONCE", rows)
+    grads, given = gradients(), {"layout": LAYOUT, "scale": None, "p": p, "impl": impl}
+    mask = torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 1.0])
+    weights = torch.tensor([1, 0.5, 0, 0.25, 0.3, 1, 2.0**-60, 1, 0.7], dtype=torch.float64)
+    for clip in (CLIP, CLIP * 100):
+        given |= {"clip": clip, "mask": mask, "votes_at": torch.tensor([12.0, 5.0])}
+        sums, stat = clip_sum_noise(grads, weights=weights, **given)
+        _, plain = clip_sum_noise(grads, **given)
+        wanted = expected_sum(grads, clip.double(), p, mask * weights)
+        for got, want in zip(sums, wanted, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+        for name in ("l1_norm", "votes", "clipped", "nonfinite"):
+            assert torch.equal(getattr(stat, name), getattr(plain, name)), name
+
+
 def test_micro_batches_equal_one_batch_and_noise_goes_in_once():
     grads = gradients(10)
     arguments = {"layout": LAYOUT, "clip": CLIP, "scale": torch.tensor([0.5, 0.0]), "p": 2,
@@ -85,17 +104,21 @@ def test_micro_batches_equal_one_batch_and_noise_goes_in_once():
     assert torch.equal(whole[2], clean[2])
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
 @pytest.mark.parametrize("p", [1, 2])
-def test_a_record_never_contributes_more_than_the_clip_norm(p):
+def test_a_record_never_contributes_more_than_the_clip_norm(p, weight):
     for seed in range(200):
         grads = [g.double() for g in gradients(1, seed)]
-        sums, stat = clip_sum_noise(grads, layout=LAYOUT, clip=CLIP, scale=None, p=p)
+        weights = torch.tensor([weight], dtype=torch.float64)
+        sums, stat = clip_sum_noise(
+            grads, layout=LAYOUT, clip=CLIP, scale=None, p=p, weights=weights
+        )
         for layer, members in enumerate(LAYOUT.members):
             values = torch.cat([sums[i].flatten() for i in members]).tolist()
             power = math.fsum(abs(v) ** p for v in values)
-            assert (power if p == 1 else math.sqrt(power)) <= CLIP[layer].item()
+            assert (power if p == 1 else math.sqrt(power)) <= weight * CLIP[layer].item()
             if not stat.clipped[layer]:
-                assert all(torch.equal(sums[i], grads[i][0]) for i in members)
+                assert all(torch.equal(sums[i], weight * grads[i][0]) for i in members)
 
 
 def test_empty_batch_and_all_padding():
@@ -130,6 +153,10 @@ def test_noise_has_the_scale_and_no_other(mechanism):
         ({"scale": torch.ones(2), "key": None}, "key"),
         ({"scale": torch.ones(2), "mechanism": "laplace"}, "p must be 1"),
         ({"mask": torch.ones(3)}, "mask"),
+        ({"weights": torch.ones(3)}, "weights"),
+        ({"weights": torch.full((9,), 1.5)}, "weights"),
+        ({"weights": torch.full((9,), math.nan)}, "weights"),
+        ({"weights": torch.ones(9), "form": "grid", "scale": torch.ones(2)}, "weights"),
         ({"accumulate": gradients(1)}, "accumulate"),
         ({"p": 0}, "p must"),
     ],

@@ -64,6 +64,15 @@ def test_sums_and_statistics_equal_the_specification(dtypes, batch, p, votes, mo
     assert_same(records(batch, dtypes), p=p, mechanism="gaussian", mask=mask, votes_at=votes_at)
 
 
+@pytest.mark.parametrize("most", [0, 1 << 18])
+def test_weights_equal_the_specification(most, monkeypatch):
+    monkeypatch.setattr(kernel, "MOST", most)
+    mask, weights = torch.ones(33), torch.rand(33, generator=torch.Generator().manual_seed(1))
+    mask[3], weights[7] = 0, 0
+    whole = assert_same(records(33), mask=mask, scale=None)
+    assert not torch.equal(whole[0], assert_same(records(33), mask=mask, weights=weights)[0])
+
+
 def test_fast_noise_is_close_to_the_specification():
     for mechanism in ("laplace", "gaussian"):
         assert_same(records(9), mechanism=mechanism, form="fast", tolerance=2.0**-18 * 20)

@@ -106,6 +106,17 @@ def test_votes_are_optional_and_l2_needs_no_l1():
     assert stat.votes.tolist() == [0.0, 2.0, -2.5, 0.0]
 
 
+def test_weights_equal_the_specification():
+    grads, mask = dirty(torch.float32)
+    weights = torch.tensor([1.0, 0.25, 0.3, 0.0, 1.0, 1.0, 0.7])
+    for last in (True, False):
+        given = {"mask": mask, "weights": weights, "votes_at": VOTES, "last": last}
+        got, stat = run("triton", grads, **given)
+        want, expected = run("torch", grads, **given)
+        assert_sums(got, want, want[0].dtype, "wide", 0.0)
+        assert_stats(stat, expected)
+
+
 @pytest.mark.parametrize("form", ["wide", "fast", "grid"])
 def test_micro_batches_have_the_bits_of_one_batch(form):
     grads = gradients(7)

@@ -12,6 +12,7 @@ from torch import nn
 
 from aadp_kernels import Layout, NoiseKey, grid
 from fl_lightning import PrivacyConfig
+from fl_lightning.keys import binding, run_key
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.noise_parts import noise_part
 from fl_lightning.privacy.noised_sum import NoisedSum
@@ -219,6 +220,31 @@ def test_without_noise_a_sum_is_clipped_weighted_and_divided(setting: str) -> No
     for name, value in want.items():
         torch.testing.assert_close(release.update[name][0].double(), value, rtol=1e-5, atol=1e-7)
     assert release.sim_only["clipped_fraction"][0].tolist() == pytest.approx([2 / 3, 1.0])
+
+
+@pytest.mark.parametrize("setting", SUMMED)
+def test_the_noise_of_a_sum_is_bound_to_every_number_in_it(setting: str, monkeypatch) -> None:
+    names, derive = [], binding.step_key
+
+    def kept(*given):
+        names.append(run_key.public_name(key := derive(*given)))
+        return key
+
+    monkeypatch.setattr(binding, "step_key", kept)
+    for what in ("nothing", "nothing", "first", "last", "vote"):
+        total, layout, _ = pooled_sum(
+            setting, "gaussian", clients=2, multiplier=1.0, thresholds="quantile"
+        )
+        total.key = NoiseKey.from_bytes(bytes(32))
+        update = {n: torch.ones(2, *s) for n, s in zip(layout.names, layout.shapes, strict=True)}
+        total.add(update, torch.arange(2), torch.ones(2))
+        if what in ("first", "last"):
+            total.total[0 if what == "first" else -1].view(-1)[-1] += 2.0**-40
+        if what == "vote":
+            total.votes[1] += 1
+        total.release(divisor=2.0, expected_votes=2.0)
+    assert names[0] == names[1]
+    assert len(set(names)) == 4
 
 
 @pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])

@@ -105,6 +105,17 @@ SUMS = group(
     ("counts of clipped records include padding", "norm, clip[layer], live, layout.dims", "norm, clip[layer], finite, layout.dims"),
     ("noise of a tensor from the layer's beginning", "piece = piece[0, start : start + layout.sizes[i]]", "piece = piece[0, : layout.sizes[i]]"),
     ("noise missing", "add_noise(value, piece, scale[layer]).to", "value.to"),
+    ("weights ignored", "                factor = factor * weights[piece]\n", "                pass\n"),
+    ("weights of the first records", "weights[piece]", "weights[: len(factor)]"),
+)  # fmt: skip
+
+SUM_WEIGHTS = group(
+    "aadp_kernels/_cpu/clip_sum.py",
+    "tests/aadp_kernels/test_cpu_clip_sum.py::test_weights_equal_the_specification",
+    ("weights ignored record by record", "mask.double() if weights is None else weights * mask", "mask.double()"),
+    ("padding has a weight", "mask.double() if weights is None else weights * mask", "mask.double() if weights is None else weights"),
+    ("weights of large records ignored", "        factor = factor * weights[:, None]\n", "        pass\n"),
+    ("weights divided by", "decisions.numbers[FACTOR, row, layer] * weights[row]", "decisions.numbers[FACTOR, row, layer] / weights[row]"),
 )  # fmt: skip
 
 SUM_INTERFACE = group(
@@ -112,6 +123,8 @@ SUM_INTERFACE = group(
     f"{CLIP_SUM} {_SUMS}clip_sum_adds_the_integers_of_the_records",
     ("sums so far forgotten", "return list(accumulate)", "return [torch.zeros_like(t) for t in accumulate]"),
     ("padding counted", "return mask.to(device) != 0", "return mask.to(device) == mask.to(device)"),
+    ("weights above one", "(weights >= 0) & (weights <= 1)", "weights >= 0"),
+    ("weights in the grid form", "    if form == \"grid\":\n        raise ValueError(\"weights", "    if False:\n        raise ValueError(\"weights"),
 )  # fmt: skip
 
 GRID_NOISE = group(
@@ -389,7 +402,7 @@ NORM_LAYERS = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
+    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_WEIGHTS, *SUM_INTERFACE, *GRID_NOISE,
     *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
     *ROWS, *LINEAR_ROWS, *PRODUCTS, *JOINED_UNITS, *GRAM_KERNEL, *EMBEDDING_ROWS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,

@@ -130,6 +130,12 @@ TRITON_FAST = group(
     ("fast Gaussian pairs equal", "pairs = tl.join(radius * _cos_approx(angle), radius * _sin_approx(angle))", "pairs = tl.join(radius * _cos_approx(angle), radius * _cos_approx(angle))"),
 )  # fmt: skip
 
+TRITON_WEIGHTS = group(
+    "aadp_kernels/_triton/clip_sum.py",
+    "tests/aadp_kernels/test_triton_clip_sum.py::test_weights_equal_the_specification",
+    ("weights ignored", "        factors *= weights\n", "        pass\n"),
+)  # fmt: skip
+
 
 MUTATIONS = [
     *LAUNCHES,
@@ -140,4 +146,5 @@ MUTATIONS = [
     *PLAIN_NORMS,
     *TRITON_WIDE,
     *TRITON_FAST,
+    *TRITON_WEIGHTS,
 ]

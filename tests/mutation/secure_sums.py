@@ -158,6 +158,15 @@ SHARES = group(
     ("three halves of a node's share", "        self.total = self._noised(key)\n        self._noise_votes(key)\n        return", "        self.total = [1.5 * value for value in self._noised(key)]\n        self._noise_votes(key)\n        return"),
 )  # fmt: skip
 
+SUMS = group(
+    "fl_lightning/privacy/noised_sum.py",
+    "tests/fl_lightning/test_summed.py",
+    ("weights forgotten", "            weights=weights,\n            votes_at", "            votes_at"),
+    ("clip norms of the votes", "            clip=self.policy.clip_norm[0],\n            scale=None", "            clip=self.policy.clip_norm[0] * 1.5,\n            scale=None"),
+    ("noise not bound to the votes", "values = [self._whole, self.votes] if", "values = [self._whole] if"),
+    ("noise not bound to the sum", "values = [self._whole, self.votes] if", "values = [self.votes] if"),
+)  # fmt: skip
+
 REMOTE = group(
     "fl_lightning/release/remote_sum.py",
     f"{_RUNS}::{_GIVEN_UP} {_RUNS}::{_FORGOT} {_RUNS}::test_a_node_that_goes_away_at_any_stage",
@@ -173,4 +182,4 @@ NODE = group(
 )  # fmt: skip
 
 MUTATIONS = [*SHAMIR, *KEYS, *MASKS, *GRID, *TERMS, *BEGUN, *MESSAGES, *CLIENT, *SERVER]
-MUTATIONS += [*CONTRIBUTION, *PART, *SHARES, *REMOTE, *NODE]
+MUTATIONS += [*CONTRIBUTION, *PART, *SHARES, *SUMS, *REMOTE, *NODE]
