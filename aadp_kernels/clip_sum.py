@@ -85,9 +85,9 @@ def clip_sum_noise(
 
     Guarantees:
         Each record's float64 contribution has a norm of at most weights_i * C; below C its factor
-        is exactly weights_i. Products and sums are float64. Noise goes in once, with the last micro-batch, and
-        equals `sample_noise` at (key, step, client, layer, element). The grid form quantises each
-        record and sums integers, see `aadp_kernels.grid`.
+        is exactly weights_i. Products and sums are float64. Noise goes in once, with the last
+        micro-batch, and equals `sample_noise` at (key, step, client, layer, element). The grid form
+        quantises each record and sums integers, see `aadp_kernels.grid`.
 
     Edge cases:
         | record | contribution | vote |
