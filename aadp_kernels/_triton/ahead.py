@@ -48,7 +48,7 @@ def compile_case(case: Case, target: tuple[str, int | str, int]) -> None:
     It changes which driver Triton has: call it in a process of its own.
     """
     goal = GPUTarget(*target)
-    driver.set_active(_Driver(goal))
+    driver.set_active(_Driver(goal))  # pyright: ignore[reportArgumentType]
     for kernel, arguments, constants in requested(case):
         if goal.backend == "hip":
             constants.pop("maxnreg", None)
