@@ -112,13 +112,11 @@ def clip_sum_noise(
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)
     live = _counted(mask, batch, device)
-    if weights is not None:
-        weights = _weights(weights, batch, device, form)
+    weights = _weights(weights, batch, device, form)
     ids = _validate.client_ids(client, device)
     noisy_ones = noisy_layers(layout, scale)
-    noise = None
-    if last:
-        noise = noise_source(key, noisy_ones, mechanism, form, p, step, ids, correlation)
+    drawn_from = (key, noisy_ones, mechanism, form, p, step, ids, correlation)
+    noise = noise_source(*drawn_from) if last else None
     backend = _dispatch.backend(
         impl, "clip_sum", device=device, elements=layout.elements, form=form,
         correlated=correlation is not None,
@@ -134,14 +132,13 @@ def clip_sum_noise(
         return backend.clip_sum_noise(per_sample, layout, **given, scale=scale, noise=noise)
     sums, stats = backend.clip_sum(per_sample, layout, **given, quanta=quanta)
     if last and quanta is not None:
-        drawing = _dispatch.backend(
-            impl, "noise", device=device, elements=layout.elements, form=form
-        )
+        size = layout.elements
+        drawing = _dispatch.backend(impl, "noise", device=device, elements=size, form=form)
         drawn = [None] * layout.num_layers
         if noise is not None:
             drawn = drawing.layer_integers(noise, layout, scale)
-        sums = _released(sums, layout, drawn, quanta, mechanism)
-        sums = [t.to(record.dtype) for t, record in zip(sums, per_sample, strict=True)]
+        dtypes = [record.dtype for record in per_sample]
+        sums = _released(sums, dtypes, layout, drawn, quanta, mechanism)
     return sums, stats
 
 
@@ -154,8 +151,10 @@ def _counted(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
     return mask.to(device) != 0
 
 
-def _weights(weights: Tensor, batch: int, device: torch.device, form: str) -> Tensor:
-    """Weights of the records, float64 [B]."""
+def _weights(weights: Tensor | None, batch: int, device: torch.device, form: str) -> Tensor | None:
+    """Weights of the records, float64 [B]; None: all are 1."""
+    if weights is None:
+        return None
     if form == "grid":
         raise ValueError("weights must be None with form='grid': its records are whole quanta")
     if tuple(weights.shape) != (batch,):
@@ -177,19 +176,20 @@ def _quanta(scale: Tensor, clip: Tensor, mechanism: str) -> Tensor:
 
 def _released(
     sums: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
     layout: Layout,
     drawn: Sequence[Tensor | None],
     quanta: Tensor,
     mechanism: str,
 ) -> list[Tensor]:
-    """Sums of integers with their noise, float64."""
+    """Sums of integers with their noise, in the dtypes of the records."""
     results = []
     for i, value in enumerate(sums):
         layer, start = layout.layer_of[i], layout.offsets[i]
         piece = drawn[layer]
         if piece is not None:
             piece = piece[0, start : start + layout.sizes[i]].view(value.shape)
-        results.append(release(value, piece, quanta[layer], mechanism))
+        results.append(release(value, piece, quanta[layer], mechanism).to(dtypes[i]))
     return results
 
 
