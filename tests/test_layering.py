@@ -24,7 +24,7 @@ ALLOWED = {
     "privacy/one_factor.py": {"with_clipping"},  # for its checks; it adds no noise
     "privacy/history.py": {"noise_scales", "vote_noise"},
     "ledger/line_checks.py": {"noise_scales", "vote_noise"},  # recomputes scales; adds no noise
-    "privacy/noised_sum.py": {"clip_sum_noise", "privatize_", "sample_noise"},
+    "privacy/noised_sum.py": {"clip_sum_noise", "sample_noise"},
     "privacy/noise_parts.py": {"sample_noise"},
     "privacy/noised_counts.py": {"sample_noise"},
     "local/batches.py": {"poisson_mask"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from fl_lightning.keys import binding, digests
 from fl_lightning.privacy.history import ReleasedHistory
 from fl_lightning.privacy.mechanism import noised_votes
 from fl_lightning.privacy.noise_parts import noise_part
+from fl_lightning.privacy.sum_layout import nobody, with_votes
 from fl_lightning.processes.together import Processes
 from fl_lightning.values.release import ALL_CLIENTS
 from fl_lightning.values.round import Params, PrivateUpdate
@@ -58,25 +58,6 @@ class SharedNoise:
     def deviation(self) -> float:
         """Standard deviation of the noise, in units of that of independent noise."""
         return math.hypot(1.0, *self.coefficients)
-
-
-@lru_cache(maxsize=8)
-def _with_votes(layout: Layout) -> Layout:
-    """The layout with one layer more, of a vote for each of its layers."""
-    names = layout.names, layout.layer_names
-    count = layout.num_layers
-    return Layout(
-        (*names[0], ""),  # no parameter has this name
-        (*layout.shapes, torch.Size([count])),
-        (*names[1], ""),
-        (*layout.layer_of, count),
-    )
-
-
-@lru_cache(maxsize=8)
-def _nobody(layout: Layout) -> list[Tensor]:
-    """The updates of no client."""
-    return [torch.empty(0, *shape, dtype=torch.float64) for shape in layout.shapes]
 
 
 class NoisedSum:
@@ -351,10 +332,10 @@ class NoisedSum:
         scale = self.policy.noise_scale[0]
         if votes:
             assert self.policy.vote_noise_scale is not None
-            layout, total = _with_votes(layout), [*total, self.votes]
+            layout, total = with_votes(layout), [*total, self.votes]
             scale = torch.cat([scale, self.policy.vote_noise_scale])
         noised, _ = clip_sum_noise(
-            _nobody(layout),
+            nobody(layout),
             layout=layout,
             clip=torch.ones_like(scale),
             scale=scale,

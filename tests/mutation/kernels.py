@@ -109,15 +109,6 @@ SUMS = group(
     ("weights of the first records", "weights[piece]", "weights[: len(factor)]"),
 )  # fmt: skip
 
-SUM_WEIGHTS = group(
-    "aadp_kernels/_cpu/clip_sum.py",
-    "tests/aadp_kernels/test_cpu_clip_sum.py::test_weights_equal_the_specification",
-    ("weights ignored record by record", "mask.double() if weights is None else weights * mask", "mask.double()"),
-    ("padding has a weight", "mask.double() if weights is None else weights * mask", "mask.double() if weights is None else weights"),
-    ("weights of large records ignored", "        factor = factor * weights[:, None]\n", "        pass\n"),
-    ("weights divided by", "decisions.numbers[FACTOR, row, layer] * weights[row]", "decisions.numbers[FACTOR, row, layer] / weights[row]"),
-)  # fmt: skip
-
 SUM_INTERFACE = group(
     "aadp_kernels/clip_sum.py",
     f"{CLIP_SUM} {_SUMS}clip_sum_adds_the_integers_of_the_records",
@@ -402,7 +393,7 @@ NORM_LAYERS = group(
 )  # fmt: skip
 
 MUTATIONS = [
-    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_WEIGHTS, *SUM_INTERFACE, *GRID_NOISE,
+    *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
     *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
     *ROWS, *LINEAR_ROWS, *PRODUCTS, *JOINED_UNITS, *GRAM_KERNEL, *EMBEDDING_ROWS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,

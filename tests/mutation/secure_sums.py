@@ -1,4 +1,4 @@
-"""Mistakes in secure sums: what is masked, what is signed, what is checked before it is revealed."""
+"""Mistakes in sums of clients, secure or not: what is added, masked, signed, checked beforehand."""
 
 from __future__ import annotations
 
@@ -167,6 +167,15 @@ SUMS = group(
     ("noise not bound to the sum", "values = [self._whole, self.votes] if", "values = [self.votes] if"),
 )  # fmt: skip
 
+WEIGHTS = group(
+    "aadp_kernels/_cpu/clip_sum.py",
+    "tests/aadp_kernels/test_cpu_clip_sum.py::test_weights_equal_the_specification",
+    ("weights ignored record by record", "mask.double() if weights is None else weights * mask", "mask.double()"),
+    ("padding has a weight", "mask.double() if weights is None else weights * mask", "mask.double() if weights is None else weights"),
+    ("weights of large records ignored", "        factor = factor * weights[:, None]\n", "        pass\n"),
+    ("weights divided by", "decisions.numbers[FACTOR, row, layer] * weights[row]", "decisions.numbers[FACTOR, row, layer] / weights[row]"),
+)  # fmt: skip
+
 REMOTE = group(
     "fl_lightning/release/remote_sum.py",
     f"{_RUNS}::{_GIVEN_UP} {_RUNS}::{_FORGOT} {_RUNS}::test_a_node_that_goes_away_at_any_stage",
@@ -182,4 +191,4 @@ NODE = group(
 )  # fmt: skip
 
 MUTATIONS = [*SHAMIR, *KEYS, *MASKS, *GRID, *TERMS, *BEGUN, *MESSAGES, *CLIENT, *SERVER]
-MUTATIONS += [*CONTRIBUTION, *PART, *SHARES, *SUMS, *REMOTE, *NODE]
+MUTATIONS += [*CONTRIBUTION, *PART, *SHARES, *SUMS, *WEIGHTS, *REMOTE, *NODE]
