@@ -16,6 +16,7 @@ import numpy as np
 
 from fl_lightning.privacy.simulated import simulated_reason
 from fl_lightning.values.rounding import round_up
+from fl_lightning.values.short_names import short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,8 +126,8 @@ def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
     names = list(dict.fromkeys(row["layer"] for row in layers))
     of_layer = np.array([row["layer"] for row in layers])
     number = _column(layers, "round") + 1
-    many = len(names) > len(_COLOURS)
-    figure = _figure(9.6, max(6.4, min(12.0, 2.4 + 0.12 * len(names))) if many else 6.4)
+    many, labels = len(names) > len(_COLOURS), short_names(names)
+    figure = _figure(9.6, max(6.4, min(12.0, 1.4 + 0.24 * len(names))) if many else 6.4)
     axes = figure.subplots(2, 2, sharex=True, sharey=many)
     for ax, (column, title) in zip(axes.flat, _PANELS, strict=True):
         values = _column(layers, column)
@@ -134,9 +135,9 @@ def layer_history(layers: Sequence[dict[str, str]]) -> Figure | None:
         ax.set_title(title, fontsize="medium")
         _dress(ax)
         if many:
-            _heat(figure, ax, names, spreads, log=column in ("clip_norm", "noise_scale"))
+            _heat(figure, ax, labels, spreads, log=column in ("clip_norm", "noise_scale"))
         else:
-            _lines(ax, names, spreads)
+            _lines(ax, labels, spreads)
             _scale(ax, column, values[np.isfinite(values)])
     for ax in axes[1]:
         ax.set_xlabel("round")
@@ -199,11 +200,11 @@ def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
     from matplotlib.colors import LogNorm
 
     names = list(dict.fromkeys(row["layer"] for row in layers))
+    labels = short_names(names)
     clients = sorted({int(r["client"]) for r in layers})
     row, column = ({key: i for i, key in enumerate(keys)} for keys in (clients, names))
-    figure = _figure(
-        min(12.0, max(7.0, 3.5 + 0.7 * len(names))), min(8.0, 3.2 + 0.12 * len(clients))
-    )
+    width = min(12.0, max(7.0, 3.5 + 0.7 * len(names)))
+    figure = _figure(width, min(8.0, 3.2 + 0.12 * len(clients)))
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (field, title) in zip(axes, (_PANELS[1], _PANELS[2]), strict=True):
         grid = np.full((len(clients), len(names)), np.nan)
@@ -224,7 +225,7 @@ def client_map(layers: Sequence[dict[str, str]]) -> Figure | None:
             _log_ticks(bar.ax)
         ax.set_title(title, fontsize="medium")
         shown = _every(len(names), 16)
-        ax.set_xticks(shown, [names[i] for i in shown], rotation=45, ha="right")
+        ax.set_xticks(shown, [labels[i] for i in shown], rotation=45, ha="right")
         shown = _every(len(clients), 20)
         ax.set_yticks(shown, [str(clients[i]) for i in shown])
         ax.set_xlabel("layer")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from fl_lightning import plots
 
@@ -132,6 +133,24 @@ def test_many_layers_are_a_heat_map_of_medians(layers: int) -> None:
     labels = [t.get_text() for t in clip_norm.get_yticklabels()]
     assert labels[0] == "l0"
     assert len(labels) <= 25
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_panels(blocks: int, tmp_path: Path) -> None:
+    """Matplotlib warns where labels leave axes no width."""
+    inside = "body.base_model.model.encoder.layer.{}.attention.self.{}.lora_{}.default"
+    names = [
+        inside.format(i, q, f) for i in range(blocks) for q in ("query", "value") for f in "AB"
+    ]
+    rows = layer_rows(names=(*names, "head"))
+    for figure in (plots.layer_history(rows), plots.client_map(rows)):
+        assert figure is not None
+        figure.savefig(tmp_path / "drawn.png")
+        assert min(ax.get_position().width for ax in figure.axes[:2]) > 0.25
+        texts = {text.get_text() for text in figure.findobj(Text)}
+        assert "head" in texts
+        assert any(text.endswith("query.lora_A") and len(text) <= 20 for text in texts)
 
 
 def test_pictures_say_which_run_they_are_of(tmp_path: Path) -> None:

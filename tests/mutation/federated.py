@@ -371,8 +371,17 @@ NAMED = group(
     ("options of a comparator bind no noise", 'return options | vars(options.pop("comparator"))', 'return {n: v for n, v in options.items() if n != "comparator"}'),
 )  # fmt: skip
 
+SHORT_NAMES = group(
+    "fl_lightning/values/short_names.py",
+    "tests/fl_lightning/test_short_names.py",
+    ("short names: an end is no fork", 'enumerate((*path, ""))', "enumerate(path)"),
+    ("short names: no fork stays", "> 1]", "> 2]"),
+    ("short names: every part stays", "> 1]", "> 0]"),
+    ("short names: two layers with one name", "if len(set(some)) == len(some)", "if some"),
+)  # fmt: skip
+
 MUTATIONS = [
-    *NAMED, *LOCAL, *PERSONAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *RATIOS, *HISTORY,
+    *SHORT_NAMES, *NAMED, *LOCAL, *PERSONAL, *CONVOLUTIONS, *FUNCTIONAL, *THRESHOLDS, *ALLOCATION, *RATIOS, *HISTORY,
     *MECHANISM_PLACES, *GRID_PLACES, *EVENT, *ACCOUNTING_PLACES, *EXACTNESS_PLACES, *FLAT,
     *BUDGET, *RUNNING, *DENOISING, *SERVER_STEP, *EVALUATION, *COMMAND_LINE, *ONE_USE, *WATCHED,
     *WATCHED_CLIPPING, *CHECKPOINTED,
