@@ -1,9 +1,9 @@
 """From noise multipliers to epsilon and back: composition, calibration, budgets in steps.
 
-All analyses are done by dp-accounting. A `NoiseEvent` is what one noised step is to the accountant:
-one joint mechanism over all layers and votes with one Poisson coin per unit. Its noise multiplier
-is relative to the sensitivity, so it already contains the factor 2 of `replace_one`, the layers'
-shares and the votes' part of the budget.
+Whatever has no closed form is analysed by dp-accounting. A `NoiseEvent` is what one noised step is
+to the accountant: one joint mechanism over all layers and votes with one Poisson coin per unit. Its
+noise multiplier is relative to the sensitivity, so it already contains the factor 2 of
+`replace_one`, the layers' shares and the votes' part of the budget.
 
 Reference:
     PLD: Koskela et al. 2020 (arXiv 1906.03049), Doroshenko et al. 2022 (arXiv 2207.04380, the
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fl_lightning.accounting.gaussian import gaussian_epsilon
 from fl_lightning.values.event import NoiseEvent
 
 ACCOUNTANTS = ("pld", "rdp")
@@ -98,7 +99,8 @@ def _compose(key: tuple[tuple[NoiseEvent, int], ...], delta: float, accountant: 
     if accountant == "rdp":
         return rdp
     if all(e.mechanism == "gaussian" and e.sampling_rate == 1 for e, _ in key):
-        return min(_gaussian_epsilon(joint_multiplier(key), delta), rdp)
+        one = np.array([joint_multiplier(key)])
+        return min(float(gaussian_epsilon(one, np.array([delta]))[0]), rdp)
     steps = sum(count for _, count in key)
     if delta < SMALLEST_PLD_DELTA or steps > LARGEST_PLD_STEPS:
         return rdp
@@ -110,14 +112,6 @@ def _compose(key: tuple[tuple[NoiseEvent, int], ...], delta: float, accountant: 
 
 def joint_multiplier(key: tuple[tuple[NoiseEvent, int], ...]) -> float:
     return 1 / math.sqrt(sum(count / event.noise_multiplier**2 for event, count in key))
-
-
-def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
-    """Closed form of the unsampled Gaussian."""
-    from dp_accounting import gaussian_mechanism
-
-    with np.errstate(all="ignore"):
-        return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier, delta))
 
 
 def composed_pld(key: tuple[tuple[NoiseEvent, int], ...], guess: float) -> Any:

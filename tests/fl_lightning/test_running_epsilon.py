@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dp_accounting import gaussian_mechanism
 
 from fl_lightning.accounting import running, step_curve
 from fl_lightning.accounting.composition import compose_epsilon
-from fl_lightning.accounting.running import RunningEpsilon, gaussian_epsilon
+from fl_lightning.accounting.gaussian import gaussian_epsilon
+from fl_lightning.accounting.running import RunningEpsilon
 from fl_lightning.accounting.step_curve import StepCurve
 from fl_lightning.ledger import read
 from fl_lightning.ledger.accounts import accounts
@@ -119,12 +121,16 @@ def test_a_curve_is_the_accountants_and_never_below(event, planned):
 
 
 def test_gaussians_in_closed_form():
-    multipliers = np.geomspace(0.05, 200, 40)
-    for delta in (1e-12, 1e-5, 0.3):
+    """As another implementation of the same equation has it."""
+    multipliers = np.geomspace(0.01, 2000, 40)
+    for delta in (1e-16, 1e-5, 0.3):
         found = gaussian_epsilon(multipliers, np.full(40, delta))
         for z, epsilon in zip(multipliers.tolist(), found.tolist(), strict=True):
-            exact = compose_epsilon({NoiseEvent("gaussian", z): 1}, delta)
+            with np.errstate(all="ignore"):
+                exact = gaussian_mechanism.get_epsilon_gaussian(z, delta)
             assert epsilon == pytest.approx(exact, rel=1e-8, abs=1e-9)
+            composed = compose_epsilon({NoiseEvent("gaussian", 2 * z): 4}, delta)
+            assert composed == pytest.approx(exact, rel=1e-8, abs=1e-9)
     edges = gaussian_epsilon(np.array([0.0, 1.0, 1.0]), np.array([0.1, 0.0, -1.0]))
     assert np.isinf(edges).all()
 

@@ -198,9 +198,15 @@ RUNNING = (
         ("shown inflation missing", "return found + self._on_top", "return found"),
         ("cut tails are not paid", "left = self._delta - self._tails - tails", "left = self._delta - tails"),
         ("multipliers add up", "release.steps / multipliers**2", "release.steps / multipliers"),
-        ("the lower end of epsilon", "<= wanted, 0.0, high)", "<= wanted, 0.0, 0.999 * high)"),
         ("the quietest step counts least", "np.minimum.at(self._least, ids, multipliers)", "self._least[ids] = multipliers"),
         ("rounds of a plan without weights", "sizes=np.concatenate([sizes[m] for _, m, _, sizes in mine]),", "sizes=None,"),
+    ),
+    *group(
+        "fl_lightning/accounting/gaussian.py",
+        "tests/fl_lightning/test_running_epsilon.py",
+        ("the lower end of epsilon", "<= wanted, 0.0, high)", "<= wanted, 0.0, 0.999 * high)"),
+        ("delta without its second term", "- np.exp(epsilon + below)", "- 0 * np.exp(epsilon + below)"),
+        ("half a move", "-move / 2 - epsilon / move", "-move - epsilon / move"),
     ),
     *group(
         "fl_lightning/accounting/step_curve.py",
