@@ -33,7 +33,7 @@ from fl_lightning.tune.space import Space
 RESULTS = machine.ROOT / "bench" / "results" / "tuning.json"
 PAGE = machine.ROOT / "docs" / "tuning.md"
 SPACE = machine.ROOT / "configs" / "searches" / "digits.yaml"
-REPEATS = 5
+REPEATS = 10
 LAST_ROUND = 10**9  # rounds between evaluations: the last round alone
 
 
