@@ -1,8 +1,8 @@
 """From a clean machine to the first picture, as a newcomer goes: `python -m bench newcomer`.
 
 A clone in an empty folder, a virtual environment of its own and an empty home, so that no cache of
-this machine helps: `make fit`, what it prints and when, the pictures, the ledger, and a second run.
-Packages come from wherever pip gets them here, so the seconds of the installation say least.
+this machine helps: `make fit`, what it prints and when, the pictures, the ledger, a second run, and
+the tests. Packages come from wherever pip gets them here, so the seconds of installing say least.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench import machine, pages
 
 RESULT = machine.ROOT / "bench" / "results" / "newcomer.json"
 PAGE = machine.ROOT / "docs" / "install.md"
+TESTS = "`make test`, the quick tests"
 _ARGUMENTS = "ARGS=--run_dir {}"
 
 
@@ -65,6 +66,8 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     step("`aadp ledger verify`", [aadp, "ledger", "verify", "runs/first"], clone)
     export = [aadp, "export", "runs/first", "--out", str(folder / "model")]
     step("`aadp export`", export, clone)
+    step("`make test`, installing the rest", ["make", ".venv/installed-test"], clone)
+    step(TESTS, ["make", "test"], clone)
     return steps
 
 

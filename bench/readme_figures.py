@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from bench import accuracy_report, headline, report, report_rounds
+from bench import accuracy_report, headline, newcomer, report, report_rounds
 from bench.measure import quantiles, ratios
 
 KERNEL_CASE = "ResNet-18: L1 Laplace"
@@ -23,6 +23,7 @@ def figures() -> str:
         _kernels(parts["kernels"]["results"][KERNEL_CASE]),
         _step(parts["dp_step"]["results"][STEP_CASE]),
         _rounds(parts["rounds"]["results"][ROUND_CASE]),
+        *_tests(),
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -89,3 +90,13 @@ def _rounds(case: dict) -> str:
         f"{flower} as fast as Flower's simulation without privacy, {pfl} pfl's best, {lightning} a "
         f"Lightning Trainer a client and {loop} a plain loop."
     )
+
+
+def _tests() -> list[str]:
+    """How long the quick tests take, where a newcomer ran them."""
+    found = json.loads(newcomer.RESULT.read_text())
+    where, steps = found["machine"], {s["title"]: s["seconds"] for s in found["steps"]}
+    if newcomer.TESTS not in steps:
+        return []
+    minutes = steps[newcomer.TESTS] / 60
+    return [f"`make test` takes {minutes:.1f} minutes on {where['cores']} cores once installed."]

@@ -21,7 +21,7 @@ def open_ledger(spec: RunSpec, budget: Budget, run_id: str) -> Ledger:
 
     def facts() -> tuple[Any, ...]:
         opened.append(ledger := _ledger_file(spec, budget, run_id))
-        return ledger.header, ledger.releases, ledger.head_hash
+        return ledger.header, ledger.rounds, ledger.head_hash
 
     known = spec.processes.first(facts)
     return opened[0] if opened else Ledger.copy_of(spec.folder, *known)

@@ -162,17 +162,16 @@ class Ledger:
         cls,
         path: str | os.PathLike[str],
         header: Mapping[str, Any],
-        releases: Sequence[Release],
+        rounds: OpenRounds,
         head_hash: str,
     ) -> Ledger:
         """A copy, to be read, of a ledger that another process holds open. It takes no new lines.
 
         Args:
-            path: directory or file of the ledger.
-            header, releases, head_hash: of the ledger that is open there.
+            path: directory or file of the ledger, which this process sees too.
+            header, rounds, head_hash: of the ledger that is open there; `rounds` becomes the
+                copy's own.
         """
-        rounds = OpenRounds(None)
-        rounds.append(releases)
         return cls(resolve(path), None, header, rounds, head_hash)
 
     def follow(self, releases: Sequence[Release], head_hash: str) -> None:
@@ -229,6 +228,11 @@ class Ledger:
             LedgerError: the file is not what was written; when they are gone through.
         """
         return self._lines.all()
+
+    @property
+    def rounds(self) -> OpenRounds:
+        """Its releases as it keeps them, for a copy in another process."""
+        return self._lines
 
     @property
     def header(self) -> dict[str, Any]:

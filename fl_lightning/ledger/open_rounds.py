@@ -13,18 +13,16 @@ class OpenRounds:
     """Releases by round and client; memory does not grow with rounds that are past.
 
     Args:
-        path: of the file that they stand in; None: there is nothing to read them from, so all are
-            kept.
+        path: of the file that they stand in.
         count: how many there are already.
         first: round from which on all are in memory, once they are kept.
     """
 
-    def __init__(self, path: Path | None, count: int = 0, first: int = 0) -> None:
+    def __init__(self, path: Path, count: int = 0, first: int = 0) -> None:
         self._path = path
         self._count = count
         self._first = first
         self._rounds: dict[int, dict[tuple[int, bool], list[Release]]] = {}
-        self._order: list[Release] = []  # all of them, where nothing can be read
 
     def keep(self, release: Release) -> None:
         """Keep one that is there already, if it is of a round that is under way."""
@@ -37,9 +35,7 @@ class OpenRounds:
         for release in releases:
             self.keep(release)
         self._count += len(releases)
-        if self._path is None:
-            self._order += releases
-        elif releases:
+        if releases:
             self._forget(min(r.round for r in releases) - 1)
 
     def find(self, client: int, round: int, *, evaluation: bool = False) -> list[Release]:
@@ -51,8 +47,6 @@ class OpenRounds:
 
     def all(self) -> Sequence[Release]:
         """All of them so far, oldest first."""
-        if self._path is None:
-            return tuple(self._order)
         return StoredReleases(self._path, self._count)
 
     def __len__(self) -> int:

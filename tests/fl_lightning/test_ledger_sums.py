@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,13 +115,21 @@ def test_past_rounds_are_found_in_the_file(tmp_path: Path) -> None:
     assert len(ledger.releases) == 8, "a closed ledger can be read"
 
 
-def test_a_copy_keeps_what_it_was_told(tmp_path: Path) -> None:
+def test_a_copy_in_another_process_follows_and_keeps_two_rounds_in_memory(tmp_path: Path) -> None:
     header, lines = sums(40, 8)
-    copy = Ledger.copy_of(tmp_path, header, lines[:3], "head")
-    for line in lines[3:]:
-        copy.follow([line], "head")
-    assert list(copy.releases) == lines
-    assert copy.find(-1, 0) == [lines[0]]
+    with Ledger.create(tmp_path, header) as ledger:
+        ledger.append(lines[:1])
+        known = pickle.loads(pickle.dumps((ledger.header, ledger.rounds, ledger.head_hash)))
+        copy = Ledger.copy_of(tmp_path, *known)
+        for line in lines[1:]:
+            ledger.append([line])
+            assert copy.find(-1, line.round) == []
+            copy.follow([line], ledger.head_hash)
+            assert copy.find(-1, line.round) == [line]
+            assert list(copy.releases) == lines[: line.round + 1]
+        assert copy.head_hash == ledger.head_hash
+        assert len(pickle.dumps(copy.rounds)) < 3 * len(pickle.dumps(lines[0])) + 1000
+        assert copy.find(-1, 0) == [lines[0]], "read from the file"
 
 
 def test_lines_of_an_interrupted_append_were_never_taken(tmp_path: Path) -> None:
