@@ -13,6 +13,7 @@
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
     natural   tests of 50 clinics, tweets of 16 accounts, under privacy (twenty minutes)
     lora      LoRA against a frozen encoder's head, AADP against flat clipping on it (an hour)
+    personal_layers  heads of clients' own against one global model, on digits (ten minutes)
     margin    what dividing the budget over layers wins, by what it can win (ten minutes)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)
     nodes     a release of a node beside the simulation, and behind Flower (four minutes)
@@ -60,6 +61,7 @@ PARTS = (
     "pretrained",
     "natural",
     "lora",
+    "personal_layers",
     "margin",
     "audit",
     "nodes",

@@ -18,14 +18,22 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from bench.machine import ROOT
-from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
+from fl_lightning import (
+    FederatedDataModule,
+    FederatedModule,
+    PrivacyConfig,
+    fit_personal_layers,
+)
 from fl_lightning.data import Arrays
+from fl_lightning.data.partition import Partition
 from fl_lightning.data.sources import load
 from fl_lightning.data.transform import transformed
-from fl_lightning.networks.metrics import computed, update_metrics
 from fl_lightning.privacy.comparators import Comparator
+from fl_lightning.release.held_out import HeldOutFigures
+from fl_lightning.release.personal_models import personal_models
 
 Config = dict[str, Any]
 Records = Callable[[Config], Arrays]
@@ -48,12 +56,13 @@ def compose(files: Sequence[str], options: Mapping[str, Any]) -> Config:
 def _merge(into: Config, changes: Config) -> None:
     for name, value in changes.items():
         here = into.get(name)
-        # Another class has other arguments, as on the command line.
-        same = isinstance(here, dict) and isinstance(value, dict)
-        if same and value.get("class_path", here.get("class_path")) == here.get("class_path"):
-            _merge(here, value)
-        else:
-            into[name] = copy.deepcopy(value)
+        if isinstance(here, dict) and isinstance(value, dict):
+            made = here.get("class_path")
+            # Another class has other arguments, as on the command line.
+            if value.get("class_path", made) == made:
+                _merge(here, value)
+                continue
+        into[name] = copy.deepcopy(value)
 
 
 def records() -> Records:
@@ -104,7 +113,7 @@ def build(config: Config, arrays: Arrays, seed: int, folder: str) -> tuple[Any, 
     privacy = PrivacyConfig(**options, comparator=comparator)
     module = FederatedModule(network, privacy, **model, seed=seed, run_dir=folder)
     averaging = config.get("averaging")
-    callbacks = [pl.callbacks.EMAWeightAveraging(decay=averaging)] if averaging else []
+    callbacks: list[pl.Callback] = [EMAWeightAveraging(decay=averaging)] if averaging else []
     trainer = pl.Trainer(
         max_epochs=config["trainer"]["max_epochs"],
         accelerator="cpu",
@@ -134,14 +143,17 @@ def run(config: Config, seed: int, *, test: bool, arrays: Arrays) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         module, data, trainer = build(config, arrays, seed, folder)
         trainer.fit(module, datamodule=data)
-        loader = data.test_dataloader() if test else data.val_dataloader()
-        correct = _share_right(module.network, loader)
-        figures = _figures(module, loader)
+        figures = _judged(module, data, trainer, test=test)
+        correct = figures.pop("accuracy")
+        if config.get("fitted_afterwards"):
+            held = (arrays.x_test, arrays.y_test) if test else data.held_out
+            dealt = data.test_partition if test else data.held_out_partition
+            correct = _fitted_afterwards(module, data, config["fitted_afterwards"], held, dealt)
         private = module.privacy.private
         epsilon = module.run.epsilon_spent() if private else np.array([np.inf])
         return {
             "accuracy": 100 * correct,
-            **({"figures": figures} if figures else {}),
+            **({"figures": {n: round(v, 6) for n, v in figures.items()}} if figures else {}),
             "rounds": int(trainer.current_epoch),
             "epsilon": None if not private else round(float(epsilon.max()), 4),
             "guarantee": module.privacy.guarantee,
@@ -159,14 +171,39 @@ def _share_right(network: torch.nn.Module, batches: Any) -> float:
     return right / total
 
 
-def _figures(module: Any, batches: Any) -> dict[str, float]:
-    """What the metrics of the run say of these records, by name."""
-    if module.metrics is None:
-        return {}
+def _judged(module: Any, data: Any, trainer: pl.Trainer, *, test: bool) -> dict[str, float]:
+    """Accuracy and the metrics of the run, by name: of the global model or of clients' own."""
+    run = module.proposed(data, trainer)
+    found = HeldOutFigures(run, personal_models(run))
+    module.network.eval()
     with torch.no_grad():
-        for x, y in batches:
-            update_metrics(module.metrics, module.network(x), y, module.loss)
-    return {name: round(float(value), 6) for name, value in computed(module.metrics).items()}
+        for batch in data.test_dataloader() if test else data.val_dataloader():
+            found.add(batch)
+    values = found.values(module.processes)
+    return {name: float(value) for name, value in values.items() if name != "loss"}
+
+
+def _fitted_afterwards(
+    module: Any, data: Any, layers: Sequence[str], held: Sequence[torch.Tensor], dealt: Partition
+) -> float:
+    """Share right where each client fits layers of the finished global model to its own records.
+
+    Args:
+        module: after its run, without personal layers.
+        data: of the run.
+        layers: by name.
+        held: records and labels to judge by.
+        dealt: whose they are, as those of a run with personal layers.
+    """
+    right = 0.0
+    for client, size in enumerate(dealt.sizes):
+        if not size:
+            continue
+        own = copy.deepcopy(module.network)
+        mine, theirs = (torch.from_numpy(p.client(client)) for p in (data.partition, dealt))
+        fit_personal_layers(own, data.x[mine], data.y[mine], layers)
+        right += float(size) * _share_right(own, [[part[theirs] for part in held]])
+    return right / float(dealt.sizes.sum())
 
 
 def _by_group(module: Any, data: Any) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def report() -> None:
         natural,
         newcomer,
         nodes,
+        personal_layers,
         pretrained,
         processes,
         readme_figures,
@@ -257,6 +258,7 @@ def report() -> None:
     margin_report.report()
     lora_report.report()
     natural.report()
+    personal_layers.report()
     accuracy_report.report()
     faults.report()
     processes.report()
