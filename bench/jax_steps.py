@@ -108,6 +108,15 @@ def by_jax_privacy(loss: Callable[..., Array], clip: float, nan_safe: bool) -> G
     return gradient
 
 
+def without_privacy(loss: Callable[..., Array]) -> Gradient:
+    """The gradient of the batch and nothing else: what the private steps of JAX start from."""
+
+    def gradient(params: Params, x: Array, y: Array, key: Array, scale: Array) -> Params:
+        return jax.grad(lambda p: jax.vmap(loss, (None, 0, 0))(p, x, y).sum())(params)
+
+    return gradient
+
+
 def build(
     network: str, variant: str, parameters: dict[str, Any], x: Any, y: Any, clips: list[float],
     members: list[list[str]], lr: float,
@@ -116,7 +125,7 @@ def build(
 
     Args:
         network: a name of `NETWORKS`.
-        variant: "vmap", "jax_privacy" or "jax_privacy, nan_safe".
+        variant: "no privacy", "vmap", "jax_privacy" or "jax_privacy, nan_safe".
         parameters: tensors by name.
         x, y: the batch.
         clips: of each group of `members`.
@@ -135,11 +144,14 @@ def build(
     params = {name: jnp.asarray(value.numpy()) for name, value in parameters.items()}
     x, y = (jnp.asarray(t.numpy()) for t in (x, y))
     forward_classes = forward(params, x[0]).shape[-1]
-    if variant == "vmap":
-        gradient, about = by_hand(loss, clips, members), f"jax {version('jax')}"
+    about = f"jax {version('jax')}"
+    if variant == "no privacy":
+        gradient = without_privacy(loss)
+    elif variant == "vmap":
+        gradient = by_hand(loss, clips, members)
     else:
         gradient = by_jax_privacy(loss, clips[0], variant.endswith("nan_safe"))
-        about = f"jax-privacy {version('jax-privacy')}, jax {version('jax')}"
+        about = f"jax-privacy {version('jax-privacy')}, {about}"
 
     @jax.jit
     def step(params: Params, x: Array, y: Array, key: Array, scale: Array) -> tuple:

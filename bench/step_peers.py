@@ -23,7 +23,7 @@ class StepPeer(NamedTuple):
         environment: Folder with its Python; BENCH_<NAME>_PYTHON names another Python.
         module: Of bench, whose `build` makes the step.
         variant: What `build` is told.
-        level: What one norm covers.
+        level: What one norm covers; "none" is a step without privacy.
     """
 
     environment: str
@@ -33,6 +33,7 @@ class StepPeer(NamedTuple):
 
 
 PEERS = {
+    "JAX, no privacy": StepPeer("jax", "bench.jax_steps", "no privacy", "none"),
     "JAX, vmap by hand": StepPeer("jax", "bench.jax_steps", "vmap", "layer"),
     "jax_privacy": StepPeer("jax", "bench.jax_steps", "jax_privacy", "all"),
     "jax_privacy, nan_safe": StepPeer("jax", "bench.jax_steps", "jax_privacy, nan_safe", "all"),
@@ -54,7 +55,7 @@ class RemoteRunner:
                 peer.module, folder, python=path, scale=setup.scale, options={
                     "network": setup.name, "variant": peer.variant,
                     "parameters": {n: p.detach() for n, p in trained(setup.model).items()},
-                    "x": setup.x, "y": setup.y, "clips": setup.clips[peer.level],
+                    "x": setup.x, "y": setup.y, "clips": setup.clips.get(peer.level, []),
                     "members": [[names[i] for i in group] for group in members],
                     "lr": LR / setup.size,
                 },
@@ -83,5 +84,9 @@ def sides(setup: Setup) -> dict[str, tuple]:
     if setup.p != 2 or setup.device.type != "cpu":
         return {}
     return {
-        name: ("peer", peer.level, partial(RemoteRunner, peer=peer)) for name, peer in PEERS.items()
-    }
+        name: (
+            "floor" if peer.level == "none" else "peer", peer.level,
+            partial(RemoteRunner, peer=peer),
+        )
+        for name, peer in PEERS.items()
+    }  # fmt: skip

@@ -311,7 +311,9 @@ def test_steps_whose_environment_is_missing_are_skipped(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, "/nowhere/bin/python")
     setup = private_steps.Setup.build("MLP", 8, CPU)
     found = step_peers.sides(setup)
-    assert set(found) == {"JAX, vmap by hand", "jax_privacy", "jax_privacy, nan_safe", "Opake"}
+    peers = {"JAX, vmap by hand", "jax_privacy", "jax_privacy, nan_safe", "Opake"}
+    assert {name for name, (kind, _, _) in found.items() if kind == "peer"} == peers
+    assert found.keys() - peers == {"JAX, no privacy"}
     for _, _, make in found.values():
         with pytest.raises(ImportError, match="make bench-peers"):
             make(setup)

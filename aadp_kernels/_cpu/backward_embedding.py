@@ -11,8 +11,8 @@ from torch import Tensor
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
 from aadp_kernels._cpu.backward_linear import clip_factor
-from aadp_kernels._cpu.backward_products import SLACK, total_of
-from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, rounding, torch_dtype
+from aadp_kernels._cpu.backward_products import SLACK
+from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, rounding
 from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, square
 from aadp_kernels.contract import ClipRule, GradientsNeeded, OneClient
 from aadp_kernels.threads import run_on_threads
@@ -103,7 +103,8 @@ def embedding_sums(
 ) -> tuple[Tensor, Tensor]:
     """`RecordKernels.embedding_sums`."""
     index, g = index.flatten(0, 1), g.flatten(0, 1)
-    return _sums_of_rows(index, g, tokens, padding, rule.needed, limits_of(rule))
+    sums, counts = _sums_of_rows(index, g, tokens, padding, rule.needed, limits_of(rule))
+    return sums, torch.from_numpy(counts)
 
 
 def embedding_single(
@@ -117,13 +118,13 @@ def embedding_single(
     """`RecordKernels.embedding_single`."""
     limits = limits_of_one(*one, len(index))
     sums, counts = _sums_of_rows(index, g, tokens, padding, needed, limits)
-    return sums[0], counts[0]
+    return sums[0], torch.from_numpy(counts[0])
 
 
 def _sums_of_rows(
     index: Tensor, g: Tensor, tokens: int, padding: int | None, needed: GradientsNeeded,
     limits: Limits,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, np.ndarray]:  # fmt: skip
     """Clipped sums [K, tokens, D] and counts [K, 3].
 
     Args:
@@ -137,11 +138,11 @@ def _sums_of_rows(
     clients, batch = limits.mask.shape
     rows, slopes = (np.ascontiguousarray(t.detach().numpy()) for t in (index, g))
     dim = slopes.shape[2]
-    sums = torch.zeros(clients, tokens, dim, dtype=torch_dtype(slopes))
+    sums = g.new_zeros((clients, tokens, dim))
     factors, counts = np.empty(len(rows), slopes.dtype), np.empty((len(rows), 3))
     none = -1 if padding is None else padding
     first = (
-        rows, slopes, none, *rounding(slopes), needed.p, *limits,
+        rows, slopes, none, *rounding(g.dtype), needed.p, *limits,
         factors, counts,
     )  # fmt: skip
     second = rows, slopes, none, factors, batch, sums.numpy()
@@ -152,4 +153,4 @@ def _sums_of_rows(
     else:
         run_on_threads(partial(clip_records, *first), len(rows), elements=slopes.size)
         run_on_threads(partial(add_rows, *second), parts, elements=slopes.size)
-    return sums, total_of(counts, clients)
+    return sums, counts.reshape(clients, -1, 3).sum(1)

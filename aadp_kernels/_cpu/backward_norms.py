@@ -5,53 +5,61 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu._parallel import parallel, region_for
 from aadp_kernels._cpu.backward_linear import clip_factor
-from aadp_kernels._cpu.backward_products import SLACK, rows_of, split_records, total_of
-from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, rounding
-from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, square
+from aadp_kernels._cpu.backward_products import SLACK, split_records
+from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, numpy_dtype, rounding
+from aadp_kernels._cpu.row_sums import absolute, add_scaled, jit_sums, rows_at, square
+from aadp_kernels._cpu.tensor_table import address
 from aadp_kernels.contract import ClipRule, GradientsNeeded, OneClient
 from aadp_kernels.threads import run_on_threads
 
 
 @jit_sums
-def _gradient(a, g, own):
-    """own[0] = sum over positions of a * g, own[1] = that of g; a and g are [positions * n]."""
+def _gradient(a, g, n, mean, scale, own):
+    """own[0] = sum over positions of a * g, own[1] = that of g; a and g are [positions * n].
+
+    a is normalised, or is to be with a mean and a scale for each position. Returns the squared
+    norms of a and g.
+    """
     wide_vectors()
-    n = own.shape[1]
     own[:] = 0
-    for start in range(0, len(g), n):
+    total_a, total_g, ready = 0.0, 0.0, len(mean) == 0
+    for t in range(len(g) // n):
+        shift, factor = own.dtype.type(0), own.dtype.type(1)
+        if not ready:
+            shift, factor = mean[t], scale[t]
         for j in range(n):
-            own[0, j] += a[start + j] * g[start + j]
-            own[1, j] += g[start + j]
-
-
-@jit_sums
-def _normalise(x, mean, scale, out):
-    """out = (x - mean) * scale, with a mean and a scale for each position."""
-    wide_vectors()
-    n = len(x) // len(mean)
-    for t in range(len(mean)):
-        for j in range(t * n, t * n + n):
-            out[j] = (x[j] - mean[t]) * scale[t]
+            left, right = (a[t * n + j] - shift) * factor, g[t * n + j]
+            own[j] += left * right
+            own[n + j] += right
+            total_a += np.float64(left) * np.float64(left)
+            total_g += np.float64(right) * np.float64(right)
+    return total_a, total_g
 
 
 @jit
 def clip_units(
-    a, g, mean, scale, first, last, largest, shrink, p, mask, clip, votes_at, per_client, each,
-    sums, counts, begin, end,
+    a, g, mean, scale, shape, first, last, largest, shrink, p, mask, clip, votes_at, per_client,
+    each, dtype, sums, counts, begin, end,
 ):  # fmt: skip
-    """Clipped sums of units of `each` records of a client: sums [units, 2, n], counts [units, 3].
+    """Clipped sums of units of `each` records of a client: sums [units, 2 * n], counts [units, 3].
 
-    a and g are [K * B, positions * n]; a is normalised, or is to be with mean and scale
-    [K * B, positions]. Of the gradients of weight (0) and bias (1), those from `first` to
-    `last` - 1 count.
+    a, g, mean and scale are addresses of records, whose number, elements and positions are in
+    `shape`; a is normalised where they have 0 positions. Of the gradients of weight (0) and
+    bias (1), those from `first` to `last` - 1 count.
     """
-    batch, own = mask.shape[1], np.empty_like(sums[0])
-    normed = np.empty_like(a[0])
+    batch, n = mask.shape[1], sums.shape[1] // 2
+    x, y = rows_at(a, shape[0], shape[1], dtype), rows_at(g, shape[0], shape[1], dtype)
+    means, scales = (
+        rows_at(mean, shape[0], shape[2], dtype),
+        rows_at(scale, shape[0], shape[2], dtype),
+    )
+    own = np.empty(2 * n, sums.dtype)
     sums[begin:end], counts[begin:end] = 0, 0
     for unit in range(begin, end):
         k, start = unit // per_client, unit % per_client * each
@@ -59,35 +67,46 @@ def clip_units(
             if not mask[k, b]:
                 continue
             row = k * batch + b
-            x, y = a[row], g[row]
-            if mean.shape[1] > 0:
-                _normalise(x, mean[row], scale[row], normed)
-                x = normed
-            norm_a, norm_g = np.sqrt(square(x)), np.sqrt(square(y))
+            norm_a, norm_g = _gradient(x[row], y[row], n, means[row], scales[row], own)
+            norm_a, norm_g = np.sqrt(norm_a), np.sqrt(norm_g)
             finite = norm_a * norm_g + norm_a + norm_g <= largest
-            norm1, total = 0.0, 0.0
+            used = own[first * n : last * n]
+            norm1, norm = 0.0, 0.0
             if finite:
-                _gradient(x, y, own)
-                for i in range(first, last):
-                    norm1 += absolute(own[i])
-                    total += square(own[i])
-            norm = norm1 if p == 1 else np.sqrt(total)
+                norm1, norm = absolute(used), np.sqrt(square(used))
             factor = clip_factor(
-                norm1, norm, finite, True, clip[k], votes_at[k], SLACK, counts[unit]
-            )
+                norm1, norm1 if p == 1 else norm, finite, True, clip[k], votes_at[k], SLACK,
+                counts[unit],
+            )  # fmt: skip
             if factor == 0:
                 continue
-            lowered = g.dtype.type(factor * shrink if factor < 1 else factor)
-            for i in range(first, last):
-                add_scaled(sums[unit, i], lowered, own[i])
+            lowered = sums.dtype.type(factor * shrink if factor < 1 else factor)
+            add_scaled(sums[unit, first * n : last * n], lowered, used)
 
 
 @jit
-def _clip_parallel(given, units, threads, region):
+def _add_units(sums, seen, per_client, weight, bias, dtype, counts):
+    """The clients' sums over their units, in order: of weights and biases, [K, n] at addresses."""
+    n = sums.shape[1] // 2
+    weights, biases = rows_at(weight, len(counts), n, dtype), rows_at(bias, len(counts), n, dtype)
+    counts[:] = 0
+    for k in range(len(counts)):
+        weights[k], biases[k] = sums[k * per_client, :n], sums[k * per_client, n:]
+        for unit in range(k * per_client, (k + 1) * per_client):
+            if unit > k * per_client:
+                add_scaled(weights[k], sums.dtype.type(1), sums[unit, :n])
+                add_scaled(biases[k], sums.dtype.type(1), sums[unit, n:])
+            for i in range(3):
+                counts[k, i] += seen[unit, i]
+
+
+@jit
+def _clip_parallel(given, units, joining, threads, region):
     if region != 0:
         parallel(clip_units, given, units, threads, region)
     else:
         clip_units(*given, np.int64(0), units)
+    _add_units(*joining)
 
 
 def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,9 +118,7 @@ def norm_layer_sums(a: Tensor, g: Tensor, n: int, rule: ClipRule) -> tuple[Tenso
         n: elements of weight and bias.
         rule: how to clip.
     """
-    rows, slopes = rows_of(a), rows_of(g)
-    ready = np.empty((0, 0), slopes.dtype)
-    return _sums_of_rows(rows, slopes, ready, ready, n, rule.needed, limits_of(rule))
+    return _sums(a, g, None, (len(a), n), rule.needed, limits_of(rule))
 
 
 def norm_layer_single(
@@ -114,30 +131,36 @@ def norm_layer_single(
     one: OneClient,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`RecordKernels.norm_layer_single`."""
-    rows, slopes, means, scales = (rows_of(t[None]) for t in (x, g, mean, scale))
-    limits = limits_of_one(*one, len(g))
-    found = _sums_of_rows(rows, slopes, means, scales, n, needed, limits)
-    return found[0][0], found[1][0], found[2][0]
+    return _sums(x, g, (mean, scale), (n,), needed, limits_of_one(*one, len(g)))
 
 
-def _sums_of_rows(
-    a: np.ndarray, g: np.ndarray, mean: np.ndarray, scale: np.ndarray, n: int,
+def _sums(
+    a: Tensor, g: Tensor, by: tuple[Tensor, Tensor] | None, shape: tuple[int, ...],
     needed: GradientsNeeded, limits: Limits,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums of weight and bias [K, n] and counts [K, 3]; records are rows [K * B, elements]."""
+    """Sums of weight and bias, each of this shape, and counts [K, 3], [3] where there is no K.
+
+    `by` has the means and the scales that are to normalise a; None: it is normalised.
+    """
     clients, batch = limits.mask.shape
     per_client, each = split_records(clients, batch)
-    units = clients * per_client
-    sums, counts = np.empty((units, 2, n), g.dtype), np.empty((units, 3))
+    units, records = clients * per_client, max(1, clients * batch)
+    mean, scale = by or (a[:0], a[:0])
+    a, g, mean, scale = (t.resolve_neg().contiguous() for t in (a, g, mean, scale))
+    dtype = numpy_dtype(g)
+    sums, seen = np.empty((units, 2 * shape[-1]), dtype), np.empty((units, 3))
+    weight, bias, counts = g.new_empty(shape), g.new_empty(shape), np.empty((clients, 3))
     given = (
-        a, g, mean, scale, 0 if needed.weight else 1, 2 if needed.bias else 1, *rounding(g),
-        needed.p, *limits, per_client, each, sums, counts,
+        address(a), address(g), address(mean), address(scale),
+        (clients * batch, g.numel() // records, mean.numel() // records), 0 if needed.weight else 1,
+        2 if needed.bias else 1, *rounding(g.dtype), needed.p, *limits, per_client, each, dtype,
+        sums, seen,
     )  # fmt: skip
-    threads, region = region_for(g.size)
+    joining = sums, seen, per_client, address(weight), address(bias), dtype, counts
+    threads, region = region_for(g.numel())
     if threads == 1 or region:
-        _clip_parallel(given, units, threads, region)
+        _clip_parallel(given, units, joining, threads, region)
     else:
-        run_on_threads(partial(clip_units, *given), units, elements=g.size)
-    total = total_of(sums, clients).view(clients, 2, n)
-    # Apart: views of one tensor would be written and counted together.
-    return total[:, 0].clone(), total[:, 1].clone(), total_of(counts, clients)
+        run_on_threads(partial(clip_units, *given), units, elements=g.numel())
+        _add_units(*joining)
+    return weight, bias, torch.from_numpy(counts[0] if len(shape) == 1 else counts)

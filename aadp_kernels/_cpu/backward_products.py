@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, wide_vectors
 from aadp_kernels._cpu.backward_linear import clip_factor
@@ -41,10 +40,16 @@ def _width(geometry: Geometry, out: int, dtype: torch.dtype) -> int:
 
 def fits(geometry: Geometry, out: int, dtype: torch.dtype) -> bool:
     """Whether a record's gradient and what it is made of stay in the cache."""
+    return _extent(geometry, out, dtype) <= MOST
+
+
+@lru_cache(maxsize=256)
+def _extent(geometry: Geometry, out: int, dtype: torch.dtype) -> int:
+    """The elements of the largest of them."""
     width = geometry.groups * _width(geometry, out, dtype)
     inner = geometry.channels * math.prod(geometry.size)
     products = width * max(_columns(geometry), math.prod(geometry.positions))
-    return max(products, inner) <= MOST
+    return max(products, inner)
 
 
 class ProductPlan(NamedTuple):
@@ -253,20 +258,8 @@ def clip_units(
                 add_scaled(sum_b[unit], lowered, own)
 
 
-def rows_of(x: Tensor) -> np.ndarray:
-    """Records [K, B, ...] as rows [K * B, elements]."""
-    size = math.prod(x.shape[2:])
-    # Contiguous: kernels are compiled for no other kind of array.
-    return x.detach().reshape(x.shape[0] * x.shape[1], size).contiguous().numpy()
-
-
+@lru_cache(maxsize=256)
 def split_records(clients: int, batch: int) -> tuple[int, int]:
     """Units a client and records a unit, whatever the number of threads."""
     units = min(-(-_UNITS // clients), -(-batch // _SMALLEST_UNIT))
     return units, -(-batch // units)
-
-
-def total_of(units: np.ndarray, clients: int) -> Tensor:
-    """Sums over the units of each client, [K, elements]."""
-    parts = torch.from_numpy(units).view(clients, len(units) // clients, -1)
-    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)

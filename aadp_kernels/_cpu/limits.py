@@ -61,17 +61,15 @@ def array_of(x: Tensor) -> np.ndarray:
     return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)
 
 
-def torch_dtype(array: np.ndarray) -> torch.dtype:
+def numpy_dtype(x: Tensor) -> np.dtype:
     """float32 or float64."""
-    return torch.float32 if array.dtype == np.float32 else torch.float64
+    return _DTYPES[x.dtype]
 
 
-def rounding(array: np.ndarray) -> tuple[float, float]:
+def rounding(dtype: torch.dtype) -> tuple[float, float]:
     """Bound on the norms of finite records, and a factor that covers a factor's own rounding."""
-    return _ROUNDING[array.dtype.itemsize]
+    return _ROUNDING[dtype]
 
 
-_ROUNDING = {
-    torch.finfo(t).bits // 8: (largest(t), 1 - 2 * torch.finfo(t).eps)
-    for t in (torch.float32, torch.float64)
-}
+_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+_ROUNDING = {t: (largest(t), 1 - 2 * torch.finfo(t).eps) for t in _DTYPES}

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from aadp_kernels._cpu._jit import jit, jit_inline
 from aadp_kernels._cpu._parallel import parallel, region_for
-from aadp_kernels._cpu.backward_products import (
-    clip_units,
-    fits,
-    product_plan,
-    rows_of,
-    split_records,
-    total_of,
-)
-from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, rounding, torch_dtype
-from aadp_kernels._cpu.row_sums import add_scaled, bytes_of
+from aadp_kernels._cpu.backward_products import clip_units, fits, product_plan, split_records
+from aadp_kernels._cpu.limits import Limits, limits_of, limits_of_one, numpy_dtype, rounding
+from aadp_kernels._cpu.row_sums import add_scaled, bytes_of, rows_at
+from aadp_kernels._cpu.tensor_table import address
 from aadp_kernels.contract import ClipRule, Geometry, GradientsNeeded, OneClient
 from aadp_kernels.threads import run_on_threads
 
@@ -36,17 +30,21 @@ def _line(space):
 
 @jit
 def _sum_units(
-    a, g, plan, sizes, weight, bias, largest, shrink, p, mask, clip, votes_at, per_client, each,
-    dtype, sum_w, sum_b, counts, begin, end,
+    a, g, shape, plan, sizes, weight, bias, largest, shrink, p, mask, clip, votes_at, per_client,
+    each, dtype, sum_w, sum_b, counts, begin, end,
 ):  # fmt: skip
-    """`clip_units` with work space of its own, of the sizes of the plan; sums begin at zero."""
+    """`clip_units` with work space of its own, of the sizes of the plan; sums begin at zero.
+
+    a and g are addresses of records, `shape` says how many and the elements of each.
+    """
+    x, y = rows_at(a, shape[0], shape[1], dtype), rows_at(g, shape[0], shape[2], dtype)
     spare = _LINE // bytes_of(dtype)
-    padded, turned = np.zeros(sizes[0] + spare, g.dtype), np.zeros(sizes[1] + spare, g.dtype)
-    record, own = np.empty(sizes[2] + spare, g.dtype), np.empty(sizes[3] + spare, g.dtype)
+    padded, turned = np.zeros(sizes[0] + spare, y.dtype), np.zeros(sizes[1] + spare, y.dtype)
+    record, own = np.empty(sizes[2] + spare, y.dtype), np.empty(sizes[3] + spare, y.dtype)
     sum_w[begin:end], sum_b[begin:end], counts[begin:end] = 0, 0, 0
     scratch = np.array([_line(padded), _line(turned), _line(record), _line(own)])
     clip_units(
-        a, g, plan, weight, bias, largest, shrink, p, mask, clip, votes_at, per_client, each,
+        x, y, plan, weight, bias, largest, shrink, p, mask, clip, votes_at, per_client, each,
         scratch, dtype, sum_w, sum_b, counts, begin, end,
     )  # fmt: skip
     # Named once more, since memory is freed behind its last name and the kernel knows addresses.
@@ -54,14 +52,15 @@ def _sum_units(
 
 
 @jit
-def _add_units(sum_w, plan, per_client, whole, begin, end):
-    """whole [K, out, columns] = the clients' sums over their units, in order.
+def _add_units(sum_w, plan, per_client, whole, dtype, begin, end):
+    """The clients' sums over their units, in order, as weights [K, out, columns] at `whole`.
 
     In parts of some columns of a group.
     """
     inside, width = plan.out // plan.groups, plan.width
     parts = -(-plan.rows // _ROWS)
     total = np.empty(_ROWS * width, sum_w.dtype)
+    rows = rows_at(whole, len(sum_w) // per_client * plan.out, plan.rows, dtype)
     for part in range(begin, end):
         k, i = part // (parts * plan.groups), part // parts % plan.groups
         low = part % parts * _ROWS
@@ -73,18 +72,32 @@ def _add_units(sum_w, plan, per_client, whole, begin, end):
             add_scaled(own, own.dtype.type(1), sum_w[unit, start : start + len(own)])
         for o in range(inside):
             for c in range(count):
-                whole[k, i * inside + o, low + c] = own[c * width + o]
+                rows[k * plan.out + i * inside + o, low + c] = own[c * width + o]
 
 
 @jit
-def _sum_parallel(given, units, joining, parts, threads, region):
-    """`_sum_units` and `_add_units`, of all units and parts."""
+def _add_rest(sum_b, seen, per_client, total, dtype, counts):
+    """The same of biases, [K, out] at `total`, and of counts [K, 3]."""
+    rows, counts[:] = rows_at(total, len(counts), sum_b.shape[1], dtype), 0
+    for k in range(len(counts)):
+        rows[k] = sum_b[k * per_client]
+        for unit in range(k * per_client, (k + 1) * per_client):
+            if unit > k * per_client:
+                add_scaled(rows[k], rows.dtype.type(1), sum_b[unit])
+            for i in range(3):
+                counts[k, i] += seen[unit, i]
+
+
+@jit
+def _sum_parallel(given, units, joining, parts, rest, threads, region):
+    """`_sum_units`, `_add_units` and `_add_rest`, of all units and parts."""
     if region != 0:
         parallel(_sum_units, given, units, threads, region)
         parallel(_add_units, joining, parts, threads, region)
     else:
         _sum_units(*given, np.int64(0), units)
         _add_units(*joining, np.int64(0), parts)
+    _add_rest(*rest)
 
 
 def product_sums(
@@ -103,39 +116,7 @@ def product_sums(
         Weight [K, out, columns], bias [K, out] and counts [K, 3], the sums in the dtype of g and
         whatever the number of threads; None if a record is too large to stay in the cache.
     """
-    if not fits(geometry, out, a.dtype):
-        return None
-    return sums_of_rows(rows_of(a), rows_of(g), geometry, out, rule.needed, limits_of(rule))
-
-
-def sums_of_rows(
-    a: np.ndarray, g: np.ndarray, geometry: Geometry, out: int, needed: GradientsNeeded,
-    limits: Limits,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`product_sums` of records that are rows [K * B, elements]."""
-    clients, batch = limits.mask.shape
-    dtype, plan = g.dtype, product_plan(geometry, out, torch_dtype(g))
-    per_client, each = split_records(clients, batch)
-    units = clients * per_client
-    size = plan.groups * plan.rows * plan.width if needed.weight else 0
-    sum_w, sum_b = (np.empty((units, n), dtype) for n in (size, out * needed.bias))
-    counts = np.empty((units, 3))
-    whole = torch.empty(clients, out, plan.rows if needed.weight else 0, dtype=torch_dtype(g))
-    given = (
-        a, g, plan, plan.sizes(), needed.weight, needed.bias, *rounding(g), needed.p,
-        *limits, per_client, each, dtype, sum_w, sum_b, counts,
-    )  # fmt: skip
-    joining = sum_w, plan, per_client, whole.numpy()
-    parts = clients * plan.groups * -(-plan.rows // _ROWS) if needed.weight else 0
-    products = len(plan.base) * plan.rows * plan.width
-    elements = clients * batch * (products // 8 + g.shape[1])
-    threads, region = region_for(elements)
-    if threads == 1 or region:
-        _sum_parallel(given, units, joining, parts, threads, region)
-    else:
-        run_on_threads(partial(_sum_units, *given), units, elements=elements)
-        _add_units(*joining, np.int64(0), parts)
-    return whole, total_of(sum_b, clients), total_of(counts, clients)
+    return _sums(a, g, (len(a),), geometry, out, rule.needed, limits_of(rule))
 
 
 def product_single(
@@ -147,9 +128,40 @@ def product_single(
     one: OneClient,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`RecordKernels.product_single`."""
+    return _sums(a, g, (), geometry, out, needed, limits_of_one(*one, len(g)))
+
+
+def _sums(
+    a: Tensor, g: Tensor, lead: tuple[int, ...], geometry: Geometry, out: int,
+    needed: GradientsNeeded, limits: Limits,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """`product_sums`; `lead` is the axis of the clients, none of one client."""
     if not fits(geometry, out, g.dtype):
         return None
-    batch = len(g)
-    limits = limits_of_one(*one, batch)
-    found = sums_of_rows(rows_of(a[None]), rows_of(g[None]), geometry, out, needed, limits)
-    return found[0][0], found[1][0], found[2][0]
+    plan = product_plan(geometry, out, g.dtype)
+    a, g = a.resolve_neg().contiguous(), g.resolve_neg().contiguous()
+    clients, batch = limits.mask.shape
+    dtype, columns = numpy_dtype(g), plan.rows if needed.weight else 0
+    per_client, each = split_records(clients, batch)
+    units, records = clients * per_client, clients * batch
+    sum_w = np.empty((units, plan.groups * columns * plan.width), dtype)
+    sum_b, seen = np.empty((units, out * needed.bias), dtype), np.empty((units, 3))
+    whole, total = g.new_empty((*lead, out, columns)), g.new_empty((*lead, out * needed.bias))
+    counts = np.empty((clients, 3))
+    sizes = (records, *(t.numel() // max(1, records) for t in (a, g)))
+    given = (
+        address(a), address(g), sizes, plan, plan.sizes(), needed.weight, needed.bias,
+        *rounding(g.dtype), needed.p, *limits, per_client, each, dtype, sum_w, sum_b, seen,
+    )  # fmt: skip
+    joining = sum_w, plan, per_client, address(whole), dtype
+    rest = sum_b, seen, per_client, address(total), dtype, counts
+    parts = clients * plan.groups * -(-columns // _ROWS)
+    elements = records * (len(plan.base) * plan.rows * plan.width // 8) + g.numel()
+    threads, region = region_for(elements)
+    if threads == 1 or region:
+        _sum_parallel(given, units, joining, parts, rest, threads, region)
+    else:
+        run_on_threads(partial(_sum_units, *given), units, elements=elements)
+        _add_units(*joining, np.int64(0), parts)
+        _add_rest(*rest)
+    return whole, total, torch.from_numpy(counts if lead else counts[0])

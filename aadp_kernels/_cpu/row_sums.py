@@ -20,6 +20,12 @@ def memory(address, count, dtype):
 
 
 @jit_inline
+def rows_at(address, count, size, dtype):
+    """`memory` of rows [count, size]."""
+    return carray(pointer(address, dtype), (count, size))
+
+
+@jit_inline
 def bytes_of(dtype):
     """Bytes an element."""
     return memory(0, 0, dtype).itemsize

@@ -67,8 +67,12 @@ class Matrix:
         """Elements that `factors` writes for each record."""
         raise NotImplementedError
 
-    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        """Where the numba kernel finds positions and columns."""
+    def geometry(self, a: Sequence[int], g: Sequence[int], weight: Tensor) -> Geometry:
+        """Where the numba kernel finds positions and columns, from the shapes of a record."""
+        raise NotImplementedError
+
+    def record_input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        """`input_grad` of one client, without the clients' axis."""
         raise NotImplementedError
 
     def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
@@ -86,7 +90,8 @@ class Matrix:
         kernels = record_kernels(grad if grad.dtype == dtype else grad.to(dtype))
         if kernels is not None:
             a, g = x.to(dtype), grad.to(dtype)
-            sums = kernels.product_sums(a, g, self.geometry(a, g, single), single.shape[0], rule)
+            geometry = self.geometry(a.shape[2:], g.shape[2:], single)
+            sums = kernels.product_sums(a, g, geometry, len(single), rule)
             if sums is not None:
                 return grad_x, *_needed(sums, single.shape, needed)
         size = [x.shape[0], single.shape[0]]
@@ -140,11 +145,11 @@ class Matrix:
         short = single(saved, grad, needs, p, x, weight)
         if short is None:
             return None
-        geometry = self.geometry(x[None], grad[None], weight)
+        geometry = self.geometry(x.shape[1:], grad.shape[1:], weight)
         sums = short.kernels.product_single(x, grad, geometry, len(weight), short.needed, short.one)
         if sums is None:
             return None
-        grad_x = self.input_grad(x[None], grad[None], weight[None])[0] if needs[0] else None
+        grad_x = self.record_input_grad(x, grad, weight) if needs[0] else None
         return short.results(grad_x, sums[0].view(weight.shape) if needs[1] else None, *sums[1:])
 
     def prefers_gram(self, weight: Tensor, grad: Tensor, rule: ClipRule) -> bool:
@@ -201,7 +206,7 @@ class Linear(Matrix):
     def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(grad.dtype)
         if len(weight) == 1:
-            return grad.matmul(weight[0]).to(x.dtype)
+            return self.record_input_grad(x, grad, weight[0]).to(x.dtype)
         rows = grad.reshape(grad.shape[0], -1, grad.shape[-1])
         return torch.bmm(rows, weight).reshape(x.shape).to(x.dtype)
 
@@ -216,8 +221,11 @@ class Linear(Matrix):
         fits = grad.is_cpu and rule.needed.weight and not needs_l1(rule)
         return fits and gram_is_cheaper(positions, weight.shape[1], len(weight), grad)
 
-    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
-        positions, features = math.prod(a.shape[2:-1]), a.shape[-1]
+    def record_input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.matmul(weight)
+
+    def geometry(self, a: Sequence[int], g: Sequence[int], weight: Tensor) -> Geometry:
+        positions, features = math.prod(a[:-1]), a[-1]
         return Geometry(
             1, (positions, features), (0, 0), 1, (positions, 1), (1, 1), (1, features), (1, 1), True
         )
@@ -299,12 +307,12 @@ class Conv(Matrix):
     def input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(grad.dtype)
         if len(weight) == 1:
-            flat = self._input_grad(x.flatten(0, 1), grad.flatten(0, 1), weight[0])
+            flat = self.record_input_grad(x.flatten(0, 1), grad.flatten(0, 1), weight[0])
             return flat.reshape(x.shape).to(x.dtype)
-        rows = [self._input_grad(*row) for row in zip(x, grad, weight, strict=True)]
+        rows = [self.record_input_grad(*row) for row in zip(x, grad, weight, strict=True)]
         return torch.stack(rows).to(x.dtype)
 
-    def _input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    def record_input_grad(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         # Only the shape of x matters here; anything that is not contiguous would be copied.
         like = x if x.dtype == grad.dtype else grad.new_empty(x.shape)
         return torch.ops.aten.convolution_backward(
@@ -342,10 +350,10 @@ class Conv(Matrix):
     def patch_size(self, weight: Tensor, grad: Tensor) -> int:
         return math.prod(weight.shape[1:]) * self.groups * math.prod(grad.shape[3:])
 
-    def geometry(self, a: Tensor, g: Tensor, weight: Tensor) -> Geometry:
+    def geometry(self, a: Sequence[int], g: Sequence[int], weight: Tensor) -> Geometry:
         return Geometry(
-            a.shape[2], _plane(a.shape[3:]), _plane(self.padding, 0), self.groups,
-            _plane(g.shape[3:]), _plane(self.stride), _plane(weight.shape[2:]),
+            a[0], _plane(a[1:]), _plane(self.padding, 0), self.groups,
+            _plane(g[1:]), _plane(self.stride), _plane(weight.shape[2:]),
             _plane(self.dilation), False,
         )  # fmt: skip
 

@@ -343,6 +343,9 @@ JOINED_UNITS = group(
     _CPU_BACKWARD,
     ("only the first unit", "range(k * per_client + 1, (k + 1) * per_client)", "range(0)"),
     ("columns of the first group", "k, i = part // (parts * plan.groups), part // parts % plan.groups", "k, i = part // (parts * plan.groups), 0"),
+    ("only the first unit's bias", "add_scaled(rows[k], rows.dtype.type(1), sum_b[unit])", "add_scaled(rows[k], rows.dtype.type(0), sum_b[unit])"),
+    ("weights of the first client for all", "rows[k * plan.out + i * inside + o, low + c]", "rows[i * inside + o, low + c]"),
+    ("counts of the first unit", "counts[k, i] += seen[unit, i]", "counts[k, i] += seen[k * per_client, i]"),
     ("sums begin where they were", "sum_w[begin:end], sum_b[begin:end], counts[begin:end] = 0, 0, 0", "sum_b[begin:end], counts[begin:end] = 0, 0"),
 )  # fmt: skip
 
@@ -385,11 +388,13 @@ NORM_LAYERS = group(
     "aadp_kernels/_cpu/backward_norms.py",
     "tests/aadp_kernels/test_clip_in_backward_layers.py::test_sums_and_counts "
     "tests/aadp_kernels/test_clip_in_backward_layers.py::test_one_record_never_passes_the_clip_norm_in_float32 -k norm",
-    ("input not in the weight's gradient", "own[0, j] += a[start + j] * g[start + j]", "own[0, j] += g[start + j]"),
-    ("norm of the first parameter only", "for i in range(first, last):\n                    norm1", "for i in range(first, first + 1):\n                    norm1"),
+    ("input not in the weight's gradient", "own[j] += left * right", "own[j] += right"),
+    ("norm of the first parameter only", "used = own[first * n : last * n]", "used = own[first * n : (first + 1) * n]"),
     ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),
     ("mask ignored", "if not mask[k, b]:", "if not mask[k, b] and clip[k] < 0:"),
-    ("inputs not centred", "(x[j] - mean[t]) * scale[t]", "x[j] * scale[t]"),
+    ("inputs not centred", "(a[t * n + j] - shift) * factor", "a[t * n + j] * factor"),
+    ("only the first unit's bias", "add_scaled(biases[k], sums.dtype.type(1), sums[unit, n:])", "add_scaled(biases[k], sums.dtype.type(0), sums[unit, n:])"),
+    ("input's norm not in what is finite", "total_a += np.float64(left) * np.float64(left)", "total_a += 0.0"),
 )  # fmt: skip
 
 MUTATIONS = [
