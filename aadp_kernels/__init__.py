@@ -12,8 +12,8 @@ from aadp_kernels.clip_in_backward.functions import (
     clipped_linear,
     clipped_rms_norm,
 )
+from aadp_kernels.clip_in_backward.gradients import RecordGradients
 from aadp_kernels.clip_in_backward.kept import (
-    RecordGradients,
     forget_gradients,
     record_gradients,
     with_kept_gradients,
@@ -24,6 +24,7 @@ from aadp_kernels.clip_in_backward.modules import (
     UnsupportedLayerError,
     with_clipping,
 )
+from aadp_kernels.clip_in_backward.shared_weights import SharedGradients
 from aadp_kernels.clip_in_backward.single_use import check_single_use
 from aadp_kernels.clip_in_backward.watched import WatchedForward
 from aadp_kernels.clip_sum import clip_sum_noise
@@ -54,6 +55,7 @@ __all__ = [
     "NoiseKey",
     "RecordGradients",
     "ReusedNoiseError",
+    "SharedGradients",
     "UnsupportedLayerError",
     "WatchedForward",
     "check_single_use",

@@ -3,6 +3,8 @@
 The networks are those of `bench.steps`, written in jnp with the weights of torch.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import math

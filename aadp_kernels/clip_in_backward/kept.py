@@ -7,7 +7,6 @@ norms of records and, given their factors, weighted sums. No gradient of a recor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from aadp_kernels.clip_in_backward import two_steps
 from aadp_kernels.clip_in_backward.clip import compute_dtype
+from aadp_kernels.clip_in_backward.gradients import RecordGradients
 from aadp_kernels.clip_in_backward.matrix_rules import Conv, Linear
 from aadp_kernels.clip_in_backward.modules import ClippingLayer, checked_copy, clipping_types
 from aadp_kernels.clip_in_backward.other_rules import Bias, Embedding, Norm
-from aadp_kernels.contract import GradientsNeeded
+from aadp_kernels.clip_in_backward.shared_weights import SHARING, SharedGradients, joined
+from aadp_kernels.clip_in_backward.transposed import Conv1D, TransposedLinear
 
 
 class KeptLayer(ClippingLayer):
@@ -42,6 +43,8 @@ def _kind(layer: Any, x: Tensor) -> tuple[Any, Tensor]:
     """The rule of a layer's gradients, and the input with what the rule does not pad."""
     if isinstance(layer, nn.Linear):
         return Linear(), x
+    if isinstance(layer, Conv1D):
+        return TransposedLinear(), x
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         padding = layer.padding
         if isinstance(padding, str) or layer.padding_mode != "zeros":
@@ -73,7 +76,8 @@ def with_kept_gradients(model: nn.Module) -> nn.Module:
     """A deep copy of the model whose trained layers keep what `record_gradients` needs.
 
     Args:
-        model: As for `with_clipping`; the same layers are known.
+        model: As for `with_clipping`; the same layers are known. Linear layers and embeddings may
+            share a weight.
 
     Returns:
         The copy, to be used by a `WatchedForward`.
@@ -81,62 +85,10 @@ def with_kept_gradients(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedLayerError: As `with_clipping`.
     """
-    return checked_copy(model, _KEPT)
+    return checked_copy(model, _KEPT, sharing=SHARING)
 
 
-@dataclass(frozen=True)
-class RecordGradients:
-    """Gradients of a layer's records, as what they are made of.
-
-    Attributes:
-        weight_name: Name of the weight in the model; None if it has no gradient.
-        bias_name: The same of the bias.
-    """
-
-    weight_name: str | None
-    bias_name: str | None
-    _kind: Any
-    _like: tuple[Tensor | None, Tensor | None]
-    _a: Tensor | None
-    _g: Tensor
-
-    def norms(self, p: int, *, l1: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """L1 norms and squared L2 norms [B], float64, and which records are finite.
-
-        Args:
-            p: Norm of the clipping, 1 or 2; the other one is None.
-            l1: Whether L1 norms are needed beside L2.
-
-        Guarantees:
-            Relative errors below 1e-9 (certified bounds on a CPU), given the inputs and the
-            gradients of the outputs; half precision is taken as float32.
-        """
-        needed = GradientsNeeded(
-            p, x=False, weight=self.weight_name is not None, bias=self.bias_name is not None,
-            counts=False,
-        )  # fmt: skip
-        return two_steps.norms(self._kind, self._a, self._g, self._like[0], needed, l1=l1)
-
-    def sums(self, factor: Tensor, finite: Tensor) -> dict[str, Tensor]:
-        """Sums over records of factor times gradient, by name.
-
-        Args:
-            factor: [B], of the dtype of the sums.
-            finite: bool [B]; the other records count as zero.
-        """
-        names = (self.weight_name, self.bias_name)
-        found = two_steps.sums(
-            self._kind, self._a, self._g, self._like[0], factor, finite,
-            weight=names[0] is not None, bias=names[1] is not None,
-        )  # fmt: skip
-        return {
-            name: value.view_as(like).to(like.dtype)
-            for name, like, value in zip(names, self._like, found, strict=True)
-            if name is not None and like is not None and value is not None
-        }
-
-
-def record_gradients(model: nn.Module, total: Tensor) -> list[RecordGradients]:
+def record_gradients(model: nn.Module, total: Tensor) -> list[RecordGradients | SharedGradients]:
     """The gradients of a loss that the layers of one forward have kept.
 
     Args:
@@ -144,27 +96,28 @@ def record_gradients(model: nn.Module, total: Tensor) -> list[RecordGradients]:
         total: The loss, 0-d, summed over records.
 
     Returns:
-        An entry for each layer that the loss depends on.
+        An entry for each layer that the loss depends on, but one for all that share a weight.
     """
-    kept = [(n, layer.__dict__["kept"]) for n, layer in model.named_modules() if _has_kept(layer)]
+    kept = [(layer, layer.__dict__["kept"]) for layer in model.modules() if _has_kept(layer)]
     if not kept or not total.requires_grad:
         return []
     edges = [entry[-1] for _, entry in kept]
     slopes = torch.autograd.grad(total, edges, allow_unused=True)
     found = []
-    for (name, (kind, x, weight, bias, _)), g in zip(kept, slopes, strict=True):
+    owned = {id(parameter): name for name, parameter in model.named_parameters()}
+    for (layer, (kind, x, weight, bias, _)), g in zip(kept, slopes, strict=True):
         if g is None:
             continue
-        at = f"{name}." if name else ""
         likes = [t.detach() if t is not None else None for t in (weight, bias)]
+        own: Any = layer._parameters
         names = [
-            f"{at}{key}" if t is not None and t.requires_grad else None
+            owned[id(own[key])] if t is not None and t.requires_grad else None
             for key, t in (("weight", weight), ("bias", bias))
         ]
         g = g.detach()
         a = two_steps.input_of(kind, x, compute_dtype(g))
         found.append(RecordGradients(*names, kind, tuple(likes), a, g.to(compute_dtype(g))))  # pyright: ignore
-    return found
+    return joined(found)
 
 
 def forget_gradients(model: nn.Module) -> None:

@@ -15,6 +15,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from aadp_kernels import _validate
 from aadp_kernels.clip_in_backward import functions
+from aadp_kernels.clip_in_backward.autograd import clipped_layer
+from aadp_kernels.clip_in_backward.transposed import Conv1D, TransposedLinear, layer_type
+
+_TRANSPOSED = TransposedLinear()
 
 
 class UnsupportedLayerError(ValueError):
@@ -127,6 +131,14 @@ class _Linear(nn.Linear, ClippingLayer):
         return functions.clipped_linear(input, weight, bias, **self.clipping())
 
 
+class _Conv1D(ClippingLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight, bias = self.taken(x)
+        how = self.clipping()
+        given = (how[key] for key in ("clip", "mask", "votes_at", "probe"))
+        return clipped_layer(x, weight, bias, *given, _TRANSPOSED, how["p"])
+
+
 def _conv(function: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
     """A convolution; what it cannot pad by itself is padded first."""
     x, weight, bias = layer.taken(x)
@@ -228,6 +240,7 @@ class _FrozenBatchNorm(_BatchNorm):
 
 _CLIPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: _Linear,
+    Conv1D: _Conv1D,
     nn.Conv1d: _Conv1d,
     nn.Conv2d: _Conv2d,
     nn.Embedding: _Embedding,
@@ -244,8 +257,9 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
     """A deep copy of the model whose layers clip in backward.
 
     nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm1d,
-    InstanceNorm2d and `Bias` are converted. Each such layer keeps its parameter names and has four
-    non-persistent buffers that a caller sets through `torch.func.functional_call`:
+    InstanceNorm2d, `Bias` and Conv1D of Hugging Face are converted. Each such layer keeps its
+    parameter names and has four non-persistent buffers that a caller sets through
+    `torch.func.functional_call`:
     "<layer>.clip_norm" (0-d, inf at first), "<layer>.votes_at" (0-d, NaN at first: no votes),
     "<layer>.mask" ([B], [1] of ones at first) and "<layer>.probe" ([3] of zeros, see
     `clipped_linear`).
@@ -289,20 +303,26 @@ def clipping_types() -> tuple[type[nn.Module], ...]:
     return tuple(_CLIPPED)
 
 
-def checked_copy(model: nn.Module, types: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+def checked_copy(
+    model: nn.Module,
+    types: Mapping[type[nn.Module], type[nn.Module]],
+    *,
+    sharing: tuple[type[nn.Module], ...] = (),
+) -> nn.Module:
     """A deep copy of the model whose trained layers are of other types.
 
     Args:
         model: any module.
         types: what the `clipping_types` become, subclasses of them.
+        sharing: types of layers that may share a weight with one another.
 
     Raises:
         UnsupportedLayerError: As `with_clipping`.
     """
-    _check_modules(model)
+    _check_modules(model, sharing)
     model = copy.deepcopy(model)
     for module in model.modules():
-        kind = types.get(type(module))
+        kind = types.get(layer_type(module))
         if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
             # Changing the class keeps parameters, hooks and the place in the parent as they are.
             module.__class__ = kind
@@ -311,9 +331,9 @@ def checked_copy(model: nn.Module, types: Mapping[type[nn.Module], type[nn.Modul
     return model
 
 
-def _check_modules(model: nn.Module) -> None:
-    """Raise unless every parameter belongs to one layer that can clip, once."""
-    owners: dict[int, str] = {}
+def _check_modules(model: nn.Module, sharing: tuple[type[nn.Module], ...]) -> None:
+    """Raise unless each parameter is of one layer that can clip, or of some that may share it."""
+    owners: dict[int, tuple[str, bool]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         label = f"{name or '<model>'} ({type(module).__name__})"
         reason = _refusal(module)
@@ -322,13 +342,12 @@ def _check_modules(model: nn.Module) -> None:
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not parameter.requires_grad:
                 continue
-            if type(module) not in _CLIPPED or key not in ("weight", "bias"):
+            if layer_type(module) not in _CLIPPED or key not in ("weight", "bias"):
                 raise UnsupportedLayerError(f"{label} {_foreign(module, key)}")
-            if id(parameter) in owners:
-                raise UnsupportedLayerError(
-                    f"{label} shares its parameter {key!r} with {owners[id(parameter)]}"
-                )
-            owners[id(parameter)] = label
+            shareable = type(module) in sharing and key == "weight"
+            owner, both = owners.setdefault(id(parameter), (label, shareable))
+            if owner != label and not (both and shareable):
+                raise UnsupportedLayerError(f"{label} shares its parameter {key!r} with {owner}")
 
 
 def _refusal(module: nn.Module) -> str | None:

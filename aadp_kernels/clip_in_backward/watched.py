@@ -89,10 +89,13 @@ class WatchedForward:
         self._called: set[str] = set()
         self._sharing: set[str] = set()  # layers that get one row for all records
         self._checking = False
+        # Of a parameter that layers share, all know the one name under which it is given.
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, module in model.named_modules():
             if isinstance(module, ClippingLayer):
-                at = f"{name}." if name else ""
-                self._layers[id(module)] = (name or "<model>", f"{at}weight", f"{at}bias")
+                own: Any = module._parameters
+                weight, bias = (names.get(id(own.get(key)), key) for key in ("weight", "bias"))
+                self._layers[id(module)] = (name or "<model>", weight, bias)
                 module.__dict__["watch"] = self
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,17 +94,22 @@ def clipped_sums(
             "floating point cannot be proven; this is slower than clipping in backward"
         )
         return by_records(vectorize)
+    two_steps = partial(
+        flat_sums, network, loss, layout, p=p, example=example, clipping=clipping,
+        mechanism=mechanism, automatic=automatic,
+    )  # fmt: skip
+    rounding = clipping
     try:
         if clipping == "layer":
-            one_pass = clip_in_backward_sums(
-                network, loss, layout, p=p, example=example, vectorize=vectorize,
-                max_examples=max_examples,
-            )  # fmt: skip
+            try:
+                one_pass = clip_in_backward_sums(
+                    network, loss, layout, p=p, example=example, vectorize=vectorize,
+                    max_examples=max_examples,
+                )  # fmt: skip
+            except UnsupportedLayerError:
+                one_pass, rounding = two_steps(), "flat"
         else:
-            one_pass = flat_sums(
-                network, loss, layout, p=p, example=example, clipping=clipping,
-                mechanism=mechanism, automatic=automatic,
-            )  # fmt: skip
+            one_pass = two_steps()
     except UnsupportedLayerError as error:
         if automatic:
             raise ValueError(
@@ -117,7 +123,7 @@ def clipped_sums(
         return by_records(vectorize)
     if automatic:
         return one_pass
-    return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), clipping))
+    return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), rounding))
 
 
 def _rounded_like_one_pass(by_records: ClippedSums, clipping: str) -> ClippedSums:
@@ -297,7 +303,8 @@ def joint_sample_sums(
         )
         finite = sizes.isfinite().all(0)
         factor = clip_factors(sizes.masked_fill(~finite, 0.0), units, order=order, automatic=False)
-        counts = count_layers(l1, votes_at, (factor < 1) & finite & real, finite, real)
+        clipped = ((factor < 1) & finite & real)[None]
+        counts = count_layers(l1, votes_at, clipped, finite.expand(sizes.shape), real)
         factor = (factor * ROUNDING * (finite & real)).float()
         sums = [
             torch.tensordot(

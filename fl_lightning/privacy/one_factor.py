@@ -1,9 +1,11 @@
-"""One clip factor a record over all layers: flat and joint clipping.
+"""Clipping in two steps, norms first: one factor a record over all layers, or one a layer.
 
 `flat` clips the norm over all layers. `joint` clips the norm in which a layer is measured by its
 own noise, A_l = C_l/√π_l (Gaussian; C_l/π_l for Laplace): Σ (‖g_l‖/A_l)² <= 1 (Σ ‖g_l‖/A_l <= 1).
 Layers clipped one by one to C_l lie within that bound, so the same noise covers both; the joint
-clip keeps the direction of a record's gradient and shortens fewer records.
+clip keeps the direction of a record's gradient and shortens fewer records. `layer` clips each layer
+by itself, where it cannot clip in its own backward: it shares its weight with another one, or its
+weight and bias are layers of their own.
 
 One forward and one backward pass give what comes into each layer and the gradient of what goes out.
 Norms of a record's gradients follow from these two, and so do the clipped sums, by one matrix
@@ -12,7 +14,8 @@ product a layer; no per-record gradient is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from aadp_kernels import (
     Layout,
     RecordGradients,
-    UnsupportedLayerError,
+    SharedGradients,
     WatchedForward,
     forget_gradients,
     record_gradients,
@@ -55,20 +58,17 @@ def kept_layers(network: nn.Module, example: Tensor) -> WatchedForward:
     return watch
 
 
-def _check_whole(row: Mapping[str, int]) -> None:
-    """Raise unless a layer's weight and bias are clipped as one, as their norms are taken."""
-    for name, layer in row.items():
-        weight = f"{name.rpartition('.')[0]}.weight".removeprefix(".")
-        if row.get(weight, layer) != layer:
-            raise UnsupportedLayerError(f"{weight!r} and {name!r} are layers of their own")
-
-
 def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
-    """A_l, the unit in which a layer's norm counts, float64 [k, L]: C for flat clipping."""
-    if clipping == "flat":
+    """A_l, the unit in which a layer's norm counts, float64 [k, L]: C but for joint clipping."""
+    if clipping != "joint":
         return policy.clip_norm
     part = policy.shares / policy.shares.sum(-1, keepdim=True)
     return policy.clip_norm / (part.sqrt() if mechanism == "gaussian" else part)
+
+
+def layer_factors(sizes: Tensor, clip_norm: Tensor) -> Tensor:
+    """Factor of each layer of each record, float64 [L, B], from their norms and the clip norms."""
+    return (clip_norm[:, None] / sizes.clamp(min=1e-300)).clamp(max=1.0)
 
 
 def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -> Tensor:
@@ -97,28 +97,28 @@ def flat_sums(
     mechanism: str = "gaussian",
     automatic: bool = False,
 ) -> ClippedSums:
-    """Sums over records of g·min(1, 1/N(g)), N the norm over all layers of the clipping.
+    """Sums over records of g·min(1, 1/N(g)), N the norm over all layers, or a layer's ‖g_l‖/C_l.
 
     Args:
         network: its trained parameters are those of `kept_layers`.
         loss: loss of each record.
-        layout: one layer for flat, the network's for joint clipping.
+        layout: one layer for flat, the network's otherwise.
         p: norm of a layer, 1 or 2.
         example: some records.
-        clipping: "flat" or "joint".
+        clipping: "layer", "flat" or "joint".
         mechanism: whose noise joint clipping is for.
         automatic: g·C/(‖g‖+γ) instead (Bu et al. 2022, arXiv:2206.07136), for flat clipping.
 
     Guarantees:
         Every record's part has norm N at most 1 in real arithmetic, given its rounded factors. A
-        record whose norm is not finite contributes zero and counts as such.
+        record with a norm that is not finite counts as such and contributes zero: to the layer with
+        that norm alone where layers are clipped one by one.
 
     Raises:
         UnsupportedLayerError: see `kept_layers`; also in any later call, for a batch that takes
             another path through the network.
     """
     row = dict(zip(layout.names, layout.layer_of, strict=True))
-    _check_whole(row)
     watch = kept_layers(network, example)
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
@@ -126,28 +126,31 @@ def flat_sums(
     def client(
         params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
     ) -> tuple[Params, Tensor]:
-        found = _pass(watch, loss, params, x, y, mask)
+        found = by_layers(_pass(watch, loss, params, x, y, mask), row)
         sizes = torch.zeros(layout.num_layers, len(x), dtype=torch.float64, device=x.device)
         l1, voting = torch.zeros_like(sizes), bool((~votes_at.isnan()).any())
-        finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for layer in found:
-            at = row[layer.weight_name or layer.bias_name or ""]
+        finite = torch.ones_like(sizes, dtype=torch.bool)
+        for at, layer in found:
             norm1, square, own = layer.norms(p, l1=voting)
             if norm1 is not None:
                 l1[at] += norm1
             if square is not None:
                 sizes[at] += square
-            finite &= own
+            finite[at] &= own
         sizes = l1 if p == 1 else sizes.sqrt()
-        real, finite = mask > 0, finite & sizes.isfinite().all(0)
-        factor = clip_factors(
-            sizes.masked_fill(~finite, 0.0), units, order=order, automatic=automatic
-        )
-        clipped = (factor < 1 if not automatic else sizes[0] > units[0]) & finite & real
-        factor = (factor * ROUNDING * (finite & real)).float()
+        real, finite = mask > 0, finite & sizes.isfinite()
+        if clipping != "layer":
+            finite = finite.all(0, keepdim=True).expand(sizes.shape)
+        sizes = sizes.masked_fill(~finite, 0.0)
+        if clipping == "layer":
+            factor = layer_factors(sizes, units)
+        else:
+            factor = clip_factors(sizes, units, order=order, automatic=automatic)[None]
+        clipped = (factor < 1 if not automatic else sizes > units[:, None]) & finite & real
+        factor = (factor * ROUNDING * (finite & real)).float().expand(sizes.shape)
         sums = {n: torch.zeros_like(v) for n, v in params.items()}
-        for layer in found:
-            sums |= layer.sums(factor, finite)
+        for at, layer in found:
+            sums |= layer.sums(factor[at], finite[at])
         counts = count_layers(l1, votes_at, clipped, finite, real)
         return {n: sums[n] for n in layout.names}, counts
 
@@ -176,17 +179,38 @@ def count_layers(
     Args:
         l1: L1 norms [L, B].
         votes_at: M_l [L]; NaN: no votes.
-        clipped, finite, real: of each record, bool [B].
+        clipped: of each layer [L, B], or of each record [1, B], bool.
+        finite: of each layer [L, B], bool.
+        real: which records are no padding [B].
     """
     votes = ((l1 <= votes_at[:, None]).double() - 0.5) * (finite & real)
     votes = votes.masked_fill(votes_at.isnan()[:, None], 0.0).sum(1)
-    others = torch.stack([clipped.sum(), (~finite & real).sum()]).to(votes)
-    return torch.cat([votes[:, None], others.expand(len(l1), 2)], 1).float()
+    seen = clipped.sum(-1).expand(len(l1)), (~finite & real).sum(-1)
+    return torch.stack([votes, *(t.to(votes) for t in seen)], 1).float()
+
+
+def by_layers(
+    found: Iterable[RecordGradients | SharedGradients], row: Mapping[str, int]
+) -> list[tuple[int, RecordGradients | SharedGradients]]:
+    """Gradients with the layer of the layout that each belongs to, cut where it belongs to two.
+
+    Args:
+        found: of the modules.
+        row: layer of each parameter.
+    """
+    parts: list[RecordGradients | SharedGradients] = []
+    for layer in found:
+        weight, bias = layer.weight_name, layer.bias_name
+        if isinstance(layer, RecordGradients) and weight and bias and row[weight] != row[bias]:
+            parts += [replace(layer, bias_name=None), replace(layer, weight_name=None)]
+        else:
+            parts.append(layer)
+    return [(row[part.weight_name or part.bias_name or ""], part) for part in parts]
 
 
 def _pass(
     watch: WatchedForward, loss: Loss, params: Params, x: Tensor, y: Tensor, mask: Tensor
-) -> list[RecordGradients]:
+) -> list[RecordGradients | SharedGradients]:
     """What gradients of records are made of, for the layers that the loss depends on."""
     try:
         with torch.enable_grad():

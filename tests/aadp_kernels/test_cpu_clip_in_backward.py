@@ -21,6 +21,8 @@ pytest.importorskip("numba")
 from aadp_kernels._cpu import backward_products as kernel
 from aadp_kernels._cpu import records
 from aadp_kernels._cpu.gram import gram_squares
+from aadp_kernels.clip_in_backward.matrix_rules import Linear
+from aadp_kernels.contract import ClipRule, GradientsNeeded, OneClient
 
 
 def clipped(records, clip, p, mask):
@@ -223,3 +225,46 @@ def test_records_that_are_too_large_take_another_way(monkeypatch):
         results.append(leaf.grad)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert [found is None for found in calls] == [False, True]
+
+
+def rule_of(clip, mask, p=2):
+    """A rule without votes that asks for everything but the input's gradient."""
+    needed = GradientsNeeded(p, x=False, weight=True, bias=True, counts=True)
+    return ClipRule(needed, clip, mask, None)
+
+
+def test_many_clients_have_the_sums_that_each_has_alone():
+    """Clients of several units of records: no sum begins or ends in another's."""
+    torch.manual_seed(0)
+    clients, batch, n = 3, 20, 6
+    x, g = torch.randn(clients, batch, 4, n), torch.randn(clients, batch, 4, n)
+    clip, mask = torch.tensor([0.5, 5.0, 50.0]), torch.rand(clients, batch) > 0.2
+    rule = rule_of(clip.double(), mask)
+    geometry = Linear().geometry((4, n), (4, n), torch.empty(n, n))
+    together = records.product_sums(x, g, geometry, n, rule), records.norm_layer_sums(x, g, n, rule)
+    for k in range(clients):
+        one = OneClient(clip[k], mask[k], None)
+        products = torch.einsum("bto,bti->boi", g[k], x[k])
+        alone = records.product_single(x[k], g[k], geometry, n, rule.needed, one)
+        for got, want in zip(together[0], alone, strict=True):
+            assert torch.equal(got[k], want)
+        pieces = (products, g[k].sum(1)), ((x[k] * g[k]).sum(1), g[k].sum(1))
+        for found, parts in zip(together, pieces, strict=True):
+            rows = torch.cat([part.flatten(1) for part in parts], 1)
+            want, number = clipped(rows, clip[k].double(), 2, mask[k].double())
+            got = torch.cat([found[0][k].flatten(), found[1][k].flatten()]).double()
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+            assert found[2][k].tolist() == [0, float(number), 0]
+
+
+def test_an_input_that_is_not_finite_spoils_no_other_record():
+    x, g = torch.randn(12, 3, 5), torch.randn(12, 3, 5)
+    x[4, 1, 2] = math.nan
+    mean, scale = x.mean(-1, keepdim=True), torch.ones(12, 3, 1)
+    needed = GradientsNeeded(2, x=False, weight=True, bias=True, counts=True)
+    one = OneClient(torch.tensor(1e6), None, None)
+    weight, bias, counts = records.norm_layer_single(x, g, mean, scale, 5, needed, one)
+    rest = torch.arange(12) != 4
+    torch.testing.assert_close(weight, ((x - mean) * g)[rest].sum((0, 1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias, g[rest].sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert counts.tolist() == [0, 0, 1]

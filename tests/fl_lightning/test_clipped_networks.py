@@ -15,7 +15,7 @@ from fl_lightning.models import CNN
 from fl_lightning.module import cross_entropy
 from fl_lightning.privacy import clipping as clipping_module
 from fl_lightning.privacy.clipping import clipped_sums
-from fl_lightning.privacy.one_factor import flat_sums, kept_layers, layer_units
+from fl_lightning.privacy.one_factor import kept_layers, layer_units
 from fl_lightning.values.round import LayerPolicy
 from tests.fl_lightning.flat_networks import (
     by_layer,
@@ -253,15 +253,6 @@ def test_all_known_layers_are_clipped_in_one_pass(kind, clipping, mechanism, mon
     l1 = torch.stack([by_layer(known[i], layout, 1) for i in keep])
     votes = ((l1 <= 1.0).double() - 0.5).sum(0)
     torch.testing.assert_close(counts[0, :, 0].double(), votes)
-
-
-def test_weight_and_bias_that_are_layers_of_their_own_are_not_taken_for_one():
-    """Of a network that is one layer, joint clipping measures them each by its own unit."""
-    network = nn.Linear(8, 3)
-    layout = Layout.build(dict(network.named_parameters()))
-    assert layout.num_layers == 2
-    with pytest.raises(UnsupportedLayerError, match="'weight' and 'bias' are layers of their own"):
-        flat_sums(network, cross_entropy, layout, p=2, example=torch.zeros(1, 8), clipping="joint")
 
 
 class Mean(nn.Module):

@@ -170,12 +170,15 @@ EXACTNESS_PLACES = group(
 FLAT = group(
     "fl_lightning/privacy/one_factor.py",
     "tests/fl_lightning/test_flat.py tests/fl_lightning/test_flat_rules.py "
-    "tests/fl_lightning/test_clipped_networks.py",
+    "tests/fl_lightning/test_clipped_networks.py "
+    "tests/fl_lightning/test_shared_and_split_layers.py",
     ("clip dropped", "return (1 / size.clamp(min=1e-300)).clamp(max=1.0)", "return torch.ones_like(size)"),
-    ("records below the clip norm doubled", ".clamp(max=1.0)", ".clamp(max=2.0)"),
-    ("weight and bias that are layers of their own taken for one", "if row.get(weight, layer) != layer:", "if False:"),
+    ("records below the clip norm doubled", "size.clamp(min=1e-300)).clamp(max=1.0)", "size.clamp(min=1e-300)).clamp(max=2.0)"),
+    ("layers by themselves: clip dropped", "return (clip_norm[:, None] / sizes.clamp(min=1e-300)).clamp(max=1.0)", "return torch.ones_like(sizes)"),
+    ("layers by themselves: the first one's factor for all", "layer.sums(factor[at], finite[at])", "layer.sums(factor[0], finite[at])"),
+    ("weight and bias that are layers of their own taken for one", "if isinstance(layer, RecordGradients) and weight and bias and row[weight] != row[bias]:", "if isinstance(layer, RecordGradients) and weight is None and bias:"),
     ("one layer's norm for all", "sizes[at] += square", "sizes[at] = square"),
-    ("strange records of a layer count in others", "finite &= own", "finite = own"),
+    ("strange records of a layer count in others", "finite[at] &= own", "finite[at] = own"),
     ("automatic clipping without its constant", "1 / (size + AUTOMATIC_GAMMA / units[0])", "1 / size"),
     ("votes turned round", "(l1 <= votes_at[:, None]).double() - 0.5", "(l1 > votes_at[:, None]).double() - 0.5"),
     ("joint: noise of a layer not its unit", "return policy.clip_norm / (part.sqrt() if", "return policy.clip_norm * (part.sqrt() if"),
@@ -268,7 +271,7 @@ WATCHED = group(
 WATCHED_CLIPPING = group(
     "fl_lightning/privacy/clipping.py",
     "tests/fl_lightning/test_watched_forwards.py",
-    ("refused batches are not computed by records", "return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), clipping))", "return one_pass"),
+    ("refused batches are not computed by records", "return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), rounding))", "return one_pass"),
     ("other factors by records than in one pass, by layer", "policy = replace(policy, clip_norm=shorter)", "pass"),
     ("other factors by records than in one pass, flat", "sums = {name: value * ROUNDING for name, value in sums.items()}", "pass"),
     ("parameters put into the clipped network", "        watch=watch,\n", ""),

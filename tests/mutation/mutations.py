@@ -57,11 +57,12 @@ def all_mutations() -> list[Mutation]:
         risks,
         secure_sums,
         shared_rounds,
+        shared_weights,
         stopping,
         tuning,
     )
 
     files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
-    files += risks, secure_sums, choices, audits, attacks, tuning
+    files += risks, secure_sums, shared_weights, choices, audits, attacks, tuning
     return [mutation for file in files for mutation in file.MUTATIONS]
