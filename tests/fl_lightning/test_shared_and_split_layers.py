@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aadp_kernels import Layout, UnsupportedLayerError, record_gradients, with_kept_gradients
+from aadp_kernels.clip_in_backward import clip as clip_in_backward_clip
 from fl_lightning.local.batches import Batch
 from fl_lightning.local.gradient import Loss
 from fl_lightning.privacy import clipping as clipping_module
@@ -154,10 +155,12 @@ def no_gradient_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gradient_of_a_record")
-@pytest.mark.parametrize("votes", [False, True])
+@pytest.mark.parametrize("votes", ["no votes", "votes", "votes, by slices"])
 @pytest.mark.parametrize(("clipping", "p"), [("layer", 2), ("layer", 1), ("flat", 2), ("joint", 2)])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_sums_are_those_of_per_sample_gradients(kind, clipping, p, votes):
+def test_sums_are_those_of_per_sample_gradients(
+    kind, clipping, p, votes, monkeypatch
+):  # fmt: skip
     build, make_batch, loss = NETWORKS[kind]
     torch.manual_seed(0)
     network, batch = build(), make_batch()
@@ -168,7 +171,9 @@ def test_sums_are_those_of_per_sample_gradients(kind, clipping, p, votes):
     middle = records.sizes.median(-1).values * (1 + 1e-3)
     clip = middle[p - 1]
     shares = torch.rand(clip.shape, generator=generator).double() + 0.2
-    policy = LayerPolicy(clip, shares, shares, 0 * clip, middle[0] if votes else None)
+    policy = LayerPolicy(clip, shares, shares, 0 * clip, middle[0] if votes != "no votes" else None)
+    if votes == "votes, by slices":
+        monkeypatch.setitem(clip_in_backward_clip.SLICE, "cpu", 200)
     run = clipped_sums(
         network, loss, layout, p=p, vectorize=True, max_examples=64, example=batch.x[0, :2],
         clipping=clipping,
@@ -204,6 +209,20 @@ def test_uses_that_cancel_leave_a_norm_that_is_not_too_small():
         assert bool((square.sqrt() <= 1e-2 * length).all())
     (sums,) = found.sums(torch.ones(5), finite).values()
     assert float(sums.abs().max()) <= 1e-4 * float(length.max())
+
+
+def test_a_record_too_large_for_one_use_counts_in_none():
+    """Its products may overflow float32, whatever its other use is."""
+    torch.manual_seed(0)
+    one, other = nn.Linear(WIDTH, 3, bias=False), nn.Linear(WIDTH, 3, bias=False)
+    other.weight = one.weight
+    network = with_kept_gradients(nn.ModuleList([one, other]))
+    first, second = network
+    x, large = torch.randn(2, 5, 4, WIDTH)
+    large[2] *= 1e17
+    (found,) = record_gradients(network, first(x).sum() + second(large).sum())
+    for l1 in (False, True):
+        assert found.norms(2, l1=l1)[2].tolist() == [True, True, False, True, True]
 
 
 def test_layers_of_other_kinds_that_share_a_weight_are_refused():

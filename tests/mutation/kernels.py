@@ -393,6 +393,12 @@ NORM_LAYERS = group(
     ("clip norm of the first client", "clip[k], votes_at[k], SLACK", "clip[0], votes_at[k], SLACK"),
     ("mask ignored", "if not mask[k, b]:", "if not mask[k, b] and clip[k] < 0:"),
     ("inputs not centred", "(a[t * n + j] - shift) * factor", "a[t * n + j] * factor"),
+)  # fmt: skip
+
+NORM_UNITS = group(
+    "aadp_kernels/_cpu/backward_norms.py",
+    f"{_CPU_BACKWARD}::test_many_clients_have_the_sums_that_each_has_alone "
+    f"{_CPU_BACKWARD}::test_an_input_that_is_not_finite_spoils_no_other_record",
     ("only the first unit's bias", "add_scaled(biases[k], sums.dtype.type(1), sums[unit, n:])", "add_scaled(biases[k], sums.dtype.type(0), sums[unit, n:])"),
     ("input's norm not in what is finite", "total_a += np.float64(left) * np.float64(left)", "total_a += 0.0"),
 )  # fmt: skip
@@ -400,6 +406,6 @@ NORM_LAYERS = group(
 MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
     *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
-    *ROWS, *LINEAR_ROWS, *PRODUCTS, *JOINED_UNITS, *GRAM_KERNEL, *EMBEDDING_ROWS, *NORM_LAYERS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
+    *ROWS, *LINEAR_ROWS, *PRODUCTS, *JOINED_UNITS, *GRAM_KERNEL, *EMBEDDING_ROWS, *NORM_LAYERS, *NORM_UNITS, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,
 ]  # fmt: skip
