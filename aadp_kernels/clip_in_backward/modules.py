@@ -385,7 +385,7 @@ def _foreign(module: nn.Module, key: str) -> str:
         return f"uses its parameter {key!r} once a time step, so a record has no single gradient"
     if isinstance(module, _ConvNd):
         return f"has the parameter {key!r}; of convolutions only Conv1d and Conv2d can be clipped"
-    known = ", ".join(kind.__name__ for kind in _CLIPPED)
+    known = ", ".join(kind.__name__ for kind in _CLIPPED if kind is not Conv1D)
     return (
         f"has the parameter {key!r} itself; only weights and biases of {known} can be clipped "
         "(a positional embedding x + parameter can be an aadp_kernels.Bias)"
