@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -94,22 +93,16 @@ def clipped_sums(
             "floating point cannot be proven; this is slower than clipping in backward"
         )
         return by_records(vectorize)
-    two_steps = partial(
+    within_backward = functools.partial(
+        clip_in_backward_sums, network, loss, layout, p=p, example=example, vectorize=vectorize,
+        max_examples=max_examples,
+    )  # fmt: skip
+    two_steps = functools.partial(
         flat_sums, network, loss, layout, p=p, example=example, clipping=clipping,
         mechanism=mechanism, automatic=automatic,
     )  # fmt: skip
-    rounding = clipping
     try:
-        if clipping == "layer":
-            try:
-                one_pass = clip_in_backward_sums(
-                    network, loss, layout, p=p, example=example, vectorize=vectorize,
-                    max_examples=max_examples,
-                )  # fmt: skip
-            except UnsupportedLayerError:
-                one_pass, rounding = two_steps(), "flat"
-        else:
-            one_pass = two_steps()
+        one_pass, rounding = _in_one_pass(within_backward, two_steps, clipping)
     except UnsupportedLayerError as error:
         if automatic:
             raise ValueError(
@@ -124,6 +117,18 @@ def clipped_sums(
     if automatic:
         return one_pass
     return _or_by_records(one_pass, _rounded_like_one_pass(by_records(False), rounding))
+
+
+def _in_one_pass(
+    within_backward: Callable[[], ClippedSums], two_steps: Callable[[], ClippedSums], clipping: str
+) -> tuple[ClippedSums, str]:
+    """Sums from one backward pass, and the clipping whose factors' rounding they have."""
+    if clipping != "layer":
+        return two_steps(), clipping
+    try:
+        return within_backward(), clipping
+    except UnsupportedLayerError:  # a layer's norms are known only once others have run
+        return two_steps(), "flat"
 
 
 def _rounded_like_one_pass(by_records: ClippedSums, clipping: str) -> ClippedSums:
