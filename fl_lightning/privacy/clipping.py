@@ -35,6 +35,7 @@ from fl_lightning.privacy.one_factor import (
     count_layers,
     flat_sums,
     layer_units,
+    vote_levels,
 )
 from fl_lightning.values.round import LayerPolicy, Params
 
@@ -307,7 +308,8 @@ def joint_sample_sums(
             for order_ in (1, p)
         )
         finite = sizes.isfinite().all(0)
-        factor = clip_factors(sizes.masked_fill(~finite, 0.0), units, order=order, automatic=False)
+        sizes = sizes.masked_fill(~finite, 0.0)
+        (factor,) = clip_factors(sizes, units, order=order, automatic=False)
         clipped = ((factor < 1) & finite & real)[None]
         counts = count_layers(l1, votes_at, clipped, finite.expand(sizes.shape), real)
         factor = (factor * ROUNDING * (finite & real)).float()
@@ -324,9 +326,7 @@ def joint_sample_sums(
     ) -> tuple[Params, Tensor]:
         rows, counts = [], []
         units = layer_units(policy, "joint", mechanism).to(batch.x.device)
-        votes_at = torch.full_like(units, torch.nan)  # no votes
-        if policy.votes_at is not None:
-            votes_at = policy.votes_at.to(units)
+        votes_at = vote_levels(policy, units)
         for i in range(len(batch.x)):
             own = params if shared else {n: v[i] for n, v in params.items()}
             parts = [

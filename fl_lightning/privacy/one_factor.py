@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +67,18 @@ def layer_units(policy: LayerPolicy, clipping: str, mechanism: str) -> Tensor:
     return policy.clip_norm / (part.sqrt() if mechanism == "gaussian" else part)
 
 
+def vote_levels(policy: LayerPolicy, like: Tensor) -> Tensor:
+    """M_l, the L1 norms that records vote on, [k, L]; NaN: no votes."""
+    return torch.full_like(like, torch.nan) if policy.votes_at is None else policy.votes_at.to(like)
+
+
 def layer_factors(sizes: Tensor, clip_norm: Tensor) -> Tensor:
     """Factor of each layer of each record, float64 [L, B], from their norms and the clip norms."""
     return (clip_norm[:, None] / sizes.clamp(min=1e-300)).clamp(max=1.0)
 
 
 def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -> Tensor:
-    """Factor of each record, float64 [B]; above 1 minus rounding only where nothing is clipped.
+    """Factor of each record, float64 [1, B]; above 1 minus rounding only where nothing is clipped.
 
     Args:
         sizes: norms of each record's layers, finite, [L, B].
@@ -80,7 +86,9 @@ def clip_factors(sizes: Tensor, units: Tensor, *, order: int, automatic: bool) -
         order: of the norm that is taken over the layers, 1 or 2.
         automatic: 1/(N + γ/A) in place of min(1, 1/N), for one layer.
     """
-    size = torch.linalg.vector_norm(sizes / units[:, None].clamp(min=1e-300), order, dim=0)
+    size = torch.linalg.vector_norm(
+        sizes / units[:, None].clamp(min=1e-300), order, dim=0, keepdim=True
+    )
     if automatic:
         return 1 / (size + AUTOMATIC_GAMMA / units[0])
     return (1 / size.clamp(min=1e-300)).clamp(max=1.0)
@@ -122,6 +130,9 @@ def flat_sums(
     watch = kept_layers(network, example)
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
+    factors = layer_factors
+    if clipping != "layer":
+        factors = partial(clip_factors, order=order, automatic=automatic)
 
     def client(
         params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
@@ -142,10 +153,7 @@ def flat_sums(
         if clipping != "layer":
             finite = finite.all(0, keepdim=True).expand(sizes.shape)
         sizes = sizes.masked_fill(~finite, 0.0)
-        if clipping == "layer":
-            factor = layer_factors(sizes, units)
-        else:
-            factor = clip_factors(sizes, units, order=order, automatic=automatic)[None]
+        factor = factors(sizes, units)
         clipped = (factor < 1 if not automatic else sizes > units[:, None]) & finite & real
         factor = (factor * ROUNDING * (finite & real)).float().expand(sizes.shape)
         sums = {n: torch.zeros_like(v) for n, v in params.items()}
@@ -159,9 +167,7 @@ def flat_sums(
     ) -> tuple[Params, Tensor]:
         rows = []
         units = layer_units(policy, clipping, mechanism).to(batch.x.device)
-        votes_at = torch.full_like(units, torch.nan)  # no votes
-        if policy.votes_at is not None:
-            votes_at = policy.votes_at.to(units)
+        votes_at = vote_levels(policy, units)
         for i in range(len(batch.x)):
             own = {n: (v if shared else v[i]).detach() for n, v in params.items()}
             rows.append(client(own, batch.x[i], batch.y[i], batch.mask[i], units[i], votes_at[i]))

@@ -48,6 +48,7 @@ def all_mutations() -> list[Mutation]:
         federated,
         groups,
         kernels,
+        kernels_backward,
         kernels_triton,
         launches,
         ledger,
@@ -62,7 +63,8 @@ def all_mutations() -> list[Mutation]:
         tuning,
     )
 
-    files = kernels, kernels_triton, launches, adapters, correlated, shared_rounds, ledger
+    files = kernels, kernels_backward, kernels_triton, launches, adapters, correlated
+    files += shared_rounds, ledger
     files += releases, stopping, commands, deploy, federated, preflight, groups, packaging
     files += risks, secure_sums, shared_weights, choices, audits, attacks, tuning
     return [mutation for file in files for mutation in file.MUTATIONS]
