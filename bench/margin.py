@@ -41,7 +41,7 @@ EPSILONS = (1.0, 3.0)
 SEEDS = (1, 2, 3, 4, 5)
 HARM_SEEDS = SEEDS[:3]
 TRIAL_SEED, CLIENTS = 0, 10
-_FACTOR = 3.0  # between learning rates of the search
+FACTOR = 3.0  # between learning rates of the search
 _TOKENS, _FROZEN = 8, 5
 _R8 = ("configs/best/reuters_r8.yaml",)
 
@@ -213,8 +213,8 @@ def tuned(
         return found[lr]
 
     middle = study.cases[case].lr
-    up = accuracy(middle * _FACTOR) > accuracy(middle)
-    accuracy(middle * _FACTOR**2 if up else middle / _FACTOR)
+    up = accuracy(middle * FACTOR) > accuracy(middle)
+    accuracy(middle * FACTOR**2 if up else middle / FACTOR)
     best = max(found, key=lambda lr: found[lr])
     for seed in seeds:
         study.do(case, method, epsilon, seed, best, False)

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from bench import lean_rounds, margin, margin_report, pages
+from bench import lean_rounds, lora, margin, margin_report, pages
 from bench.margin import Study
 from fl_lightning import FederatedDataModule, FederatedModule, PrivacyConfig
 from fl_lightning.data import from_arrays
@@ -154,7 +154,39 @@ def test_a_margin_is_paired():
     assert margin_report.margin(both, "digits, 512-16", "AADP: joint, mse", 1.0) is None
 
 
+def test_networks_of_both_studies_stand_by_falling_ratio_and_a_head_is_one_layer():
+    def runs(case, method, accuracy, ratio):
+        facts = {"case": case, "method": method, "epsilon": 1.0, "trial": False}
+        more = {"accuracy": accuracy, "raw_ratios": [0.2, ratio, 0.9]}
+        return {f"{case} {method} {s}": facts | more | {"seed": s} for s in (1, 2, 3)}
+
+    best = margin_report.RATIO_OF
+    here = runs("digits, 256", margin.BASE, 50.0, 0.6) | runs("digits, 256", best, 48.0, 0.5)
+    there = runs(lora.LORA, margin.BASE, 50.0, 0.8) | runs(lora.LORA, best, 53.0, 0.5)
+    there |= runs(lora.HEAD, margin.BASE, 50.0, 0.4) | runs(lora.HEAD, "flat, quantile", 51.0, 0.4)
+    files = {margin.PATH: here, lora.PATH: there}
+    found = margin_report.points(files, 1.0)
+    assert [(n, p.ratio[1], p.margin[0]) for n, p in found.items()] == [
+        ("R8, head alone", 1.0, 1.0),
+        ("R8, LoRA, A frozen", 0.8, 3.0),
+        ("digits, 256", 0.6, -2.0),
+    ]
+    rows = margin_report.networks_table(files).splitlines()
+    assert rows[2].startswith("| R8, head alone | 1.00 / 1.00 / 1.00 | +1.0 ± 0.0 | - | - |")
+
+
+def test_every_network_of_the_picture_is_in_its_study():
+    for path, case, method, *_ in margin_report.NETWORKS.values():
+        if path == margin.PATH:
+            assert case in margin.CASES
+            assert method in margin.METHODS
+        else:
+            assert method in lora.METHODS_OF[case]
+
+
 def test_the_page_shows_the_results():
     assert pages.written(pages.RESULTS, "margin") == margin_report.tables(Study().runs)
+    files = {path: Study(path).runs for path in (margin.PATH, lora.PATH)}
+    assert pages.written(pages.RESULTS, "margin networks") == margin_report.networks_table(files)
     assert pages.written(pages.RESULTS, "harm") == margin_report.harm_table(Study().runs)
     assert margin_report.IMAGE.exists()
