@@ -100,7 +100,7 @@ def clipped_sums(
     )  # fmt: skip
     two_steps = functools.partial(
         flat_sums, network, loss, layout, p=p, example=example, clipping=clipping,
-        mechanism=mechanism, automatic=automatic,
+        mechanism=mechanism, automatic=automatic, max_examples=max_examples,
     )  # fmt: skip
     try:
         one_pass, rounding = _in_one_pass(within_backward, two_steps, clipping)

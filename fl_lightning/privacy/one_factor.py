@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,7 @@ def flat_sums(
     clipping: str = "flat",
     mechanism: str = "gaussian",
     automatic: bool = False,
+    max_examples: int = 2**62,
 ) -> ClippedSums:
     """Sums over records of g·min(1, 1/N(g)), N the norm over all layers, or a layer's ‖g_l‖/C_l.
 
@@ -116,6 +117,7 @@ def flat_sums(
         clipping: "layer", "flat" or "joint".
         mechanism: whose noise joint clipping is for.
         automatic: g·C/(‖g‖+γ) instead (Bu et al. 2022, arXiv:2206.07136), for flat clipping.
+        max_examples: records computed at once.
 
     Guarantees:
         Every record's part has norm N at most 1 in real arithmetic, given its rounded factors. A
@@ -130,9 +132,8 @@ def flat_sums(
     watch = kept_layers(network, example)
     # Flat clipping sees one layer, whose parts' norms add up; joint clipping sees all of them.
     order = p if clipping == "flat" else 1 if mechanism == "laplace" else 2
-    factors = layer_factors
-    if clipping != "layer":
-        factors = partial(clip_factors, order=order, automatic=automatic)
+    by_record = partial(clip_factors, order=order, automatic=automatic)
+    factors = layer_factors if clipping == "layer" else by_record
 
     def client(
         params: Params, x: Tensor, y: Tensor, mask: Tensor, units: Tensor, votes_at: Tensor
@@ -173,6 +174,23 @@ def flat_sums(
             rows.append(client(own, batch.x[i], batch.y[i], batch.mask[i], units[i], votes_at[i]))
         sums = {n: torch.stack([row[n] for row, _ in rows]) for n in layout.names}
         return sums, torch.stack([counts for _, counts in rows])
+
+    return _by_parts(run, max_examples)
+
+
+def _by_parts(sums: ClippedSums, max_examples: int) -> ClippedSums:
+    """The same, of at most so many records of a client at once, added up."""
+
+    @wraps(sums)
+    def run(
+        params: Params, shared: bool, batch: Batch, policy: LayerPolicy
+    ) -> tuple[Params, Tensor]:
+        total, counts = {}, []
+        for part in batch.split(max_examples):
+            found, seen = sums(params, shared, part, policy)
+            total = {n: total[n] + v if total else v for n, v in found.items()}
+            counts.append(seen)
+        return total, torch.stack(counts).sum(0)
 
     return run
 

@@ -177,6 +177,7 @@ FLAT = group(
     ("layers by themselves: clip dropped", "return (clip_norm[:, None] / sizes.clamp(min=1e-300)).clamp(max=1.0)", "return torch.ones_like(sizes)"),
     ("layers by themselves: the first one's factor for all", "layer.sums(factor[at], finite[at])", "layer.sums(factor[0], finite[at])"),
     ("weight and bias that are layers of their own taken for one", "if isinstance(layer, RecordGradients) and weight and bias and row[weight] != row[bias]:", "if isinstance(layer, RecordGradients) and weight is None and bias:"),
+    ("the last part of a batch alone", "total[n] + v if total else v", "v"),
     ("one layer's norm for all", "sizes[at] += square", "sizes[at] = square"),
     ("strange records of a layer count in others", "finite[at] &= own", "finite[at] = own"),
     ("automatic clipping without its constant", "1 / (size + AUTOMATIC_GAMMA / units[0])", "1 / size"),
