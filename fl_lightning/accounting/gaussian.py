@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+# Below, the square of what a Gaussian moves by is no number any more.
+_LEAST = 1e-150
 Floats = npt.NDArray[np.float64]
 
 
@@ -12,13 +14,13 @@ def gaussian_epsilon(multipliers: Floats, delta: Floats) -> Floats:
     """Epsilon of one Gaussian of each noise multiplier at each delta, [n].
 
     In closed form (Balle and Wang 2018, arXiv 1805.06530, eq. 6), never rounded down; inf where
-    there is no noise, or a delta is not above 0.
+    there is next to no noise, or a delta is not above 0.
     """
     pairs, back = np.unique(np.stack([multipliers, delta], 1), axis=0, return_inverse=True)
     if len(pairs) < len(multipliers):  # most clients are like others
         return gaussian_epsilon(*pairs.T)[back.ravel()]
     found = np.full(len(multipliers), np.inf)
-    usable = (multipliers > 0) & (delta > 0)
+    usable = (multipliers > _LEAST) & (delta > 0)
     move, wanted = 1 / multipliers[usable], delta[usable]
     low, high = np.zeros(len(move)), np.ones(len(move))
     while (short := _gaussian_delta(high, move) > wanted).any():
@@ -33,8 +35,13 @@ def gaussian_epsilon(multipliers: Floats, delta: Floats) -> Floats:
 
 
 def _gaussian_delta(epsilon: Floats, move: Floats) -> Floats:
-    """Delta of a Gaussian that moves by `move` standard deviations."""
+    """Delta of a Gaussian that moves by `move` standard deviations.
+
+    Φ(t) - exp(ε)·Φ(t - move) with t = move/2 - ε/move. The second term is written so that ε and the
+    logarithm of Φ, two large numbers of opposite sign, have been cancelled: ε = move·(move/2 - t).
+    """
     from scipy import special
 
-    below = special.log_ndtr(-move / 2 - epsilon / move)
-    return special.ndtr(move / 2 - epsilon / move) - np.exp(epsilon + below)
+    with np.errstate(over="ignore"):  # far from the delta that is looked for
+        t = move / 2 - epsilon / move
+        return special.ndtr(t) - np.exp(-t * t / 2) * special.erfcx((move - t) / np.sqrt(2)) / 2

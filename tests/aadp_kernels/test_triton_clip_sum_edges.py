@@ -54,7 +54,7 @@ def call(grads, **changes):
     wide = {"dtype": torch.float64, "device": DEVICE}
     bounds = Bounds(changes.pop("clip", CLIP.to(**wide)), 1, None)
     arguments = {
-        "scale": torch.zeros(4, **wide), "noise": None, "sums": None,
+        "scale": torch.zeros(4, **wide), "noise": None, "sums": None, "weights": None,
         "mask": torch.ones(len(grads[0]), dtype=torch.bool, device=DEVICE), **changes,
     }  # fmt: skip
     return kernels.clip_sum_noise(grads, LAYOUT, bounds=bounds, **arguments)

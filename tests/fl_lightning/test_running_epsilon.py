@@ -135,6 +135,16 @@ def test_gaussians_in_closed_form():
     assert np.isinf(edges).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_next_to_no_noise_costs_what_it_moves_by():
+    """ε is near move²/2 there, and e^ε no number."""
+    tiny = np.array([1e-3, 1e-6, 1e-12, 1e-100, 1e-149, 1e-200, 5e-324])
+    found = gaussian_epsilon(tiny, np.full(7, 1e-5))
+    assert found[:5] == pytest.approx(1 / (2 * tiny[:5] ** 2), rel=0.01)
+    assert found[0] == pytest.approx(504263.892920654, rel=1e-12)  # by numbers of 60 digits
+    assert np.isinf(found[5:]).all()
+
+
 def test_bounds_are_rounded_up():
     assert [round_up(v) for v in (1.87341, 8.0, 12345.1, 1.00001e-7, 0.0, math.inf)] == [
         "1.874", "8", "1.235e+04", "1.001e-07", "0", "inf",

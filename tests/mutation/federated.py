@@ -209,8 +209,9 @@ RUNNING = (
         "fl_lightning/accounting/gaussian.py",
         "tests/fl_lightning/test_running_epsilon.py",
         ("the lower end of epsilon", "<= wanted, 0.0, high)", "<= wanted, 0.0, 0.999 * high)"),
-        ("delta without its second term", "- np.exp(epsilon + below)", "- 0 * np.exp(epsilon + below)"),
-        ("half a move", "-move / 2 - epsilon / move", "-move - epsilon / move"),
+        ("delta without its second term", "- np.exp(-t * t / 2)", "- 0 * np.exp(-t * t / 2)"),
+        ("half a move", "t = move / 2 - epsilon / move", "t = move / 4 - epsilon / move"),
+        ("next to no noise", "multipliers > _LEAST", "multipliers > 0"),
     ),
     *group(
         "fl_lightning/accounting/step_curve.py",
