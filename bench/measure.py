@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each side, `repeats` times or until `budget` seconds are spent, at least thrice.
 
-    The order turns by one every repeat, so that nobody always follows the same side.
+    Every repeat has an order of its own, the same in every run, so that nobody always follows the
+    same side.
 
     Args:
         timers: By side.
@@ -36,12 +38,11 @@ def interleaved(
         failed: Told of a side that raises, which is then left out; None: the error goes on.
     """
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    names, start = list(timers), time.perf_counter()
+    start = time.perf_counter()
     for repeat in range(repeats):
         if repeat >= 3 and time.perf_counter() - start > budget:
             break
-        for i in range(len(names)):
-            name = names[(i + repeat) % len(names)]
+        for name in random.Random(repeat).sample(list(timers), len(timers)):
             if name not in samples:
                 continue
             try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -196,8 +198,12 @@ def test_sides_take_turns() -> None:
     def timer(name: str) -> measure.Timer:
         return lambda: (seen.append(name), 2.0 if name == "b" else 1.0)[1]
 
-    samples = measure.interleaved({n: timer(n) for n in "abc"}, 4, 60.0)
-    assert "".join(seen) == "abcbcacababc"
+    samples = measure.interleaved({n: timer(n) for n in "abc"}, 40, 60.0)
+    repeats = ["".join(seen[i : i + 3]) for i in range(0, 120, 3)]
+    assert all(sorted(repeat) == [*"abc"] for repeat in repeats)
+    # A rotation would leave each side behind the same one in nearly all repeats.
+    behind = Counter(pair for repeat in repeats for pair in (repeat[:2], repeat[1:]))
+    assert min(behind[a + b] for a, b in itertools.permutations("abc", 2)) >= 7
     assert measure.ratios(samples["b"], samples["a"]) == (2.0, 2.0, 2.0)
     assert len(measure.interleaved({"a": timer("a")}, 50, 0.0)["a"]) == 3
     assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 1.8, 4.2)
