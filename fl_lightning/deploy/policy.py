@@ -94,11 +94,13 @@ def check_terms(
     steps = training.local_steps or training.local_epochs
     steps = training.noised_steps if privacy.unit == "record" else steps
     steps = max(steps, training.personal_steps) if training.personal else steps
+    planned = terms.span if privacy.evaluate_every else terms.rounds
     limits: Sequence[tuple[str, object, bool, object]] = (
         ("network", terms.network, terms.network in policy.networks, "one of its networks"),
         ("setting", privacy.setting, privacy.setting in policy.settings, policy.settings),
         ("rng", privacy.rng, privacy.rng in policy.generators, policy.generators),
         ("rounds", terms.rounds, terms.rounds <= policy.rounds, f"at most {policy.rounds}"),
+        ("rounds with evaluations", planned, planned <= policy.rounds, f"at most {policy.rounds}"),
         ("local steps", steps, steps <= policy.local_steps, f"at most {policy.local_steps}"),
         ("history", privacy.history, privacy.history <= _LONGEST_HISTORY, _LONGEST_HISTORY),
         ("seed", privacy.seed, privacy.seed is None or policy.simulation, "none: secret noise"),

@@ -272,6 +272,15 @@ def test_none_is_given_after_a_round_that_plans_none(round, node, tmp_path):
     assert len(lines_of(tmp_path)) == 1
 
 
+def test_evaluations_of_more_rounds_than_the_holder_allows_are_refused_at_once(node, tmp_path):
+    one, agreement = node(), n.terms(4, **EVERY)
+    for span in (11, 2**31 - 1):
+        refused = n.join(one, agreement, span=span)["refused"]
+        assert refused.startswith(f"policy: rounds with evaluations is {span}, the holder allows")
+    assert not (tmp_path / "node" / "runs").exists()
+    assert "refused" not in n.join(one, agreement, span=10)
+
+
 def test_a_run_without_evaluations_gives_none(node, tmp_path):
     one = node()
     n.join(one, n.terms(4))
