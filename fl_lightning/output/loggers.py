@@ -62,7 +62,9 @@ def default_logger(
 
     kept = run_path / _ID
     own = kept.read_text(encoding="utf-8").strip() if kept.exists() else secrets.token_hex(4)
-    options: dict[str, Any] = {} if mode or _has_wandb_key() else {"mode": "offline"}
+    # Said by argument too: W&B reads the environment once a process.
+    mode = mode or ("" if _has_wandb_key() else "offline")
+    options: dict[str, Any] = {"mode": mode} if mode else {}
     logger = LateWandbLogger(
         name=name,
         save_dir=run_path,

@@ -136,6 +136,12 @@ def test_wandb_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Mon
     elsewhere = default_logger(tmp_path / "run")
     assert elsewhere is not None
     assert elsewhere._wandb_init["mode"] == "offline"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    # W&B itself reads the environment once a process, which may have been before.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = default_logger(tmp_path / "run")
+    assert told is not None
+    assert told._wandb_init["mode"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert default_logger(tmp_path / "run") is None
 
