@@ -1,13 +1,15 @@
 """Peers whose libraries do not go with ours: a process in an environment of its own.
 
 The process gets its data through a file and one command a line; it times its calls itself, so
-that its turns stand beside those of the others.
+that its turns stand beside those of the others. Between its turns it is stopped: threads that wait
+busily (OpenMP's for 0.2 seconds) would take the cores from whoever is next.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,10 +73,13 @@ class Child:
         return json.loads(line) if line else {"error": f"exit code {self.process.wait()}"}
 
     def _ask(self, **command: object) -> dict:
+        """An answer; the process stands still before and after."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         answer = self._read()
+        self.process.send_signal(signal.SIGSTOP)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
@@ -104,6 +109,7 @@ class Child:
         """End the process."""
         if self.process.poll() is None:
             assert self.process.stdin is not None
+            self.process.send_signal(signal.SIGCONT)
             self.process.stdin.close()
             self.process.wait(timeout=30)
         if self.process.stdout is not None:

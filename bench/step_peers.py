@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +40,6 @@ PEERS = {
     "Opake": StepPeer("opake", "bench.opake_steps", "", "all"),
 }
 
-# Threads of OpenMP wait busily for 0.2 seconds, which whoever has the next turn would pay for.
-_REST = 0.3
-
 
 class RemoteRunner:
     """`bench.dp_step.StepRunner` of a peer."""
@@ -74,12 +70,7 @@ class RemoteRunner:
         return self.child.results(scale)
 
     def timer(self) -> measure.Timer:
-        def timed() -> float:
-            seconds = self.child.run()
-            time.sleep(_REST)
-            return seconds
-
-        return timed
+        return self.child.run
 
     def peak_extra(self) -> int | None:
         return self.child.peak_extra()
