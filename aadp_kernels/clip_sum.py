@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _validate
+from aadp_kernels import _dispatch, _validate_tensors
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats
@@ -113,7 +113,7 @@ def clip_sum_noise(
         votes_at = per_layer("votes_at", votes_at, layout, (), device, finite=None)
     live = _counted(mask, batch, device)
     weights = _weights(weights, batch, device, form)
-    ids = _validate.client_ids(client, device)
+    ids = _validate_tensors.client_ids(client, device)
     noisy_ones = noisy_layers(layout, scale)
     drawn_from = (key, noisy_ones, mechanism, form, p, step, ids, correlation)
     noise = noise_source(*drawn_from) if last else None

@@ -7,49 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _validate
+from aadp_kernels import _dispatch, _validate, _validate_tensors
 from aadp_kernels._eager import eager
-from aadp_kernels.addresses import CUTOFFS, LAYER_BITS, words_per_block
+from aadp_kernels.addresses import LAYER_BITS
 from aadp_kernels.contract import Noise, Segment
 from aadp_kernels.correlation import Correlation, drawn_again
 from aadp_kernels.noise_key import NoiseKey
-
-MECHANISMS = ("gaussian", "laplace")
-FORMS = ("wide", "fast", "grid")
+from aadp_kernels.sampler_limits import FORMS, MECHANISMS, max_elements
 
 _MAX_STEP = 1 << 32
 _MAX_LAYER = 1 << LAYER_BITS
-
-
-def tail_cutoff(mechanism: str, form: str = "wide") -> float:
-    """Largest |noise| / scale that the sampler can give; in the grid form, up to which it is right.
-
-    An accountant charges a delta for the missing tails; a Gaussian beyond 9.419 has mass 4.6e-21.
-    The grid form of Laplace noise misses nothing, see `aadp_kernels.grid`.
-
-    | form | gaussian | laplace |
-    |---|---|---|
-    | wide | 9.419 | 43.67 |
-    | fast | 9.493 | 44.36 |
-    | grid | 10 | inf |
-    """
-    _validate.one_of("mechanism", mechanism, MECHANISMS)
-    _validate.one_of("form", form, FORMS)
-    return CUTOFFS[mechanism, form]
-
-
-def max_elements(rng: str, form: str = "wide") -> int:
-    """Elements that one (step, client, layer) stream can serve.
-
-    | form | ChaCha | Philox |
-    |---|---|---|
-    | wide | 2^35 | 2^33 |
-    | fast | 2^36 | 2^34 |
-    | grid | 2^32 | 2^30 |
-    """
-    _validate.one_of("form", form, FORMS)
-    words_an_element = {"wide": 2, "fast": 1, "grid": 16}[form]
-    return (1 << 32) * words_per_block(rng) // words_an_element
 
 
 @eager
@@ -123,7 +90,7 @@ def sample_noise(
     shape = torch.Size(shape)
     place = torch.device(device) if device is not None else _scale_device(scale)
     cohort = isinstance(client, Tensor) and client.dim() == 1
-    clients = _validate.client_ids(client, place)
+    clients = _validate_tensors.client_ids(client, place)
     if cohort and (not shape or shape[0] != len(clients)):
         raise ValueError(f"shape must begin with {len(clients)} clients, got {tuple(shape)}")
     count = torch.Size(shape[1:] if cohort else shape).numel()
@@ -136,7 +103,7 @@ def sample_noise(
     )
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
-        _validate.nonnegative_tensor("scale", scale, finite=True)
+        _validate_tensors.nonnegative_tensor("scale", scale, finite=True)
         scale = scale.to(device=place, dtype=torch.float64).expand(shape)
         nothing = shape.numel() == 0
     else:
@@ -190,7 +157,7 @@ def poisson_mask(
     """
     place = torch.device(device) if device is not None else torch.device("cpu")
     n = _validate.integer_below("n", n, max_elements(key.rng))
-    clients = _validate.client_ids(client, place)
+    clients = _validate_tensors.client_ids(client, place)
     step = check_address(key, step=step)
     backend = _dispatch.backend(impl, "coins", device=place, elements=n)
     rates = list(rate) if isinstance(rate, Sequence) else [float(rate)] * len(clients)

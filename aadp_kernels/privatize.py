@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _seen, _validate
+from aadp_kernels import _dispatch, _seen, _validate, _validate_tensors
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.correlation import Correlation, drawn_again
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import FORMS, MECHANISMS, check_address, claim, max_elements
+from aadp_kernels.noise import check_address, claim
 from aadp_kernels.noise_key import NoiseKey
+from aadp_kernels.sampler_limits import FORMS, MECHANISMS, max_elements
 
 __all__ = ["ClipStats", "layer_norms", "privatize_"]
 
@@ -108,7 +109,7 @@ def privatize_(
     scale = per_layer("scale", scale, layout, lead, device, finite=True)
     if votes_at is not None:
         votes_at = per_layer("votes_at", votes_at, layout, lead, device, finite=None)
-    ids = _validate.client_ids(0 if clients is None else clients, device)
+    ids = _validate_tensors.client_ids(0 if clients is None else clients, device)
     noisy = noisy_layers(layout, scale)
     noise = noise_source(key, noisy, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
@@ -208,7 +209,7 @@ def check_tensors(
         raise ValueError(f"{name} must be on {wanted}, got {device}")
     for i, (shape, tensor) in enumerate(zip(layout.shapes, tensors, strict=True)):
         if not tensor.is_floating_point() or tensor.device != device:
-            _validate.floating(name, tensors)
+            _validate_tensors.floating(name, tensors)
         if tensor.shape != ((*lead, *shape) if lead else shape):
             raise ValueError(
                 f"{name}: {layout.names[i]} must have shape {(*lead, *shape)}, "
@@ -234,7 +235,7 @@ def per_layer(
         wanted = f"[{layers}]" + (f" or {[*lead, layers]}" if lead else "")
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(shape)}")
     if finite is not None:
-        _validate.nonnegative_tensor(name, value, finite=finite)
+        _validate_tensors.nonnegative_tensor(name, value, finite=finite)
     if value.requires_grad:
         value = value.detach()
     if value.is_neg():

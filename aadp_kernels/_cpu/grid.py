@@ -14,14 +14,8 @@ from aadp_kernels._cpu.rng import LANES, WORDS, Generator, fill_words
 from aadp_kernels._cpu.transform import log
 from aadp_kernels.addresses import DOMAINS, LAYER_BITS
 from aadp_kernels.contract import Noise
-from aadp_kernels.grid import (
-    ATTEMPTS,
-    DIGIT_BITS,
-    MAX_OCTAVES,
-    OCTAVE_BITS,
-    TAIL_DOMAINS,
-    thresholds,
-)
+from aadp_kernels.grid import ATTEMPTS, MAX_OCTAVES, TAIL_DOMAINS
+from aadp_kernels.grid_law import DIGIT_BITS, OCTAVE_BITS, thresholds
 
 _LN2 = math.log(2)
 _LAST_DIGIT = (1 << DIGIT_BITS) - 1

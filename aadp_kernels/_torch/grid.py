@@ -2,7 +2,7 @@
 
 T = 2^30 steps make one octave. A proposal G >= 0 has P(G = g) proportional to 2^(-g/T):
 G = H T + R with P(H = h) = 2^-(h+1) and three independent digits R = d0 2^20 + d1 2^10 + d2 in
-0..1023, see `grid.thresholds`.
+0..1023, see `grid_law.thresholds`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from aadp_kernels.addresses import DOMAINS, LAYER_BITS, words_per_block
 from aadp_kernels.contract import Noise, Segment
 from aadp_kernels.grid import (
     ATTEMPTS,
-    DIGIT_BITS,
     LIMIT,
     MAX_OCTAVES,
     MAX_WEIGHT,
-    OCTAVE_BITS,
     TAIL_DOMAINS,
     quantum,
     release,
-    thresholds,
 )
+from aadp_kernels.grid_law import DIGIT_BITS, OCTAVE_BITS, thresholds
 
 _LN2 = math.log(2)
 _SIGN = -(1 << 63)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aadp_kernels import grid as _grid
+from aadp_kernels import grid_law as _law
 from aadp_kernels._triton._device import (
     MAX_ROWS,
     key_tensor,
@@ -44,15 +45,15 @@ _MAX_OCTAVES = tl.constexpr(_grid.MAX_OCTAVES)
 _ATTEMPTS = tl.constexpr(_grid.ATTEMPTS)
 _LIMIT = tl.constexpr(_grid.LIMIT)
 _MAX_WEIGHT = tl.constexpr(_grid.MAX_WEIGHT)
-_QUANTUM = tl.constexpr(_grid.LN2_UP * 2.0**-_grid.OCTAVE_BITS)
-_OCTAVE = tl.constexpr(2.0**-_grid.OCTAVE_BITS)
+_QUANTUM = tl.constexpr(_grid.LN2_UP * 2.0**-_law.OCTAVE_BITS)
+_OCTAVE = tl.constexpr(2.0**-_law.OCTAVE_BITS)
 _TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 
 
 @per_stream(16)
 def threshold_tensor(device: torch.device) -> Tensor:
     """The thresholds of the digits, int64 [3, 1023] with the bits of the uint64."""
-    return to_device(np.array(_grid.thresholds(), dtype=np.uint64).view(np.int64), device)
+    return to_device(np.array(_law.thresholds(), dtype=np.uint64).view(np.int64), device)
 
 
 @triton.jit

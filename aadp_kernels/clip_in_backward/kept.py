@@ -16,12 +16,13 @@ from torch.autograd.graph import get_gradient_edge
 
 from aadp_kernels.clip_in_backward import two_steps
 from aadp_kernels.clip_in_backward.clip import compute_dtype
+from aadp_kernels.clip_in_backward.foreign import Conv1D, PlainRMSNorm
 from aadp_kernels.clip_in_backward.gradients import RecordGradients
 from aadp_kernels.clip_in_backward.matrix_rules import Conv, Linear
 from aadp_kernels.clip_in_backward.modules import ClippingLayer, checked_copy, clipping_types
 from aadp_kernels.clip_in_backward.other_rules import Bias, Embedding, Norm
 from aadp_kernels.clip_in_backward.shared_weights import SHARING, SharedGradients, joined
-from aadp_kernels.clip_in_backward.transposed import Conv1D, TransposedLinear
+from aadp_kernels.clip_in_backward.transposed import TransposedLinear
 
 
 class KeptLayer(ClippingLayer):
@@ -58,6 +59,8 @@ def _kind(layer: Any, x: Tensor) -> tuple[Any, Tensor]:
         return Norm("layer", tuple(layer.normalized_shape), 1, layer.eps), x
     if isinstance(layer, nn.RMSNorm):
         return Norm("rms", tuple(layer.normalized_shape), 1, layer.eps), x
+    if isinstance(layer, PlainRMSNorm):
+        return Norm("rms", tuple(layer.weight.shape), 1, layer.variance_epsilon), x
     if isinstance(layer, nn.GroupNorm):
         return Norm("group", (layer.num_channels,), layer.num_groups, layer.eps), x
     if isinstance(layer, nn.InstanceNorm1d | nn.InstanceNorm2d):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from aadp_kernels import _validate
 from aadp_kernels.clip_in_backward import functions
 from aadp_kernels.clip_in_backward.autograd import clipped_layer
-from aadp_kernels.clip_in_backward.transposed import Conv1D, TransposedLinear, layer_type
+from aadp_kernels.clip_in_backward.foreign import Conv1D, PlainRMSNorm, layer_type
+from aadp_kernels.clip_in_backward.refusals import refusal
+from aadp_kernels.clip_in_backward.transposed import TransposedLinear
 
 _TRANSPOSED = TransposedLinear()
 
@@ -189,6 +190,17 @@ class _RMSNorm(nn.RMSNorm, ClippingLayer):
         )
 
 
+class _PlainRMSNorm(ClippingLayer):
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, weight, _ = self.taken(hidden_states)
+        assert weight is not None
+        return functions.clipped_rms_norm(
+            x, tuple(weight.shape), weight, eps=self.variance_epsilon, **self.clipping()
+        )
+
+
 class _GroupNorm(nn.GroupNorm, ClippingLayer):
     def forward(self, input: Tensor) -> Tensor:
         input, weight, bias = self.taken(input)
@@ -246,6 +258,7 @@ _CLIPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Embedding: _Embedding,
     nn.LayerNorm: _LayerNorm,
     nn.RMSNorm: _RMSNorm,
+    PlainRMSNorm: _PlainRMSNorm,
     nn.GroupNorm: _GroupNorm,
     nn.InstanceNorm1d: _InstanceNorm1d,
     nn.InstanceNorm2d: _InstanceNorm2d,
@@ -257,12 +270,11 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
     """A deep copy of the model whose layers clip in backward.
 
     nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm1d,
-    InstanceNorm2d, `Bias` and Conv1D of Hugging Face are converted. Each such layer keeps its
-    parameter names and has four non-persistent buffers that a caller sets through
-    `torch.func.functional_call`:
-    "<layer>.clip_norm" (0-d, inf at first), "<layer>.votes_at" (0-d, NaN at first: no votes),
-    "<layer>.mask" ([B], [1] of ones at first) and "<layer>.probe" ([3] of zeros, see
-    `clipped_linear`).
+    InstanceNorm2d, `Bias`, Conv1D and the RMS norms of Hugging Face's models are converted. Each
+    such layer keeps its parameter names and has four non-persistent buffers that a caller sets
+    through `torch.func.functional_call`: "<layer>.clip_norm" (0-d, inf at first),
+    "<layer>.votes_at" (0-d, NaN at first: no votes), "<layer>.mask" ([B], [1] of ones at first) and
+    "<layer>.probe" ([3] of zeros, see `clipped_linear`).
 
     Args:
         model: Any module; it is not changed. The first axis of every layer's input must be the
@@ -281,9 +293,9 @@ def with_clipping(model: nn.Module, *, p: int) -> nn.Module:
         ValueError: p not in {1, 2}.
 
     Guarantees:
-        The forward is the model's own (instance normalisation: to rounding). Layers used twice in
-        a forward and parameters used outside of their layer are not seen here: see
-        `WatchedForward` and `check_single_use`.
+        The forward is the model's own (instance normalisation and other libraries' RMS norms: to
+        rounding). Layers used twice in a forward and parameters used outside of their layer are
+        not seen here: see `WatchedForward` and `check_single_use`.
 
     Edge cases:
         A model that is itself one of the layers: the buffers have no prefix. A layer without
@@ -336,7 +348,7 @@ def _check_modules(model: nn.Module, sharing: tuple[type[nn.Module], ...]) -> No
     owners: dict[int, tuple[str, bool]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         label = f"{name or '<model>'} ({type(module).__name__})"
-        reason = _refusal(module)
+        reason = refusal(module)
         if reason is not None:
             raise UnsupportedLayerError(f"{label} {reason}")
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -350,33 +362,6 @@ def _check_modules(model: nn.Module, sharing: tuple[type[nn.Module], ...]) -> No
                 raise UnsupportedLayerError(f"{label} shares its parameter {key!r} with {owner}")
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why a module's options cannot be clipped; None if they can."""
-    if isinstance(module, nn.Embedding) and module.max_norm is None:
-        if module.scale_grad_by_freq:
-            return "weights records by the batch: scale_grad_by_freq must be False"
-        if module.sparse:
-            return "shows which tokens occur: sparse must be False"
-    return mixing(module)
-
-
-def mixing(module: nn.Module) -> str | None:
-    """Why no clipping of gradients can bound what a record does to a module; None if it can."""
-    if isinstance(module, _BatchNorm) and not _is_affine(module):
-        return "mixes the records of a batch, unless it is frozen and in eval mode"
-    if isinstance(module, _InstanceNorm) and module.track_running_stats:
-        return "keeps statistics of the records: track_running_stats must be False"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-        return "rescales weights by the tokens that records hold: max_norm must be None"
-    return None
-
-
-def _is_affine(module: _BatchNorm) -> bool:
-    """Whether batch normalisation is in eval mode, with statistics, and has nothing to train."""
-    fixed = not any(p.requires_grad for p in module.parameters())
-    return fixed and not module.training and module.running_mean is not None
-
-
 def _foreign(module: nn.Module, key: str) -> str:
     """Why a parameter cannot be clipped, and what to do."""
     if isinstance(module, nn.MultiheadAttention):
@@ -385,7 +370,7 @@ def _foreign(module: nn.Module, key: str) -> str:
         return f"uses its parameter {key!r} once a time step, so a record has no single gradient"
     if isinstance(module, _ConvNd):
         return f"has the parameter {key!r}; of convolutions only Conv1d and Conv2d can be clipped"
-    known = ", ".join(kind.__name__ for kind in _CLIPPED if kind is not Conv1D)
+    known = ", ".join(kind.__name__ for kind in _CLIPPED if kind not in (Conv1D, PlainRMSNorm))
     return (
         f"has the parameter {key!r} itself; only weights and biases of {known} can be clipped "
         "(a positional embedding x + parameter can be an aadp_kernels.Bias)"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from aadp_kernels.clip_in_backward.matrix_rules import Linear, Results
 from aadp_kernels.contract import ClipRule
@@ -37,17 +37,3 @@ class TransposedLinear(Linear):
     def weight_grad(self, flat: Tensor, weight: Tensor) -> Tensor:
         features, out = weight.shape
         return flat.view(-1, out, features).transpose(1, 2)
-
-
-class Conv1D(nn.Module):
-    """Stands for `transformers.pytorch_utils.Conv1D`, which need not be installed."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter
-
-
-def layer_type(module: nn.Module) -> type[nn.Module]:
-    """The type under which a module's rules are found: its own but for Hugging Face's Conv1D."""
-    kind = type(module)
-    foreign = kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D"
-    return Conv1D if foreign else kind

@@ -10,7 +10,8 @@ from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.functorch import prepare_layer
 from torch import Tensor, nn
 
-from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError, mixing
+from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError
+from aadp_kernels.clip_in_backward.refusals import mixing
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NO_SAMPLER: dict[type | tuple[type, ...], str] = {

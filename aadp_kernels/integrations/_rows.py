@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError, mixing
+from aadp_kernels.clip_in_backward.modules import UnsupportedLayerError
+from aadp_kernels.clip_in_backward.refusals import mixing
 from aadp_kernels.clip_in_backward.watched import some_records
 from aadp_kernels.integrations._independence import Independence
 from aadp_kernels.integrations._lending import GradSamples

@@ -18,9 +18,9 @@ from aadp_kernels.integrations.release import (
     layer_clips,
 )
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS
 from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import privatize_
+from aadp_kernels.sampler_limits import MECHANISMS
 
 Arrays = Sequence[np.ndarray] | Sequence[Tensor]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aadp_kernels import _validate
+from aadp_kernels import _validate, _validate_tensors
 from aadp_kernels.layout import Layout
 from aadp_kernels.noise import sample_noise
 from aadp_kernels.noise_key import NoiseKey
@@ -73,7 +73,7 @@ def add_shard_noise_(
     """
     if len(shards) != len(layout.names):
         raise ValueError(f"shards must be {len(layout.names)} tensors, got {len(shards)}")
-    _validate.floating("shards", shards)
+    _validate_tensors.floating("shards", shards)
     ranges = [shard_range(size, rank=rank, world_size=world_size) for size in layout.sizes]
     for name, (start, stop), shard in zip(layout.names, ranges, shards, strict=True):
         if tuple(shard.shape) != (stop - start,):

@@ -38,8 +38,9 @@ from aadp_kernels.integrations._wrapped import check_precision
 from aadp_kernels.integrations.cyclic import CyclicSteps
 from aadp_kernels.integrations.release import layer_clips
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS, poisson_mask
+from aadp_kernels.noise import poisson_mask
 from aadp_kernels.noise_key import NoiseKey
+from aadp_kernels.sampler_limits import MECHANISMS
 
 __all__ = [
     "ClippedModule",

@@ -21,9 +21,9 @@ from aadp_kernels.integrations.cyclic import CyclicBatches, CyclicSteps
 from aadp_kernels.integrations.poisson import PoissonBatches
 from aadp_kernels.integrations.release import Release, equal_scales, layer_clips
 from aadp_kernels.layout import Layout
-from aadp_kernels.noise import MECHANISMS
 from aadp_kernels.noise_key import NoiseKey
 from aadp_kernels.privatize import privatize_
+from aadp_kernels.sampler_limits import MECHANISMS
 
 __all__ = [
     "CyclicBatches",

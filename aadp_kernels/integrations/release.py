@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from aadp_kernels import _validate
-from aadp_kernels.grid import inexactness
+from aadp_kernels.grid_law import inexactness
 from aadp_kernels.layout import Layout
-from aadp_kernels.sensitivity import noise_scales
+from aadp_kernels.scales import noise_scales
 
 UNITS = ("record", "client")
 _ORDERS = tuple(1 + x / 10 for x in range(1, 100)) + tuple(2.0**x for x in range(4, 17))
@@ -35,7 +35,7 @@ class Release:
             Shuffled or fixed-size batches are not Poisson: their rate is 1 here.
         arithmetic: "real" (proven for real numbers; floating point leaks in its low bits) or
             "grid" (proven for the numbers that were written).
-        epsilon_inflation: What the grid form adds to epsilon, see `grid.inexactness`.
+        epsilon_inflation: What the grid form adds to epsilon, see `grid_law.inexactness`.
         tail_delta: What its cut tails add to delta (see there).
         planned_steps: None: every step is a release of its own. Else this one release is a whole
             run of at most so many steps: it is charged once, and nothing is added for a step.

@@ -41,6 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from aadp_kernels import grid_law, tail_cutoff
 from fl_lightning.accounting.composition import affordable_steps, calibrate, compose_epsilon
 from fl_lightning.accounting.noise_part_tails import cut_part_tails
 from fl_lightning.values.event import NoiseEvent
@@ -87,8 +88,6 @@ def inexact_noise(
         delta: the client's delta.
         noise_parts: how many parts of different hands make the whole noise; None: it is one noise.
     """
-    from aadp_kernels import grid, tail_cutoff
-
     cutoff = tail_cutoff(event.mechanism, form)
     if noise_parts is not None and event.mechanism == "laplace":
         gaussian, elements = tail_cutoff("gaussian", form), sum(streams)
@@ -100,7 +99,7 @@ def inexact_noise(
     streams *= noise_parts or 1
     if form != "grid":
         return cut_tails(event, cutoff=cutoff, streams=streams, delta=delta)
-    inflation, tail = grid.inexactness(event.mechanism, sum(streams))
+    inflation, tail = grid_law.inexactness(event.mechanism, sum(streams))
     return grid_errors(event, inflation, tail, cutoff=cutoff, elements=sum(streams), delta=delta)
 
 
@@ -151,7 +150,7 @@ def grid_errors(
 
     Args:
         event: the step.
-        inflation: 2·N·eta, from `aadp_kernels.grid.inexactness`, with eta the largest
+        inflation: 2·N·eta, from `aadp_kernels.grid_law.inexactness`, with eta the largest
             |ln(probability drawn / probability charged)| of an element with noise up to the cutoff.
         tail: probability of noise beyond the cutoff.
         cutoff: noise scales within which eta holds; infinite for Laplace.

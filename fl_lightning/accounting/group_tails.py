@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aadp_kernels import grid_law, tail_cutoff
 from fl_lightning.accounting.exactness import SamplerCost, noise_streams
 from fl_lightning.accounting.noise_part_tails import missing_parts
 from fl_lightning.accounting.shift_mixtures import ShiftMixture
@@ -60,13 +61,9 @@ class Sampler:
         return self._grid()[0] if self.form == "grid" else 0.0
 
     def _grid(self) -> tuple[float, float]:
-        from aadp_kernels import grid
-
-        return grid.inexactness(self.mechanism, sum(self._split))
+        return grid_law.inexactness(self.mechanism, sum(self._split))
 
     def _cutoff(self, mechanism: str = "") -> float:
-        from aadp_kernels import tail_cutoff
-
         return tail_cutoff(mechanism or self.mechanism, self.form)
 
     def missing(self) -> float:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 
-from fl_lightning.privacy.noise_parts import ATTEMPTS
 from fl_lightning.values.event import NoiseEvent
 
 
@@ -48,6 +47,8 @@ def missing_parts(noise_parts: int, elements: int, *, gaussian: float, laplace: 
         elements: N.
         gaussian, laplace: cutoffs, in noise scales; the Gaussian's of the radius of a pair.
     """
+    from fl_lightning.privacy.noise_parts import ATTEMPTS  # with torch, which few ledgers need
+
     accepted = acceptance(1 + 1 / noise_parts)
     beyond = math.exp(-(gaussian**2) / 2), math.exp(-laplace)
     each = sum(beyond) / accepted + beyond[1] + (1 - accepted) ** ATTEMPTS

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fl_lightning.privacy.weights import event_multiplier, weights_within
 from fl_lightning.values.event import NoiseEvent
 from fl_lightning.values.release import ALL_CLIENTS, Release
 
@@ -65,20 +66,14 @@ def client_multipliers(
         return evaluation_multipliers(header)[ids]
     if not release.is_sum:
         return np.full(len(ids), release.noise_multiplier)
-    import torch
-
-    from fl_lightning.privacy.weights import event_multiplier, weights_within
-
     assert release.largest_weight is not None
     if ids[-1] >= num_clients(header):
         raise ValueError(f"client {ids[-1]} is not among the {num_clients(header)} clients")
-    base, calibrated = (
-        torch.from_numpy(of_clients(header, name)[ids]) for name in ("weights", "noise_multiplier")
-    )
+    base, calibrated = (of_clients(header, name)[ids] for name in ("weights", "noise_multiplier"))
     rules = {"mechanism": release.mechanism, "vote_share": float(header["vote_share"])}
     z = release.noise_multiplier
     weights = weights_within(base, calibrated, z=z, largest=release.largest_weight, **rules)
-    return event_multiplier(weights, z, **rules).numpy()
+    return event_multiplier(weights, z, **rules)
 
 
 def evaluation_multipliers(header: Mapping[str, Any]) -> np.ndarray:

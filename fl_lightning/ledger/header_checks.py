@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aadp_kernels import tail_cutoff
 from fl_lightning.accounting.exactness import Beside, SamplerCost
 from fl_lightning.accounting.sum_costs import (
     evaluation_multipliers,
@@ -111,8 +112,6 @@ def _setting(header: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is not a list of {num_clients(header)} numbers"
     if len(header["layers"]) != len(header["dims"]):
         yield f"there are {len(header['layers'])} layers and {len(header['dims'])} dims"
-    from aadp_kernels import tail_cutoff
-
     cutoff = tail_cutoff(header["mechanism"], header["noise_form"])
     if header["tail_cutoff"] != (cutoff if math.isfinite(cutoff) else None):
         form = header["noise_form"]

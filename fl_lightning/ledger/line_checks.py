@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from aadp_kernels import vote_noise
 from fl_lightning.accounting.sum_costs import num_clients, of_client, of_clients, spent_digest
 from fl_lightning.ledger.client_reports import undercharged_lines
 from fl_lightning.ledger.correlated_checks import check_lines
@@ -189,7 +190,7 @@ def _quantum(header: Mapping[str, Any], release: Release) -> float:
     """Coarsest grid of a line, by its clip norms, shares and multiplier."""
     import torch
 
-    from aadp_kernels import grid, noise_scales, vote_noise
+    from aadp_kernels import grid, noise_scales
 
     sums = release.noise_multiplier
     if release.vote_noise_scale is not None:
@@ -212,8 +213,6 @@ def _quantum(header: Mapping[str, Any], release: Release) -> float:
 
 def _vote_noise_scale(header: Mapping[str, Any], multiplier: float) -> float:
     """Noise scale of the votes, which share one budget with the layers."""
-    from aadp_kernels import vote_noise
-
     return vote_noise(
         multiplier,
         num_layers=len(header["dims"]),

@@ -21,6 +21,7 @@ import numpy as np
 from fl_lightning.accounting.sum_costs import num_clients, of_clients
 from fl_lightning.ledger import chain
 from fl_lightning.ledger.accounts import accounts, largest_epsilon
+from fl_lightning.ledger.checkpoint_facts import privacy_facts
 from fl_lightning.ledger.client_reports import show_bound
 from fl_lightning.values.release import Release
 
@@ -76,8 +77,8 @@ class RunFiles:
             return
         name, header = "checkpoints/last.ckpt", self.header
         try:
-            state = _read_checkpoint(path)
-        except (RuntimeError, UnpicklingError, OSError, ValueError, EOFError) as error:
+            state = privacy_facts(path)
+        except (UnpicklingError, OSError, ValueError, EOFError) as error:
             self.notes.append(f"{name} was not compared, it cannot be read: {error!r:.80}")
             return
         if state is None:
@@ -142,14 +143,6 @@ class RunFiles:
             spent = self._epsilon(line)
             if stated is None or not _close(stated, spent):
                 self.problems.append(f"{path.name}: epsilon_max is {stated}, by the ledger {spent}")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint keeps of privacy; None in one that keeps nothing."""
-    import torch
-
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return state.get("aadp_fl")
 
 
 def _close(a: float, b: float) -> bool:

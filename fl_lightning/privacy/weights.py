@@ -7,13 +7,15 @@ are not weighted.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
 
 
 def sum_weights(
-    base: Tensor, multiplier: Tensor, *, mechanism: str, vote_share: float
-) -> tuple[float, Tensor]:
+    base: npt.ArrayLike, multiplier: npt.ArrayLike, *, mechanism: str, vote_share: float
+) -> tuple[float, Floats]:
     """The noise multiplier of the sum, and weights that keep every client within its own.
 
     Args:
@@ -32,21 +34,21 @@ def sum_weights(
     Guarantees:
         `event_multiplier(w_k, z) >= z_k` for every client.
     """
-    z, largest = float(multiplier.min()), float(base.max())
+    z, largest = float(np.min(multiplier)), float(np.max(base))
     return z, weights_within(
         base, multiplier, z=z, largest=largest, mechanism=mechanism, vote_share=vote_share
     )
 
 
 def weights_within(
-    base: Tensor,
-    multiplier: Tensor,
+    base: npt.ArrayLike,
+    multiplier: npt.ArrayLike,
     *,
     z: float,
     largest: float,
     mechanism: str,
     vote_share: float,
-) -> Tensor:
+) -> Floats:
     """Weights [k] in a sum whose noise multiplier and largest weight asked for are known.
 
     Args:
@@ -57,27 +59,30 @@ def weights_within(
     Raises:
         ValueError: as `sum_weights`.
     """
-    asked = base.double() / largest
+    asked = np.asarray(base, dtype=np.float64) / largest
     if z == 0:
         return asked
     # Gaussian: 1/z_k² = (w²(1-ρ) + ρ)/z²; Laplace: 1/λ_k = (w(1-ρ) + ρ)/λ.
-    ratio = z / multiplier.double()
-    room = (ratio.square() if mechanism == "gaussian" else ratio) - vote_share
-    if not bool((room > 0).all()):
+    ratio = z / np.asarray(multiplier, dtype=np.float64)
+    room = (np.square(ratio) if mechanism == "gaussian" else ratio) - vote_share
+    if not (room > 0).all():
+        strictest = float(np.max(multiplier))
         raise ValueError(
             f"vote_share={vote_share}: the votes of a client weigh the same whatever its ε, and "
-            f"would cost the strictest client (noise multiplier {float(multiplier.max()):.3g}, the "
+            f"would cost the strictest client (noise multiplier {strictest:.3g}, the "
             f"loosest {z:.3g}) more than it has; lower vote_share, use thresholds 'released' or "
             "'fixed', or bring the clients' ε closer together"
         )
     most = room / (1 - vote_share)
-    most = most.sqrt() if mechanism == "gaussian" else most
+    most = np.sqrt(most) if mechanism == "gaussian" else most
     # Down by more than the rounding of the formulas, so that no client passes its ε.
-    most = torch.where(ratio < 1, most * (1 - 1e-12), 1.0)
-    return torch.minimum(asked, most)
+    most = np.where(ratio < 1, most * (1 - 1e-12), 1.0)
+    return np.minimum(asked, most)
 
 
-def event_multiplier(weight: Tensor, z: float, *, mechanism: str, vote_share: float) -> Tensor:
+def event_multiplier(
+    weight: npt.ArrayLike, z: float, *, mechanism: str, vote_share: float
+) -> Floats:
     """Total noise multiplier of clients with the given weights: float64, the shape of `weight`.
 
     Args:
@@ -86,7 +91,7 @@ def event_multiplier(weight: Tensor, z: float, *, mechanism: str, vote_share: fl
         mechanism: "gaussian" or "laplace".
         vote_share: ρ, 0 without votes.
     """
-    w = weight.double()
+    w = np.asarray(weight, dtype=np.float64)
     if mechanism == "gaussian":
-        return z / (w.square() * (1 - vote_share) + vote_share).sqrt()
+        return z / np.sqrt(np.square(w) * (1 - vote_share) + vote_share)
     return z / (w * (1 - vote_share) + vote_share)

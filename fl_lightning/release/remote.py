@@ -124,7 +124,7 @@ class Remote:
                 update = _update(tensors, params)
                 seen = [*(v[None] for v in update.values()), tensors["l1_norm"][None]]
                 policy = _policy(tensors, self.clients.layout.num_layers)
-                line = self.paid(client, head, digests.digests(seen)[0])
+                line = self.paid(client, head, seen)
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 _LOG.warning(f"client {client}: its release is left out: {error}")
                 continue
@@ -188,13 +188,13 @@ class Remote:
                     self._left.add(client)
         return {k: a for k, a in answers.items() if not _reason(a) and "lines" in a[0]}
 
-    def paid(self, client: int, head: dict[str, Any], digest: str) -> Release:
+    def paid(self, client: int, head: dict[str, Any], seen: Sequence[Tensor]) -> Release:
         """The ledger line of an answer, which is copied with all others that came along.
 
         Args:
             client: who answers.
             head: of the answer.
-            digest: of what was released.
+            seen: what was released, each [1, ...].
 
         Raises:
             ValueError: no line stands for it, or one is not as agreed; nothing is copied.
@@ -203,7 +203,7 @@ class Remote:
         lines = [replace(parse_release(e), client=client) for e in head["lines"]]
         for line in lines:
             self._check(line)
-        own = [line for line in lines if line.digest == digest]
+        own = [e for e in lines if e.digest == digests.digests(seen, like=e.digest)[0]]
         if not own:
             raise ValueError("it is not what the ledger line stands for")
         self._copy(client, lines, str(head["head"]))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fl_lightning.accounting.evaluation import is_due
-from fl_lightning.keys import digests
 from fl_lightning.privacy.config import PrivacyConfig
 from fl_lightning.release.evaluation import Evaluated, evaluated
 from fl_lightning.release.federation import Member
@@ -79,7 +78,7 @@ class RemoteEvaluations:
                     raise ValueError("it is not one float64 number")
                 if not bool(answers.isfinite().all()):
                     raise ValueError("it is not finite")
-                line = self.remote.paid(client, head, digests.digests([answers])[0])
+                line = self.remote.paid(client, head, [answers])
                 if not line.evaluation or line.round != round:
                     raise ValueError("its ledger line is of another release")
             except (ValueError, KeyError, TypeError, IndexError) as error:

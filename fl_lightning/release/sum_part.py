@@ -54,14 +54,15 @@ class SumPart:
             raise ValueError("nothing is left of the budget of this run")
         base = releases.sum_rules.weights
         self._largest = float(base[0]) / asked
-        self._weights = weights_within(
-            base,
-            budget.multiplier,
+        weights = weights_within(
+            base.numpy(),
+            budget.multiplier.numpy(),
             z=multiplier,
             largest=self._largest,
             mechanism=rules.mechanism,
             vote_share=rules.votes,
         )
+        self._weights = torch.from_numpy(weights)
         self._releases, self._params, self._round, self._z = releases, params, round, multiplier
         own = releases.key if releases.key.simulated else NoiseKey.random(rules.rng)
         self._key = binding.round_key(own, context, round, 0)

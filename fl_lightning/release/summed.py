@@ -180,12 +180,13 @@ class Summed:
         """
         privacy, budget, asked = self.rules.privacy, self.books.budget, self.sum_rules.weights
         among = candidates if budget.plan is None else torch.arange(len(asked))
-        z, weights = sum_weights(
-            asked[among],
-            budget.multiplier[among],
+        z, found = sum_weights(
+            asked[among].numpy(),
+            budget.multiplier[among].numpy(),
             mechanism=privacy.mechanism,
             vote_share=privacy.votes,
         )
+        weights = torch.from_numpy(found)
         return z, weights if budget.plan is None else weights[candidates]
 
     def divisor_of(self, weights: Tensor) -> float:
@@ -262,16 +263,17 @@ class Summed:
         privacy, budget, asked = self.rules.privacy, self.books.budget, self.sum_rules
         ids = clients.numpy()
         event = noise_event(privacy, z, 1.0 if asked.rate is None else asked.rate)
-        own = event_multiplier(weights, z, mechanism=privacy.mechanism, vote_share=privacy.votes)
+        rules = {"mechanism": privacy.mechanism, "vote_share": privacy.votes}
+        own = event_multiplier(weights.numpy(), z, **rules)
         plan = budget.plan
         among = asked.weights[clients] if plan is None else asked.weights
         if plan is not None:
-            own = own / torch.from_numpy(plan.sizes_of_one.largest[ids])
+            own = own / plan.sizes_of_one.largest[ids]
         return line_writer(self.books, privacy, policy, key, round, 1)(
             0,
             client=ALL_CLIENTS,
             event=event,
-            extra=largest_extra(event, own.numpy(), budget.delta[ids], budget.sampler_cost_at),
+            extra=largest_extra(event, own, budget.delta[ids], budget.sampler_cost_at),
             first_step=len(self.books.ledger) - budget.evaluation_lines,
             digest=digest,
             largest_weight=largest or float(among.max()),

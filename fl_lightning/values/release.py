@@ -33,7 +33,7 @@ class Release:
         num_layers: layers released together.
         clip_norm, shares: last step's C_l and pi_l.
         binding: hex digest of everything that the noise stream is bound to.
-        digest: hex digest of the released bytes.
+        digest: of the released bytes: "blake3:" and hex digits, or those of SHA-256 alone.
         quantum: coarsest grid of the released values, None where not quantised.
         epsilon_inflation: what the release costs beyond its events, added to epsilon; of a sum, the
             largest over its clients.

@@ -7,7 +7,7 @@ import torch
 from aadp_kernels import MECHANISMS, Layout, NoiseKey, clip_sum_noise, privatize_, sample_noise
 from aadp_kernels._torch import grid as spec
 from aadp_kernels.addresses import RNGS
-from aadp_kernels.grid import thresholds
+from aadp_kernels.grid_law import thresholds
 
 pytest.importorskip("numba")
 fast = pytest.importorskip("aadp_kernels._cpu.grid")

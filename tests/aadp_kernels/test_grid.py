@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aadp_kernels import MECHANISMS, NoiseKey, grid, max_elements, tail_cutoff
+from aadp_kernels import MECHANISMS, NoiseKey, grid, grid_law, max_elements, tail_cutoff
 from aadp_kernels._torch import grid as spec
 from aadp_kernels._torch import noise as wide
 from aadp_kernels._torch.rng import random_words
 from aadp_kernels.addresses import RNGS, signed32
 from aadp_kernels.contract import Noise
-from aadp_kernels.grid import thresholds
+from aadp_kernels.grid_law import thresholds
 from tests.aadp_kernels.grid_draws import LN2, T, draw
 from tests.late import stats
 
@@ -57,7 +57,7 @@ def test_probabilities_are_those_of_the_floor_of_a_laplace_variable():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 60 * T, (300,), generator=generator).tolist()
     edges = [0, 1, 1023, 1024, 2**20 - 1, 2**20, T - 1, T, T + 1, 31 * T, 62 * T + 5]
-    eta = Decimal(grid.inexactness("laplace", 1)[0]) / 2
+    eta = Decimal(grid_law.inexactness("laplace", 1)[0]) / 2
     for g in edges + drawn:
         cell = ((-LN2 * g / T).exp() - (-LN2 * (g + 1) / T).exp()) / 2
         for k in (g, -1 - g):
@@ -248,6 +248,6 @@ def test_edges_of_the_quantum(monkeypatch):
         with pytest.raises(ValueError, match="scale"):
             grid.quantum(bad, "laplace")
     # On an accelerator no value is read.
-    monkeypatch.setattr(grid._validate, "nonnegative_tensor", lambda *args, **kwargs: None)
+    monkeypatch.setattr(grid._validate_tensors, "nonnegative_tensor", lambda *args, **kwargs: None)
     for bad in (-1.0, math.inf, math.nan):
         assert math.isnan(grid.quantum(bad, "laplace").item())

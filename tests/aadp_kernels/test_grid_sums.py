@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadp_kernels import MECHANISMS, Layout, NoiseKey, clip_sum_noise, grid, privatize_
+from aadp_kernels import MECHANISMS, Layout, NoiseKey, clip_sum_noise, grid, grid_law, privatize_
 from aadp_kernels._torch import grid as spec
 from aadp_kernels._torch import noise as wide
 from tests.aadp_kernels.grid_draws import KEY, LN2, T, again, draw
@@ -248,7 +248,7 @@ def test_inexactness_of_the_gaussian_covers_its_acceptance_test():
     numbers = torch.rand(500, generator=generator, dtype=torch.float64) / 2 + 0.5
     for value, log in zip(numbers.tolist(), wide.log_(numbers.clone()).tolist(), strict=True):
         assert abs(Decimal(log) - Decimal(value).ln()) < 4 * Decimal(2) ** -53
-    epsilon, delta = grid.inexactness("gaussian", 10)
+    epsilon, delta = grid_law.inexactness("gaussian", 10)
     assert epsilon == pytest.approx(20 * 2.0**-45, rel=0.02)
     assert delta == pytest.approx(20 * stats.norm.sf(10), rel=1e-4)
 
@@ -265,12 +265,12 @@ def test_the_discrete_law_is_within_its_bound_of_the_continuous_one():
 
 def test_inexactness_grows_with_the_elements():
     for mechanism in MECHANISMS:
-        assert grid.inexactness(mechanism, 0) == (0, 0)
-        one, many = grid.inexactness(mechanism, 1), grid.inexactness(mechanism, 1000)
+        assert grid_law.inexactness(mechanism, 0) == (0, 0)
+        one, many = grid_law.inexactness(mechanism, 1), grid_law.inexactness(mechanism, 1000)
         assert many == pytest.approx([1000 * v for v in one])
-    assert grid.inexactness("laplace", 1000)[1] == 0
+    assert grid_law.inexactness("laplace", 1000)[1] == 0
     with pytest.raises(ValueError, match="elements"):
-        grid.inexactness("laplace", -1)
+        grid_law.inexactness("laplace", -1)
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,8 @@ def test_sums_are_clamped_before_the_noise_and_after():
 
 def test_inexactness_in_numbers():
     """Both directions of the tables, of 2^-45 for the acceptance, of the discrete law up to 10."""
-    inflation, tail = grid.inexactness("gaussian", 1000)
-    tables, _ = grid.inexactness("laplace", 1000)
+    inflation, tail = grid_law.inexactness("gaussian", 1000)
+    tables, _ = grid_law.inexactness("laplace", 1000)
     want = tables + 2000 * (2.0**-45 + 101 / (24 * 2.0**60))
     assert inflation == pytest.approx(want, rel=1e-9, abs=0)
     assert tail == pytest.approx(2000 * stats.norm.sf(10.0), rel=1e-5, abs=0)

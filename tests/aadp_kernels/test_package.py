@@ -16,8 +16,20 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_noise_costs_is_told_without_torch():
+    code = (
+        "import sys; from aadp_kernels import MECHANISMS, max_elements, tail_cutoff, vote_noise; "
+        "from aadp_kernels.grid_law import inexactness; "
+        "assert tail_cutoff('gaussian') > 9; "
+        "assert inexactness('laplace', 9)[0] > 0; "
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_exist():
     assert sorted(aadp_kernels.__all__) == sorted(set(aadp_kernels.__all__))
+    assert sorted(aadp_kernels.__all__) == sorted(aadp_kernels._HOMES)
     for name in aadp_kernels.__all__:
         assert getattr(aadp_kernels, name).__doc__
 

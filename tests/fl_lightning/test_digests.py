@@ -4,28 +4,41 @@ import hashlib
 
 import pytest
 import torch
+from blake3 import blake3
 
 from fl_lightning.keys import digests
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads):
+@pytest.mark.parametrize("like", [None, "blake3:0", "0123"])
+def test_rows_are_hashed_each_by_itself_whatever_the_threads(threads, like):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         numbers, empty = torch.arange(9), torch.zeros(9, 0)
         # Large enough to be worth a second thread.
         columns = [numbers.float()[:, None].expand(9, 30_000), numbers, empty]
-        found = digests.digests(columns)
+        found = digests.digests(columns, like=like)
     finally:
         torch.set_num_threads(before)
-    state = hashlib.sha256()
+    state = hashlib.sha256() if like == "0123" else blake3()
     for value in (column[4] for column in columns):
         data = value.numpy().tobytes()
         state.update(f"{value.dtype}{tuple(value.shape)}:{len(data)}:".encode() + data)
-    assert found[4] == state.hexdigest()
+    assert found[4] == ("" if like == "0123" else "blake3:") + state.hexdigest()
     assert len(set(found)) == 9
     assert digests.digests([]) == []
+
+
+def test_without_blake3_digests_are_sha256_and_bound_to_other_keys(monkeypatch):
+    columns, facts = [torch.arange(6.0).view(2, 3)], digests.platform_facts()
+    quick, bulk = digests.digests(columns), digests.bulk_digest(columns)
+    monkeypatch.setattr(digests, "blake3", None)
+    assert digests.digests(columns) == digests.digests(columns, like="0123")
+    assert digests.bulk_digest(columns) != bulk
+    assert digests.platform_facts() != facts
+    with pytest.raises(ValueError, match="pip install blake3"):
+        digests.digests(columns, like=quick[0])
 
 
 def test_bulk_digest_sees_every_bit_shape_and_border():

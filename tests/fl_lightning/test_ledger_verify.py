@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,17 @@ def test_an_honest_run_has_no_problems(
     assert verify(reseal(entries, tmp_path)) == []
     assert main(["verify", str(runs[name])]) == 0
     assert f"schema {schema}, head {Ledger.open(runs[name]).head_hash}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["records", "sums"])
+def test_a_ledger_is_verified_and_shown_without_torch(runs: Runs, name: str) -> None:
+    assert (runs[name] / "checkpoints" / "last.ckpt").is_file()
+    code = (
+        "import sys; from fl_lightning.ledger.__main__ import main; "
+        "assert not any(main([do, sys.argv[1]]) for do in ('verify', 'show')); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(runs[name])], check=True)
 
 
 @pytest.mark.parametrize("rng", ["chacha12", "philox7"])

@@ -254,7 +254,7 @@ class Attack:
             values, votes = (torch.stack(v) for v in zip(*released, strict=True))
             ratios.append(self.log_ratio(values, votes, known))
         claimed = event_multiplier(
-            torch.tensor(self.weight), self.multiplier,
+            self.weight, self.multiplier,
             mechanism=self.config.mechanism, vote_share=self.config.votes,
         )  # fmt: skip
         event = NoiseEvent(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from aadp_kernels import grid
+from aadp_kernels import grid_law
 from fl_lightning import PrivacyConfig
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.accounting.composition import calibrate, compose_epsilon
@@ -45,7 +45,7 @@ def test_grid_errors_in_numbers():
 def test_inexactness_of_the_kernels_is_what_is_charged(mechanism):
     event = NoiseEvent(mechanism, 1.0)
     extra = inexact_noise(event, "grid", streams=(1000, 24), delta=1e-6)
-    inflation, tail = grid.inexactness(mechanism, 1024)
+    inflation, tail = grid_law.inexactness(mechanism, 1024)
     assert extra.epsilon == inflation > 0
     assert tail <= extra.delta < 1e-12
 
@@ -66,7 +66,7 @@ def test_epsilon_with_the_grid_is_the_continuous_one_plus_the_inflation(
         part.release(torch.arange(3), global_params(network), round, "x")
     steps = 6 if setting == "record+local" else 3
     votes = 2 if config.resolved_thresholds == "quantile" else 0
-    inflation, _ = grid.inexactness(mechanism, 45 + 18 + votes)
+    inflation, _ = grid_law.inexactness(mechanism, 45 + 18 + votes)
     event = NoiseEvent(mechanism, 2.0, 1.0, config.resolved_adjacency)
     for line in part.books.ledger:
         assert line.epsilon_inflation == pytest.approx(line.steps * inflation, rel=1e-12, abs=0)
@@ -89,7 +89,7 @@ def test_pure_epsilon_of_a_whole_run(federation, fit, tmp_path):
     plain = calibrate(mechanism="laplace", sampling_rate=1.0, steps=3, epsilon=4.0, delta=0.0)
     assert float(module.run.budget.multiplier[0]) > plain == 0.75
     assert verify(module.ledger.path) == []
-    inflation, _ = grid.inexactness("laplace", 63)
+    inflation, _ = grid_law.inexactness("laplace", 63)
     for client in report(module.ledger.path).values():
         assert client.delta == 0.0
         exact = 3 / float(module.run.budget.multiplier[0]) + 3 * inflation
@@ -109,7 +109,7 @@ def test_calibration_leaves_room_for_the_inflation():
     budget.calibrate(1)
     wide = Budget(PrivacyConfig(epsilon=1.0), [10], 1.0, dims)
     wide.calibrate(1)
-    inflation, _ = grid.inexactness("gaussian", sum(budget.streams))
+    inflation, _ = grid_law.inexactness("gaussian", sum(budget.streams))
     assert inflation > 1e-4
     ratio = float(budget.multiplier[0] / wide.multiplier[0])
     assert 1 + 5 * inflation < ratio < 1 + 20 * inflation

@@ -100,9 +100,9 @@ MUTATIONS = [
     _one(_RUN, _EVALUATION + "none_is_given_after_a_round_that_plans_none", "after any round", "or not evaluations.due(round):", "or False:"),
     _one("fl_lightning/deploy/holding.py", _EVALUATION + "a_node_without_held_out_records_takes_no_part", "a holder that keeps no records", "if privacy.evaluate_every and not holding.data.val_fraction:", "if False:"),
     *group(
-        "fl_lightning/release/remote_evaluation.py",
+        "fl_lightning/release/remote.py",
         _EVALUATION + "an_evaluation_that_is_lost_or_forged_is_left_out_and_its_line_comes_later",
-        ("a forged evaluation is taken", "digests.digests([answers])[0]", 'head["lines"][-1]["digest"]'),
+        ("a forged evaluation is taken", "if e.digest == digests.digests(seen, like=e.digest)[0]", "if e.digest"),
     ),
     *group(
         "fl_lightning/release/remote_evaluation.py",

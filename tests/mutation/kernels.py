@@ -145,7 +145,7 @@ GRID_NUMBERS = group(
 )  # fmt: skip
 
 GRID_COST = group(
-    "aadp_kernels/grid.py",
+    "aadp_kernels/grid_law.py",
     f"{GRID} tests/fl_lightning/test_noise_forms_cost.py::test_inexactness_of_the_kernels_is_what_is_charged",
     ("half the inflation (Laplace)", "return 2 * elements * _table_error(), 0.0", "return elements * _table_error(), 0.0"),
     ("half the inflation (Gaussian)", "return 2 * elements * eta,", "return elements * eta,"),
@@ -154,19 +154,24 @@ GRID_COST = group(
 )  # fmt: skip
 
 SCALES = group(
-    "aadp_kernels/sensitivity.py",
+    "aadp_kernels/scales.py",
     SENSITIVITY,
     ("replace_one not doubled", '(2.0 if adjacency == "replace_one" else 1.0)', "1.0"),
     ("zero_out doubled", '(2.0 if adjacency == "replace_one" else 1.0)', "2.0"),
     ("root of the share dropped", 'part = part.sqrt() if mechanism == "gaussian" else part', "part = part"),
     ("root of the share for Laplace", 'part = part.sqrt() if mechanism == "gaussian" else part', "part = part.sqrt()"),
     ("noise 2/3", "multiplier * sensitivities.where(noisy, 0.0) / part", "2 / 3 * multiplier * sensitivities.where(noisy, 0.0) / part"),
+    ("shares above one allowed", "part = shares / total.clamp(min=1.0)", "part = shares"),
+)  # fmt: skip
+
+VOTES = group(
+    "aadp_kernels/votes.py",
+    SENSITIVITY,
     ("sums not paid for the votes (Gaussian)", "sums = total / math.sqrt(1 - vote_share)", "sums = total"),
     ("sums not paid for the votes (Laplace)", "return total / (1 - vote_share), total", "return total, total"),
     ("votes of one layer (Gaussian)", "total * vote * math.sqrt(num_layers / vote_share)", "total * vote * math.sqrt(1 / vote_share)"),
     ("votes of one layer (Laplace)", "total * vote * num_layers / vote_share", "total * vote / vote_share"),
     ("votes of width 1/4", 'vote = 1.0 if adjacency == "replace_one" else 0.5', 'vote = 1.0 if adjacency == "replace_one" else 0.25'),
-    ("shares above one allowed", "part = shares / total.clamp(min=1.0)", "part = shares"),
 )  # fmt: skip
 
 _BOTH_PASSES = (
@@ -351,7 +356,7 @@ REUSE = group(
 
 MUTATIONS = [
     *WORDS, *REUSE, *STANDARD_NOISE, *UPDATES, *CERTIFIED, *SUMS, *SUM_INTERFACE, *GRID_NOISE,
-    *GRID_NUMBERS, *GRID_COST, *SCALES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
+    *GRID_NUMBERS, *GRID_COST, *SCALES, *VOTES, *CLIP_IN_BACKWARD, *CLIP_MATRICES, *GRAM, *KEPT, *TILES,
     *ROWS, *LINEAR_ROWS, *GRAM_KERNEL, *ELEMENTS, *PASSES, *DECISIONS, *GRID_PASS,
     *GRID_RELEASES, *TRANSFORMS,
 ]  # fmt: skip

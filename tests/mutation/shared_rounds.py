@@ -68,7 +68,7 @@ MUTATIONS = [
         ("keys of the round alone", "return update, key if total.shared is None else total.key", "return update, key"),
         ("rounds that were combined are not said", "combined=None if plan is None else tuple(r for r, _, _ in self._earlier(round)),", "combined=None,"),
         ("a round is released twice", "        if self.noise is not None:\n            _LOG", "        if False:\n            _LOG"),
-        ("tails of other clients", "own = own / torch.from_numpy(plan.sizes_of_one.largest[ids])", "own = own * 2"),
+        ("tails of other clients", "own = own / plan.sizes_of_one.largest[ids]", "own = own * 2"),
     ),
     *group(
         "fl_lightning/accounting/budget.py",

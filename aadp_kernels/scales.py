@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from aadp_kernels import _validate
-from aadp_kernels.noise import MECHANISMS
-
-ADJACENCIES = ("zero_out", "replace_one")
+from aadp_kernels import _validate, _validate_tensors
+from aadp_kernels.sampler_limits import MECHANISMS
+from aadp_kernels.votes import ADJACENCIES
 
 
 def sensitivity(clip: Tensor, *, adjacency: str) -> Tensor:
@@ -29,7 +26,7 @@ def sensitivity(clip: Tensor, *, adjacency: str) -> Tensor:
     """
     _validate.one_of("adjacency", adjacency, ADJACENCIES)
     clip = torch.as_tensor(clip)
-    _validate.nonnegative_tensor("clip", clip, finite=False)
+    _validate_tensors.nonnegative_tensor("clip", clip, finite=False)
     return clip.to(torch.float64) * (2.0 if adjacency == "replace_one" else 1.0)
 
 
@@ -77,7 +74,7 @@ def noise_scales(
             f"shares must have {sensitivities.shape[-1]} layers, got shape {tuple(shares.shape)}"
         )
     multiplier = torch.as_tensor(noise_multiplier, dtype=torch.float64, device=sensitivities.device)
-    _validate.nonnegative_tensor("noise_multiplier", multiplier, finite=True)
+    _validate_tensors.nonnegative_tensor("noise_multiplier", multiplier, finite=True)
     total = shares.sum(-1, keepdim=True)
     if not bool((shares > 0).all() & (total <= 1 + 1e-5).all()):
         raise ValueError(f"shares must be positive and sum to at most 1, got {shares.tolist()}")
@@ -88,51 +85,3 @@ def noise_scales(
     part = shares / total.clamp(min=1.0)
     part = part.sqrt() if mechanism == "gaussian" else part
     return torch.where(noisy, multiplier * sensitivities.where(noisy, 0.0) / part, 0.0)
-
-
-def vote_noise(
-    noise_multiplier_total: float,
-    *,
-    num_layers: int,
-    vote_share: float,
-    mechanism: str,
-    adjacency: str,
-) -> tuple[float, float]:
-    """Divide one budget between the clipped sums and the votes of the same step.
-
-    One unit's votes are +-1/2 in each of L layers: sqrt(L)/2 in L2 and L/2 in L1, doubled under
-    replace_one.
-
-    Args:
-        noise_multiplier_total: z or lambda of the joint event, what the accountant sees; >= 0.
-        num_layers: L >= 1.
-        vote_share: rho in (0, 1), the votes' part of the budget.
-        mechanism: "gaussian" or "laplace".
-        adjacency: "zero_out" or "replace_one".
-
-    Returns:
-        (noise multiplier for the sums, absolute noise scale of each vote sum):
-        gaussian (z / sqrt(1 - rho), z * sqrt(L) / (2 * sqrt(rho))),
-        laplace (lambda / (1 - rho), L * lambda / (2 * rho)).
-
-    Raises:
-        ValueError: An argument out of its range.
-
-    Edge cases:
-        Total 0 gives (0, 0).
-
-    Reference:
-        Andrew, Thakkar, McMahan, Ramaswamy 2021, arXiv:1905.03871, theorem 1, for L thresholds.
-    """
-    _validate.one_of("mechanism", mechanism, MECHANISMS)
-    _validate.one_of("adjacency", adjacency, ADJACENCIES)
-    total = _validate.finite_nonnegative("noise_multiplier_total", noise_multiplier_total)
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-    if not 0 < vote_share < 1:
-        raise ValueError(f"vote_share must be in (0, 1), got {vote_share}")
-    vote = 1.0 if adjacency == "replace_one" else 0.5
-    if mechanism == "gaussian":
-        sums = total / math.sqrt(1 - vote_share)
-        return sums, total * vote * math.sqrt(num_layers / vote_share)
-    return total / (1 - vote_share), total * vote * num_layers / vote_share
