@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from aadp_kernels import tail_cutoff, vote_noise
 from fl_lightning.accounting.sum_costs import (
@@ -92,7 +91,7 @@ def header_of(clients: int, rounds: int) -> dict[str, Any]:
 def sum_of(header: dict[str, Any], round: int, spent: np.ndarray) -> Release:
     """The line of a sum of everybody."""
     weights, calibrated = (
-        torch.tensor(header[name], dtype=torch.float64) for name in ("weights", "noise_multiplier")
+        np.array(header[name], dtype=float) for name in ("weights", "noise_multiplier")
     )
     z, _ = sum_weights(weights, calibrated, mechanism="gaussian", vote_share=SHARE)
     votes = vote_noise(

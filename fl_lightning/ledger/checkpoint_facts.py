@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def privacy_facts(path: Path) -> dict[str, Any] | None:
             root = archive.namelist()[0].split("/")[0]
             order = f"{root}/byteorder"
             big = order in archive.namelist() and archive.read(order) == b"big"
-            with archive.open(f"{root}/data.pkl") as file:
-                state = _Reader(file, _Memory(path, root, ">" if big else "<")).load()
+            pickled = BytesIO(archive.read(f"{root}/data.pkl"))
+        state = _Reader(pickled, _Memory(path, root, ">" if big else "<")).load()
     except (zipfile.BadZipFile, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no checkpoint of torch: {error}") from error
     if not isinstance(state, dict):

@@ -342,4 +342,22 @@ ACCOUNTING = [
     ),
 ]  # fmt: skip
 
-MUTATIONS = [*LINES, *HEADERS, *FILES, *ACCOUNTING]
+FACTS = [
+    *group(
+        "fl_lightning/ledger/checkpoint_facts.py",
+        "tests/fl_lightning/test_checkpoint_facts.py",
+        ("classes of a checkpoint", "return type(name, (_Other,), {})", "return super().find_class(module, name)"),
+        ("tensors begin at the front", "places = np.full(self.shape, self.offset)", "places = np.full(self.shape, 0)"),
+        ("rows lie one behind another", "along = np.arange(count) * step", "along = np.arange(count)"),
+    ),
+    *group(
+        "fl_lightning/keys/digests.py",
+        "tests/fl_lightning/test_digests.py",
+        ("the first row for all", "data[i * size : (i + 1) * size]", "data[:size]"),
+        ("a digest of another function", "blake3 if like.startswith(_BLAKE3) else hashlib.sha256", "blake3"),
+        ("the function is no fact", '"SHA-256" if blake3 is None else "BLAKE3"', '"BLAKE3"'),
+        ("the first piece for all", "state.update(pieces[i])", "state.update(pieces[0])"),
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*LINES, *HEADERS, *FILES, *ACCOUNTING, *FACTS]

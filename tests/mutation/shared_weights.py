@@ -1,4 +1,4 @@
-"""Mistakes in weights that layers share, and in weights that are held turned."""
+"""Mistakes in weights that layers share or hold turned, and in layers of other libraries."""
 
 from __future__ import annotations
 
@@ -25,4 +25,11 @@ TRANSPOSED = group(
     ("clients' not turned back", "None if found[1] is None else found[1].transpose(1, 2)", "None if found[1] is None else found[1].reshape(-1, *weight.shape[1:])"),
 )  # fmt: skip
 
-MUTATIONS = [*SHARED_WEIGHTS, *TRANSPOSED]
+FOREIGN = group(
+    "aadp_kernels/clip_in_backward/foreign.py",
+    "tests/aadp_kernels/test_foreign.py",
+    ("another norm for an RMS norm", "return have.shape == want.shape and torch.allclose(have.float(), want, error, error)", "return True"),
+    ("a bias is left out", "if len([*module.parameters()]) > 1 or [*module.children()]:", "if False:"),
+)  # fmt: skip
+
+MUTATIONS = [*SHARED_WEIGHTS, *TRANSPOSED, *FOREIGN]
