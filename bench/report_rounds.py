@@ -69,9 +69,14 @@ def comparison(contests: dict) -> list[str]:
     return lines
 
 
+def alone(case: dict) -> bool:
+    """Whether no other engine takes part."""
+    return all(side["kind"] == "ours" for side in case["sides"].values())
+
+
 def summary(results: dict) -> list[str]:
-    """Engines by case, our sides over the rivals, then what grows."""
-    contests = {t: c for t, c in results.items() if not grown(c)}
+    """Engines by case, our sides over the rivals, then what grows, and what settings cost."""
+    contests = {t: c for t, c in results.items() if not grown(c) and not alone(c)}
     names = list(dict.fromkeys(n for c in contests.values() for n in timed(c)))
     heads = [f"{c['network']}, ms a round | rounds/s | MB" for c in contests.values()]
     lines = [f"| engine | {' | '.join(heads)} |", "|---" * (1 + 3 * len(contests)) + "|"]
@@ -90,7 +95,21 @@ def summary(results: dict) -> list[str]:
     for title, case in results.items():
         if grown(case):
             lines += [*growth(title, case), ""]
+        elif alone(case):
+            lines += [*prices(title, case), ""]
     return lines[:-1]
+
+
+def prices(title: str, case: dict) -> list[str]:
+    """A line of times by setting, and of their ratios to the first."""
+    known = timed(case)
+    first = known[base(case)]
+    cells = [f"{1e3 * middle(side):.3g}" for side in known.values()]
+    over = [f"{ratios(side['seconds'], first['seconds'])[0]:.2f} ×" for side in known.values()]
+    head = f"| {case['network']}, {title} | {' | '.join(known)} |"
+    rows = [f"| {label} | {' | '.join(row)} |"
+            for label, row in (("ms a round", cells), (f"over {base(case)}", over))]  # fmt: skip
+    return [head, "|---" * (len(known) + 1) + "|", *rows]
 
 
 def growth(title: str, case: dict) -> list[str]:

@@ -37,6 +37,9 @@ AADP: dict[str, Any] = {
     "setting": "client+local", "noise_multiplier": 1.0, "epsilon": None, "clip_norm": CLIP,
     "delta": 1e-6,
 }  # fmt: skip
+AGGREGATED: dict[str, Any] = AADP | {
+    "setting": "client+aggregator", "cohort_sampling": "fixed", "thresholds": "released",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,14 @@ def cases(device: torch.device, quick: bool) -> dict[str, Case]:
     found["10 of more and more clients, client+local"] = growth(AADP, few=quick or gpu)
     if not (quick or gpu):
         found["larger and larger cohorts, client+local"] = cohorts(AADP)
+        found["100 of 400 clients"] = settings()
     return found
+
+
+def settings() -> Case:
+    """One cohort of a hundred clients, without privacy and under the settings of whole updates."""
+    private = {"client+local": ours(AADP), "client+aggregator": ours(AGGREGATED)}
+    return Case("MLP", 400, 100, 20, 2, {"no privacy": ours(FEDAVG)} | private)
 
 
 def build(case: Case, name: str, device: torch.device) -> dict[str, Any]:
@@ -324,7 +334,10 @@ def gate(engine: Engine, side: Side, problem: dict[str, Any], reference: Referen
     layers = len({name.rpartition(".")[0] for name in federation.start(problem)})
     clip = CLIP / math.sqrt(layers)
     model, facts = engine.model()
-    check_noise(model, reference.after(1, clip), Path(facts["folder"]))
+    # One client is exchanged for another, or its update for nothing.
+    moves = 2 if side.options["privacy"]["setting"] == "client+local" else 1
+    cohort = problem["schedule"].shape[1]
+    check_noise(model, reference.after(1, clip), Path(facts["folder"]), cohort=cohort, moves=moves)
     silent = {"noise_multiplier": 0.0, "thresholds": "fixed"}
     options = {**side.options, "privacy": {**side.options["privacy"], **silent}}
     quiet = launch(side, problem | {"options": options})
@@ -351,7 +364,9 @@ def check_model(
             raise parity.ParityError(f"{name} is off by {worst:.1e}, learnt was {learnt:.1e}")
 
 
-def check_noise(have: dict[str, Tensor], want: dict[str, Tensor], folder: Path) -> None:
+def check_noise(
+    have: dict[str, Tensor], want: dict[str, Tensor], folder: Path, *, cohort: int, moves: int
+) -> None:
     """The noise in the mean is that of the round's table, and the table keeps the multiplier.
 
     Raises:
@@ -360,12 +375,11 @@ def check_noise(have: dict[str, Tensor], want: dict[str, Tensor], folder: Path) 
     with (folder / "layers.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["round"] == "0"]
     names = list(dict.fromkeys(row["layer"] for row in rows))
-    cohort = len(rows) // len(names)
     budget = 0.0
     for layer in names:
         own = [row for row in rows if row["layer"] == layer]
         scales = [float(row["noise_scale"]) for row in own]
-        budget += (2 * float(own[0]["clip_norm"]) / scales[0]) ** 2
+        budget += (moves * float(own[0]["clip_norm"]) / scales[0]) ** 2
         noise = torch.cat([(have[n] - want[n].cpu()).flatten() for n in want
                            if n.rpartition(".")[0] == layer]).double()  # fmt: skip
         ratio = float(noise.square().mean().sqrt()) / (math.hypot(*scales) / cohort)

@@ -89,10 +89,36 @@ def test_noise_of_a_round_is_what_its_table_says(tmp_path: Path, factor: float) 
     want = {f"{name}.weight": torch.zeros(20, 30) for name in scales}
     have = {f"{n}.weight": factor * s / 2 * torch.randn(20, 30) for n, s in scales.items()}
     if factor == 1.0:
-        rounds.check_noise(have, want, tmp_path)
+        rounds.check_noise(have, want, tmp_path, cohort=4, moves=2)
         (tmp_path / "layers.csv").write_text("\n".join(lines).replace(",3.0,", ",2.9,") + "\n")
     with pytest.raises(parity.ParityError):
-        rounds.check_noise(have, want, tmp_path)
+        rounds.check_noise(have, want, tmp_path, cohort=4, moves=2)
+
+
+def test_one_noise_of_a_sum_is_what_its_table_says(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = "round,client,layer,noise_scale,clip_norm\n0,-1,a,3.0,3.0\n"
+    (tmp_path / "layers.csv").write_text(text)
+    want = {"a.weight": torch.zeros(20, 30)}
+    rounds.check_noise({"a.weight": 3 / 4 * torch.randn(20, 30)}, want, tmp_path, cohort=4, moves=1)
+    for factor in (2 / 3, 3 / 2):
+        have = {"a.weight": factor * 3 / 4 * torch.randn(20, 30)}
+        with pytest.raises(parity.ParityError):
+            rounds.check_noise(have, want, tmp_path, cohort=4, moves=1)
+
+
+def test_prices_of_settings_are_over_the_first() -> None:
+    sides = {
+        "no privacy": {"kind": "ours", "seconds": [1.0, 2.0, 3.0]},
+        "client+local": {"kind": "ours", "seconds": [3.0, 6.0, 9.0]},
+    }
+    case = {"network": "MLP", "sides": sides, "populations": {}, "cohorts": {}}
+    assert report_rounds.summary({"a cohort": case})[-4:] == [
+        "| MLP, a cohort | no privacy | client+local |",
+        "|---|---|---|",
+        "| ms a round | 2e+03 | 6e+03 |",
+        "| over no privacy | 1.00 × | 3.00 × |",
+    ]
 
 
 @pytest.mark.slow
