@@ -10,7 +10,7 @@ from dp_accounting import gaussian_mechanism
 
 from fl_lightning.accounting import running, step_curve
 from fl_lightning.accounting.composition import compose_epsilon
-from fl_lightning.accounting.gaussian import gaussian_epsilon
+from fl_lightning.accounting.gaussian import gaussian_epsilon, scaled_erfc
 from fl_lightning.accounting.running import RunningEpsilon
 from fl_lightning.accounting.step_curve import StepCurve
 from fl_lightning.ledger import read
@@ -202,3 +202,9 @@ def test_steps_of_other_noise_count_as_the_one_with_least(monkeypatch):
     least = of_lines(monkeypatch, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
     assert of_lines(monkeypatch, (1.0, 0.0, 0.0), (3.0, 0.0, 0.0)) == least
     assert of_lines(monkeypatch, (3.0, 0.0, 0.0), (1.0, 0.0, 0.0)) == least
+
+
+def test_the_scaled_complement_of_the_error_function_is_scipys() -> None:
+    special = pytest.importorskip("scipy.special")
+    x = np.concatenate([np.linspace(0, 60, 20_001), 10.0 ** np.linspace(-12, 12, 500)])
+    np.testing.assert_allclose(scaled_erfc(x), special.erfcx(x), rtol=1e-14)

@@ -209,9 +209,10 @@ RUNNING = (
         "fl_lightning/accounting/gaussian.py",
         "tests/fl_lightning/test_running_epsilon.py",
         ("the lower end of epsilon", "<= wanted, 0.0, high)", "<= wanted, 0.0, 0.999 * high)"),
-        ("delta without its second term", "- np.exp(-t * t / 2)", "- 0 * np.exp(-t * t / 2)"),
+        ("delta without its second term", "- second) / 2", "- 0 * second) / 2"),
         ("half a move", "t = move / 2 - epsilon / move", "t = move / 4 - epsilon / move"),
         ("next to no noise", "multipliers > _LEAST", "multipliers > 0"),
+        ("the series where it does not hold", "np.where(x < _FAR, product,", "np.where(x < 2, product,"),
     ),
     *group(
         "fl_lightning/accounting/step_curve.py",
