@@ -159,6 +159,7 @@ def compare(clients: int, rounds: int, folder: Path) -> dict[str, float]:
             each.append(for_every_client(header, line))
             spent += 1
     found: dict[str, float] = {"clients": clients, "rounds": rounds}
+    verify(folder / "sums")  # imports what it needs
     for name in ("all", "sums"):
         found[f"bytes_{name}"] = (folder / name / "ledger.jsonl").stat().st_size
         start = time.perf_counter()
