@@ -7,6 +7,7 @@ that the pickle names, an empty stand-in. So nothing of a checkpoint is run.
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 PRIVACY = "aadp_fl"
+_MOST = 1 << 24
 _STORAGES = {
     "DoubleStorage": "f8",
     "FloatStorage": "f4",
@@ -34,7 +36,7 @@ def privacy_facts(path: Path) -> dict[str, Any] | None:
     Tensors are `StoredTensor`: those of float64, float32, int64, int32 and bool can be read.
 
     Raises:
-        OSError, pickle.UnpicklingError, ValueError, EOFError: the file cannot be read.
+        OSError, ValueError: the file cannot be read, or has no such facts.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -43,11 +45,14 @@ def privacy_facts(path: Path) -> dict[str, Any] | None:
             big = order in archive.namelist() and archive.read(order) == b"big"
             pickled = BytesIO(archive.read(f"{root}/data.pkl"))
         state = _Reader(pickled, _Memory(path, root, ">" if big else "<")).load()
-    except (zipfile.BadZipFile, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no checkpoint of torch: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"a {type(state).__name__}, no checkpoint")
-    return state.get(PRIVACY)
+        found = state.get(PRIVACY)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a pickle that is none leads to
+        raise ValueError(f"no checkpoint of torch: {error!r}") from error
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{PRIVACY} is a {type(found).__name__}, no facts")
+    return found
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class StoredTensor:
             ValueError: a dtype that no fact has, or more elements than the archive has.
         """
         values = self.memory.read()
+        if math.prod(self.shape) > max(len(values), _MOST):
+            raise ValueError(f"a tensor of {self.shape} has {len(values)} numbers")
         places = np.full(self.shape, self.offset)
         for axis, (count, step) in enumerate(zip(self.shape, self.stride, strict=True)):
             along = np.arange(count) * step

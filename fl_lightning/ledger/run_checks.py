@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class RunFiles:
         name, header = "checkpoints/last.ckpt", self.header
         try:
             state = privacy_facts(path)
-        except (UnpicklingError, OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             self.notes.append(f"{name} was not compared, it cannot be read: {error!r:.80}")
             return
         if state is None:
