@@ -45,6 +45,11 @@ def test_the_check_knows_every_package_of_the_extra() -> None:
         assert homes[package] & names(FEDERATED), package
 
 
+def test_public_names_are_listed_before_they_are_used() -> None:
+    for package in (aadp_kernels, fl_lightning):
+        assert set(package.__all__) == set(package._HOMES) <= set(dir(package))
+
+
 def test_the_version_is_one() -> None:
     citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert citation is not None

@@ -22,6 +22,7 @@ def test_what_noise_costs_is_told_without_torch():
         "from aadp_kernels.grid_law import inexactness; "
         "assert tail_cutoff('gaussian') > 9; "
         "assert inexactness('laplace', 9)[0] > 0; "
+        "import aadp_kernels; assert {'privatize_', 'sample_noise'} < set(dir(aadp_kernels)); "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

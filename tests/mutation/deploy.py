@@ -102,7 +102,7 @@ MUTATIONS = [
     *group(
         "fl_lightning/release/remote.py",
         _EVALUATION + "an_evaluation_that_is_lost_or_forged_is_left_out_and_its_line_comes_later",
-        ("a forged evaluation is taken", "if e.digest == digests.digests(seen, like=e.digest)[0]", "if e.digest"),
+        ("a forged evaluation is taken", "if line.digest in shown", "if line.digest"),
     ),
     *group(
         "fl_lightning/release/remote_evaluation.py",
