@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aadp_kernels._dispatch import without_compiling
+    from aadp_kernels._late import compiling
     from aadp_kernels._reuse import ReusedNoiseError
     from aadp_kernels.clip_in_backward.functions import (
         clipped_bias,
@@ -69,6 +69,7 @@ __all__ = [
     "clipped_layer_norm",
     "clipped_linear",
     "clipped_rms_norm",
+    "compiling",
     "forget_gradients",
     "layer_norms",
     "max_elements",
@@ -82,7 +83,6 @@ __all__ = [
     "vote_noise",
     "with_clipping",
     "with_kept_gradients",
-    "without_compiling",
 ]
 _HOMES = {
     "Bias": "clip_in_backward.modules",
@@ -108,6 +108,7 @@ _HOMES = {
     "clipped_layer_norm": "clip_in_backward.functions",
     "clipped_linear": "clip_in_backward.functions",
     "clipped_rms_norm": "clip_in_backward.functions",
+    "compiling": "_late",
     "forget_gradients": "clip_in_backward.kept",
     "layer_norms": "privatize",
     "max_elements": "sampler_limits",
@@ -121,7 +122,6 @@ _HOMES = {
     "vote_noise": "votes",
     "with_clipping": "clip_in_backward.modules",
     "with_kept_gradients": "clip_in_backward.kept",
-    "without_compiling": "_dispatch",
 }
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from aadp_kernels import _validate
+from aadp_kernels import _late, _validate
 from aadp_kernels.contract import HostBackend, RecordKernels
 
 IMPLS = ("auto", "torch", "numba", "triton")
@@ -27,27 +25,6 @@ _FASTEST = {"cpu": "numba", "cuda": "triton"}
 # Whose noise is as much as what it is added to, so that its arithmetic sets the time.
 _NOISE_BOUND = ("noise", "privatize")
 _CPU = torch.device("cpu")
-_COMPILING: ContextVar[bool] = ContextVar("compiling", default=True)
-
-
-@contextmanager
-def without_compiling(really: bool = True) -> Iterator[None]:
-    """Within it, `impl="auto"` takes plain torch on a CPU, in this thread.
-
-    Numba compiles for 20 to 40 seconds before the first call returns, once for each version of this
-    package; few calls of small models never pay that back. What numba alone can do, it still does.
-
-    Args:
-        really: False changes nothing.
-
-    Guarantees:
-        The noise of the wide form has the same bits as outside. Norms are added in another order.
-    """
-    before = _COMPILING.set(_COMPILING.get() and not really)
-    try:
-        yield
-    finally:
-        _COMPILING.reset(before)
 
 
 @cache
@@ -89,8 +66,7 @@ def choose(
     _validate.one_of("impl", impl, IMPLS)
     if impl == "auto":
         impl = _fastest(device)
-        small = elements < AUTO_ELEMENTS or not _COMPILING.get()
-        if impl == "numba" and small and form != "fast":
+        if impl == "numba" and elements < AUTO_ELEMENTS and form != "fast":
             return "torch"
         return impl if _reason(impl, operation, form, device, correlated) is None else "torch"
     if impl == "numba" and (operation, form) in _left_to_torch():
@@ -130,16 +106,27 @@ def backend(
     elements: int,
     form: str = "wide",
     correlated: bool = False,
+    numbers: int = _LARGE,
 ) -> HostBackend:
     """The chosen back end; numba or triton is imported here.
 
-    One on an accelerator has `coins` and `layer_norms` only where its `FORMS` say so, and is not
-    chosen for them otherwise.
+    `numbers` is what the whole call draws or reads, see `_late.waits`. A back end on an accelerator
+    has `coins` and `layer_norms` only where its `FORMS` say so, and is not chosen for them
+    otherwise.
     """
     if impl not in IMPLS:
         _validate.one_of("impl", impl, IMPLS)
-    small = elements < AUTO_ELEMENTS or not _COMPILING.get()
+    small = elements < AUTO_ELEMENTS
+    if impl == "auto" and device.type == "cpu" and not small:
+        small = _late.waits(operation, form, numbers, partial(_at_hand, operation, form))
     return _backend(impl, operation, device, form, small, correlated)
+
+
+def _at_hand(operation: str, form: str) -> bool:
+    """Whether numba has the compiled code of an operation, or will never have any."""
+    if unavailable("numba", operation, form, _CPU) is not None:
+        return True
+    return import_module("aadp_kernels._cpu.at_hand").at_hand(operation, form)
 
 
 @cache
@@ -165,7 +152,7 @@ def record_kernels(x: Tensor) -> RecordKernels | None:
         and x.dtype in (torch.float32, torch.float64)
         and x.is_cpu
         and not torch.compiler.is_compiling()  # first: a trace cannot look at a context
-        and _COMPILING.get()
+        and not _late.never()
     ):
         return _record_kernels()
     return None

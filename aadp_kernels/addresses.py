@@ -1,4 +1,4 @@
-"""Where every number of noise lies: generators, and the counter of each block of words.
+"""Where every number of noise lies, counters of blocks of words, and how norms are added.
 
 The 128-bit counter of a block is (block, step, client, layer + 2^24 * domain), 32 bits each, so no
 two (domain, step, client, layer, block) share a block.
@@ -51,6 +51,10 @@ ATANH = tuple(2 / (2 * k + 1) for k in range(12))
 SINE = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(9))
 COSINE = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9))
 SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+
+# The order of the sums in norms on a CPU, see `aadp_kernels._torch.ordered_sums`: elements of a
+# unit of a layer, and running sums.
+SUM_UNIT, SUM_LANES = 1 << 16, 32
 
 CHACHA_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -99,8 +99,9 @@ def sample_noise(
     step, layer = check_address(key, step=step), _validate.integer_below("layer", layer, _MAX_LAYER)
     again = drawn_again(correlation, key, step, mechanism, form)
     backend = _dispatch.backend(
-        impl, "noise", device=place, elements=count, form=form, correlated=correlation is not None
-    )
+        impl, "noise", device=place, elements=count, form=form, correlated=correlation is not None,
+        numbers=shape.numel(),
+    )  # fmt: skip
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):
         _validate_tensors.nonnegative_tensor("scale", scale, finite=True)
@@ -159,7 +160,7 @@ def poisson_mask(
     n = _validate.integer_below("n", n, max_elements(key.rng))
     clients = _validate_tensors.client_ids(client, place)
     step = check_address(key, step=step)
-    backend = _dispatch.backend(impl, "coins", device=place, elements=n)
+    backend = _dispatch.backend(impl, "coins", device=place, elements=n, numbers=n * len(clients))
     rates = list(rate) if isinstance(rate, Sequence) else [float(rate)] * len(clients)
     if len(rates) != len(clients):
         raise ValueError(f"rate must be one for each of {len(clients)} clients, got {len(rates)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aadp_kernels import _dispatch, _seen, _validate, _validate_tensors
+from aadp_kernels import _dispatch, _late, _seen, _validate, _validate_tensors
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
@@ -78,8 +78,9 @@ def privatize_(
         The float64 norm of a clipped layer is at most C, also after it is rounded to the dtype of
         `out`; an update below C changes in no bit. Noise is `sample_noise` at (key, step, client,
         layer, element), whatever the cohort. Norms, products and noise are float64, rounded once.
-        Implementations draw the same words; their norms, and so the factor of a clipped layer, may
-        differ in the last bits of float64.
+        Implementations draw the same words. On a CPU the wide and the grid form have the same bits
+        in all of them; on an accelerator norms, and so the factor of a clipped layer, may differ in
+        the last bits of float64.
 
     Edge cases:
         | layer | contribution |
@@ -114,7 +115,7 @@ def privatize_(
     noise = noise_source(key, noisy, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
         impl, "privatize", device=device, elements=layout.elements, form=form,
-        correlated=correlation is not None,
+        correlated=correlation is not None, numbers=_late.work(layout, clients),
     )  # fmt: skip
     claim_layers(key, noise, 0 if clients is None else clients, layout, noisy)
     return backend.privatize(
@@ -155,7 +156,11 @@ def layer_norms(
     device = check_tensors("tensors", tensors, layout, lead)
     if reference is not None:
         check_tensors("reference", reference, layout, (), device)
-    backend = _dispatch.backend(impl, "norms", device=device, elements=layout.elements, form="wide")
+    # To read a number takes an eighth of drawing one, or less.
+    numbers = _late.work(layout, range(*lead) if lead else None) // 8
+    backend = _dispatch.backend(
+        impl, "norms", device=device, elements=layout.elements, numbers=numbers
+    )
     result = backend.layer_norms(tensors, layout, p, reference)
     return result if cohort else result[0]
 

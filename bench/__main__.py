@@ -44,6 +44,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 
+from aadp_kernels import compiling
 from bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
@@ -89,7 +90,8 @@ def measure_part(part: str, device: torch.device, options: argparse.Namespace) -
     cuda = 90.0 if part == "rounds" else 180.0
     default = 75.0 if options.quick else cuda if device.type == "cuda" else 900.0
     budget = default if options.budget is None else options.budget
-    results = module.run(device, quick=options.quick, budget=budget, only=options.only)
+    with compiling("now"):
+        results = module.run(device, quick=options.quick, budget=budget, only=options.only)
     broken = {title: case["failed"] for title, case in results.items() if "failed" in case}
     results = {title: case for title, case in results.items() if title not in broken}
     for case in results.values():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
 from aadp_kernels import Layout, NoiseKey
 from fl_lightning import FederatedDataModule, PrivacyConfig
@@ -203,10 +203,12 @@ def _layer_norms(
     def loss(given: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(functional_call(network, given, (x[None],)), y[None])[0]
 
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(params, x, y)
     squares = torch.zeros(len(x), layout.num_layers, dtype=torch.float64)
-    for name, layer in zip(layout.names, layout.layer_of, strict=True):
-        squares[:, layer] += gradients[name].flatten(1).double().square().sum(1)
+    # One after another: encoders look at a mask's values, which vmap forbids.
+    for row, record, target in zip(squares, x, y, strict=True):
+        gradients = grad(loss)(params, record, target)
+        for name, layer in zip(layout.names, layout.layer_of, strict=True):
+            row[layer] += gradients[name].double().square().sum()
     return squares.sqrt().median(0).values
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from aadp_kernels import Layout, without_compiling
+from aadp_kernels import Layout, compiling
 from fl_lightning.rules import Rules
 
 # Measured on two cores: plain torch takes 0.2 µs more than numba for a number of noise and 0.8 ms
@@ -43,4 +43,5 @@ def kernels_for(
     rules: Rules, layout: Layout, client_sizes: Tensor, rounds: int
 ) -> AbstractContextManager[None]:
     """What the rounds of a run, and its dry round, are computed in; see `worth_compiling`."""
-    return without_compiling(not worth_compiling(rules, layout, client_sizes, rounds))
+    worth = worth_compiling(rules, layout, client_sizes, rounds)
+    return compiling("now" if worth else "never")

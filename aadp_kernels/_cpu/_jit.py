@@ -84,6 +84,15 @@ def _index_or_nothing(load: Callable[[], dict]) -> dict:
         return {}
 
 
+def is_compiled(kernel: Any) -> bool:
+    """Whether a kernel that Python calls has machine code, in this process or in the cache."""
+    kernel = getattr(kernel, "kernel", kernel)  # of a `Part`
+    if kernel.overloads:
+        return True
+    index = getattr(kernel._cache, "_cache_file", None)
+    return index is not None and bool(index._load_index())
+
+
 def jit_contract(function: Callable[..., Any]) -> Any:
     """`jit` with fused multiply-adds."""
     return jit(function, fastmath={"contract"})

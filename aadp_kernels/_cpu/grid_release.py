@@ -126,7 +126,7 @@ def privatize(
     table: TensorTable, layout: Layout, dtypes: Precision, noise: Noise, *, bounds: Bounds,
     scale: Tensor,
 ) -> ClipStats:  # fmt: skip
-    """`_cpu.privatize.privatize` on the grid: exactly the specification but for the norms."""
+    """`_cpu.privatize.privatize` on the grid: exactly the specification."""
     clip, p, votes_at = bounds
     rows, elements = len(clip), len(clip) * sum(layout.dims)
     exact = torch.finfo(torch.float64)

@@ -1,8 +1,7 @@
 """Norms, certified clipping and noise of updates in numba.
 
-Norms are added in an order of their own, fixed whatever the threads: they can differ from the
-specification in the last bits, and so can an element of a layer that is clipped. The rest of the
-wide form has the same bits.
+The wide form has the bits of plain torch, norms too (`aadp_kernels._torch.ordered_sums`), whatever
+the threads.
 """
 
 from __future__ import annotations

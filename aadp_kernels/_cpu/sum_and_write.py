@@ -16,7 +16,6 @@ from aadp_kernels._cpu.elements import array_at, first_line, load, load_differen
 from aadp_kernels._cpu.noise_plan import NoisePlan
 from aadp_kernels._cpu.rng import WORDS
 from aadp_kernels._cpu.tensor_table import (
-    CHUNK,
     FIRST,
     MINUS,
     MINUS_BYTES,
@@ -28,6 +27,7 @@ from aadp_kernels._cpu.tensor_table import (
     TensorTable,
 )
 from aadp_kernels._cpu.transform import TILE, fast_tile, wide_tile
+from aadp_kernels.addresses import SUM_UNIT
 from aadp_kernels.threads import run_on_threads
 
 # In float32 a factor below one is lowered by more than the roundings of itself, of a difference and
@@ -114,9 +114,10 @@ def _add_up(address, dtype, count, p, lanes):
 
 @jit
 def sum_units(table, bounds, units, p, sums, scratch, begin, end):
-    """Sums of |x| (and of x^2 for p = 2) of units of CHUNK elements of a layer: sums [2, K, units].
+    """Sums of |x| (and of x^2 for p = 2) of units of a layer: sums [2, K, units].
 
-    32 running sums a unit, added up in order. `scratch` has SCRATCH bytes.
+    In the order of `ordered_sums`: 32 running sums of SUM_UNIT elements, added up in order.
+    `scratch` has SCRATCH bytes.
     """
     place = first_line(scratch)
     x, minus = array_at(place, np.float64, TILE), array_at(place + 4096, np.float64, TILE)
@@ -126,11 +127,11 @@ def sum_units(table, bounds, units, p, sums, scratch, begin, end):
     for _ in range(begin, end):
         while column >= units[layer + 1]:
             layer += 1
-        low = (column - units[layer]) * CHUNK
+        low = (column - units[layer]) * SUM_UNIT
         for j in range(64):
             lanes[j] = 0.0
         for k in range(bounds[layer], bounds[layer + 1]):
-            stop = min(low + CHUNK - table[k, FIRST], table[k, SIZE])
+            stop = min(low + SUM_UNIT - table[k, FIRST], table[k, SIZE])
             start = max(0, low - table[k, FIRST])
             if table[k, MINUS] == 0 and table[k, VALUE_BYTES] == 4 and start < stop:
                 whole = (stop - start) // 128 * 128

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from aadp_kernels._cpu.transform import TILE
+from aadp_kernels.addresses import SUM_UNIT
 from aadp_kernels.layout import Layout
 
-CHUNK = 1 << 16
 NATIVE = (torch.float32, torch.float64)
 
 # Columns of the table of tensors: the layer's element that it begins with, its elements, then the
@@ -29,7 +29,7 @@ class LayerCuts(NamedTuple):
         ends: int64 [L], one past the last element of each layer that is in the table.
         skip: int64 [L], tiles of each layer that come before what is in the table.
         tiles: int64 [L + 1], where the tiles of each layer begin.
-        chunks: int64 [L + 1], where its units of CHUNK elements begin; at least one each.
+        chunks: int64 [L + 1], where its units of SUM_UNIT elements begin; at least one each.
         elements: of all layers.
     """
 
@@ -47,7 +47,7 @@ class LayerCuts(NamedTuple):
         skip = np.full_like(stops, first_tile)
         tiles, chunks = np.zeros((2, len(stops) + 1), np.int64)
         np.cumsum(-(-stops // TILE) - skip, out=tiles[1:])
-        np.cumsum(np.maximum(1, -(-stops // CHUNK)), out=chunks[1:])
+        np.cumsum(np.maximum(1, -(-stops // SUM_UNIT)), out=chunks[1:])
         return cls(np.array(bounds, np.int64), stops, skip, tiles, chunks, sum(ends))
 
 

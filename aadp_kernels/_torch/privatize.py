@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aadp_kernels._torch import grid
 from aadp_kernels._torch.noise import standard_noise
+from aadp_kernels._torch.ordered_sums import ordered_sums
 from aadp_kernels.certified import ballots, by_rows, clip_factors, coarsest, noisy_layers
 from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.layout import Layout
@@ -32,6 +33,9 @@ def draw(noise: Noise, layout: Layout, scale: Tensor) -> list[Tensor | None]:
 
 def norms(parts: Sequence[Tensor], p: int) -> Tensor:
     """Joint norm of the rows of several float64 [K, n_i]: [K]."""
+    if parts[0].is_cpu:
+        total = ordered_sums(parts, p)
+        return total if p == 1 else total.sqrt()
     if p == 1:
         return sum((_row_sums(part.abs()) for part in parts[1:]), _row_sums(parts[0].abs()))
     squares = [_row_sums(part.square()) for part in parts]

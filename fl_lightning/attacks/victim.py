@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadp_kernels import NoiseKey, without_compiling
+from aadp_kernels import NoiseKey, compiling
 from fl_lightning.accounting.budget import Budget
 from fl_lightning.data import FederatedDataModule
 from fl_lightning.data.arrays import Arrays
@@ -124,7 +124,7 @@ def upload(
         books = Books(history, budget, cast(Any, None), Processes())
     releases = OneByOne(clients, rules, NoiseKey.from_seed(seed), books, Processes())
     key = NoiseKey.from_seed(seed).derive("upload")
-    with without_compiling():  # one release would never pay it back
+    with compiling("never"):  # one release would never pay it back
         update = releases.draw(torch.tensor([0]), whole, key, 0)
     steps = _steps(rules, len(x))
     factor = -1.0 / (rules.client_lr * steps)
