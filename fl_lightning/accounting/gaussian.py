@@ -34,6 +34,8 @@ def gaussian_epsilon(multipliers: Floats, delta: Floats) -> Floats:
     # Until the two ends are neighbours, or nearly so.
     for _ in range(64):
         middle = (low + high) / 2
+        if not ((low < middle) & (middle < high)).any():
+            break
         above = _gaussian_delta(middle, move) > wanted
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     found[usable] = np.where(_gaussian_delta(np.zeros(len(move)), move) <= wanted, 0.0, high)
@@ -61,6 +63,8 @@ def scaled_erfc(x: Floats) -> Floats:
     # x² of a few bits is exact; its rounding would grow with it.
     few = near.astype(np.float32).astype(np.float64)
     product = np.exp(few * few) * np.exp((near - few) * (near + few)) * _erfc(near)
+    if (x < _FAR).all():
+        return product
     far, term = np.maximum(x, _FAR), np.ones(x.shape)
     series = term
     for k in range(1, 9):

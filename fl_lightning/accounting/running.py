@@ -61,6 +61,7 @@ class RunningEpsilon:
         self._least = np.full(everyone, np.inf)  # multiplier of the step with least noise
         self._precision = np.zeros(everyone)  # sum of 1 / multiplier² over the steps
         self._on_top, self._tails = np.zeros(everyone), np.zeros(everyone)
+        self._gaussians: dict[tuple[float, float], float] = {}
         self._curves: dict[tuple[float, float], StepCurve] = {}
         self._held_out = _Evaluations(header) if header.get("evaluation") else None
         self._whole = _WholeRun(header) if header.get("coefficients") is not None else None
@@ -147,11 +148,22 @@ class RunningEpsilon:
             with np.errstate(divide="ignore"):
                 multipliers = 1 / np.sqrt((self._precision + precision)[there])
             left = self._delta - self._tails - tails
-            found[there] = gaussian_epsilon(multipliers, left[there])
+            found[there] = self._of_gaussians(multipliers, left[there])
         else:
             there = np.flatnonzero(self._steps)
             found[there] = self._by_steps(self._event, there)
         return found + self._on_top
+
+    def _of_gaussians(self, multipliers: Floats, delta: Floats) -> Floats:
+        """`gaussian_epsilon`, of what the last call did not have: a round changes few accounts."""
+        pairs = list(zip(multipliers.tolist(), delta.tolist(), strict=True))
+        fresh = np.array([pair for pair in set(pairs) if pair not in self._gaussians])
+        known = self._gaussians
+        if len(fresh):
+            values = gaussian_epsilon(*fresh.T).tolist()
+            known = known | dict(zip(map(tuple, fresh.tolist()), values, strict=True))
+        self._gaussians = {pair: known[pair] for pair in pairs}
+        return np.array([known[pair] for pair in pairs])
 
     def _by_steps(self, event: NoiseEvent, there: npt.NDArray[np.int64]) -> Floats:
         """Of steps with sampling, or with Laplace noise, of each client that took some."""

@@ -198,6 +198,29 @@ def test_closed_forms_pay_for_cut_tails(monkeypatch):
     assert of_lines(monkeypatch, (2.0, 0.0, 8e-6)) > 1.01 * plain
 
 
+def test_what_is_known_from_the_call_before_is_what_it_was(monkeypatch):
+    """Every client's ε has the bits of its account alone, whatever was asked for before."""
+    everyone = 5
+    monkeypatch.setattr(running, "num_clients", lambda header: everyone)
+    found = RunningEpsilon({"delta": [1e-5, 1e-5, 1e-6, 0.0, 1e-5]})
+    for round in range(6):
+        for client in range(everyone - 1):
+            if (round + client) % 2:
+                z = 2.0 + client // 2
+                event = NoiseEvent("gaussian", z, 1.0)
+                line = SimpleNamespace(
+                    client=client, noise_multiplier=z, event=event, steps=1, evaluation=False,
+                    epsilon_inflation=0.0, tail_delta=0.0,
+                )  # fmt: skip
+                found.add(line)
+        there = np.flatnonzero(found._precision)
+        alone = [
+            gaussian_epsilon(1 / np.sqrt(found._precision[[k]]), found._delta[[k]]) for k in there
+        ]
+        assert found.epsilon()[there].tolist() == np.concatenate(alone).tolist()
+        assert found.epsilon()[-1] == 0
+
+
 def test_steps_of_other_noise_count_as_the_one_with_least(monkeypatch):
     least = of_lines(monkeypatch, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
     assert of_lines(monkeypatch, (1.0, 0.0, 0.0), (3.0, 0.0, 0.0)) == least

@@ -33,7 +33,7 @@ ORDER = group(
     "tests/aadp_kernels/test_ordered_sums.py",
     ("a sum in any order", "cumsum(1)[:, -1]\n        total", "sum(1)\n        total"),
     ("units of a tensor, not of a layer", "unit = (first + start) // SUM_UNIT", "unit = start // SUM_UNIT"),
-    ("blocks added from the right", "(a + b) + (c + d)", "a + (b + (c + d))"),
+    ("blocks added from the right", "return (a + b) + (c + d)", "return a + (b + (c + d))"),
     ("units from the last to the first", "in units.values():", "in reversed(units.values()):"),
 )  # fmt: skip
 
