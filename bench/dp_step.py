@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench import measure, minilm, parity, step_peers, steps
+from bench import gpt2, measure, minilm, parity, step_peers, steps
 from bench.kernels import note_failure
 from bench.step_peers import RemoteRunner
 from bench.steps import Setup
@@ -26,6 +26,7 @@ def jobs(quick: bool, gpu: bool) -> list[tuple[str, int, int]]:
         found += [("MLP", 64, 2), ("CNN", 64, 2), ("transformer", 128, 2)]
         found += [("MLP", 500, 1), ("CNN", 500, 1)]
         found += [(name, 32, 2) for name in minilm.NAMES]
+        found += [(gpt2.NAME, 16, 2)]
     if gpu:
         found += [("MLP", 4096, 2), ("CNN", 4096, 2), ("transformer", 1024, 2)]
     return found
@@ -106,10 +107,10 @@ def run(device: torch.device, *, quick: bool, budget: float, only: str = "") -> 
         for job in jobs(quick, device.type == "cuda")
         if only in title_of(*job)
     }
-    missing = minilm.missing()
-    for title in [t for t in todo if missing and t.startswith(minilm.NAMES)]:
-        print(f"\n{title}\n  skipped, {missing} is not installed", flush=True)
-        del todo[title]
+    for missing, names in ((minilm.missing(), minilm.NAMES), (gpt2.missing(), (gpt2.NAME,))):
+        for title in [t for t in todo if missing and t.startswith(names)]:
+            print(f"\n{title}\n  skipped, {missing} is not installed", flush=True)
+            del todo[title]
     return measure.every_case("dp_step", todo, budget)
 
 

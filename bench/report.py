@@ -119,6 +119,7 @@ def kernels_summary(results: dict) -> list[str]:
 def dp_step_summary(results: dict) -> list[str]:
     """Time as a ratio to the step without privacy."""
     columns = {label: name for name, label in CONFIGURATIONS.items()} | {
+        "wide, one norm over all layers": "ours, flat, wide, chacha20",
         "vmap(grad)": "vmap(grad)",
         "Opacus hooks": "Opacus, hooks, flat",
         "per layer": "Opacus, hooks, per layer",

@@ -2,7 +2,7 @@
 
 Times are CPU seconds, of the process and of those that it started, so that other work on the
 machine counts little; seconds on the clock stand beside them. `cold` begins with an empty folder
-for compiled kernels, `warm` with the one that `cold` filled.
+for compiled kernels, `warm` with one that is filled.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ones = torch.ones(len(layout.layer_names))
 k.privatize_([t.clone() for t in shapes.values()], layout=layout, clip=ones, scale=ones, p=2,
              mechanism="gaussian", key=k.NoiseKey.random(), step=0)
 """
+_COMPILED = _RELEASE.replace("k.privatize_", "with k.compiling('now'): k.privatize_")
 _RUN = ("-m", "fl_lightning.fit", "--trainer.logger", "false")
 _FEW = 2
 
@@ -64,6 +65,7 @@ def _cases(root: Path) -> dict[str, tuple[Sequence[str], int]]:
         "a value out of range": (("-m", "fl_lightning", "fit", "--privacy.epsilon", "0"), _FEW),
         "`aadp export --help`": (("-m", "fl_lightning", "export", "--help"), _FEW),
         "a first release, cold": (("-c", _RELEASE), 1),
+        "a first release, compiled first": (("-c", _COMPILED), 1),
         "a first release, warm": (("-c", _RELEASE), _FEW),
         "default run, cold": ((*_RUN, "--run_dir", run), 1),
         "default run, warm": ((*_RUN, "--run_dir", str(root / "warm")), 1),

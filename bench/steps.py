@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from aadp_kernels import Layout, NoiseKey, privatize_, with_clipping
-from bench import minilm
+from aadp_kernels import (
+    Layout,
+    NoiseKey,
+    WatchedForward,
+    forget_gradients,
+    privatize_,
+    record_gradients,
+    with_clipping,
+    with_kept_gradients,
+)
+from bench import gpt2, minilm
 from bench.ours import SEED
 from fl_lightning.models import CNN, MLP
 
@@ -70,7 +79,9 @@ class Transformer(nn.Module):
 
 
 def network(name: str, device: torch.device) -> nn.Module:
-    """The MLP and the CNN of `bench.cohort`, the transformer, or one of `bench.minilm`."""
+    """The MLP and the CNN of `bench.cohort`, the transformer, or one of Hugging Face's."""
+    if name == gpt2.NAME:
+        return gpt2.network().to(device)
     if name in minilm.NAMES:
         return minilm.network(name).to(device)
     torch.manual_seed(0)
@@ -87,8 +98,8 @@ def network(name: str, device: torch.device) -> nn.Module:
 
 def batch(name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random images and labels, or random texts of 32 (64) tokens."""
-    if name in minilm.NAMES:
-        x, y = minilm.batch(size)
+    if name in (gpt2.NAME, *minilm.NAMES):
+        x, y = (gpt2 if name == gpt2.NAME else minilm).batch(size)
         return x.to(device), y.to(device)
     generator = torch.Generator().manual_seed(1)
     if name == "transformer":
@@ -219,26 +230,62 @@ def ours(setup: Setup, form: str, rng: str) -> Built:
         module.clip_norm.fill_(clip)
         # Counters of votes and of clipped records are not wanted here.
         module.votes_at = module.probe = module.mask = None
+    add_noise = noise_of(setup, form, rng)
+
+    def step(scale: float) -> list[Tensor]:
+        model.zero_grad()
+        losses(model(setup.x), setup.y).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        add_noise(gradients, scale)
+        return descend(model, gradients, setup.size)
+
+    return model, step
+
+
+def ours_flat(setup: Setup, form: str, rng: str) -> Built:
+    """One norm over all layers: norms from one backward, then sums by their factors, then noise."""
+    model, clip = setup.model, setup.clips["all"][0]
+    names = list(trained(model))
+    watch = WatchedForward(with_kept_gradients(model))
+    add_noise = noise_of(setup, form, rng)
+
+    def step(scale: float) -> list[Tensor]:
+        leaves = {n: p.detach().requires_grad_() for n, p in trained(model).items()}
+        with watch.forward(leaves, setup.size):
+            total = losses(watch.model(setup.x), setup.y).sum()
+        found = record_gradients(watch.model, total)
+        forget_gradients(watch.model)
+        squares, finite = zip(*(layer.norms(2, l1=False)[1:] for layer in found), strict=True)
+        every = torch.stack(finite).all(0)
+        norm = torch.stack(squares).sum(0).sqrt()
+        factor = torch.where(every, (clip / norm).clamp(max=1.0), 0.0).float()
+        sums: dict[str, Tensor] = {}
+        for layer in found:
+            sums |= layer.sums(factor, every)
+        gradients = [sums[name].contiguous() for name in names]
+        add_noise(gradients, scale)
+        return descend(model, gradients, setup.size)
+
+    return model, step
+
+
+def noise_of(setup: Setup, form: str, rng: str) -> Callable[[list[Tensor], float], object]:
+    """Adds the noise of all layers to sums that are clipped already, in one call."""
     key, layout, number = NoiseKey.from_seed(SEED, rng), setup.layout, [0]
     like = {"dtype": torch.float64, "device": setup.device}
     unlimited = torch.full((layout.num_layers,), torch.inf, **like)
     scales: dict[float, Tensor] = {}
 
-    def step(scale: float) -> list[Tensor]:
+    def add_noise(gradients: list[Tensor], scale: float) -> None:
         number[0] += 1
         if scale not in scales:
             scales[scale] = torch.full((layout.num_layers,), scale, **like)
-        model.zero_grad()
-        losses(model(setup.x), setup.y).sum().backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # The sums are clipped already: this adds the noise of all layers in one call.
         privatize_(
             gradients, layout=layout, clip=unlimited, scale=scales[scale], p=setup.p,
             mechanism="gaussian" if setup.p == 2 else "laplace", key=key, step=number[0], form=form,
         )  # fmt: skip
-        return descend(model, gradients, setup.size)
 
-    return model, step
+    return add_noise
 
 
 def vmap_grad(setup: Setup) -> Built:
@@ -332,11 +379,14 @@ def fastdp(setup: Setup) -> Built:
 def sides(setup: Setup, rngs: tuple[str, ...]) -> dict[str, tuple]:
     """Name -> (kind, level, builder of a step) of all that take part."""
     found: dict[str, tuple] = {"no privacy": ("floor", "none", plain)}
-    for form in FORMS:
+    # Clipping within a layer's own backward knows one use of a weight.
+    for form in () if setup.name == gpt2.NAME else FORMS:
         for rng in rngs:
             build = lambda s, f=form, r=rng: ours(s, f, r)  # noqa: E731
             found[f"ours, {form}, {rng}"] = ("ours", "layer", build)
     if setup.p == 2:
+        flat = lambda s: ours_flat(s, "wide", "chacha20")  # noqa: E731
+        found["ours, flat, wide, chacha20"] = ("ours", "all", flat)
         found["vmap(grad)"] = ("peer", "layer", vmap_grad)
         for mode, label in OPACUS.items():
             build = lambda s, m=mode: opacus(s, m)  # noqa: E731
