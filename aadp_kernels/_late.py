@@ -27,9 +27,10 @@ SAME_BITS = frozenset(
     }.items()
     for form in forms
 )  # fmt: skip
-# Numbers that plain torch draws before numba compiles, of an operation: they take it three seconds,
-# measured on two cores, and a call takes as long for each tensor as for so many numbers.
-PATIENCE, NUMBERS_A_TENSOR = 1 << 24, 4096
+# Numbers that plain torch draws before numba compiles, of an operation: they take it one second to
+# three, measured on two cores. A call takes as long for each tensor as for so many numbers, and one
+# on the grid as long as so many others.
+PATIENCE, NUMBERS_A_TENSOR, A_GRID_NUMBER = 1 << 24, 4096, 16
 
 _WHEN: ContextVar[When] = ContextVar("when", default="late")
 # What a process has done so far, as its compiled code a fact of the process.
@@ -64,10 +65,16 @@ def compiling(when: When) -> Iterator[None]:
         _WHEN.reset(before)
 
 
-def work(layout: Layout, clients: Sized | None) -> int:
-    """The `numbers` of `waits` for an update, or for the updates of some clients."""
+def work(layout: Layout, clients: Sized | None, again: Sized = ()) -> int:
+    """The `numbers` of `waits` for an update, or for the updates of some clients.
+
+    Args:
+        layout: of an update.
+        clients: whose; None: one update.
+        again: steps whose noise is drawn once more.
+    """
     rows = 1 if clients is None else len(clients)
-    return rows * (layout.elements + NUMBERS_A_TENSOR * len(layout.names))
+    return rows * (layout.elements * (1 + len(again)) + NUMBERS_A_TENSOR * len(layout.names))
 
 
 def never() -> bool:
@@ -81,7 +88,7 @@ def waits(operation: str, form: str, numbers: int, at_hand: Callable[[], bool]) 
     Args:
         operation: of a back end.
         form: of its noise.
-        numbers: that the call draws or reads, and `NUMBERS_A_TENSOR` for each tensor.
+        numbers: that the call draws or reads, see `work`.
         at_hand: says whether the operation is compiled, in this process or on disk.
     """
     when, what = _WHEN.get(), (operation, form)
@@ -89,7 +96,7 @@ def waits(operation: str, form: str, numbers: int, at_hand: Callable[[], bool]) 
         return when == "never"
     if what not in SAME_BITS:
         return False
-    _drawn[what] = _drawn.get(what, 0) + numbers
+    _drawn[what] = _drawn.get(what, 0) + numbers * (A_GRID_NUMBER if form == "grid" else 1)
     if _drawn[what] > PATIENCE or at_hand():
         _compiled.add(what)
         return False

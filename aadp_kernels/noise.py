@@ -100,7 +100,7 @@ def sample_noise(
     again = drawn_again(correlation, key, step, mechanism, form)
     backend = _dispatch.backend(
         impl, "noise", device=place, elements=count, form=form, correlated=correlation is not None,
-        numbers=shape.numel(),
+        numbers=shape.numel() * (1 + len(again)),
     )  # fmt: skip
     offset = _validate.integer_below("offset", offset, max_elements(key.rng, form) - count + 1)
     if isinstance(scale, Tensor):

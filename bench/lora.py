@@ -92,7 +92,8 @@ class Texts:
 
 
 R8, TWEETS = Texts("configs/best/reuters_r8.yaml"), Texts("configs/best/health_tweets.yaml", 4)
-# All six layers learn: nothing is computed once, so that fewer tokens are read.
+# All six layers learn: nothing is computed once, so that fewer tokens are read. With A frozen (flat
+# clipping, ε = 3, held-out records of the trial seed) alphas of 0.25 and 2 came within a point.
 R8_WHOLE = replace(R8, tokens=16, frozen=0)
 
 

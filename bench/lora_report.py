@@ -22,6 +22,9 @@ from bench.lora import (
     TWEETS_HEAD,
     TWEETS_LORA,
     USUAL,
+    WHOLE_HEAD,
+    WHOLE_LORA,
+    WHOLE_TRAINED,
 )
 from bench.margin_report import Runs, chosen, raw_ratio
 from bench.pretrained import PAGE
@@ -69,8 +72,12 @@ def margins(runs: Runs) -> str:
     for case in ADAPTED:
         best, others = (case, BEST_AADP), [m for m in METHODS_OF[case] if m != BEST_AADP]
         pairs += [(best, (case, method)) for method in others]
-        pairs.append(((case, _SNR), (case, margin.BASE)))
-    heads = {LORA: (HEAD, LONG_HEAD), LORA_TRAINED: (HEAD,), TWEETS_LORA: (TWEETS_HEAD,)}
+        if _SNR in METHODS_OF[case]:
+            pairs.append(((case, _SNR), (case, margin.BASE)))
+    heads = {
+        LORA: (HEAD, LONG_HEAD), LORA_TRAINED: (HEAD,), TWEETS_LORA: (TWEETS_HEAD,),
+        WHOLE_LORA: (WHOLE_HEAD,), WHOLE_TRAINED: (WHOLE_HEAD,),
+    }  # fmt: skip
     for case, alone in heads.items():
         for method in (margin.BASE, BEST_AADP):
             pairs += [((case, method), (head, margin.BASE)) for head in alone]

@@ -28,6 +28,8 @@ NETWORKS = {
     "R8, head alone": (lora.PATH, lora.HEAD, _ONE_LAYER, _ORANGE, "o"),
     "R8, LoRA, A frozen": (lora.PATH, lora.LORA, RATIO_OF, _ORANGE, "s"),
     "R8, LoRA, A trained": (lora.PATH, lora.LORA_TRAINED, RATIO_OF, _ORANGE, "^"),
+    "R8, LoRA in six layers, A frozen": (lora.PATH, lora.WHOLE_LORA, RATIO_OF, _ORANGE, "D"),
+    "R8, LoRA in six layers, A trained": (lora.PATH, lora.WHOLE_TRAINED, RATIO_OF, _ORANGE, "v"),
     "tweets, head alone": (lora.PATH, lora.TWEETS_HEAD, _ONE_LAYER, _GREEN, "o"),
     "tweets, LoRA, A frozen": (lora.PATH, lora.TWEETS_LORA, RATIO_OF, _GREEN, "s"),
 }

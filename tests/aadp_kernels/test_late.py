@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aadp_kernels import (
+    Correlation,
     Layout,
     NoiseKey,
     _dispatch,
@@ -136,6 +137,25 @@ def test_work_counts_tensors_and_clients():
     one = 40 + 2 * _late.NUMBERS_A_TENSOR
     assert _late.work(layout, None) == one
     assert _late.work(layout, torch.arange(7)) == 7 * one
+    assert _late.work(layout, None, [1, 2, 3]) == one + 3 * 40
+
+
+def test_a_number_on_the_grid_counts_as_many(fresh):
+    each = _late.PATIENCE // _late.A_GRID_NUMBER
+    assert [chosen(form="grid", numbers=each) for _ in range(2)] == ["torch", "numba"]
+
+
+@pytest.mark.parametrize("terms", [1, 5])
+def test_noise_that_is_drawn_again_is_work(fresh, monkeypatch, terms):
+    numbers = []
+    monkeypatch.setattr(_late, "waits", lambda _o, _f, n, _a: numbers.append(n) or True)
+    correlation = Correlation([1.0] + [0.1] * terms)
+    given = {"key": NoiseKey.from_seed(1), "mechanism": "gaussian", "correlation": correlation}
+    sample_noise((100,), scale=1.0, step=9, **given)
+    x = [torch.zeros(100)]
+    one = torch.ones(1)
+    privatize_(x, layout=Layout.build(x), clip=one, scale=one, p=2, step=20, **given)
+    assert numbers == [100 * (1 + terms), 100 * (1 + terms) + _late.NUMBERS_A_TENSOR]
 
 
 def results(key):
@@ -156,6 +176,10 @@ def results(key):
         found.append(
             sample_noise((70,), mechanism=mechanism, scale=0.7, key=key, step=step + 9, form=form)
         )
+    # Noise of earlier steps is drawn once more.
+    again = {"correlation": Correlation([1.0, -0.3, 0.2]), "mechanism": "gaussian", "key": key}
+    privatize_(tensors, step=100, p=2, **given, **again)
+    found += [*tensors, sample_noise((700,), scale=0.7, step=200, **again)]
     return [*found, poisson_mask(700, 0.3, key=key, step=0)]
 
 

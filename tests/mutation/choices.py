@@ -15,9 +15,11 @@ LATE = group(
     ("numba at the first call", "_drawn[what] > PATIENCE or", "True or"),
     ("numba never", "_drawn[what] > PATIENCE or at_hand()", "False"),
     ("the cache is not looked at", " or at_hand():", ":"),
-    ("all operations count together", "_drawn.get(what, 0) + numbers", "sum(_drawn.values()) + numbers"),
+    ("all operations count together", "_drawn.get(what, 0) +", "sum(_drawn.values()) +"),
     ("the fast form waits too", '"privatize": ("wide", "grid")', '"privatize": ("wide", "grid", "fast")'),
     ("one client's work", "rows = 1 if clients is None else len(clients)", "rows = 1"),
+    ("the grid is cheap", 'A_GRID_NUMBER if form == "grid" else 1', "1"),
+    ("noise of earlier steps is free", "layout.elements * (1 + len(again))", "layout.elements"),
     ("tensors are free", " + NUMBERS_A_TENSOR * len(layout.names)", ""),
 )  # fmt: skip
 
