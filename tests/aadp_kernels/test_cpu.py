@@ -59,7 +59,7 @@ MIXED = (torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.floa
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 5, (torch.float64,) * 5, MIXED])
 @pytest.mark.parametrize(("p", "mechanism"), [(1, "laplace"), (1, "gaussian"), (2, "gaussian")])
 @pytest.mark.parametrize("rng", ["philox10", "chacha8", "chacha20"])
-def test_privatize_has_the_bits_of_the_specification(rng, p, mechanism, dtypes):
+def test_privatize_below_the_clip_norm_has_the_bits_of_the_specification(rng, p, mechanism, dtypes):
     scale = torch.tensor([[0.2, 0.0, 1.0, 3.0], [0.0, 0.0, 0.5, 0.1], [0.1, 0.0, 1.0, 1.0]])
     clip = torch.tensor([[math.inf] * 4, [30.0, 9.0, 1.0, 0.1], [1.0, math.inf, 0.0, 0.7]])
     clients = torch.tensor([5, (1 << 32) - 1, 0])
@@ -74,7 +74,7 @@ def test_privatize_has_the_bits_of_the_specification(rng, p, mechanism, dtypes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("p", [1, 2])
-def test_privatize_clips_with_the_bits_of_the_specification(p, dtype):
+def test_privatize_clips_to_the_last_bits_of_the_specification(p, dtype):
     tensors = updates(4, dtypes=(dtype,) * 5)
     clip = torch.tensor([[1.0, 2.0, 0.0, 0.1], [0.5, 600.0, 0.0, 9.0], [3.0] * 4, [0.0] * 4])
     clients = torch.arange(4)

@@ -201,7 +201,6 @@ RUNNING = (
         "tests/fl_lightning/test_running_epsilon.py",
         ("shown inflation missing", "return found + self._on_top", "return found"),
         ("cut tails are not paid", "left = self._delta - self._tails - tails", "left = self._delta - tails"),
-        ("an account is taken for another's", "known[pair] for pair in pairs])", "known[pairs[0]] for pair in pairs])"),
         ("multipliers add up", "release.steps / multipliers**2", "release.steps / multipliers"),
         ("the quietest step counts least", "np.minimum.at(self._least, ids, multipliers)", "self._least[ids] = multipliers"),
         ("rounds of a plan without weights", "sizes=np.concatenate([sizes[m] for _, m, _, sizes in mine]),", "sizes=None,"),
