@@ -133,7 +133,9 @@ def clip_sum_noise(
     sums, stats = backend.clip_sum(per_sample, layout, **given, quanta=quanta)
     if last and quanta is not None:
         size = layout.elements
-        drawing = _dispatch.backend(impl, "noise", device=device, elements=size, form=form)
+        drawing = _dispatch.backend(
+            impl, "noise", device=device, elements=size, form=form, numbers=size
+        )
         drawn = [None] * layout.num_layers
         if noise is not None:
             drawn = drawing.layer_integers(noise, layout, scale)

@@ -115,7 +115,7 @@ def privatize_(
     noise = noise_source(key, noisy, mechanism, form, p, step, ids, correlation)
     backend = _dispatch.backend(
         impl, "privatize", device=device, elements=layout.elements, form=form,
-        correlated=correlation is not None, 
+        correlated=correlation is not None,
         numbers=_late.work(layout, clients, noise.again if noise is not None else ()),
     )  # fmt: skip
     claim_layers(key, noise, 0 if clients is None else clients, layout, noisy)

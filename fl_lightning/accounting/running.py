@@ -157,11 +157,11 @@ class RunningEpsilon:
     def _of_gaussians(self, multipliers: Floats, delta: Floats) -> Floats:
         """`gaussian_epsilon`, of what the last call did not have: a round changes few accounts."""
         pairs = list(zip(multipliers.tolist(), delta.tolist(), strict=True))
-        fresh = np.array([pair for pair in set(pairs) if pair not in self._gaussians])
         known = self._gaussians
-        if len(fresh):
-            values = gaussian_epsilon(*fresh.T).tolist()
-            known = known | dict(zip(map(tuple, fresh.tolist()), values, strict=True))
+        fresh = [pair for pair in set(pairs) if pair not in known]
+        if fresh:
+            values = gaussian_epsilon(*np.array(fresh).T).tolist()
+            known = known | dict(zip(fresh, values, strict=True))
         self._gaussians = {pair: known[pair] for pair in pairs}
         return np.array([known[pair] for pair in pairs])
 

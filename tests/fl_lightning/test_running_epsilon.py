@@ -221,6 +221,21 @@ def test_what_is_known_from_the_call_before_is_what_it_was(monkeypatch):
         assert found.epsilon()[-1] == 0
 
 
+def test_accounts_without_a_delta_have_no_epsilon(monkeypatch):
+    monkeypatch.setattr(running, "num_clients", lambda header: 3)
+    found = RunningEpsilon({"delta": [None, None, 1e-5]})
+    for client in range(3):
+        event = NoiseEvent("gaussian", 2.0, 1.0)
+        line = SimpleNamespace(
+            client=client, noise_multiplier=2.0, event=event, steps=1, evaluation=False,
+            epsilon_inflation=0.0, tail_delta=0.0,
+        )  # fmt: skip
+        found.add(line)
+        values = found.epsilon()
+    assert np.isinf(values[:2]).all()
+    assert np.isfinite(values[2])
+
+
 def test_steps_of_other_noise_count_as_the_one_with_least(monkeypatch):
     least = of_lines(monkeypatch, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
     assert of_lines(monkeypatch, (1.0, 0.0, 0.0), (3.0, 0.0, 0.0)) == least
