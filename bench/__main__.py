@@ -12,7 +12,7 @@
     shared_noise  whole clients under noise that rounds share: accuracy (an hour; wants chem97)
     pretrained  topics of news by a frozen encoder and a head, under privacy (ten minutes)
     natural   tests of 50 clinics, tweets of 16 accounts, under privacy (twenty minutes)
-    lora      LoRA against a frozen encoder's head, AADP against flat clipping on it (two hours)
+    lora      LoRA against a frozen encoder's head, AADP against flat clipping on it (five hours)
     personal_layers  heads of clients' own against one global model, on digits (ten minutes)
     margin    what dividing the budget over layers wins, by what it can win (ten minutes)
     audit     attacks on runs of every setting: ε shown beside ε proven (ten minutes)

@@ -2,7 +2,7 @@
 
     python scripts/fetch_data.py reuters_r8; python scripts/fetch_data.py health_tweets
     python scripts/fetch_data.py minilm
-    python -m bench lora                        # two hours on one core; resumes
+    python -m bench lora                        # five hours on one core; resumes
 
 MiniLM reads the first 32 tokens of Reuters' R8, or of tweets on health. Its first five layers stay
 and are computed once; LoRA (r = 4) is in the last, its factor A frozen or trained, and the head
