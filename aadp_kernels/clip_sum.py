@@ -10,7 +10,7 @@ from torch import Tensor
 from aadp_kernels import _dispatch, _validate_tensors
 from aadp_kernels._eager import eager
 from aadp_kernels.certified import noisy_layers
-from aadp_kernels.contract import Bounds, ClipStats
+from aadp_kernels.contract import Bounds, ClipStats, Noise
 from aadp_kernels.correlation import Correlation
 from aadp_kernels.grid import quantum, release
 from aadp_kernels.layout import Layout
@@ -132,13 +132,7 @@ def clip_sum_noise(
         return backend.clip_sum_noise(per_sample, layout, **given, scale=scale, noise=noise)
     sums, stats = backend.clip_sum(per_sample, layout, **given, quanta=quanta)
     if last and quanta is not None:
-        size = layout.elements
-        drawing = _dispatch.backend(
-            impl, "noise", device=device, elements=size, form=form, numbers=size
-        )
-        drawn = [None] * layout.num_layers
-        if noise is not None:
-            drawn = drawing.layer_integers(noise, layout, scale)
+        drawn = _integers(noise, layout, scale, impl, device)
         dtypes = [record.dtype for record in per_sample]
         sums = _released(sums, dtypes, layout, drawn, quanta, mechanism)
     return sums, stats
@@ -174,6 +168,19 @@ def _quanta(scale: Tensor, clip: Tensor, mechanism: str) -> Tensor:
     if scale.is_cpu and bool(((scale == 0) & (clip > 0)).any()):
         raise ValueError("scale must be positive with form='grid' (or None), got 0")
     return quantum(scale, mechanism)
+
+
+def _integers(
+    noise: Noise | None, layout: Layout, scale: Tensor, impl: str, device: torch.device
+) -> Sequence[Tensor | None]:
+    """Noise of the layers as whole numbers of quanta, [1, D_l] each; None where there is none."""
+    if noise is None:
+        return [None] * layout.num_layers
+    size = layout.elements
+    drawing = _dispatch.backend(
+        impl, "noise", device=device, elements=size, form="grid", numbers=size
+    )
+    return drawing.layer_integers(noise, layout, scale)
 
 
 def _released(
