@@ -284,10 +284,13 @@ class RecordKernels(Protocol):
         """`product_sums` of one client: weight [out, columns], bias [out], counts [3]."""
         ...
 
-    def gram_squares(self, a: Tensor, g: Tensor, bias: bool, bound: float) -> Tensor:
+    def gram_squares(
+        self, a: Tensor, g: Tensor, bias: bool, bound: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Squared norms, float64 [R], of g[r]ᵀ a[r], a [R, P, columns] and g [R, P, out].
 
-        Σ_st (a_s·a_t)(g_s·g_t), and `bound` times (Σ_t ‖a_t‖‖g_t‖)² for what cancels.
+        Σ_st (a_s·a_t)(g_s·g_t), and `bound` times (Σ_t ‖a_t‖‖g_t‖)² for what cancels. Then those
+        of a[r] and of g[r].
         """
         ...
 
@@ -317,6 +320,15 @@ class RecordKernels(Protocol):
         self, index: Tensor, g: Tensor, tokens: int, padding: int | None, rule: ClipRule
     ) -> tuple[Tensor, Tensor]:
         """Clipped sums [K, tokens, D] of rows g [K, B, T, D] of tokens [K, B, T]; counts [K, 3]."""
+        ...
+
+    def embedding_norms(
+        self, index: Tensor, g: Tensor, padding: int | None, l1: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """L1 norms (0 if not asked for) and squared L2 norms of records' gradients, float64 [B].
+
+        Of one client's index [B, T] and g [B, T, D]; then the squared norms of g.
+        """
         ...
 
     def embedding_single(

@@ -30,16 +30,18 @@ def _add(total, x):
 
 @jit
 def clip_records(
-    index, g, padding, largest, shrink, p, mask, clip, votes_at, factors, counts, begin, end
+    index, g, padding, largest, shrink, p, mask, clip, votes_at, factors, counts, norms, begin, end
 ):
     """Clip factors [K * B] and counts [K * B, 3] of records; rows of equal tokens add up first.
+
+    Also their norms: L1 (0 if not needed) and squares, then the squares of g: `norms` [3, K * B].
 
     index is [K * B, T] and g [K * B, T, D]; rows of the token `padding` do not count.
     """
     batch, both = mask.shape[1], np.empty(g.shape[2], np.float64)
     for record in range(begin, end):
         k, tokens, rows = record // batch, index[record], g[record]
-        factors[record], counts[record] = 0, 0
+        factors[record], counts[record], norms[:, record] = 0, 0, 0
         if not mask[k, record % batch]:
             continue
         order = np.argsort(tokens, kind="mergesort")
@@ -65,6 +67,7 @@ def clip_records(
                     norm1 += absolute(both) if l1 else 0.0
             start = stop
         norm = norm1 if p == 1 else np.sqrt(total)
+        norms[0, record], norms[1, record], norms[2, record] = norm1, total, whole
         finite = np.sqrt(whole) <= largest
         factor = clip_factor(norm1, norm, finite, True, clip[k], votes_at[k], SLACK, counts[record])
         factors[record] = g.dtype.type(factor * shrink if factor < 1 else factor)
@@ -121,6 +124,29 @@ def embedding_single(
     return sums[0], torch.from_numpy(counts[0])
 
 
+def embedding_norms(
+    index: Tensor, g: Tensor, padding: int | None, l1: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`RecordKernels.embedding_norms`."""
+    batch = len(index)
+    norms, level = np.empty((3, batch)), torch.tensor(0.0 if l1 else torch.nan)
+    limits = limits_of_one(torch.tensor(0.0), None, level, batch)
+    rows, slopes = (np.ascontiguousarray(t.detach().numpy()) for t in (index, g))
+    none = -1 if padding is None else padding
+    factors = np.empty(batch, slopes.dtype)
+    first = (
+        rows, slopes, none, *rounding(g.dtype), 2, *limits, factors, np.empty((batch, 3)), norms,
+    )  # fmt: skip
+    threads, region = region_for(slopes.size)
+    if threads == 1 or region:
+        second = rows, slopes, none, factors, batch, np.empty((0, 0, slopes.shape[2]), slopes.dtype)
+        _sum_parallel(first, batch, second, 0, threads, region)
+    else:
+        run_on_threads(partial(clip_records, *first), batch, elements=slopes.size)
+    norm1, square, whole = torch.from_numpy(norms)
+    return norm1, square, whole
+
+
 def _sums_of_rows(
     index: Tensor, g: Tensor, tokens: int, padding: int | None, needed: GradientsNeeded,
     limits: Limits,
@@ -143,7 +169,7 @@ def _sums_of_rows(
     none = -1 if padding is None else padding
     first = (
         rows, slopes, none, *rounding(g.dtype), needed.p, *limits,
-        factors, counts,
+        factors, counts, np.empty((3, len(rows))),
     )  # fmt: skip
     second = rows, slopes, none, factors, batch, sums.numpy()
     parts = clients * -(-dim // _COLUMNS)

@@ -26,10 +26,12 @@ def _has_avx512() -> bool:
 
 _WIDE = _has_avx512()
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Sixteen vector registers and not thirty-two.
+FEW_REGISTERS = _X86 and not _WIDE
 # Bytes of a vector register, and columns of a tile of one and of two vectors: beside its sums
 # there must be registers for the entries of both factors.
 VECTOR = 64 if _WIDE else 32 if _X86 else 16
-COLUMNS1, COLUMNS2 = (6, 4) if _X86 and not _WIDE else (12, 8)
+COLUMNS1, COLUMNS2 = (6, 4) if FEW_REGISTERS else (12, 8)
 
 
 def _address(builder: Any, address: Any, kind: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aadp_kernels._cpu.backward_embedding import embedding_single, embedding_sums
+from aadp_kernels._cpu.backward_embedding import embedding_norms, embedding_single, embedding_sums
 from aadp_kernels._cpu.backward_linear import (
     factors_and_counts,
     row_sums,
@@ -14,6 +14,7 @@ from aadp_kernels._cpu.gram import gram_squares
 from aadp_kernels._cpu.product_sums import product_single, product_sums
 
 __all__ = [
+    "embedding_norms",
     "embedding_single",
     "embedding_sums",
     "factors_and_counts",

@@ -18,10 +18,10 @@ class RecordGradients:
     Attributes:
         weight_name: Name of the weight in the model; None if it has no gradient.
         bias_name: The same of the bias.
-        kind: Rule of the layer.
+        kind: Rule of the layer, and what else gradients are made of, see `two_steps.made_of`.
         likes: Its weight and bias, for their shapes.
-        a: See `two_steps.input_of`; private.
-        g: Gradient of its output [B, ...]; private.
+        a: See `kind`; private.
+        g: See `kind`; private.
     """
 
     weight_name: str | None

@@ -117,9 +117,12 @@ def record_gradients(model: nn.Module, total: Tensor) -> list[RecordGradients | 
             owned[id(own[key])] if t is not None and t.requires_grad else None
             for key, t in (("weight", weight), ("bias", bias))
         ]
-        g = g.detach()
-        a = two_steps.input_of(kind, x, compute_dtype(g))
-        found.append(RecordGradients(*names, kind, tuple(likes), a, g.to(compute_dtype(g))))  # pyright: ignore
+        g = g.detach().to(compute_dtype(g))
+        weight_name, bias_name = names
+        rule, *tensors = two_steps.made_of(
+            kind, x, g, weight=weight_name is not None, bias=bias_name is not None
+        )
+        found.append(RecordGradients(weight_name, bias_name, rule, tuple(likes), *tensors))  # pyright: ignore
     return joined(found)
 
 

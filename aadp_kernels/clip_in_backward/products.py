@@ -20,7 +20,7 @@ from aadp_kernels.contract import ClipRule
 
 # What an entry of a Gram matrix costs more than one of a product in float32: it is float64, with
 # its conversion; compiled, half of the entries are enough.
-_WIDE, _COMPILED = 2.5, 1.25
+_WIDE, _COMPILED = 2.5, 1.0
 
 
 def gram_is_cheaper(positions: int, columns: int, out: int, like: Tensor) -> bool:
@@ -29,14 +29,16 @@ def gram_is_cheaper(positions: int, columns: int, out: int, like: Tensor) -> boo
     return wide * positions * (columns + out) <= columns * out
 
 
-def gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
+def gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Squared L2 norms of the gradients g[r]ᵀ a[r], and of the bias: never too small, float64 [R].
+
+    Then those of a[r] and of g[r].
 
     ‖gᵀa‖² = Σ_st (a_s·a_t)(g_s·g_t), and the bias is one more column of ones. What cancels in this
     sum leaves its rounding error, at most (d + p + P²)u (Σ_t ‖a_t‖‖g_t‖)², which is added twice.
 
     Args:
-        a: [R, P, columns], finite.
+        a: [R, P, columns], finite (else the first result says nothing).
         g: [R, P, out], finite.
         bias: whether there is a bias that has a gradient.
     """
@@ -48,18 +50,26 @@ def gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> Tensor:
     rows, found = max(1, slice_elements(a.device) // max(1, positions * width)), []
     for part, slope in zip(a.split(rows), g.split(rows), strict=True):
         of_a, of_g = _gram(part), _gram(slope)
+        traces = [t.diagonal(dim1=1, dim2=2).sum(1) for t in (of_a, of_g)]
         if bias:
             of_a += 1
         lengths = of_a.diagonal(dim1=1, dim2=2) * of_g.diagonal(dim1=1, dim2=2)
         square = of_a.mul_(of_g).sum((1, 2)).clamp(min=0)
-        found.append(square + bound * lengths.sqrt().sum(1).square())
-    return torch.cat(found)
+        found.append((square + bound * lengths.sqrt().sum(1).square(), *traces))
+    square, of_a, of_g = (torch.cat(column) for column in zip(*found, strict=True))
+    return square, of_a, of_g
 
 
 def _gram(x: Tensor) -> Tensor:
     """Products of all pairs of rows of x [R, P, n]: float64 [R, P, P]."""
     wide = x.to(torch.float64)
     return torch.bmm(wide, wide.transpose(1, 2))
+
+
+def gram_fits(a: Tensor, g: Tensor, rule: ClipRule) -> bool:
+    """Whether norms of g[r]ᵀ a[r], a [R, P, columns] and g [R, P, out], are best taken by Gram."""
+    fits = a.is_cpu and rule.needed.weight and not needs_l1(rule)
+    return fits and gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2], a)
 
 
 def norms_of_products(
@@ -74,9 +84,8 @@ def norms_of_products(
         rule: which norms are needed, and of which gradients.
     """
     needed = rule.needed
-    fits = a.is_cpu and needed.weight and not needs_l1(rule)
-    if fits and gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2], a):
-        square = gram_squares(a, g, bias=needed.bias)
+    if gram_fits(a, g, rule):
+        square, _, _ = gram_squares(a, g, bias=needed.bias)
         return None, square.view(*count, -1).sum(-1)
     bias = g.sum(1).view(*count, -1)
     norm1, square = piece_norms([bias if needed.bias else bias[..., :0]], rule)

@@ -51,9 +51,11 @@ def test_squares_of_norms_are_never_too_small(bias, dtype, monkeypatch):
     a, g = records(9, dtype=dtype)
     w, b = gradients(a, g)
     true = w.square().sum((1, 2)) + bias * b.square().sum(1)
-    found = products.gram_squares(a, g, bias=bias)
+    found, *both = products.gram_squares(a, g, bias=bias)
     assert bool((found >= true).all())
     torch.testing.assert_close(found, true, rtol=1e-10, atol=0)
+    for own, of in zip(both, (a, g), strict=True):
+        torch.testing.assert_close(own, of.double().square().sum((1, 2)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7, 33])
@@ -63,7 +65,19 @@ def test_squares_of_records_of_any_shape(positions, columns):
     a, g = torch.randn(3, positions, columns), torch.randn(3, positions, 9)
     w, b = gradients(a, g)
     true = w.square().sum((1, 2)) + b.square().sum(1)
-    torch.testing.assert_close(products.gram_squares(a, g, bias=True), true, rtol=1e-10, atol=0)
+    torch.testing.assert_close(products.gram_squares(a, g, bias=True)[0], true, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("tile", ["_wide_tile", "_narrow_tile"])
+@pytest.mark.parametrize("columns", [3, 64, 513])
+def test_tiles_for_many_and_for_few_registers_agree(tile, columns):
+    gram = pytest.importorskip("aadp_kernels._cpu.gram")
+    x = torch.randn(8, columns, dtype=torch.float64)
+    out = torch.ones(8, 8, dtype=torch.float64)
+    getattr(gram, tile)(x.numpy(), 0, 4, columns, out.numpy())
+    want = torch.ones(8, 8, dtype=torch.float64)
+    want[:4, 4:] += x[:4] @ x[4:].t()
+    torch.testing.assert_close(out, want)
 
 
 def test_what_cancels_is_not_taken_for_small():
@@ -71,7 +85,7 @@ def test_what_cancels_is_not_taken_for_small():
     a, g = records(200)
     a[:, 1], g[:, 1], g[:, 2] = a[:, 0], -g[:, 0] * (1 + 2.0**-22), 0
     true = gradients(a, g)[0].square().sum((1, 2))
-    found = products.gram_squares(a, g, bias=False)
+    found = products.gram_squares(a, g, bias=False)[0]
     assert bool((found >= true).all())
     lengths = (a.double().norm(dim=2) * g.double().norm(dim=2)).sum(1)
     assert bool((found <= true + 1e-12 * lengths.square()).all())

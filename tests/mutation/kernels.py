@@ -279,7 +279,7 @@ CLIP_MATRICES = group(
 GRAM = group(
     "aadp_kernels/clip_in_backward/products.py",
     "tests/aadp_kernels/test_products.py",
-    ("what cancels is taken for small", "found.append(square + bound * lengths.sqrt().sum(1).square())", "found.append(square)"),
+    ("what cancels is taken for small", "square + bound * lengths.sqrt().sum(1).square()", "square"),
     ("bias not in the norm", "            of_a += 1\n", "            pass\n"),
     ("Gram matrices in float32", "wide = x.to(torch.float64)", "wide = x"),
     ("factors left out of the sum", "scaled = g * factor", "scaled = g + 0 * factor"),
@@ -288,11 +288,16 @@ GRAM = group(
 
 KEPT = group(
     "aadp_kernels/clip_in_backward/two_steps.py",
-    "tests/fl_lightning/test_clipped_networks.py",
+    "tests/fl_lightning/test_clipped_networks.py tests/aadp_kernels/test_two_steps.py",
     ("strange records in the sums", "    (g,) = zeroed(ok, g)\n", ""),
     ("bias not in the norm of a vector", "else (a2 * w + b) * g2", "else (a2 * w) * g2"),
     ("factors left out of embeddings", "rows = rows * per_record(f, rows)", "rows = rows * 1"),
-    ("factors left out of vectors", "scaled = g[0] * f[0][:, None]", "scaled = g[0]"),
+    ("factors left out of narrow inputs", "(a * factor).flatten(0, -2)", "a.flatten(0, -2)"),
+    ("factors left out of biases", "slopes.t() @ each", "slopes.sum(0)"),
+    ("factors left out of what is held", "return f[0] @ a[0] if weight", "return a[0].sum(0) if weight"),
+    ("bias not in the norm of what is held", "(bias, rule.needed.bias)", "(bias, False)"),
+    ("strange Gram matrices pass", "bounded(*both, dtype=g.dtype)[None]", "torch.ones_like(square, dtype=torch.bool)[None]"),
+    ("factors left out of wide inputs", "slopes = (g * factor).flatten(0, -2)", "slopes = g.flatten(0, -2)"),
 )  # fmt: skip
 
 _CPU_BACKWARD = "tests/aadp_kernels/test_cpu_clip_in_backward.py"
