@@ -283,7 +283,7 @@ GRAM = group(
     ("bias not in the norm", "            of_a += 1\n", "            pass\n"),
     ("Gram matrices in float32", "wide = x.to(torch.float64)", "wide = x"),
     ("factors left out of the sum", "scaled = g * factor", "scaled = g + 0 * factor"),
-    ("Gram matrices for L1 norms", "fits = a.is_cpu and needed.weight and not needs_l1(rule)", "fits = a.is_cpu and needed.weight"),
+    ("Gram matrices for L1 norms", "fits = a.is_cpu and rule.needed.weight and not needs_l1(rule)", "fits = a.is_cpu and rule.needed.weight"),
 )  # fmt: skip
 
 KEPT = group(
