@@ -103,14 +103,15 @@ def test_sums_are_those_of_records_times_their_factors():
             torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_strange_records_are_named_and_left_out():
+@pytest.mark.parametrize("l1", [False, True])
+def test_strange_records_are_named_and_left_out(l1):
     """NaN in a record's target reaches every layer; the sums are those of the others."""
     network, x, y = network_and_records()
     y[2] = torch.nan
     others = torch.arange(RECORDS) != 2
     factor = torch.rand(RECORDS)
     for layer, true in kept(network, x, y):
-        _, _, finite = layer.norms(2, l1=True)
+        _, _, finite = layer.norms(2, l1=l1)
         assert finite.tolist() == others.tolist(), names_of(layer)
         for name, value in layer.sums(factor, finite).items():
             want = torch.einsum("b,b...->...", factor[others].double(), true[name][others])
