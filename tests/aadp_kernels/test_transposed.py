@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from aadp_kernels import UnsupportedLayerError, check_single_use, with_clipping
+from aadp_kernels import (
+    UnsupportedLayerError,
+    WatchedForward,
+    check_single_use,
+    record_gradients,
+    with_clipping,
+    with_kept_gradients,
+)
 
 
 class Conv1D(nn.Module):
@@ -61,6 +68,29 @@ def test_gradients_are_those_of_the_ordinary_layer(p, shape, dtype):
     for got, want in zip(turned, usual, strict=True):
         close = {"rtol": 2e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
         torch.testing.assert_close(got, want, **close)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (9, 4, 5), (9, 2, 2, 5)])
+def test_norms_and_sums_in_two_steps_are_those_of_the_ordinary_layer(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    factor, everyone = torch.linspace(0, 1, 9), torch.ones(9, dtype=torch.bool)
+    found = []
+    for network in two_networks():
+        model = with_kept_gradients(network)
+        with WatchedForward(model).forward(
+            {n: q.detach().requires_grad_() for n, q in network.named_parameters()}, 9
+        ):
+            y = model(x)
+        layers = record_gradients(model, y.square().sum())
+        norms = torch.stack([layer.norms(2, l1=False)[1] for layer in layers]).float()
+        sums: dict[str, Tensor] = {}
+        for layer in layers:
+            sums |= layer.sums(factor, everyone)
+        found.append([norms, *(sums[name] for name, _ in network.named_parameters())])
+    turned, usual = found
+    turned[3] = turned[3].t()
+    for got, want in zip(turned, usual, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_clients_under_vmap():
